@@ -1,0 +1,62 @@
+"""Umbra: a frozen language model, adapted by a small shadow network that can also run alone."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives; nothing heavy is imported before a name is used.
+_ROOMS = {
+    "BaseModelError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "DetachError": "errors",
+    "ShadowConfig": "config",
+    "ShadowModel": "model",
+    "ShadowTrainer": "train",
+    "StateError": "errors",
+    "UmbraError": "errors",
+    "attach": "model",
+    "load": "checkpoint",
+}
+
+__all__ = [
+    "BaseModelError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DetachError",
+    "ShadowConfig",
+    "ShadowModel",
+    "ShadowTrainer",
+    "StateError",
+    "UmbraError",
+    "attach",
+    "load",
+]
+
+if TYPE_CHECKING:
+    from .checkpoint import load
+    from .config import ShadowConfig
+    from .errors import (
+        BaseModelError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DetachError,
+        StateError,
+        UmbraError,
+    )
+    from .model import ShadowModel, attach
+    from .train import ShadowTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

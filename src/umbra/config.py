@@ -1,0 +1,182 @@
+"""What a user sets: `ShadowConfig`, the whole of the method. No torch in here, so that ``umbra --help`` is instant."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Literal
+
+from .errors import ConfigError, unknown_key
+
+Dialect = Literal["paper", "peft"]
+
+# What a field left at None means in each of the two published dialects.
+DIALECTS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "rank": 16,
+        "gate_rank": 10,
+        "first_layer": 1,
+        "norm": True,
+        "activation": "silu",
+        "bias": False,
+        "dropout_position": "rank",
+        "down_init": "normal",
+    },
+    "peft": {
+        "rank": 8,
+        "gate_rank": None,
+        "first_layer": 0,
+        "norm": False,
+        "activation": "gelu",
+        "bias": True,
+        "dropout_position": "delta",
+        "down_init": "linear",
+    },
+}
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its explanation, which is also the help text of its flag."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ShadowConfig:
+    """The shadow: what it is made of, how it is coupled to the base, what it is trained on.
+
+    A field that is None takes the value of the `dialect`; `resolve` fills those in.
+
+    Raises:
+        ConfigError: a value outside its range, or an unknown key (the nearest known one is named).
+    """
+
+    dialect: Dialect = option("paper", "published form to follow: paper (shadow-peft) or peft (PEFT's ShadowConfig)")
+    rank: int | None = option(None, "R, the rank of the injection; paper 16, peft 8")
+    gate_rank: int | None = option(None, "G, hidden width of gate and transform; paper 10, peft the rank")
+    alpha: float = option(0.1, "α, the strength of the injection")
+    dropout: float = option(0.2, "dropout probability of the injection, in [0, 1)")
+    auxiliary_loss_weight: float = option(0.05, "λ, the weight of the shadow's own loss; 0 runs no second head")
+
+    shadow: str = option(
+        "mirror",
+        "the shadow's backbone: mirror (the base's own architecture; dense for MoE and hybrid bases), "
+        "dense (Llama-style), or the path or hub id of a pretrained model",
+    )
+    shadow_num_hidden_layers: int | None = option(None, "S, layers of the shadow; default 1, or all of a pretrained one")
+    shadow_hidden_size: int | None = option(None, "width of the shadow; default the base's. A projection bridges them")
+    shadow_intermediate_size: int | None = option(None, "feed-forward width of the shadow; default the base's")
+    shadow_num_attention_heads: int | None = option(None, "attention heads of the shadow; default the base's")
+    shadow_num_key_value_heads: int | None = option(None, "key-value heads of the shadow; default the base's")
+    shadow_head_dim: int | None = option(None, "width of one attention head of the shadow; default the base's")
+    init: Literal["random", "base"] = option("random", "initial weights of a mirrored shadow: random, or base (copied blocks)")
+    embeddings: Literal["auto", "base", "own"] = option(
+        "auto", "input embeddings: base (shared, projected where widths differ), own (a table of the shadow's), "
+        "auto (own for a pretrained shadow, else base)"
+    )  # fmt: skip
+    train_heads: bool | None = option(
+        None, "train copies of the task head for both paths; default: yes for classification, no for causal LM"
+    )
+
+    first_layer: int | None = option(None, "first block with an injection; paper 1, peft 0")
+    norm: bool | None = option(None, "one shared LayerNorm before gate and transform; paper yes, peft no")
+    activation: Literal["silu", "gelu"] | None = option(None, "activation of gate and transform; paper silu, peft gelu")
+    bias: bool | None = option(None, "biases in gate and transform; paper no, peft yes")
+    dropout_position: Literal["rank", "delta"] | None = option(
+        None, "dropout after W_down and inside the transform (rank, paper) or on h − s before W_down (delta, peft)"
+    )
+    down_init: Literal["normal", "linear"] | None = option(
+        None, "W_down starts from N(0, 0.02) (normal, paper) or nn.Linear's own (linear, peft)"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "gate_rank", *(n for n in self.keys() if n.startswith("shadow_"))):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if self.first_layer is not None and (not _is_int(self.first_layer) or self.first_layer < 0):
+            raise ConfigError(f"first_layer must be an integer of at least 0, got {self.first_layer!r}.")
+        if not _is_finite(self.alpha):
+            raise ConfigError(f"alpha must be a finite number, got {self.alpha!r}.")
+        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        if not _is_finite(self.auxiliary_loss_weight) or self.auxiliary_loss_weight < 0:
+            raise ConfigError(f"auxiliary_loss_weight must be a finite number ≥ 0, got {self.auxiliary_loss_weight!r}.")
+        for name in ("train_heads", "norm", "bias"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ConfigError(f"{name} must be true, false or null, got {getattr(self, name)!r}.")
+        choices = {
+            "dialect": tuple(DIALECTS),
+            "init": ("random", "base"),
+            "embeddings": ("auto", "base", "own"),
+            "activation": (None, "silu", "gelu"),
+            "dropout_position": (None, "rank", "delta"),
+            "down_init": (None, "normal", "linear"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                words = ", ".join(str(a) for a in allowed if a is not None)
+                raise ConfigError(f"{name} must be one of {words}; got {getattr(self, name)!r}.")
+        if not isinstance(self.shadow, str) or not self.shadow:
+            raise ConfigError(f"shadow must be mirror, dense, a path or a hub id; got {self.shadow!r}.")
+        if self.is_pretrained:
+            sizes = [n for n in self.keys() if n.startswith("shadow_") and getattr(self, n) is not None]
+            if sizes:
+                raise ConfigError(f"A pretrained shadow brings its own sizes: remove {', '.join(sizes)}.")
+            if self.init == "base":
+                raise ConfigError("init='base' copies blocks of the base, which a pretrained shadow does not need.")
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether `shadow` names a checkpoint rather than a form."""
+        return self.shadow not in ("mirror", "dense")
+
+    def resolve(self) -> "ShadowConfig":
+        """This configuration with each None of the dialect filled in."""
+        filled = {k: v for k, v in DIALECTS[self.dialect].items() if getattr(self, k) is None}
+        if self.gate_rank is None and filled.get("gate_rank") is None:
+            filled["gate_rank"] = self.rank or filled["rank"]
+        return dataclasses.replace(self, **filled)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by field name, for JSON and YAML."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ShadowConfig":
+        """The inverse of `to_dict`; missing keys take their defaults.
+
+        Raises:
+            ConfigError: an unknown key, or a value outside its range.
+        """
+        return cls(**values)
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The names of all fields."""
+        return [f.name for f in dataclasses.fields(cls)]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def name_the_nearest_key(cls: type) -> None:
+    """Make ``cls(rnk=8)`` raise a ConfigError that names ``rank``, instead of Python's bare TypeError."""
+    plain_init = cls.__init__
+
+    @wraps(plain_init)
+    def init(self, **values):
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown_key(key, known, cls.__name__)
+        plain_init(self, **values)
+
+    cls.__init__ = init
+
+
+name_the_nearest_key(ShadowConfig)

@@ -1,0 +1,128 @@
+"""The method, and nothing else (Li et al., 2026, arXiv 2604.19254).
+
+Letters: B batch, T tokens, D base hidden size, R injection rank, G gate rank, L base layers.
+
+    s⁰            = projection(shadow_backbone(x))                     # (B, T, D), see backbone.py
+    inject        h ← h + α · dropout((h − s) · W_down) · W_up         # before block l ≥ first; W_up starts at 0
+    block l       h ← base_block_l(h)                                  # frozen
+    update        n = norm(h);  s ← s + σ(gate(n)) ⊙ (transform(n) − s)
+    loss          = CE(base head, y) + λ · CE(head(s⁰), y)             # see model.py
+
+The update after the last block feeds nothing: it is neither computed nor given parameters.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ShadowConfig
+
+IGNORED = -100  # the label of a position that carries no loss
+ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU}
+
+
+class Injection(nn.Module):
+    """h ← h + α · dropout((h − s) · W_down) · W_up, with ``down.weight`` (R, D) and ``up.weight`` (D, R)."""
+
+    def __init__(self, hidden_size: int, config: ShadowConfig):
+        super().__init__()
+        assert config.rank is not None
+        self.alpha = config.alpha
+        self.down = nn.Linear(hidden_size, config.rank, bias=False)
+        self.up = nn.Linear(config.rank, hidden_size, bias=False)
+        self.dropout_delta = nn.Dropout(config.dropout if config.dropout_position == "delta" else 0.0)
+        self.dropout_rank = nn.Dropout(config.dropout if config.dropout_position == "rank" else 0.0)
+        if config.down_init == "normal":
+            nn.init.normal_(self.down.weight, std=0.02)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: Tensor, s: Tensor) -> Tensor:
+        """(B, T, D), (B, T, D) → (B, T, D) in h's dtype; computed in the dtype of the weights."""
+        delta = (h - s).to(self.down.weight.dtype)
+        correction = self.up(self.dropout_rank(self.down(self.dropout_delta(delta))))
+        return h + (self.alpha * correction).to(h.dtype)
+
+
+class Update(nn.Module):
+    """s ← s + σ(gate(n)) ⊙ (transform(n) − s), with gate and transform of shape D → G → D."""
+
+    def __init__(self, hidden_size: int, config: ShadowConfig):
+        super().__init__()
+        assert config.gate_rank is not None and config.bias is not None and config.activation is not None
+        D, G, bias, activation = hidden_size, config.gate_rank, config.bias, ACTIVATIONS[config.activation]
+        dropout = config.dropout if config.dropout_position == "rank" else 0.0
+        self.gate = nn.Sequential(nn.Linear(D, G, bias=bias), activation(), nn.Linear(G, D, bias=bias))
+        self.transform = nn.Sequential(
+            nn.Linear(D, G, bias=bias), activation(), nn.Dropout(dropout), nn.Linear(G, D, bias=bias)
+        )
+
+    def forward(self, n: Tensor, s: Tensor) -> Tensor:
+        """(B, T, D), (B, T, D) → (B, T, D) in s's dtype."""
+        return (s + torch.sigmoid(self.gate(n)) * (self.transform(n) - s)).to(s.dtype)
+
+
+class Couplings(nn.Module):
+    """All that couples L blocks to the state: an `Injection` before each block from ``first`` on, an `Update` between.
+
+    Args:
+        num_layers: L.
+        hidden_size: D.
+        config: resolved, so that no field of the dialect is None.
+    """
+
+    def __init__(self, num_layers: int, hidden_size: int, config: ShadowConfig):
+        super().__init__()
+        assert config.first_layer is not None
+        self.first = config.first_layer
+        layers = range(self.first, num_layers)
+        self.injections = nn.ModuleDict({str(l): Injection(hidden_size, config) for l in layers})
+        self.updates = nn.ModuleDict({str(l): Update(hidden_size, config) for l in layers[:-1]})
+        self.norm = nn.LayerNorm(hidden_size) if config.norm and len(layers) > 1 else nn.Identity()
+
+    def inject(self, l: int, h: Tensor, s: Tensor) -> Tensor:
+        """The input of block l: h corrected towards what the state knows."""
+        return self.injections[str(l)](h, s)
+
+    def update(self, l: int, h: Tensor, s: Tensor) -> Tensor:
+        """The state after block l, whose output is h."""
+        update = self.updates[str(l)]
+        n = self.norm(h.to(update.gate[0].weight.dtype))
+        return update(n, s)
+
+
+def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a next-token loss falls: flat positions (N,) whose following token is labelled, and those labels (N,).
+
+    Args:
+        labels: (B, T), aligned with the input; `IGNORED` where there is no loss.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+    positions = (following != IGNORED).nonzero().squeeze(-1)
+    return positions, following[positions]
+
+
+def token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
+    """Σ CE over (N, V) logits and (N,) targets, divided by ``items``, the labels of the whole accumulated batch.
+
+    Without ``items`` it is the mean over N. With N = 0 it is 0 and still connected to the graph.
+    """
+    total = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+    return total / (max(targets.numel(), 1) if items is None else items)
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str, items: Tensor | int | None) -> Tensor:
+    """The loss of (B, C) logits: regression (MSE), single_label_classification (CE) or multi_label_… (BCE).
+
+    Normalised like `token_loss`: by ``items`` labels, by default those of this batch.
+    """
+    logits = logits.float()
+    if problem_type == "single_label_classification":
+        labels = labels.reshape(-1)
+        total, count = F.cross_entropy(logits, labels, reduction="sum"), (labels != IGNORED).sum().clamp(min=1)
+    elif problem_type == "multi_label_classification":
+        total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+        count = labels.numel()
+    else:
+        total = F.mse_loss(logits, labels.to(logits.dtype).reshape(logits.shape), reduction="sum")
+        count = labels.numel()
+    return total / (count if items is None else items)

@@ -1,0 +1,50 @@
+"""Everything that Umbra raises for its users.
+
+    UmbraError
+    ├── ConfigError (ValueError)       a field's value, an unknown key, sizes that do not fit together
+    ├── BaseModelError (ValueError)    a base that cannot carry a shadow, or is not the one an adapter was made for
+    ├── CheckpointError (ValueError)   an adapter folder that is missing, damaged, or must not be overwritten
+    ├── DataError (ValueError)         a record, a column or a file of the training or evaluation data
+    ├── DetachError (ValueError)       a shadow that no stock model can express
+    └── StateError (RuntimeError)      a coupled block that runs outside its model's forward
+
+Each message says what was wrong, what was given, and how to mend it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UmbraError(Exception):
+    """Root of the hierarchy: ``except UmbraError`` catches all that Umbra raises on purpose."""
+
+
+class ConfigError(UmbraError, ValueError):
+    """A configuration that cannot be used."""
+
+
+class BaseModelError(UmbraError, ValueError):
+    """A base model that cannot carry this shadow."""
+
+
+class CheckpointError(UmbraError, ValueError):
+    """An adapter folder that cannot be read or written."""
+
+
+class DataError(UmbraError, ValueError):
+    """Data that cannot be trained or evaluated on."""
+
+
+class DetachError(UmbraError, ValueError):
+    """A shadow that cannot stand alone as a stock model."""
+
+
+class StateError(UmbraError, RuntimeError):
+    """A coupled block was run outside the forward of the model that it is coupled to."""
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
+    """The error for a key that ``where`` does not have, naming the nearest key that it has."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(known))}."
+    return ConfigError(f"Unknown key {key!r} in {where}. {hint}")

@@ -1,0 +1,352 @@
+"""`ShadowModel`: the base and its shadow as one transformers model."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+
+from . import anatomy
+from .hooks import Attachment, Frame, HeadPlan
+from .backbone import BATCH_ARGUMENTS, Shadow
+from .config import ShadowConfig
+from .core import classification_loss, labelled_positions, token_loss
+from .errors import BaseModelError, ConfigError, StateError
+
+
+@dataclass
+class ShadowCausalLMOutput(CausalLMOutputWithPast):
+    """As its parent, and ``shadow_loss``: the shadow's own loss, not multiplied by λ."""
+
+    shadow_loss: Tensor | None = None
+
+
+@dataclass
+class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """As its parent, and ``shadow_loss``: the shadow's own loss, not multiplied by λ."""
+
+    shadow_loss: Tensor | None = None
+
+
+def attach(
+    base: PreTrainedModel, config: ShadowConfig | None = None, *, backbone_config: PretrainedConfig | None = None
+) -> "ShadowModel":
+    """Put a shadow beside a frozen base.
+
+    The base's weights are frozen and never changed; no module of it is replaced or renamed. `ShadowModel.unload`
+    gives the base back.
+
+    Args:
+        base: a decoder with a language-model head, or with a sequence-classification head.
+        config: default `ShadowConfig()`, the paper's.
+        backbone_config: of a shadow that was saved before (see `umbra.load`).
+
+    Raises:
+        BaseModelError: a base that cannot carry a shadow, or already carries one.
+        ConfigError: sizes that do not fit the base.
+    """
+    config = ShadowConfig() if config is None else config
+    located = anatomy.locate(base)
+    kind = ShadowForSequenceClassification if located.is_classifier else ShadowForCausalLM
+    return kind(base, config, backbone_config=backbone_config)
+
+
+class ShadowModel(PreTrainedModel):
+    """A frozen ``base`` and the trainable ``shadow`` that corrects it. Made by `attach` and `load`."""
+
+    _can_compile_fullgraph = True
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None
+    ):
+        located = anatomy.locate(base)
+        resolved = config.resolve()
+        layers = len(located.blocks)
+        if layers < 2:
+            raise BaseModelError(f"The base has {layers} block; a shadow needs at least 2 to be coupled to.")
+        if resolved.first_layer is not None and resolved.first_layer >= layers:
+            raise ConfigError(f"first_layer={resolved.first_layer}, but the base's blocks are 0 to {layers - 1}.")
+        shadow = Shadow(located, resolved, backbone_config)
+
+        composite = anatomy.composite_config(base.config, shadow.backbone.config)
+        composite.keys_to_ignore_at_inference = ["past_key_values", "shadow_loss"]
+        super().__init__(composite)
+        self.shadow_config = resolved
+        self.base = base
+        self.shadow = shadow
+        self.main_input_name = base.main_input_name
+        self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in base.all_tied_weights_keys.items()}
+        self._no_split_modules = base._no_split_modules
+        self._head_name = located.head_name
+        self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
+        self._attachment = Attachment(located.blocks, located.head, resolved.first_layer or 0)
+        base.requires_grad_(False)
+        self.train(base.training)
+
+    # -- the two paths ---------------------------------------------------------------------------------------------
+
+    def _initial_state(self, batch: dict[str, Any]) -> Tensor:
+        told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
+        return self.shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
+
+    def _run_base(self, batch: dict[str, Any], s0: Tensor, head: HeadPlan) -> Any:
+        given = {k: v for k, v in batch.items() if v is not None}
+        with Frame(self._attachment, self.shadow.couplings, s0, head):
+            return self.base(**given, return_dict=True)
+
+    def _prepare_cache(self, batch: dict[str, Any]) -> None:
+        """One cache of L + S layers for both paths; none in training, where nothing reads it."""
+        if batch["use_cache"] is None:
+            batch["use_cache"] = bool(self.base.config.use_cache) and not self.training
+        cache = batch["past_key_values"]
+        if cache is None and batch["use_cache"]:
+            batch["past_key_values"] = DynamicCache(config=self.config)
+        elif cache is not None:
+            built, needed = anatomy.cache_layers(cache), self.config.get_text_config(decoder=True).num_hidden_layers
+            if built is not None and built < needed:
+                raise StateError(
+                    f"The cache has {built} layers, base and shadow need {needed}: build it from this model's config, "
+                    "not from the base's."
+                )
+
+    def disable_adapter(self) -> Frame:
+        """A context in which this thread runs the bare base: ``with model.disable_adapter(): model(...)``."""
+        return Frame(self._attachment)
+
+    @property
+    def _is_disabled(self) -> bool:
+        frame = self._attachment.current()
+        return frame is not None and frame.couplings is None
+
+    def _loss(self, task: Tensor, shadow: Tensor | None) -> Tensor:
+        """task + λ · shadow in training; evaluation reports the task's loss alone."""
+        if shadow is None or not self.training:
+            return task
+        return task + self.shadow_config.auxiliary_loss_weight * shadow
+
+    @property
+    def base_head(self) -> nn.Module:
+        """The base's own task head, frozen."""
+        return self.base.get_submodule(self._head_name)
+
+    # -- as a transformers model -----------------------------------------------------------------------------------
+
+    def unload(self) -> PreTrainedModel:
+        """The base, bit for bit as it was before `attach`; this model cannot be used afterwards."""
+        self._attachment.remove()
+        for name in self._were_trainable:
+            self.base.get_parameter(name).requires_grad_(True)
+        return self.base
+
+    def detached(self) -> PreTrainedModel:
+        """The shadow as a stock transformers model with weights of its own: see `umbra.detach`."""
+        from .detach import detach
+
+        return detach(self)
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
+        """Write the adapter folder, atomically; the base is not written. See `umbra.checkpoint.save`."""
+        from .checkpoint import save
+
+        save(self, save_directory, **options)
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> "ShadowModel":  # type: ignore[override]
+        """The same as `umbra.load`."""
+        from .checkpoint import load
+
+        return load(path, *args, **options)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.base.set_output_embeddings(new_embeddings)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
+        """As in transformers; blocks below the first coupled one keep nothing for a backward and are left out."""
+        super()._set_gradient_checkpointing(enable, *args, **options)
+        anatomy.exempt_from_checkpointing(anatomy.locate(self.base).blocks[: self.shadow.couplings.first])
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **options: Any) -> Any:
+        return attn_implementation  # the base has settled it
+
+    def _check_and_adjust_experts_implementation(self, experts_implementation: Any) -> Any:
+        return experts_implementation  # likewise
+
+    def num_trainable_parameters(self) -> int:
+        """Parameters that an optimizer would be given."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: base and shadow arrive initialised."""
+
+
+class ShadowForCausalLM(ShadowModel, GenerationMixin):
+    """A language model and its shadow."""
+
+    def __init__(
+        self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None
+    ):
+        super().__init__(base, config, backbone_config=backbone_config)
+        self.generation_config = copy.deepcopy(base.generation_config) or GenerationConfig()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The base's own preparation, so that its peculiarities hold."""
+        return self.base.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The attached forward.
+
+        Args:
+            input_ids: (B, T).
+            labels: (B, T), aligned with the input, -100 where there is no loss.
+            num_items_in_batch: labels of the whole accumulated batch, which both losses are divided by; by default
+                the labels of this batch.
+            skip_logits: compute logits only where there is a label, and return none; by default in training with
+                labels.
+
+        Returns:
+            ShadowCausalLMOutput. ``loss`` is the task's plus λ times the shadow's in training, the task's alone in
+            evaluation; ``shadow_loss`` stands beside it. ``logits`` (B, T, V) are the attached path's.
+        """
+        as_tuple = return_dict is False
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        skip_logits = (self.training if skip_logits is None else skip_logits) and labels is not None
+        if self._is_disabled:
+            return self.base(
+                **batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
+                num_items_in_batch=num_items_in_batch,
+            )  # fmt: skip
+        self._prepare_cache(batch)
+        s0 = self._initial_state(batch)
+        if labels is None:
+            out = self._run_base(
+                {**batch, "logits_to_keep": logits_to_keep},
+                s0, HeadPlan(None, None, self.shadow.heads, flatten=False),
+            )  # fmt: skip
+            result = ShadowCausalLMOutput(**out)
+            return result.to_tuple() if as_tuple else result
+
+        positions, targets = labelled_positions(labels)
+        with_shadow = self.shadow_config.auxiliary_loss_weight > 0
+        extra = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)] if with_shadow else None
+        plan = HeadPlan(positions if skip_logits else None, extra, self.shadow.heads)
+        out = self._run_base(batch, s0, plan)
+        if not plan.rows and out.logits.shape[0] != 1:
+            raise BaseModelError(
+                f"{type(self.base).__name__} does not call its output embeddings as a module; "
+                "its labelled positions cannot be chosen."
+            )
+        attached, shadow = out.logits[0, : plan.rows], out.logits[0, plan.rows :]
+        at_labels = attached if skip_logits else attached[positions.to(attached.device)]
+        shadow_loss = token_loss(shadow, targets, num_items_in_batch) if with_shadow else None
+        loss = self._loss(token_loss(at_labels, targets, num_items_in_batch), shadow_loss)
+        logits = None if skip_logits else attached.view(*labels.shape, -1)
+        if logits is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            logits = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
+        result = ShadowCausalLMOutput(**{**out, "loss": loss, "logits": logits, "shadow_loss": shadow_loss})
+        return result.to_tuple() if as_tuple else result
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """As in transformers, with one cache for base and shadow."""
+        return super().generate(*args, **options)
+
+
+class ShadowForSequenceClassification(ShadowModel):
+    """A classifier and its shadow: single label, multi label or regression, as the base's configuration says."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The attached forward.
+
+        Args:
+            input_ids: (B, T).
+            labels: (B,) classes, (B,) or (B, C) values for regression, (B, C) of 0 and 1 for multi label.
+            num_items_in_batch: labels of the whole accumulated batch, which both losses are divided by.
+            skip_logits: has no effect: class logits are cheap.
+
+        Returns:
+            ShadowSequenceClassifierOutput with ``logits`` (B, C); losses as in `ShadowForCausalLM`.
+        """
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        if self._is_disabled:
+            return self.base(**batch, labels=labels, return_dict=return_dict)
+        batch["use_cache"] = bool(use_cache)
+        self._prepare_cache(batch)
+        s0 = self._initial_state(batch)
+        out = self._run_base(batch, s0, HeadPlan(None, None, self.shadow.heads, flatten=False))
+        result = ShadowSequenceClassifierOutput(**out)
+        if labels is not None:
+            kind = anatomy.problem_type(self.base.config, labels)
+            shadow_loss = None
+            if self.shadow_config.auxiliary_loss_weight > 0:
+                pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(input_ids, s0)]
+                head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
+                shadow_logits = head(pooled.to(next(head.parameters()).dtype))
+                shadow_loss = classification_loss(shadow_logits, labels, kind, num_items_in_batch)
+            result.shadow_loss = shadow_loss
+            result.loss = self._loss(classification_loss(out.logits, labels, kind, num_items_in_batch), shadow_loss)
+        return result.to_tuple() if return_dict is False else result
+
+    def _last_token(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:
+        """(B,) the rightmost token that is not padding, by the rule of transformers' classifiers."""
+        pad = anatomy.pad_token_id(self.base.config)
+        if input_ids is None or pad is None:
+            return torch.full((len(s0),), s0.shape[1] - 1, device=s0.device)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return ((input_ids != pad) * places).argmax(-1).to(s0.device)
