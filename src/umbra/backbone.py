@@ -75,6 +75,7 @@ class Shadow(nn.Module):
         Raises:
             BaseModelError: only ``inputs_embeds`` were given to a shadow that has its own embeddings.
         """
+        batch.setdefault("use_cache", False)
         if self.owns_embeddings:
             if input_ids is None:
                 raise BaseModelError(

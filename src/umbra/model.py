@@ -1,6 +1,7 @@
 """`ShadowModel`: the base and its shadow as one transformers model."""
 
 import copy
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, Pretra
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from . import anatomy
-from .hooks import Attachment, Frame, HeadPlan
 from .backbone import BATCH_ARGUMENTS, Shadow
 from .config import ShadowConfig
 from .core import classification_loss, labelled_positions, token_loss
 from .errors import BaseModelError, ConfigError, StateError
+from .fingerprint import fingerprint
+from .hooks import Attachment, Frame, HeadPlan
 
 
 @dataclass
@@ -77,6 +79,8 @@ class ShadowModel(PreTrainedModel):
         composite.keys_to_ignore_at_inference = ["past_key_values", "shadow_loss"]
         super().__init__(composite)
         self.shadow_config = resolved
+        self.adapter_id = uuid.uuid4().hex
+        self.base_fingerprint = fingerprint(located)
         self.base = base
         self.shadow = shadow
         self.main_input_name = base.main_input_name

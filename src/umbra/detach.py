@@ -1,0 +1,132 @@
+"""The shadow as a stock transformers model: nothing of Umbra is needed to load it.
+
+    embeddings  E' = E · P_in / scale       head  W' = W_head · P_out
+
+Both products are exact, since each projection is one bias-free linear map next to the table or the head.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import anatomy, folder
+from .errors import CheckpointError, DetachError
+from .model import ShadowModel
+
+
+@torch.no_grad()
+def detach(model: ShadowModel) -> PreTrainedModel:
+    """A stock model, with weights of its own, whose logits are those of the shadow path: head(s⁰).
+
+    Raises:
+        DetachError: the base caps or scales its logits in a way that the shadow's own class does not.
+    """
+    base, shadow = anatomy.locate(model.base), model.shadow
+    mirrored = type(shadow.backbone) is type(base.decoder)
+    if not mirrored and not base.is_classifier and anatomy.caps_logits(model.base.config):
+        raise DetachError(
+            f"The base ({base.config.model_type}) caps or scales its logits, which a detached "
+            f"{shadow.backbone.config.model_type} cannot do. Use shadow='mirror'."
+        )
+    config = _stock_config(model)
+    dtype = shadow.couplings_dtype
+    if mirrored:
+        stock = type(model.base)._from_config(config, dtype=dtype)
+    else:
+        kind = AutoModelForSequenceClassification if base.is_classifier else AutoModelForCausalLM
+        stock = kind.from_config(config, dtype=dtype)
+    parts = anatomy.locate(stock)
+
+    table = _embedding_table(model, parts.embeddings)
+    head = shadow.heads["shadow"] if shadow.heads else model.base_head
+    weight = _folded_head(head, shadow.projection)
+    tied = weight.shape == table.shape and torch.equal(weight, table)
+    _settle_tying(stock, parts, tied)
+    state = {f"{k}": v for k, v in shadow.backbone.state_dict().items()}
+    missing = parts.decoder.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys, missing
+    parts.embeddings.weight.copy_(table)  # type: ignore[operator, union-attr]
+    parts.head.weight.copy_(weight)  # type: ignore[operator, union-attr]
+    if getattr(head, "bias", None) is not None:
+        parts.head.bias = nn.Parameter(head.bias.detach().to(dtype).clone())  # type: ignore[union-attr]
+    stock.tie_weights()
+    if stock.can_generate():
+        stock.generation_config = copy.deepcopy(model.base.generation_config)  # type: ignore[attr-defined]
+    return stock.to(table.device).eval()
+
+
+def _stock_config(model: ShadowModel) -> PretrainedConfig:
+    config, base = copy.deepcopy(model.shadow.backbone.config), model.base.config
+    config.__dict__.pop("quantization_config", None)
+    config.architectures = None
+    for key in ("num_labels", "id2label", "label2id", "problem_type") if anatomy.locate(model.base).is_classifier else ():
+        setattr(config, key, getattr(base, key))
+    text = base.get_text_config()
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, key, getattr(text, key))
+    return config
+
+
+def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
+    """(V, Ds): what the stock model's table must hold so that looking a token up gives what the shadow reads."""
+    shadow = model.shadow
+    if shadow.owns_embeddings:
+        return shadow.backbone.get_input_embeddings().weight.detach()
+    source = model.base.get_input_embeddings()
+    table = source.weight.detach().to(shadow.couplings_dtype)  # type: ignore[operator, union-attr]
+    if shadow.embed_projection is not None:
+        table = table @ shadow.embed_projection.weight.T
+    ratio = anatomy.embedding_scale(source) / anatomy.embedding_scale(target)
+    return table if ratio == 1 else table * ratio
+
+
+def _folded_head(head: nn.Module, projection: nn.Linear | None) -> Tensor:
+    weight = head.weight.detach()  # type: ignore[operator, union-attr]
+    if projection is None:
+        return weight.to(next(iter(head.parameters())).dtype)
+    return weight.to(projection.weight.dtype) @ projection.weight
+
+
+def _settle_tying(stock: PreTrainedModel, parts: anatomy.Anatomy, tied: bool) -> None:
+    """Tie the head to the embeddings exactly where they are equal."""
+    for config in {id(c): c for c in (stock.config, stock.config.get_text_config())}.values():
+        config.tie_word_embeddings = tied
+    stock.all_tied_weights_keys = stock.get_expanded_tied_weights_keys(all_submodels=True)
+    if not tied and parts.head.weight is parts.embeddings.weight:
+        parts.head.weight = nn.Parameter(parts.embeddings.weight.detach().clone())  # type: ignore[union-attr]
+
+
+def write_detached(
+    model: ShadowModel, out: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:  # fmt: skip
+    """Write the detached shadow, its generation config and its tokenizer as a stock checkpoint.
+
+    Raises:
+        CheckpointError: ``out`` is not empty and ``overwrite`` is False, or the disk refused.
+        DetachError: see `detach`.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise CheckpointError(f"{out} is not empty: choose another folder, or overwrite (--overwrite).")
+    stock: Any = detach(model)
+    if dtype is not None:
+        stock = stock.to(dtype)
+
+    def write(staging: Path) -> None:
+        stock.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+
+    folder.write_together(out, write)
+    return out

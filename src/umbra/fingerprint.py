@@ -1,0 +1,62 @@
+"""Telling one base from another: sizes, and a sample of the weights.
+
+The sample survives a change of precision (it is kept in bf16) and quantised linears (they are not in it, only what
+is still floating point), but not another training run.
+"""
+
+import base64
+from typing import Any
+
+import torch
+
+from .anatomy import Anatomy
+from .errors import BaseModelError
+
+SAMPLES = 64  # values of each sampled tensor
+AGREEMENT = 0.9  # share that must be equal after rounding to bf16; a detour over fp16 moves a few per cent
+
+
+def fingerprint(base: Anatomy) -> dict[str, Any]:
+    """Sizes, and ``weights``: name → base64 of `SAMPLES` evenly spaced values in bf16.
+
+    Sampled are the embeddings and every tensor of the first, middle and last block.
+    """
+    config, blocks = base.config, base.blocks
+    tensors = {"embeddings": base.embeddings.weight}
+    for l in (0, len(blocks) // 2, len(blocks) - 1):
+        tensors |= {f"block {l} {name}": p for name, p in blocks[l].named_parameters()}
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": len(blocks),
+        "vocab_size": base.embeddings.weight.shape[0],
+        "weights": {name: _sample(p) for name, p in tensors.items() if _is_plain(p)},
+    }
+
+
+def _is_plain(p: torch.Tensor) -> bool:
+    return p.is_floating_point() and p.element_size() > 1 and type(p.data) is torch.Tensor and not p.is_meta
+
+
+def _sample(p: torch.Tensor) -> str:
+    flat = p.detach().reshape(-1)
+    values = flat[torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)]
+    return base64.b64encode(values.float().bfloat16().view(torch.int16).cpu().numpy().tobytes()).decode()
+
+
+def check_same_base(expected: dict[str, Any], base: Anatomy) -> None:
+    """Raise unless ``base`` is the one that the fingerprint was taken of.
+
+    Raises:
+        BaseModelError: another architecture, other sizes, or other weights.
+    """
+    found = fingerprint(base)
+    mend = "Load the adapter with the base that it was trained on; allow_other_base=True overrides."
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        if expected.get(key) != found[key]:
+            raise BaseModelError(f"Wrong base: {key} is {found[key]}, the adapter's has {expected.get(key)}. {mend}")
+    weights = expected.get("weights", {})
+    for name in weights.keys() & found["weights"].keys():
+        a, b = (torch.frombuffer(bytearray(base64.b64decode(w)), dtype=torch.int16) for w in (weights[name], found["weights"][name]))
+        if len(a) != len(b) or (a == b).float().mean() < AGREEMENT:
+            raise BaseModelError(f"Wrong base: same sizes, but other weights in {name}. {mend}")

@@ -1,0 +1,59 @@
+"""Writing a few files into a folder so that a reader finds all the old ones or all the new ones.
+
+The new files are staged in a hidden folder inside the target, which one rename then commits; moving them to their
+places follows. A reader looks into the committed folder first, so a kill at any moment loses nothing.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import CheckpointError
+
+COMMITTED = ".umbra-commit"
+STAGED_PREFIX = ".umbra-staged-"
+
+
+def write_together(folder: Path, write: Callable[[Path], None]) -> None:
+    """Run ``write(staging)`` and put what it wrote into ``folder`` as one.
+
+    Raises:
+        CheckpointError: the disk refused; what was in ``folder`` before is still there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _finish(folder)
+        for left in folder.glob(STAGED_PREFIX + "*"):
+            shutil.rmtree(left, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=STAGED_PREFIX, dir=folder))
+    except OSError as error:
+        raise CheckpointError(f"Nothing can be written to {folder}: {error}") from error
+    try:
+        write(staging)
+        for path in staging.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        staging.chmod(0o755)
+        staging.rename(folder / COMMITTED)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"Saving to {folder} failed, its old content is intact: {error}") from error
+        raise
+    _finish(folder)
+
+
+def _finish(folder: Path) -> None:
+    committed = folder / COMMITTED
+    if committed.is_dir():
+        for path in committed.iterdir():
+            path.replace(folder / path.name)
+        committed.rmdir()
+
+
+def find(folder: Path, name: str) -> Path:
+    """Where a file written by `write_together` is, also after a kill in the middle of it."""
+    committed = folder / COMMITTED / name
+    return committed if committed.exists() else folder / name
