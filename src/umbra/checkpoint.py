@@ -19,7 +19,7 @@ from .bases import load_base
 from .card import model_card
 from .config import ShadowConfig
 from .errors import CheckpointError, ConfigError
-from .fingerprint import check_same_base, fingerprint
+from .fingerprint import check_same_base
 from .model import ShadowModel, attach
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -58,15 +58,17 @@ def save(
     weights = {k.removeprefix(prefix): v.detach().cpu().contiguous() for k, v in source.items() if k.startswith(prefix)}
     lost = model.shadow.state_dict().keys() - weights.keys()
     if lost:
-        raise CheckpointError(f"The state dict to save lacks {len(lost)} tensors of the shadow, {sorted(lost)[0]} first.")
+        raise CheckpointError(
+            f"The state dict to save lacks {len(lost)} tensors of the shadow, {sorted(lost)[0]} first."
+        )
 
     def write(staging: Path) -> None:
         try:
             save_file(weights, staging / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        (staging / CONFIG_FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (staging / CARD_FILE).write_text(model_card(values, model), encoding="utf-8")
+        folder.write_text(staging / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        folder.write_text(staging / CARD_FILE, model_card(values, model))
 
     folder.write_together(target, write)
 
@@ -175,7 +177,7 @@ def load(
         CheckpointError: a missing, damaged or foreign folder, or tensors that do not fit.
         BaseModelError: another base than the adapter's.
     """
-    path = _local(path)
+    path = local_folder(path)
     values, weights = read_config(path), read_weights(path)
     file = folder.find(path, CONFIG_FILE)
     try:
@@ -218,7 +220,8 @@ def load_weights(model: ShadowModel, weights: dict[str, torch.Tensor], file: Pat
     for key, value in weights.items():
         if value.shape != own[key].shape or not value.is_floating_point():
             raise CheckpointError(
-                f"{file}: {key!r} is {value.dtype} of shape {tuple(value.shape)}, needed is floating point of shape {tuple(own[key].shape)}."
+                f"{file}: {key!r} is {value.dtype} of shape {tuple(value.shape)}, "
+                f"needed is floating point of shape {tuple(own[key].shape)}."
             )
     model.shadow.load_state_dict(weights, strict=True)
 
@@ -232,8 +235,8 @@ def _classifier(values: dict[str, Any]) -> dict[str, Any] | None:
     return classifier
 
 
-def _local(path: str | Path) -> Path:
-    """The folder itself, or the cached copy of a hub repository."""
+def local_folder(path: str | Path) -> Path:
+    """The folder itself, or the cached copy of a hub repository (``owner/name``, ``owner/name@revision``)."""
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "~", "/")):
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -242,7 +245,11 @@ def _local(path: str | Path) -> Path:
     repository, _, revision = str(path).partition("@")
     try:
         return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE])
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+            )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is neither a folder nor a hub repository that can be reached: {error}") from error
+        raise CheckpointError(
+            f"{path} is neither a folder nor a hub repository that can be reached: {error}"
+        ) from error

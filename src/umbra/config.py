@@ -62,13 +62,17 @@ class ShadowConfig:
         "the shadow's backbone: mirror (the base's own architecture; dense for MoE and hybrid bases), "
         "dense (Llama-style), or the path or hub id of a pretrained model",
     )
-    shadow_num_hidden_layers: int | None = option(None, "S, layers of the shadow; default 1, or all of a pretrained one")
+    shadow_num_hidden_layers: int | None = option(
+        None, "S, layers of the shadow; default 1, or all of a pretrained one"
+    )
     shadow_hidden_size: int | None = option(None, "width of the shadow; default the base's. A projection bridges them")
     shadow_intermediate_size: int | None = option(None, "feed-forward width of the shadow; default the base's")
     shadow_num_attention_heads: int | None = option(None, "attention heads of the shadow; default the base's")
     shadow_num_key_value_heads: int | None = option(None, "key-value heads of the shadow; default the base's")
     shadow_head_dim: int | None = option(None, "width of one attention head of the shadow; default the base's")
-    init: Literal["random", "base"] = option("random", "initial weights of a mirrored shadow: random, or base (copied blocks)")
+    init: Literal["random", "base"] = option(
+        "random", "initial weights of a mirrored shadow: random, or base (copied blocks)"
+    )
     embeddings: Literal["auto", "base", "own"] = option(
         "auto", "input embeddings: base (shared, projected where widths differ), own (a table of the shadow's), "
         "auto (own for a pretrained shadow, else base)"
@@ -164,7 +168,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def name_the_nearest_key(cls: type) -> None:
+def name_the_nearest_key(cls: Any) -> None:
     """Make ``cls(rnk=8)`` raise a ConfigError that names ``rank``, instead of Python's bare TypeError."""
     plain_init = cls.__init__
 

@@ -11,6 +11,8 @@ Letters: B batch, T tokens, D base hidden size, R injection rank, G gate rank, L
 The update after the last block feeds nothing: it is neither computed nor given parameters.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,7 +87,7 @@ class Couplings(nn.Module):
 
     def update(self, l: int, h: Tensor, s: Tensor) -> Tensor:
         """The state after block l, whose output is h."""
-        update = self.updates[str(l)]
+        update: Any = self.updates[str(l)]
         n = self.norm(h.to(update.gate[0].weight.dtype))
         return update(n, s)
 

@@ -22,6 +22,7 @@ from transformers import (
 from . import anatomy, folder
 from .errors import CheckpointError, DetachError
 from .model import ShadowModel
+from .options import check_dtype
 
 
 @torch.no_grad()
@@ -39,6 +40,7 @@ def detach(model: ShadowModel) -> PreTrainedModel:
             f"{shadow.backbone.config.model_type} cannot do. Use shadow='mirror'."
         )
     config = _stock_config(model)
+    stock: Any
     dtype = shadow.couplings_dtype
     if mirrored:
         stock = type(model.base)._from_config(config, dtype=dtype)
@@ -48,28 +50,30 @@ def detach(model: ShadowModel) -> PreTrainedModel:
     parts = anatomy.locate(stock)
 
     table = _embedding_table(model, parts.embeddings)
-    head = shadow.heads["shadow"] if shadow.heads else model.base_head
+    head: Any = shadow.heads["shadow"] if shadow.heads else model.base_head
     weight = _folded_head(head, shadow.projection)
     tied = weight.shape == table.shape and torch.equal(weight, table)
     _settle_tying(stock, parts, tied)
     state = {f"{k}": v for k, v in shadow.backbone.state_dict().items()}
     missing = parts.decoder.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys, missing
-    parts.embeddings.weight.copy_(table)  # type: ignore[operator, union-attr]
-    parts.head.weight.copy_(weight)  # type: ignore[operator, union-attr]
+    parts.embeddings.weight.copy_(table)
+    parts.head.weight.copy_(weight)
     if getattr(head, "bias", None) is not None:
-        parts.head.bias = nn.Parameter(head.bias.detach().to(dtype).clone())  # type: ignore[union-attr]
+        parts.head.bias = nn.Parameter(head.bias.detach().to(dtype).clone())
     stock.tie_weights()
     if stock.can_generate():
-        stock.generation_config = copy.deepcopy(model.base.generation_config)  # type: ignore[attr-defined]
-    return stock.to(table.device).eval()
+        stock.generation_config = copy.deepcopy(model.base.generation_config)
+    return stock.to(device=table.device).eval()
 
 
 def _stock_config(model: ShadowModel) -> PretrainedConfig:
     config, base = copy.deepcopy(model.shadow.backbone.config), model.base.config
     config.__dict__.pop("quantization_config", None)
     config.architectures = None
-    for key in ("num_labels", "id2label", "label2id", "problem_type") if anatomy.locate(model.base).is_classifier else ():
+    for key in (
+        ("num_labels", "id2label", "label2id", "problem_type") if anatomy.locate(model.base).is_classifier else ()
+    ):
         setattr(config, key, getattr(base, key))
     text = base.get_text_config()
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -82,16 +86,16 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
     shadow = model.shadow
     if shadow.owns_embeddings:
         return shadow.backbone.get_input_embeddings().weight.detach()
-    source = model.base.get_input_embeddings()
-    table = source.weight.detach().to(shadow.couplings_dtype)  # type: ignore[operator, union-attr]
+    source: Any = model.base.get_input_embeddings()
+    table = source.weight.detach().to(shadow.couplings_dtype)
     if shadow.embed_projection is not None:
         table = table @ shadow.embed_projection.weight.T
     ratio = anatomy.embedding_scale(source) / anatomy.embedding_scale(target)
     return table if ratio == 1 else table * ratio
 
 
-def _folded_head(head: nn.Module, projection: nn.Linear | None) -> Tensor:
-    weight = head.weight.detach()  # type: ignore[operator, union-attr]
+def _folded_head(head: Any, projection: nn.Linear | None) -> Tensor:
+    weight = head.weight.detach()
     if projection is None:
         return weight.to(next(iter(head.parameters())).dtype)
     return weight.to(projection.weight.dtype) @ projection.weight
@@ -103,7 +107,7 @@ def _settle_tying(stock: PreTrainedModel, parts: anatomy.Anatomy, tied: bool) ->
         config.tie_word_embeddings = tied
     stock.all_tied_weights_keys = stock.get_expanded_tied_weights_keys(all_submodels=True)
     if not tied and parts.head.weight is parts.embeddings.weight:
-        parts.head.weight = nn.Parameter(parts.embeddings.weight.detach().clone())  # type: ignore[union-attr]
+        parts.head.weight = nn.Parameter(parts.embeddings.weight.detach().clone())
 
 
 def write_detached(
@@ -130,3 +134,12 @@ def write_detached(
 
     folder.write_together(out, write)
     return out
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """A floating-point type by its name; None for auto.
+
+    Raises:
+        ConfigError: another name.
+    """
+    return None if check_dtype(name) == "auto" else getattr(torch, name)

@@ -21,8 +21,8 @@ def fingerprint(base: Anatomy) -> dict[str, Any]:
 
     Sampled are the embeddings and every tensor of the first, middle and last block.
     """
-    config, blocks = base.config, base.blocks
-    tensors = {"embeddings": base.embeddings.weight}
+    config, blocks = base.config, list(base.blocks)
+    tensors: dict[str, torch.Tensor] = {"embeddings": base.embeddings.weight}
     for l in (0, len(blocks) // 2, len(blocks) - 1):
         tensors |= {f"block {l} {name}": p for name, p in blocks[l].named_parameters()}
     return {
@@ -44,6 +44,10 @@ def _sample(p: torch.Tensor) -> str:
     return base64.b64encode(values.float().bfloat16().view(torch.int16).cpu().numpy().tobytes()).decode()
 
 
+def _decode(sample: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(sample)), dtype=torch.int16)
+
+
 def check_same_base(expected: dict[str, Any], base: Anatomy) -> None:
     """Raise unless ``base`` is the one that the fingerprint was taken of.
 
@@ -57,6 +61,9 @@ def check_same_base(expected: dict[str, Any], base: Anatomy) -> None:
             raise BaseModelError(f"Wrong base: {key} is {found[key]}, the adapter's has {expected.get(key)}. {mend}")
     weights = expected.get("weights", {})
     for name in weights.keys() & found["weights"].keys():
-        a, b = (torch.frombuffer(bytearray(base64.b64decode(w)), dtype=torch.int16) for w in (weights[name], found["weights"][name]))
+        a, b = (
+            torch.frombuffer(bytearray(base64.b64decode(w)), dtype=torch.int16)
+            for w in (weights[name], found["weights"][name])
+        )
         if len(a) != len(b) or (a == b).float().mean() < AGREEMENT:
             raise BaseModelError(f"Wrong base: same sizes, but other weights in {name}. {mend}")

@@ -53,6 +53,11 @@ def _finish(folder: Path) -> None:
         committed.rmdir()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8."""
+    path.write_text(text, encoding="utf-8")
+
+
 def find(folder: Path, name: str) -> Path:
     """Where a file written by `write_together` is, also after a kill in the middle of it."""
     committed = folder / COMMITTED / name

@@ -63,9 +63,7 @@ class ShadowModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
 
-    def __init__(
-        self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None
-    ):
+    def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         located = anatomy.locate(base)
         resolved = config.resolve()
         layers = len(located.blocks)
@@ -200,9 +198,7 @@ class ShadowModel(PreTrainedModel):
 class ShadowForCausalLM(ShadowModel, GenerationMixin):
     """A language model and its shadow."""
 
-    def __init__(
-        self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None
-    ):
+    def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         super().__init__(base, config, backbone_config=backbone_config)
         self.generation_config = copy.deepcopy(base.generation_config) or GenerationConfig()
 
@@ -288,7 +284,7 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
     @torch.no_grad()
     def generate(self, *args: Any, **options: Any) -> Any:
         """As in transformers, with one cache for base and shadow."""
-        return super().generate(*args, **options)
+        return super().generate(*args, **options)  # type: ignore[misc]
 
 
 class ShadowForSequenceClassification(ShadowModel):

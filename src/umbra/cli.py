@@ -1,0 +1,214 @@
+"""The ``umbra`` command. Each subcommand is imported when it runs, so that ``--help`` is instant."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from typing import Any, get_args, get_type_hints
+
+from .config import ShadowConfig
+from .errors import ConfigError, UmbraError
+from .options import DetachOptions, EvalOptions, GenerateOptions, InspectOptions, TrainOptions
+
+COMMANDS = {
+    "train": "train a shadow: umbra train config.yaml [--field value …]",
+    "eval": "score base, attached and detached on a held-out set",
+    "generate": "answer a prompt, streaming",
+    "detach": "write the shadow alone, as a stock transformers checkpoint",
+    "inspect": "explain an adapter folder",
+}
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; 0 on success, 2 with a message on standard error where something is wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _dispatch(arguments)
+    except UmbraError as error:
+        print(f"umbra: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("umbra: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="umbra", description="A frozen language model and its detachable shadow.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    given, rest = parser.parse_known_args(arguments)
+    if given.version:
+        from . import __version__
+
+        print(f"umbra {__version__}")
+        return 0
+    if given.command is None:
+        parser.print_help()
+        return 0
+    return globals()[f"_{given.command}"](rest)
+
+
+# -- the subcommands ---------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="umbra train",
+        allow_abbrev=False,
+        description="Train a shadow. Every field below can stand in config.yaml and be overridden by a flag; so can "
+        "every field of transformers' TrainingArguments (learning_rate, num_train_epochs, gradient_checkpointing, …). "
+        "The same command again resumes a run that was killed.",
+    )
+    parser.add_argument("config", nargs="?", metavar="config.yaml", help="flat YAML of fields")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    _add_flags(parser.add_argument_group("the run"), TrainOptions)
+    _add_flags(parser.add_argument_group("the shadow"), ShadowConfig)
+    known, rest = parser.parse_known_args(arguments)
+    values = _read_yaml(known.config) if known.config else {}
+    values |= {k: v for k, v in vars(known).items() if k not in ("config", "json") and v is not argparse.SUPPRESS}
+    values |= _pairs(rest)
+    from .train import train
+
+    metrics = train(values)
+    print(json.dumps(metrics, indent=2) if known.json else _lines(metrics))
+    return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    options = _parse("umbra eval", EvalOptions, arguments)
+    from .evaluate import as_json, evaluate, table
+
+    scores = evaluate(options)
+    print(json.dumps(as_json(scores), indent=2) if options.json else table(scores))
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    options = _parse("umbra generate", GenerateOptions, arguments)
+    from .generate import generate
+
+    answer = generate(options)
+    if options.json:
+        print(json.dumps(answer, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _detach(arguments: list[str]) -> int:
+    options = _parse("umbra detach", DetachOptions, arguments)
+    from .bases import load_tokenizer
+    from .checkpoint import load
+    from .detach import parse_dtype, write_detached
+
+    dtype = parse_dtype(options.dtype)
+    model = load(options.adapter, options.base)
+    out = write_detached(
+        model, options.out, load_tokenizer(model.base.name_or_path), overwrite=options.overwrite, dtype=dtype
+    )
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    if options.json:
+        print(json.dumps({"path": str(out), "bytes": size}))
+    else:
+        print(f"{out}: a stock transformers model of {size / 1e6:.1f} MB")
+    return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    options = _parse("umbra inspect", InspectOptions, arguments)
+    from .inspect import explain, inspect
+
+    found = inspect(options.path)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else explain(found))
+    return 0
+
+
+# -- flags from dataclasses --------------------------------------------------------------------------------------------
+
+
+def _parse(prog: str, kind: type, arguments: list[str]) -> Any:
+    parser = argparse.ArgumentParser(prog=prog, description=(kind.__doc__ or "").partition("`` ")[2] or kind.__doc__)
+    _add_flags(parser, kind)
+    found = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not argparse.SUPPRESS}
+    return kind(**found)
+
+
+def _add_flags(parser: Any, kind: type) -> None:
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        text = f.metadata["help"].replace("%", "%%")
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, help=text)
+            continue
+        types = [t for t in (get_args(hints[f.name]) or (hints[f.name],)) if t is not type(None)]
+        default = "" if f.default in (None, "") else f" (default: {f.default})"
+        if types == [bool]:
+            parser.add_argument(
+                f"--{f.name}", f"--{f.name.replace('_', '-')}", nargs="?", const=True, type=_boolean,
+                default=argparse.SUPPRESS, metavar="BOOL", help=text + default,
+            )  # fmt: skip
+            continue
+        kind_of = types[0] if types[0] in (int, float) else str
+        parser.add_argument(
+            f"--{f.name}", *{f"--{f.name.replace('_', '-')}"} - {f"--{f.name}"}, type=kind_of,
+            default=argparse.SUPPRESS, metavar=kind_of.__name__.upper(), help=text + default,
+        )  # fmt: skip
+
+
+def _boolean(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return words[text.lower()]
+
+
+def _pairs(rest: list[str]) -> dict[str, Any]:
+    """Flags of TrainingArguments: ``--key value``, ``--key=value``, or ``--key`` alone for true."""
+    pairs: dict[str, Any] = {}
+    i = 0
+    while i < len(rest):
+        if not rest[i].startswith("--"):
+            raise ConfigError(f"Unexpected argument {rest[i]!r}: settings are given as --field value.")
+        key, equals, value = rest[i][2:].partition("=")
+        if not equals and i + 1 < len(rest) and not rest[i + 1].startswith("--"):
+            i, value, equals = i + 1, rest[i + 1], "="
+        pairs[key.replace("-", "_")] = _number(value) if equals else True
+        i += 1
+    return pairs
+
+
+def _number(text: Any) -> Any:
+    """YAML's value of a text, but 1e-3 is a number too."""
+    import yaml
+
+    if not isinstance(text, str):
+        return text
+    if NUMBER.fullmatch(text):
+        return float(text) if any(c in text for c in ".eE") else int(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `field: value` lines, got {type(values).__name__}.")
+    return {str(k): _number(v) if isinstance(v, str) and NUMBER.fullmatch(v) else v for k, v in values.items()}
+
+
+def _lines(metrics: dict[str, Any]) -> str:
+    return "\n".join(f"{k:<28}{v:,.4f}" if isinstance(v, float) else f"{k:<28}{v:,}" for k, v in metrics.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

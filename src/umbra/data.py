@@ -1,0 +1,336 @@
+"""Records to token batches: prompt/completion, messages, text with or without a label; only answers carry labels.
+
+A language-model record becomes segments of text, each trained on or not; each segment is tokenised by itself, so
+that a prompt has the same tokens in training as when it is asked later.
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .core import IGNORED
+from .errors import DataError
+
+Record = dict[str, Any]
+COLUMNS = "`prompt` and `completion`, `messages`, `text` and `label`, or `text`"
+
+
+def read_records(source: str, split: str = "train") -> list[Record]:
+    """All records of a .jsonl or .jsonl.gz file, or of a split of a ``datasets`` hub id.
+
+    Raises:
+        DataError: no such file, a line that is not a JSON object (file and line are named), a column that is
+            missing or of the wrong type, or no record at all.
+    """
+    if not source:
+        raise DataError("No data given: name a .jsonl file or a datasets hub id.")
+    if Path(source).suffix in (".jsonl", ".gz", ".json") or Path(source).is_file():
+        records = _read_lines(Path(source))
+    else:
+        records = _read_hub(source, split)
+    if not records:
+        raise DataError(f"{source} holds no record.")
+    kind = record_kind(records[0], f"{source}, record 1")
+    for number, record in enumerate(records, start=1):
+        _check(record, kind, f"{source}, record {number}")
+    return records
+
+
+def _read_lines(path: Path) -> list[Record]:
+    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    records = []
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(
+                        f"{path}:{number} is not JSON: {error}. Each line must be one JSON object."
+                    ) from None
+                if not isinstance(record, dict):
+                    raise DataError(f"{path}:{number} is a JSON {type(record).__name__}, not an object with columns.")
+                records.append(record)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    return records
+
+
+def _read_hub(source: str, split: str) -> list[Record]:
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(source, split=split))  # type: ignore[arg-type]
+    except Exception as error:  # the library raises a dozen unrelated types
+        raise DataError(f"{source!r} is neither a .jsonl file nor a data set that can be loaded: {error}") from error
+
+
+def record_kind(record: Record, where: str) -> str:
+    """Which form a record has: completion, messages, label or text."""
+    keys = record.keys()
+    if {"prompt", "completion"} <= keys:
+        return "completion"
+    if "messages" in keys:
+        return "messages"
+    if {"text", "label"} <= keys:
+        return "label"
+    if "text" in keys and "prompt" not in keys:
+        return "text"
+    raise DataError(f"{where} has the columns {', '.join(map(repr, keys)) or 'none'}; needed are {COLUMNS}.")
+
+
+def _check(record: Record, kind: str, where: str) -> None:
+    columns = {"completion": ("prompt", "completion"), "messages": ("messages",), "label": ("text", "label")}
+    for column in columns.get(kind, ("text",)):
+        value = record.get(column)
+        if value is None:
+            raise DataError(f"{where} lacks the column {column!r}, which the first record has.")
+        if column == "messages" or (column in ("prompt", "completion") and isinstance(value, list)):
+            _check_messages(value, f"{where}, {column}")
+        elif column != "label" and not isinstance(value, str):
+            raise DataError(f"{where}: {column!r} must be a string, got {type(value).__name__}.")
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where} must be a list of messages, got {messages!r}.")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise DataError(f"{where} holds {message!r}; a message has a `role` and a `content`.")
+
+
+# -- language modelling ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Turns records into text segments and tokens, with or without the tokenizer's chat template."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: bool = True
+
+    @property
+    def _chats(self) -> bool:
+        return self.chat_template and self.tokenizer.chat_template is not None
+
+    def segments(self, record: Record) -> list[tuple[str, bool]]:
+        """[(text, whether it is trained on)], in order.
+
+        Raises:
+            DataError: messages for a tokenizer without a chat template, or none by the assistant.
+        """
+        kind = record_kind(record, "the record")
+        if kind in ("text", "label"):
+            return [(record["text"], True)]
+        if kind == "messages":
+            return self._chat(record["messages"])
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, str) and not self._chats:
+            return [(prompt, False), (completion + (self.tokenizer.eos_token or ""), True)]
+        return self._chat([*_as_messages(prompt, "user"), *_as_messages(completion, "assistant")])
+
+    def _chat(self, messages: list[dict]) -> list[tuple[str, bool]]:
+        if self.tokenizer.chat_template is None:
+            raise DataError(
+                "The data holds messages, but the tokenizer has no chat template: use `prompt` and `completion`."
+            )
+        if messages[-1]["role"] != "assistant":
+            raise DataError(
+                f"The last message is the {messages[-1]['role']}'s: it must be the assistant's, to be learned."
+            )
+        whole, segments, done = self._render(messages), [], ""
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = self._render(messages[:i], answer=True), self._render(messages[: i + 1])
+            # Templates that rewrite earlier turns (dropping their reasoning) leave only the last answer to train on.
+            if before.startswith(done) and after.startswith(before) and whole.startswith(after):
+                segments += [(before[len(done) :], False), (after[len(before) :], True)]
+                done = after
+        if not segments:
+            raise DataError(
+                "The chat template renders a conversation and its beginning differently; no answer can be told apart."
+            )
+        return segments
+
+    def _render(self, messages: list[dict], answer: bool = False) -> str:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+        assert isinstance(text, str)
+        return text
+
+    def prompt(self, record: Record) -> str:
+        """The text up to the last answer."""
+        if record_kind(record, "the record") in ("text", "label"):
+            return record["text"]
+        return "".join(text for text, _ in self.segments(record)[:-1])
+
+    def ask(self, prompt: str) -> str:
+        """A bare question as the model is asked it."""
+        return self._render([{"role": "user", "content": prompt}], answer=True) if self._chats else prompt
+
+    def tokens(self, text: str, first: bool = True) -> list[int]:
+        """Token ids; special tokens only where a plain text begins."""
+        return self.tokenizer(text, add_special_tokens=first and not self._chats)["input_ids"]  # type: ignore[return-value]
+
+    def encode(self, record: Record) -> dict[str, np.ndarray]:
+        """``input_ids`` (T,) and ``labels`` (T,), the latter `IGNORED` where nothing is learned."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for text, trained in self.segments(record):
+            piece = self.tokens(text, first=not ids)
+            ids += piece
+            labels += piece if trained else [IGNORED] * len(piece)
+        return {"input_ids": np.asarray(ids, np.int32), "labels": np.asarray(labels, np.int32)}
+
+
+def _as_messages(value: Any, role: str) -> list[dict]:
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+# -- classification ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How labels become numbers: ``names`` of the classes, or none for regression."""
+
+    problem_type: str
+    names: tuple[str, ...]
+    width: int
+
+    @classmethod
+    def of(cls, values: Iterable[Any]) -> "Labels":
+        """Read off the training labels: strings, integers or booleans are classes, floats are regression targets,
+        lists of strings are several classes at once, lists of 0 and 1 likewise.
+
+        Raises:
+            DataError: labels of different kinds, or a single class.
+        """
+        values = list(values)
+        lists = [isinstance(v, list) for v in values]
+        if any(lists) and not all(lists):
+            raise DataError("Some labels are lists and some are not.")
+        if all(lists):
+            flat = [x for v in values for x in v]
+            if flat and all(isinstance(x, str) for x in flat):
+                names = tuple(sorted(set(flat)))
+                return cls("multi_label_classification", names, len(names))
+            widths = {len(v) for v in values}
+            if len(widths) != 1 or not all(isinstance(x, int | float) for x in flat):
+                raise DataError("List labels must all be class names, or all numbers of one length.")
+            width = widths.pop()
+            if set(flat) <= {0, 1}:
+                return cls("multi_label_classification", tuple(f"LABEL_{i}" for i in range(width)), width)
+            return cls("regression", (), width)
+        if any(isinstance(v, float) for v in values):
+            if not all(isinstance(v, int | float) for v in values):
+                raise DataError("Some labels are numbers and some are not.")
+            return cls("regression", (), 1)
+        distinct = set(values)
+        names = sorted(distinct) if len({type(v) for v in distinct}) == 1 else sorted(distinct, key=str)
+        if len(names) < 2:
+            raise DataError(f"All labels are {values[0]!r}: a classifier needs at least two classes.")
+        return cls("single_label_classification", tuple(map(str, names)), len(names))
+
+    def encode(self, value: Any) -> Any:
+        """The number, or numbers, of one label.
+
+        Raises:
+            DataError: a class that the training data does not have.
+        """
+        if self.problem_type == "regression":
+            return [float(x) for x in value] if isinstance(value, list) else float(value)
+        if isinstance(value, list):
+            if all(isinstance(x, int | float) for x in value) and len(value) == self.width:
+                return [float(x) for x in value]
+            for x in value:
+                self._index(x)
+            return [float(name in value) for name in self.names]
+        return self._index(value)
+
+    def _index(self, value: Any) -> int:
+        if str(value) not in self.names:
+            raise DataError(f"The label {value!r} is none of the training data's: {', '.join(self.names)}.")
+        return self.names.index(str(value))
+
+    def config(self) -> dict[str, Any]:
+        """The fields of a transformers configuration that say the same."""
+        names = self.names or tuple(f"LABEL_{i}" for i in range(self.width))
+        return {
+            "num_labels": self.width,
+            "id2label": dict(enumerate(names)),
+            "label2id": {n: i for i, n in enumerate(names)},
+            "problem_type": self.problem_type,
+        }
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def encode_all(
+    records: list[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int, chat_template: bool = True,
+    labels: Labels | None = None, name: str = "data",
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Tokenise records, cut at ``max_length``; examples left without a label are dropped, and said so.
+
+    Raises:
+        DataError: no example is left.
+    """
+    writer, examples, cut = Writer(tokenizer, chat_template), [], 0
+    for record in tqdm(records, desc=f"tokenise {name}", disable=None, leave=False):
+        if labels is not None:
+            ids = np.asarray(tokenizer(record["text"])["input_ids"], np.int32)
+            example = {"input_ids": ids, "labels": labels.encode(record["label"])}
+        else:
+            example = writer.encode(record)
+        cut += len(example["input_ids"]) > max_length
+        example["input_ids"] = example["input_ids"][:max_length]
+        if labels is None:
+            example["labels"] = example["labels"][:max_length]
+            if not (example["labels"][1:] != IGNORED).any():
+                continue
+        examples.append(example)
+    dropped = len(records) - len(examples)
+    if cut or dropped:
+        tqdm.write(
+            f"{name}: {cut} of {len(records)} records cut at {max_length} tokens, {dropped} without an answer dropped"
+        )
+    if not examples:
+        raise DataError(f"No record of {name} has an answer within max_length={max_length} tokens: raise it.")
+    return examples
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples on the right into a batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T), or (B, …)."""
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [e["input_ids"] for e in examples]
+        batch = {
+            "input_ids": _pad(ids, self.pad_token_id),
+            "attention_mask": _pad([np.ones(len(x), np.int64) for x in ids], 0),
+        }
+        labels = [e["labels"] for e in examples]
+        is_language = isinstance(labels[0], np.ndarray)
+        batch["labels"] = _pad(labels, IGNORED) if is_language else torch.tensor(labels)
+        return batch
+
+
+def _pad(rows: list[np.ndarray], value: int) -> Tensor:
+    out = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+    return out

@@ -1,0 +1,253 @@
+"""Scores of base, attached and detached on a held-out set, with counts and 95 % intervals."""
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .checkpoint import load
+from .data import Record, Writer, read_records, record_kind
+from .errors import ConfigError, DataError
+from .model import ShadowModel
+from .options import EvalOptions, check_dtype
+
+MODES = ("base", "attached", "detached")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One mode's result on ``total`` records; ``low`` and ``high`` bound the accuracy at 95 % (Wilson)."""
+
+    mode: str
+    correct: int
+    total: int
+    accuracy: float
+    low: float
+    high: float
+    parameters: int
+    seconds: float
+    tokens_per_second: float | None
+
+
+def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a proportion, 95 % by default."""
+    p, zz = correct / total, z * z / total
+    centre, spread = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / total + zz / total / 4) / (1 + zz)
+    return max(0.0, centre - spread), min(1.0, centre + spread)
+
+
+@contextmanager
+def in_mode(model: ShadowModel, mode: str) -> Iterator[PreTrainedModel]:
+    """The model that answers in a mode: the pair, the bare base, or the shadow alone.
+
+    Raises:
+        ConfigError: an unknown mode.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"Unknown mode {mode!r}: choose from {', '.join(MODES)}.")
+    if mode == "detached":
+        yield model.detached()
+    elif mode == "base":
+        with model.disable_adapter():
+            yield model
+    else:
+        yield model
+
+
+def count_parameters(model: ShadowModel, mode: str, runner: PreTrainedModel) -> int:
+    """Parameters that run in a mode."""
+    return sum(p.numel() for p in (model.base if mode == "base" else runner).parameters())
+
+
+def answer_of(text: str, pattern: str | None) -> str:
+    """The answer in a text: the last match of the pattern (its first group, if any), or all of it."""
+    if pattern is None:
+        return text.strip()
+    matches = list(re.finditer(pattern, text))
+    if not matches:
+        return ""
+    return (matches[-1].group(1) if matches[-1].re.groups else matches[-1].group()).strip()
+
+
+def reference_of(record: Record) -> str:
+    """The text of a record's answer."""
+    last = record["completion"] if "completion" in record else record["messages"]
+    return last if isinstance(last, str) else str(last[-1]["content"])
+
+
+@torch.no_grad()
+def score_generation(
+    runner: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[Record], *, batch_size: int = 16,
+    max_new_tokens: int = 64, answer_pattern: str | None = None, chat_template: bool = True, name: str = "",
+) -> tuple[list[dict[str, Any]], float, int]:  # fmt: skip
+    """Greedy answers to every record, compared by exact match of the answers.
+
+    Returns:
+        The replies as [{prompt, reply, reference, correct}], seconds spent in generation, and tokens generated.
+    """
+    writer, replies, seconds, made = Writer(tokenizer, chat_template), [], 0.0, 0
+    runner.eval()
+    for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
+        part = records[start : start + batch_size]
+        prompts = [writer.prompt(r) for r in part]
+        batch = left_padded([writer.tokens(p) for p in prompts], int(tokenizer.pad_token_id), runner.device)  # type: ignore[arg-type]
+        began = time.perf_counter()
+        out = runner.generate(  # type: ignore[operator]
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        seconds += time.perf_counter() - began
+        new = out[:, batch["input_ids"].shape[1] :]
+        made += int((new != tokenizer.pad_token_id).sum())
+        for record, prompt, text in zip(
+            part, prompts, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+        ):
+            reference = reference_of(record)
+            right = answer_of(text, answer_pattern) == answer_of(reference, answer_pattern)
+            replies.append({"prompt": prompt, "reply": text, "reference": reference, "correct": right})
+    return replies, seconds, made
+
+
+def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` (B, T) with padding on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def score_classes(
+    runner: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[Record],
+    *,
+    batch_size: int = 16,
+    name: str = "",
+) -> tuple[list[dict[str, Any]], float]:
+    """The class of every record: the largest logit, or for several labels at once all above zero.
+
+    Raises:
+        DataError: a regression model, or a label that the model does not have.
+    """
+    config: Any = runner.config
+    if config.problem_type == "regression" or config.num_labels == 1:
+        raise DataError(
+            "Accuracy needs classes, but this model was trained for regression; its eval_loss is in training."
+        )
+    several = config.problem_type == "multi_label_classification"
+    replies, seconds = [], 0.0
+    runner.eval()
+    for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
+        part = records[start : start + batch_size]
+        batch = tokenizer([r["text"] for r in part], padding=True, padding_side="right", return_tensors="pt")
+        began = time.perf_counter()
+        logits = runner(
+            input_ids=batch["input_ids"].to(runner.device),
+            attention_mask=batch["attention_mask"].to(runner.device),  # type: ignore[union-attr]
+        ).logits
+        seconds += time.perf_counter() - began
+        for record, row in zip(part, logits, strict=True):
+            label = record["label"]
+            if several:
+                reply: Any = [config.id2label[i] for i in range(config.num_labels) if row[i] > 0]
+                right = sorted(reply) == sorted(map(str, _label_names(label, config)))
+            else:
+                reply = config.id2label[int(row.argmax())]
+                if str(label) not in config.label2id:
+                    raise DataError(f"The label {label!r} is none of the model's: {', '.join(config.label2id)}.")
+                right = reply == str(label)
+            replies.append({"prompt": record["text"], "reply": reply, "reference": label, "correct": right})
+    return replies, seconds
+
+
+def _label_names(label: list, config: Any) -> list[str]:
+    if all(isinstance(x, int | float) for x in label):
+        return [config.id2label[i] for i, x in enumerate(label) if x]
+    return label
+
+
+def score(
+    model: ShadowModel, tokenizer: PreTrainedTokenizerBase, records: list[Record], mode: str, options: EvalOptions
+) -> tuple[Score, list[dict[str, Any]]]:
+    """One mode's score and its replies."""
+    tokens: int | None = None
+    with in_mode(model, mode) as runner:
+        if model.can_generate():
+            replies, seconds, tokens = score_generation(
+                runner, tokenizer, records, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
+                answer_pattern=options.answer_pattern, chat_template=options.chat_template, name=mode,
+            )  # fmt: skip
+        else:
+            replies, seconds = score_classes(runner, tokenizer, records, batch_size=options.batch_size, name=mode)
+        parameters = count_parameters(model, mode, runner)
+    correct, total = sum(r["correct"] for r in replies), len(replies)
+    speed = tokens / seconds if tokens is not None and seconds > 0 else None
+    return Score(mode, correct, total, correct / total, *wilson(correct, total), parameters, seconds, speed), replies
+
+
+def evaluate(options: EvalOptions) -> list[Score]:
+    """Run ``umbra eval``.
+
+    Raises:
+        ConfigError, DataError: unusable options or data, before any model is loaded.
+        CheckpointError, BaseModelError: see `umbra.load`.
+    """
+    from .bases import load_tokenizer
+
+    modes = [m.strip() for m in options.modes.split(",") if m.strip()]
+    for mode in modes:
+        if mode not in MODES:
+            raise ConfigError(f"Unknown mode {mode!r}: choose from {', '.join(MODES)}.")
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+    if options.answer_pattern is not None:
+        try:
+            re.compile(options.answer_pattern)
+        except re.error as error:
+            raise ConfigError(f"answer_pattern is no regular expression: {error}") from error
+    check_dtype(options.dtype)
+    records = read_records(options.data, options.split)[: options.limit]
+    kind = record_kind(records[0], options.data)
+    model = load(options.adapter, options.base, dtype=options.dtype).eval()
+    expected = ("completion", "messages") if model.can_generate() else ("label",)
+    if kind not in expected:
+        raise DataError(f"{options.data} holds {kind} records; this adapter is scored on {' or '.join(expected)}.")
+    tokenizer = load_tokenizer(model.base.name_or_path)
+    scores: list[Score] = []
+    lines: list[str] = []
+    for mode in modes:
+        result, replies = score(model, tokenizer, records, mode, options)
+        scores.append(result)
+        lines += [json.dumps({"mode": mode, **reply}, ensure_ascii=False) for reply in replies]
+    if options.output:
+        Path(options.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return scores
+
+
+def table(scores: list[Score]) -> str:
+    """A Markdown table of scores."""
+    head = "| | accuracy | 95 % interval | correct | parameters | tokens/s |\n|---|---:|---:|---:|---:|---:|"
+    rows = []
+    for s in scores:
+        speed = "–" if s.tokens_per_second is None else f"{s.tokens_per_second:.0f}"
+        rows.append(
+            f"| {s.mode} | {100 * s.accuracy:.1f} % | {100 * s.low:.1f} – {100 * s.high:.1f} % "
+            f"| {s.correct}/{s.total} | {s.parameters / 1e6:.1f} M | {speed} |"
+        )
+    return "\n".join([head, *rows])
+
+
+def as_json(scores: list[Score]) -> list[dict[str, Any]]:
+    """Plain values for JSON."""
+    return [asdict(s) for s in scores]

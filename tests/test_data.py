@@ -1,0 +1,164 @@
+"""Records in, token batches out: what is learned, what is masked, and what is refused."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from conftest import make_tokenizer
+
+import umbra
+from umbra.core import IGNORED
+from umbra.data import Collator, Labels, Writer, encode_all, read_records
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def write(path, records):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
+    return str(path)
+
+
+def learned(tokenizer, example):
+    ids, labels = example["input_ids"], example["labels"]
+    assert ((labels == ids) | (labels == IGNORED)).all()
+    return tokenizer.decode(ids[labels != IGNORED])
+
+
+def test_prompt_and_completion_go_into_the_chat_template_and_only_the_answer_is_learned(tokenizer):
+    example = Writer(tokenizer).encode({"prompt": "hi", "completion": "yes"})
+    assert tokenizer.decode(example["input_ids"]) == "<|user|>hi<eos>\n<|assistant|>yes<eos>\n"
+    assert learned(tokenizer, example) == "yes<eos>\n"
+
+
+def test_without_a_template_the_end_of_the_answer_is_learned_too(tokenizer):
+    example = Writer(tokenizer, chat_template=False).encode({"prompt": "2+2=", "completion": "4"})
+    assert tokenizer.decode(example["input_ids"]) == "2+2=4<eos>"
+    assert learned(tokenizer, example) == "4<eos>"
+
+
+def test_every_assistant_turn_of_a_conversation_is_learned(tokenizer):
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    example = Writer(tokenizer).encode({"messages": [{"role": r, "content": c} for r, c in turns]})
+    assert learned(tokenizer, example) == "b<eos>\nd<eos>\n"
+
+
+def test_a_prompt_may_be_messages(tokenizer):
+    prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    writer = Writer(tokenizer)
+    assert learned(tokenizer, writer.encode({"prompt": prompt, "completion": "z"})) == "z<eos>\n"
+    assert writer.prompt({"prompt": prompt, "completion": "z"}) == "<|system|>s<eos>\n<|user|>q<eos>\n<|assistant|>"
+
+
+def test_the_prompt_has_the_same_tokens_in_training_as_when_asked(tokenizer):
+    writer, record = Writer(tokenizer), {"prompt": "hello", "completion": "world"}
+    asked = writer.tokens(writer.prompt(record))
+    assert list(writer.encode(record)["input_ids"][: len(asked)]) == asked
+    assert writer.ask("hello") == writer.prompt(record)
+
+
+def test_a_template_that_rewrites_earlier_turns_leaves_the_last_answer(tokenizer):
+    forgetful = make_tokenizer()
+    forgetful.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] if loop.last or m['role'] == 'user' else '' }}\n"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    example = Writer(forgetful).encode({"messages": [{"role": r, "content": c} for r, c in turns]})
+    assert learned(forgetful, example) == "d\n"
+
+
+def test_plain_text_is_learned_whole(tokenizer):
+    assert learned(tokenizer, Writer(tokenizer).encode({"text": "abc"})) == "abc"
+
+
+def test_long_examples_are_cut_and_those_without_an_answer_dropped(tokenizer, capsys):
+    records = [{"prompt": "a" * 50, "completion": "b"}, {"prompt": "a", "completion": "b"}]
+    examples = encode_all(records, tokenizer, max_length=40)
+    assert len(examples) == 1
+    assert "1 of 2 records cut at 40 tokens, 1 without an answer dropped" in capsys.readouterr().out
+    with pytest.raises(umbra.DataError, match="max_length=40"):
+        encode_all(records[:1], tokenizer, max_length=40)
+
+
+def test_batches_are_padded_on_the_right():
+    rows = [np.arange(1, 4, dtype=np.int32), np.arange(1, 3, dtype=np.int32)]
+    batch = Collator(pad_token_id=0)([{"input_ids": r, "labels": r} for r in rows])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 2, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[1, 2, 3], [1, 2, IGNORED]]
+
+
+def test_gzipped_lines_are_read(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write('{"text": "a"}\n\n{"text": "b"}\n')
+    assert read_records(str(path)) == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (['{"text": "a"}', '{"text": '], r"data.jsonl:2 is not JSON"),
+        (['{"text": "a"}', "[1]"], r"data.jsonl:2 is a JSON list"),
+        ([{"prompt": "a"}], r"record 1 has the columns 'prompt'; needed are `prompt` and `completion`"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], r"record 2 lacks the column 'completion'"),
+        ([{"prompt": "a", "completion": 3}], r"record 1: 'completion' must be a string, got int"),
+        ([{"text": "a", "label": None}], r"record 1 lacks the column 'label'"),
+        ([{"messages": []}], r"record 1, messages must be a list of messages"),
+        ([{"messages": [{"role": "user"}]}], r"a message has a `role` and a `content`"),
+        ([""], r"holds no record"),
+    ],
+)
+def test_bad_files_are_refused_with_file_and_line(tmp_path, lines, says):
+    with pytest.raises(umbra.DataError, match=says):
+        read_records(write(tmp_path / "data.jsonl", lines))
+
+
+def test_missing_damaged_and_unnamed_data_is_refused(tmp_path):
+    with pytest.raises(umbra.DataError, match=r"nothing\.jsonl cannot be read"):
+        read_records(str(tmp_path / "nothing.jsonl"))
+    broken = tmp_path / "broken.jsonl.gz"
+    broken.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:30])
+    with pytest.raises(umbra.DataError, match="cannot be read"):
+        read_records(str(broken))
+    with pytest.raises(umbra.DataError, match="No data given"):
+        read_records("")
+
+
+def test_messages_need_a_template_and_a_last_answer(tokenizer):
+    bare = make_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(umbra.DataError, match="no chat template"):
+        Writer(bare).encode({"messages": [{"role": "assistant", "content": "a"}]})
+    with pytest.raises(umbra.DataError, match="last message is the user's"):
+        Writer(tokenizer).encode({"messages": [{"role": "user", "content": "a"}]})
+
+
+@pytest.mark.parametrize(
+    ("values", "problem", "names", "label", "encoded"),
+    [
+        (["b", "a"], "single_label_classification", ("a", "b"), "b", 1),
+        ([10, 2, 2], "single_label_classification", ("2", "10"), 10, 1),
+        ([0.5, 2], "regression", (), 2, 2.0),
+        ([["x", "y"], ["x"]], "multi_label_classification", ("x", "y"), ["y"], [0.0, 1.0]),
+        ([[0, 1], [1, 1]], "multi_label_classification", ("LABEL_0", "LABEL_1"), [1, 0], [1.0, 0.0]),
+        ([[0.5, 1.5]], "regression", (), [0.5, 2.5], [0.5, 2.5]),
+    ],
+)
+def test_labels_say_what_kind_of_problem_it_is(values, problem, names, label, encoded):
+    labels = Labels.of(values)
+    assert (labels.problem_type, labels.names) == (problem, names)
+    assert labels.encode(label) == encoded
+
+
+def test_unusable_labels_are_refused():
+    with pytest.raises(umbra.DataError, match="at least two classes"):
+        Labels.of(["a", "a"])
+    with pytest.raises(umbra.DataError, match="Some labels are lists"):
+        Labels.of(["a", ["b"]])
+    with pytest.raises(umbra.DataError, match="none of the training data's: a, b"):
+        Labels.of(["a", "b"]).encode("c")

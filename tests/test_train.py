@@ -1,0 +1,250 @@
+"""``umbra train``: what is learned, logged, saved, resumed and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import umbra
+from umbra.train import ShadowTrainer, train
+
+RECORDS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)][:24]
+
+
+def write(path, records):
+    path.write_text("\n".join(json.dumps(r) for r in records) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def settings(tmp_path, base_folder):
+    return {
+        "base": base_folder,
+        "train_data": write(tmp_path / "train.jsonl", RECORDS),
+        "output_dir": str(tmp_path / "out"),
+        "rank": 4,
+        "gate_rank": 4,
+        "alpha": 1.0,
+        "auxiliary_loss_weight": 0.5,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "report_to": "none",
+        "seed": 7,
+    }
+
+
+def weights(folder):
+    return load_file(f"{folder}/adapter_model.safetensors")
+
+
+def losses(folder):
+    with open(f"{folder}/run.json") as file:
+        return [(h["loss"], h["shadow_loss"]) for h in json.load(file)["history"] if "loss" in h]
+
+
+def same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    return all((a[k] - b[k]).abs().max() <= tolerance for k in a)
+
+
+def test_both_losses_fall_and_the_adapter_is_written(settings):
+    metrics = train({**settings, "num_train_epochs": 6, "learning_rate": 1e-2})
+    history = losses(settings["output_dir"])
+    assert history[-1][0] < history[0][0] - 0.5
+    assert history[-1][1] < history[0][1] - 0.5
+    assert metrics["global_step"] == len(history) == 36
+    model = umbra.load(settings["output_dir"])
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in model.shadow.parameters())
+    assert not (set(os.listdir(settings["output_dir"])) & {"model.safetensors", "training_args.bin"})
+
+
+def test_logged_loss_is_task_plus_lambda_times_shadow(settings):
+    """At one step with lr 0 the logged values can be recomputed."""
+    train({**settings, "learning_rate": 0.0, "num_train_epochs": 1, "dropout": 0.0, "per_device_train_batch_size": 24})
+    (loss, shadow_loss), *_ = losses(settings["output_dir"])
+    from umbra.bases import load_tokenizer
+    from umbra.data import Collator, encode_all
+
+    model = umbra.load(settings["output_dir"]).eval()
+    examples = encode_all(RECORDS, load_tokenizer(settings["base"]), max_length=99)
+    out = model(**Collator(0)(examples))
+    assert shadow_loss == pytest.approx(float(out.shadow_loss), abs=1e-4)
+    assert loss == pytest.approx(float(out.loss + 0.5 * out.shadow_loss), abs=1e-4)
+
+
+def test_evaluation_reports_the_task_loss_and_the_shadows_beside_it(settings, tmp_path):
+    metrics = train({**settings, "eval_data": write(tmp_path / "eval.jsonl", RECORDS[:6]), "per_device_eval_batch_size": 6})
+    from umbra.bases import load_tokenizer
+    from umbra.data import Collator, encode_all
+
+    model = umbra.load(settings["output_dir"]).eval()
+    out = model(**Collator(0)(encode_all(RECORDS[:6], load_tokenizer(settings["base"]), max_length=99)))
+    assert metrics["eval_loss"] == pytest.approx(float(out.loss), abs=1e-4)
+    assert metrics["eval_shadow_loss"] == pytest.approx(float(out.shadow_loss), abs=1e-4)
+
+
+def test_accumulated_equals_large_batch(settings):
+    large = {**settings, "dropout": 0.0, "per_device_train_batch_size": 8, "max_grad_norm": 0.0, "optim": "sgd"}
+    train({**large, "output_dir": settings["output_dir"] + "-large"})
+    train({**large, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
+    assert same(weights(settings["output_dir"]), weights(settings["output_dir"] + "-large"), 1e-5)
+    for a, b in zip(losses(settings["output_dir"]), losses(settings["output_dir"] + "-large"), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(settings, monkeypatch):
+    """Dropout on, so that the random state must come back too."""
+    values = {**settings, "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    train({**values, "output_dir": settings["output_dir"] + "-whole"})
+    step = ShadowTrainer.training_step
+
+    def fail(self, *args, **options):
+        if self.state.global_step == 7:
+            raise KeyboardInterrupt
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(ShadowTrainer, "training_step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(values)
+    monkeypatch.undo()
+    train(values)
+    assert losses(settings["output_dir"]) == losses(settings["output_dir"] + "-whole")
+    assert same(weights(settings["output_dir"]), weights(settings["output_dir"] + "-whole"))
+
+
+def test_a_killed_process_resumes_from_its_last_whole_checkpoint(settings):
+    values = {**settings, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
+    flags = [f"--{k}={v}" for k, v in values.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "umbra.cli", "train", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not os.path.exists(f"{settings['output_dir']}/checkpoint-3/trainer_state.json"):
+        assert time.time() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not os.path.exists(f"{settings['output_dir']}/adapter_model.safetensors")
+    metrics = train(values)
+    assert metrics["global_step"] == 18
+    train({**values, "output_dir": settings["output_dir"] + "-whole"})
+    assert same(weights(settings["output_dir"]), weights(settings["output_dir"] + "-whole"))
+
+
+def test_a_checkpoint_cut_off_by_a_kill_is_not_resumed_from(settings):
+    values = {**settings, "save_strategy": "steps", "save_steps": 2}
+    train(values)
+    out = settings["output_dir"]
+    expected = weights(out)
+    os.remove(f"{out}/run.json")
+    os.remove(f"{out}/adapter_config.json")
+    last = max((p for p in os.listdir(out) if p.startswith("checkpoint-")), key=lambda p: int(p.split("-")[1]))
+    os.remove(f"{out}/{last}/trainer_state.json")
+    train(values)
+    assert same(weights(out), expected)
+
+
+def test_a_finished_run_is_reused(settings, monkeypatch):
+    first = train(settings)
+    monkeypatch.setattr("umbra.train.load_base", None)
+    assert train(settings) == first
+
+
+def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path):
+    """The best is called the one of highest loss, which is the first and not the last."""
+    values = {
+        **settings, "eval_data": write(tmp_path / "eval.jsonl", RECORDS[:4]), "learning_rate": 3e-2, "num_train_epochs": 3,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True, "save_total_limit": 9,
+    }  # fmt: skip
+    metrics = train(values)
+    with open(f"{settings['output_dir']}/run.json") as file:
+        evaluations = [h["eval_loss"] for h in json.load(file)["history"] if "eval_loss" in h]
+    assert metrics["eval_loss"] == pytest.approx(max(evaluations), abs=1e-5)
+    assert evaluations[0] == max(evaluations) > evaluations[2] + 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_base_keeps_a_float32_shadow(settings, dtype):
+    train({**settings, "dtype": dtype, "num_train_epochs": 4, "learning_rate": 3e-3})
+    history = losses(settings["output_dir"])
+    assert history[-1][0] < history[0][0]
+    assert all(w.dtype == torch.float32 and w.isfinite().all() for w in weights(settings["output_dir"]).values())
+
+
+def test_bf16_autocast_trains(settings):
+    train({**settings, "bf16": True, "num_train_epochs": 3, "learning_rate": 3e-3})
+    history = losses(settings["output_dir"])
+    assert history[-1][0] < history[0][0]
+
+
+def test_gradient_checkpointing_changes_nothing(settings):
+    train(settings)
+    other = settings["output_dir"] + "-checkpointed"
+    train({**settings, "output_dir": other, "activation_checkpointing": True})
+    assert same(weights(settings["output_dir"]), weights(other), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("label", "head"),
+    [(lambda i: "ab"[i % 2], 2), (lambda i: i / 7, 1), (lambda i: ["x", "y"] if i % 2 else ["z"], 3)],
+    ids=["single", "regression", "multi"],
+)
+def test_classifiers_train_both_heads_and_leave_the_bases_alone(settings, tmp_path, label, head):
+    records = [{"text": "ab"[i % 2] * (1 + i // 8), "label": label(i)} for i in range(24)]
+    data = write(tmp_path / "classes.jsonl", records)
+    values = {**settings, "train_data": data, "eval_data": data, "num_train_epochs": 10, "learning_rate": 1e-2}
+    metrics = train(values)
+    history = losses(settings["output_dir"])
+    assert history[-1][0] < history[0][0]
+    assert history[-1][1] < history[0][1]
+    saved = weights(settings["output_dir"])
+    assert saved["heads.attached.weight"].shape == saved["heads.shadow.weight"].shape == (head, 32)
+    if head == 2:
+        assert metrics["eval_accuracy"] > 0.9
+    model = umbra.load(settings["output_dir"])
+    assert not torch.equal(model.base_head.weight, saved["heads.attached.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"learning_rat": 1}, umbra.ConfigError, "Did you mean 'learning_rate'"),
+        ({"rnk": 1}, umbra.ConfigError, "Did you mean 'rank'"),
+        ({"train_data": ""}, umbra.ConfigError, "train_data is missing"),
+        ({"output_dir": ""}, umbra.ConfigError, "output_dir is missing"),
+        ({"rank": 0}, umbra.ConfigError, "rank must be an integer of at least 1"),
+        ({"max_length": 1}, umbra.ConfigError, "max_length"),
+        ({"dtype": "float31"}, umbra.UmbraError, "float31"),
+        ({"save_strategy": "sometimes"}, umbra.ConfigError, "sometimes"),
+        ({"train_data": "/nowhere.jsonl"}, umbra.DataError, "nowhere.jsonl"),
+        ({"base": "/no/such/base"}, umbra.BaseModelError, "/no/such/base"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(settings, change, error, says):
+    with pytest.raises(error, match=says):
+        train({**settings, **change})
+    assert not os.path.exists(settings["output_dir"]) or not os.listdir(settings["output_dir"])
+
+
+def test_a_folder_with_something_else_in_it_is_refused(settings):
+    train(settings)
+    with pytest.raises(umbra.CheckpointError, match=r"holds another run \(rank: 4 → 5\)"):
+        train({**settings, "rank": 5})
+    before = weights(settings["output_dir"])
+    os.remove(f"{settings['output_dir']}/run.json")
+    with pytest.raises(umbra.CheckpointError, match="already holds another adapter"):
+        train(settings)
+    assert same(weights(settings["output_dir"]), before)
+    train({**settings, "rank": 5, "overwrite": True})
+    assert weights(settings["output_dir"])["couplings.injections.1.down.weight"].shape[0] == 5
