@@ -169,7 +169,7 @@ def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
     """A Llama configuration of the base's sizes, for bases whose block is not one to mirror."""
     from transformers import LlamaConfig
 
-    hidden: int = sizes.get("hidden_size", base.hidden_size)
+    hidden = sizes.get("hidden_size") or base.hidden_size
     heads: int = sizes.get("num_attention_heads", getattr(base, "num_attention_heads", None) or max(1, hidden // 64))
     rope = getattr(base, "rope_parameters", None)
     config = LlamaConfig(

@@ -85,7 +85,8 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
     """(V, Ds): what the stock model's table must hold so that looking a token up gives what the shadow reads."""
     shadow = model.shadow
     if shadow.owns_embeddings:
-        return shadow.backbone.get_input_embeddings().weight.detach()
+        own: Any = shadow.backbone.get_input_embeddings()
+        return own.weight.detach()
     source: Any = model.base.get_input_embeddings()
     table = source.weight.detach().to(shadow.couplings_dtype)
     if shadow.embed_projection is not None:

@@ -87,6 +87,7 @@ class ShadowTrainer(Trainer):
         if self._shadow_eval:
             prefix = options.get("metric_key_prefix", "eval")
             weight = sum(n for _, n in self._shadow_eval)
+            assert output.metrics is not None
             output.metrics[f"{prefix}_shadow_loss"] = sum(v * n for v, n in self._shadow_eval) / weight
         return output
 

@@ -1,0 +1,171 @@
+"""The main job, end to end on a real base: data, training, evaluation, detaching, a picture.
+
+Everything is written to ``out/demo``; what exists there is used again.
+"""
+
+import json
+import platform
+import re
+import time
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import umbra
+from umbra.bases import load_tokenizer
+from umbra.data import Record, Writer
+from umbra.detach import write_detached
+from umbra.evaluate import MODES, Score, in_mode, score, table
+from umbra.options import EvalOptions
+from umbra.train import train
+
+HERE, OUT = Path(__file__).parent, Path("out/demo")
+TASK = "family_relationships"
+SPLITS = {"train": (2080, 1), "validation": (64, 2), "test": (300, 3)}  # records and seed of each
+SYSTEM = "Answer with one word."
+RELATIONS = (
+    "mother-in-law|father-in-law|sister-in-law|brother-in-law|daughter-in-law|son-in-law|grandmother|grandfather|"
+    "granddaughter|grandson|mother|father|daughter|son|sister|brother|wife|husband|aunt|uncle|niece|nephew|cousin"
+)
+# The last relation named anywhere in a reply counts, so that the base is not scored on its wordiness.
+OPTIONS = EvalOptions(
+    adapter=str(OUT / "adapter"),
+    data=str(OUT / "test.jsonl"),
+    batch_size=25,
+    max_new_tokens=24,
+    answer_pattern=rf"(?i)\b({RELATIONS})\b",
+)
+
+
+def make_data() -> None:
+    """Write the splits; no question of one is in another."""
+    import reasoning_gym
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()
+    for split in reversed(SPLITS):  # the test set first, whole
+        size, seed = SPLITS[split]
+        items = [x for x in reasoning_gym.create_dataset(TASK, size=size, seed=seed) if x["question"] not in seen]
+        seen |= {x["question"] for x in items}
+        lines = [json.dumps(_record(x), ensure_ascii=False) for x in items]
+        (OUT / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _record(item: dict[str, Any]) -> Record:
+    prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": item["question"]}]
+    return {"prompt": prompt, "completion": str(item["answer"])}
+
+
+def read(split: str) -> list[Record]:
+    return [json.loads(line) for line in (OUT / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def decoding_speed(runner: Any, writer: Writer, record: Record, new: int = 64) -> float:
+    """Tokens per second of greedy decoding, one prompt at a time, the better of two runs."""
+    ids = torch.tensor([writer.tokens(writer.prompt(record))])
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        runner.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new,
+            do_sample=False, pad_token_id=writer.tokenizer.pad_token_id,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - began)
+    return new / min(seconds)
+
+
+def plot(history: list[dict[str, Any]], path: Path) -> None:
+    """The loss curves of the task and of the shadow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    weight = yaml.safe_load((HERE / "train.yaml").read_text())["auxiliary_loss_weight"]
+    logs = [h for h in history if "loss" in h and "shadow_loss" in h]
+    steps = [h["step"] for h in logs]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(
+        steps, [h["loss"] - weight * h["shadow_loss"] for h in logs], label="attached: base + shadow", color="#4c3a9e"
+    )
+    axes.plot(steps, [h["shadow_loss"] for h in logs], label="the shadow alone", color="#e08a2e")
+    axes.set(yscale="log", xlabel="step", ylabel="cross-entropy per answer token", title=f"Training on {TASK}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def measure(
+    model: umbra.ShadowModel, tokenizer: Any, records: list[Record]
+) -> tuple[list[Score], list[dict[str, Any]]]:
+    """Scores and replies of every mode; the speed is that of single-prompt decoding."""
+    scores, samples = [], [{"prompt": r["prompt"][-1]["content"], "reference": r["completion"]} for r in records]
+    for mode in MODES:
+        result, replies = score(model, tokenizer, records, mode, OPTIONS)
+        with in_mode(model, mode) as runner:
+            speed = decoding_speed(runner, Writer(tokenizer), records[0])
+        scores.append(Score(**{**asdict(result), "tokens_per_second": speed}))
+        for sample, reply in zip(samples, replies, strict=True):
+            sample[mode] = reply["reply"].strip()
+    return scores, samples
+
+
+def main() -> None:
+    """Run, or show what a run before has left."""
+    settings = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))
+    if not all((OUT / f"{split}.jsonl").exists() for split in SPLITS):
+        make_data()
+    began = time.perf_counter()
+    print(f"1/4  training a shadow for {settings['base']} on {TASK} → {OUT / 'adapter'}")
+    metrics = train(settings)
+    print(f"     {metrics['train_runtime']:.0f} s of training, {metrics['global_step']} steps")
+
+    adapter = json.loads((OUT / "adapter/adapter_config.json").read_text(encoding="utf-8"))["adapter_id"]
+    results_file = OUT / "results.json"
+    results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else {}
+    if results.get("adapter_id") != adapter or not (OUT / "detached/config.json").exists():
+        print("2/4  scoring base, attached and detached on unseen seeds")
+        model = umbra.load(OUT / "adapter", dtype=settings["dtype"]).eval()
+        tokenizer = load_tokenizer(settings["base"])
+        scores, samples = measure(model, tokenizer, read("test"))
+        print(f"3/4  detaching → {OUT / 'detached'}")
+        write_detached(model, OUT / "detached", tokenizer, overwrite=True)
+        results = {
+            "adapter_id": adapter,
+            "task": TASK,
+            "test_seed": SPLITS["test"][1],
+            "scores": [asdict(s) for s in scores],
+            "samples": samples[:12],
+            "training": metrics,
+            "trainable_parameters": metrics["trainable_parameters"],
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+            "versions": {p: version(p) for p in ("umbra-peft", "torch", "transformers", "reasoning-gym")},
+            "date": date.today().isoformat(),
+        }
+        results_file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    else:
+        print("2/4  scores exist\n3/4  the detached model exists")
+    print(f"4/4  loss curve → {OUT / 'loss.png'}\n")
+    plot(json.loads((OUT / "adapter/run.json").read_text(encoding="utf-8"))["history"], OUT / "loss.png")
+
+    scores = [Score(**s) for s in results["scores"]]
+    print(table(scores))
+    print(f"\n{results['trainable_parameters'] / 1e6:.1f} M trained parameters. Some answers:\n")
+    for sample in results["samples"][:5]:
+        print("  " + re.sub(r"\s+", " ", sample["prompt"]))
+        print("    right: " + sample["reference"] + "".join(f" · {mode}: {sample[mode]!r}" for mode in MODES) + "\n")
+    for name in ("adapter", "detached", "results.json", "loss.png"):
+        print(f"  {OUT / name}")
+    print(
+        f"\nDone in {time.perf_counter() - began:.0f} s. Try: umbra generate {OUT / 'adapter'} 'Who is the wife of my brother?'"
+    )
+
+
+if __name__ == "__main__":
+    main()
