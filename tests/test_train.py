@@ -82,7 +82,9 @@ def test_logged_loss_is_task_plus_lambda_times_shadow(settings):
 
 
 def test_evaluation_reports_the_task_loss_and_the_shadows_beside_it(settings, tmp_path):
-    metrics = train({**settings, "eval_data": write(tmp_path / "eval.jsonl", RECORDS[:6]), "per_device_eval_batch_size": 6})
+    metrics = train(
+        {**settings, "eval_data": write(tmp_path / "eval.jsonl", RECORDS[:6]), "per_device_eval_batch_size": 6}
+    )
     from umbra.bases import load_tokenizer
     from umbra.data import Collator, encode_all
 

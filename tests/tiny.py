@@ -21,7 +21,13 @@ SLIDING = ["sliding_attention", "sliding_attention", "full_attention", "sliding_
 CONFIGS = {
     "llama": LLAMA_LIKE,
     "qwen3": {**LLAMA_LIKE, "head_dim": 8},
-    "gemma3_text": {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 6, "layer_types": SLIDING, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        **LLAMA_LIKE,
+        "head_dim": 8,
+        "sliding_window": 6,
+        "layer_types": SLIDING,
+        "query_pre_attn_scalar": 8,
+    },
     "mistral": {**LLAMA_LIKE, "sliding_window": 6},
     "gpt2": {**COMMON, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 128},
     "gpt_neox": {
@@ -79,3 +85,64 @@ def make(name: str = "llama", seed: int = 0, classifier: bool = False, base_opti
 def tokens(rows: int = 2, length: int = 9, seed: int = 3) -> torch.Tensor:
     """(rows, length) of token ids, none of them special."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+ARCHITECTURES = list(CONFIGS)
+DIALECTS = ["paper", "peft"]
+CLASSIFIERS = {
+    "single": {"num_labels": 3, "problem_type": "single_label_classification"},
+    "multi": {"num_labels": 3, "problem_type": "multi_label_classification"},
+    "regression": {"num_labels": 1, "problem_type": "regression"},
+}
+
+
+def class_labels(problem: str, rows: int = 4) -> torch.Tensor:
+    """Labels for one of `CLASSIFIERS`."""
+    generator = torch.Generator().manual_seed(5)
+    if problem == "single":
+        return torch.randint(0, 3, (rows,), generator=generator)
+    if problem == "multi":
+        return torch.randint(0, 2, (rows, 3), generator=generator).float()
+    return torch.randn(rows, generator=generator)
+
+
+def partly_labelled(ids: torch.Tensor) -> torch.Tensor:
+    """Labels for ids: row r carries 2 + 2r of them, at its end; -100 elsewhere."""
+    labels = torch.full_like(ids, -100)
+    for row in range(len(ids)):
+        count = min(2 + 2 * row, ids.shape[1] - 1)
+        labels[row, -count:] = ids[row, -count:]
+    return labels
+
+
+def label_count(labels: torch.Tensor) -> int:
+    """How many next-token losses there are in (B, T) labels."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """Every gradient by name, taken off the model; a trainable parameter without one is an error."""
+    taken = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, f"{name} has no gradient"
+            taken[name], p.grad = p.grad, None
+    return taken
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float = 1e-4) -> None:
+    """Two sets of gradients are equal up to the rounding of fp32, each tensor measured by its own largest entry."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = rtol * float(value.abs().max()) + 1e-6
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def shadow_head(model):
+    """The head that reads s⁰."""
+    return model.shadow.heads["shadow"] if model.shadow.heads else model.base_head
+
+
+def shadow_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T, V) or (B, T, C): head(s⁰)."""
+    return shadow_head(model)(model._initial_state({"input_ids": ids, "inputs_embeds": None}))

@@ -53,7 +53,7 @@ def locate(model: nn.Module) -> Anatomy:
     if model.config.is_encoder_decoder:
         raise BaseModelError(f"{name} is an encoder-decoder; a shadow rides beside a decoder-only model.")
     kind = model.config.model_type
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model.config, "is_decoder", False):
+    if not is_causal(model.config):
         raise BaseModelError(
             f"{name} ({kind}) is encoder-only; a shadow rides beside a causal decoder, "
             "such as Llama, Qwen3, Gemma 3, Mistral or GPT-2."
@@ -68,6 +68,12 @@ def locate(model: nn.Module) -> Anatomy:
             "or AutoModelForSequenceClassification."
         )
     return Anatomy(model, decoder, blocks, head, head_name, is_classifier=model.get_output_embeddings() is None)
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether no position sees what follows it: neither an encoder nor an encoder-decoder."""
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return not encoder and not config.is_encoder_decoder
 
 
 def _find_blocks(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
@@ -203,6 +209,10 @@ def _check_heads(config: PretrainedConfig) -> None:
         raise ConfigError(
             f"shadow_hidden_size={config.hidden_size} is no multiple of shadow_num_attention_heads={heads}."
         )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = getattr(config, "rope_parameters", None)
+    if rope and head_dim % 2 and rope.get("partial_rotary_factor", 1) == 1:
+        raise ConfigError(f"shadow_head_dim={head_dim} is odd: rotary positions turn pairs of values.")
 
 
 def shift_layer_indices(backbone: nn.Module, offset: int) -> None:
@@ -260,6 +270,7 @@ def problem_type(config: PretrainedConfig, labels: Any) -> str:
 
 
 def pad_token_id(config: PretrainedConfig) -> int | None:
+    """The padding token of a (text) configuration."""
     return config.get_text_config().pad_token_id
 
 

@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
@@ -115,7 +116,7 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
     build = type(base.decoder)._from_config if chosen.model_type == base.config.model_type else AutoModel.from_config
     try:
         backbone = build(chosen, dtype=torch.float32)
-    except (ValueError, ZeroDivisionError) as error:
+    except Exception as error:  # transformers and torch raise several unrelated types
         raise ConfigError(f"No shadow can be built from these sizes: {error}") from error
     if config.init == "base" and backbone_config is None:
         anatomy.copy_blocks(base, backbone)
@@ -133,8 +134,13 @@ def _backbone_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
 def _pretrained(base: Anatomy, path: str) -> PreTrainedModel:
     try:
         backbone = AutoModel.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"shadow={path!r} is no model that transformers can load: {error}") from error
+    if not anatomy.is_causal(backbone.config):
+        raise BaseModelError(
+            f"The pretrained shadow {path!r} ({backbone.config.model_type}) is no causal decoder: its states would know "
+            "the tokens that they are to predict."
+        )
     backbone.train()
     rows, needed = backbone.config.vocab_size, anatomy.vocabulary_size(base.embeddings)
     if rows < needed:

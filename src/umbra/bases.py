@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,7 +43,7 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
 
             options["quantization_config"] = GgufConfig(dequantize=True)
         model = kind.from_pretrained(path, config=config, **extra, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise BaseModelError(f"The base {name!r} cannot be loaded: {error}") from error
     if extra:
         model.config.__dict__.pop("quantization_config", None)

@@ -1,5 +1,6 @@
 """The model card that lies in every adapter folder."""
 
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ def model_card(values: dict[str, Any], model: "ShadowModel") -> str:
     parts = "\n".join(f"| {name} | {count:,} |" for name, count in model.shadow.parts().items())
     pipeline = "text-classification" if values["task_type"] == "SEQ_CLS" else "text-generation"
     return f"""---
-base_model: {base or "unknown"}
+base_model: {json.dumps(base or "unknown", ensure_ascii=False)}
 library_name: umbra
 pipeline_tag: {pipeline}
 tags: [umbra, shadow, peft]

@@ -79,7 +79,7 @@ def refuse_other_adapter(target: Path, adapter_id: str | None) -> None:
         return
     try:
         found = json.loads(folder.find(target, CONFIG_FILE).read_text(encoding="utf-8")).get("adapter_id")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         found = None
     if found is None or found != adapter_id:
         raise CheckpointError(f"{target} already holds another adapter: choose another folder, or pass overwrite=True.")
@@ -124,7 +124,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no adapter folder: {CONFIG_FILE} is missing.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {error}. Restore the folder from its source.") from error
     if not isinstance(values, dict) or values.get("peft_type") != "UMBRA":
         kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
@@ -134,9 +134,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{file} has format {values.get('format_version')!r}, this is Umbra {__version__} with format {FORMAT_VERSION}: "
             "install the version that wrote it, or a later one."
         )
-    missing = [k for k in ("shadow", "shadow_model_config", "base", "task_type") if k not in values]
-    if missing:
-        raise CheckpointError(f"{file} is damaged: {', '.join(missing)} missing. Restore the folder from its source.")
+    kinds = {"shadow": dict, "shadow_model_config": dict, "base": dict, "task_type": str}
+    wrong = [k for k, kind in kinds.items() if not isinstance(values.get(k), kind)]
+    if wrong:
+        raise CheckpointError(
+            f"{file} is damaged: {', '.join(wrong)} missing or of another kind. Restore the folder from its source."
+        )
     return values
 
 
@@ -188,7 +191,7 @@ def load(
         name = base or values.get("base_model_name_or_path")
         if not name:
             raise CheckpointError(f"{file} does not name its base: pass base=…")
-        base = load_base(name, classifier=_classifier(values), **base_options)
+        base = load_base(name, classifier=_classifier(values, file), **base_options)
     located = anatomy.locate(base)
     task = TASKS[located.is_classifier]
     if task != values["task_type"]:
@@ -226,13 +229,14 @@ def load_weights(model: ShadowModel, weights: dict[str, torch.Tensor], file: Pat
     model.shadow.load_state_dict(weights, strict=True)
 
 
-def _classifier(values: dict[str, Any]) -> dict[str, Any] | None:
+def _classifier(values: dict[str, Any], file: Path) -> dict[str, Any] | None:
     if values["task_type"] != "SEQ_CLS":
         return None
-    classifier = dict(values["classifier"])
-    classifier["id2label"] = {int(k): v for k, v in classifier["id2label"].items()}
-    classifier["label2id"] = {v: k for k, v in classifier["id2label"].items()}
-    return classifier
+    try:
+        id2label = {int(k): v for k, v in values["classifier"]["id2label"].items()}
+        return {**values["classifier"], "id2label": id2label, "label2id": {v: k for k, v in id2label.items()}}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: classifier: {error!r}") from error
 
 
 def local_folder(path: str | Path) -> Path:

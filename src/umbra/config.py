@@ -1,7 +1,7 @@
 """What a user sets: `ShadowConfig`, the whole of the method. No torch in here, so that ``umbra --help`` is instant."""
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal
@@ -165,7 +165,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def name_the_nearest_key(cls: Any) -> None:

@@ -143,4 +143,5 @@ def parse_dtype(name: str) -> torch.dtype | None:
     Raises:
         ConfigError: another name.
     """
-    return None if check_dtype(name) == "auto" else getattr(torch, name)
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return types.get(check_dtype(name))

@@ -42,7 +42,13 @@ def write_together(folder: Path, write: Callable[[Path], None]) -> None:
         if isinstance(error, OSError):
             raise CheckpointError(f"Saving to {folder} failed, its old content is intact: {error}") from error
         raise
-    _finish(folder)
+    try:
+        _finish(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"Saved to {folder}, but its files could not be put in their places: {error}. The folder can be loaded; "
+            "the next save tidies it."
+        ) from error
 
 
 def _finish(folder: Path) -> None:

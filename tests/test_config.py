@@ -1,0 +1,364 @@
+"""What `ShadowConfig` and `attach` refuse, in which words, and that a refused base is left as it was."""
+
+import dataclasses
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Model,
+)
+
+import umbra
+from tiny import LAYERS, make_base, tokens
+from umbra import BaseModelError, ConfigError, ShadowConfig
+
+NAN, INFINITY = float("nan"), float("inf")
+SIZES = [f.name for f in dataclasses.fields(ShadowConfig) if f.name.startswith("shadow_")]
+COUNTS = ["rank", "gate_rank", *SIZES]
+
+# -- the fields ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, "8", True, [8]])
+def test_a_count_is_an_integer_of_at_least_1(name, value):
+    with pytest.raises(ConfigError, match=rf"^{name} .*{'' if isinstance(value, list) else value}"):
+        ShadowConfig(**{name: value})
+
+
+BAD = [
+    *[("alpha", value) for value in (NAN, INFINITY, -INFINITY, "0.1", None, True, [0.1], 10**400)],
+    *[("dropout", value) for value in (-0.1, 1, 1.0, 1.5, NAN, "0.2", None, False)],
+    *[("auxiliary_loss_weight", value) for value in (-0.05, NAN, INFINITY, "0", None, True, 10**400)],
+    *[("first_layer", value) for value in (-1, 1.0, "1", True)],
+    *[(name, value) for name in ("train_heads", "norm", "bias") for value in (0, 1, "true", [])],
+    *[("dialect", value) for value in ("Paper", "lora", "", None, 1)],
+    *[("init", value) for value in ("copy", None, True)],
+    *[("embeddings", value) for value in ("shared", None, False)],
+    *[("activation", value) for value in ("relu", "SiLU", True)],
+    *[("dropout_position", value) for value in ("up", 0)],
+    *[("down_init", value) for value in ("zeros", False)],
+    *[("shadow", value) for value in ("", None, 3, ["mirror"])],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda v: str(v)[:20])
+def test_a_value_outside_its_range_is_named(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} must"):
+        ShadowConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"alpha": 0},
+        {"alpha": -0.5},
+        {"dropout": 0},
+        {"dropout": 0.99},
+        {"auxiliary_loss_weight": 0},
+        {"first_layer": 0},
+        *({name: 1} for name in COUNTS),
+    ],
+)
+def test_the_edges_of_the_ranges_are_inside(fields):
+    assert ShadowConfig(**fields).to_dict().items() >= fields.items()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("rnk", "rank"),
+        ("r", "rank"),
+        ("Alpha", "alpha"),
+        ("droput", "dropout"),
+        ("aux_loss_weight", "auxiliary_loss_weight"),
+        ("shadow_hidden", "shadow_hidden_size"),
+        ("num_hidden_layers", "shadow_num_hidden_layers"),
+        ("quite_something_else", "rank"),  # nothing near: all are listed
+    ],
+)
+@pytest.mark.parametrize("make", [lambda d: ShadowConfig(**d), ShadowConfig.from_dict], ids=["init", "from_dict"])
+def test_an_unknown_key_names_the_nearest(make, wrong, right):
+    with pytest.raises(ConfigError, match=rf"{wrong}.*\b{right}\b"):
+        make({wrong: 8})
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_pretrained_shadow_brings_its_own_sizes(name):
+    with pytest.raises(ConfigError, match=name):
+        ShadowConfig(shadow="some/model", **{name: 1})
+
+
+def test_a_pretrained_shadow_copies_no_blocks():
+    with pytest.raises(ConfigError, match="init"):
+        ShadowConfig(shadow="some/model", init="base")
+
+
+@pytest.mark.parametrize(("shadow", "expected"), [("mirror", False), ("dense", False), ("./a/folder", True)])
+def test_a_pretrained_shadow_is_known_by_its_path(shadow, expected):
+    assert ShadowConfig(shadow=shadow).is_pretrained is expected
+
+
+def test_an_error_is_a_value_error_and_an_umbra_error():
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(ConfigError, umbra.UmbraError)
+
+
+# -- as a value ----------------------------------------------------------------------------------------------------
+
+
+def test_it_is_frozen_and_comparable():
+    config = ShadowConfig(rank=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 8  # type: ignore[misc]
+    assert config == ShadowConfig(rank=4)
+    assert hash(config) == hash(ShadowConfig(rank=4))
+
+
+@pytest.mark.parametrize("dialect", ["paper", "peft"])
+@pytest.mark.parametrize("resolved", [False, True])
+def test_a_round_trip_through_json(dialect, resolved):
+    config = ShadowConfig(dialect=dialect, gate_rank=3, alpha=0.25, shadow_hidden_size=16, embeddings="own", norm=True)
+    config = config.resolve() if resolved else config
+    assert ShadowConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_missing_keys_take_their_defaults():
+    assert ShadowConfig.from_dict({"rank": 3}) == ShadowConfig(rank=3)
+    assert ShadowConfig.from_dict({}) == ShadowConfig()
+
+
+def test_every_field_explains_itself():
+    assert [f.name for f in dataclasses.fields(ShadowConfig) if not f.metadata.get("help")] == []
+
+
+# -- the dialects --------------------------------------------------------------------------------------------------
+
+TABLE = {
+    "paper": {
+        "rank": 16,
+        "gate_rank": 10,
+        "first_layer": 1,
+        "norm": True,
+        "activation": "silu",
+        "bias": False,
+        "dropout_position": "rank",
+        "down_init": "normal",
+    },
+    "peft": {
+        "rank": 8,
+        "gate_rank": 8,
+        "first_layer": 0,
+        "norm": False,
+        "activation": "gelu",
+        "bias": True,
+        "dropout_position": "delta",
+        "down_init": "linear",
+    },
+}
+BOTH = {"alpha": 0.1, "dropout": 0.2, "auxiliary_loss_weight": 0.05}
+
+
+@pytest.mark.parametrize("dialect", TABLE)
+def test_a_dialect_fills_in_the_table_of_the_design(dialect):
+    resolved = ShadowConfig(dialect=dialect).resolve()
+    assert resolved.to_dict().items() >= {**TABLE[dialect], **BOTH}.items()
+    assert resolved.resolve() == resolved
+
+
+@pytest.mark.parametrize("dialect", TABLE)
+@pytest.mark.parametrize("name", TABLE["paper"])
+def test_an_explicit_field_beats_the_dialect(dialect, name):
+    other = {"paper": "peft", "peft": "paper"}[dialect]
+    resolved = ShadowConfig(dialect=dialect, **{name: TABLE[other][name]}).resolve()
+    expected = {**TABLE[dialect], name: TABLE[other][name]}
+    if (dialect, name) == ("peft", "rank"):
+        expected["gate_rank"] = expected["rank"]
+    assert resolved.to_dict().items() >= expected.items()
+
+
+def test_the_gate_rank_of_peft_follows_the_rank_and_that_of_the_paper_does_not():
+    assert ShadowConfig(dialect="peft", rank=5).resolve().gate_rank == 5
+    assert ShadowConfig(dialect="paper", rank=5).resolve().gate_rank == 10
+
+
+def test_replacing_the_dialect_replaces_all_of_it():
+    config = dataclasses.replace(ShadowConfig(dialect="paper", alpha=0.3), dialect="peft")
+    assert config.resolve() == ShadowConfig(dialect="peft", alpha=0.3).resolve()
+
+
+def test_replacing_by_a_bad_value_raises():
+    with pytest.raises(ConfigError, match="rank"):
+        dataclasses.replace(ShadowConfig(), rank=0)
+
+
+# -- bases and shapes ----------------------------------------------------------------------------------------------
+
+
+def outputs(base: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        if not hasattr(base, "config"):
+            return base(torch.ones(1, 4))
+        more = {"decoder_input_ids": tokens()} if base.config.is_encoder_decoder else {}
+        return base(tokens(), **more)[0]
+
+
+def hook_count(base: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.modules())
+
+
+@contextmanager
+def refused(base: nn.Module, error: type[Exception], match: str):
+    """The block raises this error, and leaves ``base`` as it was: weights, modes, hooks, gradients wanted, outputs."""
+    next(base.parameters()).requires_grad_(False)
+    weights = {k: v.clone() for k, v in base.state_dict().items()}
+    modules, wanted, expected = list(base.named_modules()), [p.requires_grad for p in base.parameters()], outputs(base)
+    with pytest.raises(error, match=match):
+        yield
+    assert hook_count(base) == 0
+    assert not base.training
+    assert [p.requires_grad for p in base.parameters()] == wanted
+    assert list(base.named_modules()) == modules
+    assert all(torch.equal(v, weights[k]) for k, v in base.state_dict().items())
+    assert torch.equal(outputs(base), expected)
+
+
+TINY_BERT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+TINY_T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
+BASES = {
+    "one block": (lambda: make_base("llama", num_hidden_layers=1), "1 block"),
+    "an encoder with a classifier": (lambda: BertForSequenceClassification(BertConfig(**TINY_BERT)), "encoder-only"),
+    "an encoder with a masked head": (lambda: BertForMaskedLM(BertConfig(**TINY_BERT)), "encoder-only"),
+    "an encoder with a causal head": (lambda: BertLMHeadModel(BertConfig(**TINY_BERT)), "encoder-only"),
+    "an encoder-decoder": (lambda: T5ForConditionalGeneration(T5Config(**TINY_T5)), "encoder-decoder"),
+    "a headless llama": (lambda: AutoModel.from_config(make_base("llama").config), "AutoModelForCausalLM"),
+    "a headless gpt2": (lambda: AutoModel.from_config(make_base("gpt2").config), "AutoModelForCausalLM"),
+    "no transformers model": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "PreTrainedModel"),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_base_that_cannot_carry_a_shadow_is_refused(kind):
+    build, words = BASES[kind]
+    base = build().eval()
+    with refused(base, BaseModelError, words):
+        umbra.attach(base)
+
+
+def test_a_base_with_a_shadow_is_refused_a_second_one():
+    base = make_base()
+    model = umbra.attach(base)
+    expected, hooks = model(tokens()).logits, hook_count(base)
+    with pytest.raises(BaseModelError, match="already carries a shadow"):
+        umbra.attach(base)
+    assert hook_count(base) == hooks
+    assert torch.equal(model(tokens()).logits, expected)
+    umbra.attach(model.unload())
+
+
+SHAPES = {
+    "heads that do not divide the width": ("gpt2", {"shadow_num_attention_heads": 5}, "shadow_num_attention_heads=5"),
+    "a width that heads do not divide": ("gpt_neox", {"shadow_hidden_size": 30}, "shadow_hidden_size=30"),
+    "heads that are no multiple of kv heads": ("llama", {"shadow_num_attention_heads": 3}, "key_value_heads=2"),
+    "more kv heads than heads": ("qwen3", {"shadow_num_key_value_heads": 8}, "shadow_num_key_value_heads=8"),
+    "kv heads that do not divide heads": ("mistral", {"shadow_num_key_value_heads": 3}, "shadow_num_key_value_heads=3"),
+    "an odd head with rotary positions": ("llama", {"shadow_head_dim": 7}, "shadow_head_dim=7"),
+    "gpt2 has no head_dim": ("gpt2", {"shadow_head_dim": 8}, "shadow_head_dim=8.*gpt2"),
+    "gpt2 has no kv heads": ("gpt2", {"shadow_num_key_value_heads": 2}, "shadow_num_key_value_heads=2.*gpt2"),
+    "gpt_neox has no kv heads": ("gpt_neox", {"shadow_num_key_value_heads": 2}, "shadow_num_key_value_heads=2.*neox"),
+    "copies of another width": ("llama", {"init": "base", "shadow_hidden_size": 16}, "init='base'"),
+    "copies of another inner width": ("llama", {"init": "base", "shadow_intermediate_size": 16}, "init='base'"),
+    "copies of more blocks than there are": ("llama", {"init": "base", "shadow_num_hidden_layers": 5}, "init='base'"),
+    "copies into another architecture": ("gpt2", {"init": "base", "shadow": "dense"}, "init='base'"),
+    "no block left to couple": ("llama", {"first_layer": LAYERS}, f"first_layer={LAYERS}"),
+    "far behind the last block": ("gpt2", {"first_layer": 99}, "first_layer=99"),
+    "a dense shadow with odd kv heads": (
+        "gpt2",
+        {"shadow": "dense", "shadow_num_key_value_heads": 3},
+        "shadow_num_key_value_heads=3",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_sizes_that_do_not_fit_are_refused(kind):
+    name, fields, words = SHAPES[kind]
+    base = make_base(name)
+    with refused(base, ConfigError, words):
+        umbra.attach(base, ShadowConfig(**fields))
+
+
+@pytest.mark.parametrize("first_layer", [0, 2, LAYERS - 1])
+def test_any_block_may_be_the_first_to_be_coupled(first_layer):
+    model = umbra.attach(make_base(), ShadowConfig(first_layer=first_layer))
+    assert list(model.shadow.couplings.injections) == [str(l) for l in range(first_layer, LAYERS)]
+    assert model(tokens()).logits.isfinite().all()
+
+
+# -- pretrained shadows --------------------------------------------------------------------------------------------
+
+
+def test_a_pretrained_shadow_that_does_not_exist_is_refused(tmp_path):
+    base, path = make_base(), str(tmp_path / "nowhere")
+    with refused(base, ConfigError, "nowhere"):
+        umbra.attach(base, ShadowConfig(shadow=path))
+
+
+def test_a_folder_that_holds_no_model_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no model")
+    base = make_base()
+    with refused(base, ConfigError, "no model that transformers can load"):
+        umbra.attach(base, ShadowConfig(shadow=str(tmp_path)))
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors at all"])
+def test_a_damaged_pretrained_shadow_is_refused(tmp_path, damage):
+    make_base(seed=7).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(damage)
+    base = make_base()
+    with refused(base, ConfigError, "no model that transformers can load"):
+        umbra.attach(base, ShadowConfig(shadow=str(tmp_path)))
+
+
+def test_a_pretrained_shadow_with_fewer_tokens_is_refused(tmp_path):
+    make_base(vocab_size=98).save_pretrained(tmp_path)
+    base = make_base()
+    with refused(base, BaseModelError, "98 tokens, the base 99"):
+        umbra.attach(base, ShadowConfig(shadow=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: BertModel(BertConfig(**TINY_BERT)), lambda: T5Model(T5Config(**TINY_T5))], ids=["bert", "t5"]
+)
+def test_a_pretrained_shadow_that_is_no_causal_decoder_is_refused(tmp_path, build):
+    """An encoder would tell each position what follows it."""
+    build().save_pretrained(tmp_path)
+    base = make_base()
+    with refused(base, BaseModelError, "decoder"):
+        umbra.attach(base, ShadowConfig(shadow=str(tmp_path)))
+
+
+@pytest.mark.parametrize("vocab_size", [99, 120])
+def test_a_pretrained_shadow_with_as_many_tokens_or_more_is_taken(tmp_path, vocab_size):
+    make_base(seed=7, vocab_size=vocab_size, num_hidden_layers=2).save_pretrained(tmp_path)
+    model = umbra.attach(make_base(), ShadowConfig(shadow=str(tmp_path)))
+    assert len(model.shadow.backbone.layers) == 2
+    assert model(tokens()).logits.isfinite().all()
