@@ -58,18 +58,19 @@ def _dispatch(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="umbra train",
+        usage="umbra train [config.yaml] [--field value …]",
         allow_abbrev=False,
-        description="Train a shadow. Every field below can stand in config.yaml and be overridden by a flag; so can "
-        "every field of transformers' TrainingArguments (learning_rate, num_train_epochs, gradient_checkpointing, …). "
+        description="Train a shadow. Every field below can stand in a flat YAML file and be overridden by a flag; so can "
+        "every field of transformers' TrainingArguments (learning_rate, num_train_epochs, activation_checkpointing, …). "
         "The same command again resumes a run that was killed.",
     )
-    parser.add_argument("config", nargs="?", metavar="config.yaml", help="flat YAML of fields")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     _add_flags(parser.add_argument_group("the run"), TrainOptions)
     _add_flags(parser.add_argument_group("the shadow"), ShadowConfig)
+    file = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     known, rest = parser.parse_known_args(arguments)
-    values = _read_yaml(known.config) if known.config else {}
-    values |= {k: v for k, v in vars(known).items() if k not in ("config", "json") and v is not argparse.SUPPRESS}
+    values = _read_yaml(file) if file else {}
+    values |= {k: v for k, v in vars(known).items() if k != "json"}
     values |= _pairs(rest)
     from .train import train
 
@@ -101,9 +102,10 @@ def _detach(arguments: list[str]) -> int:
     options = _parse("umbra detach", DetachOptions, arguments)
     from .bases import load_tokenizer
     from .checkpoint import load
-    from .detach import parse_dtype, write_detached
+    from .detach import check_target, parse_dtype, write_detached
 
     dtype = parse_dtype(options.dtype)
+    check_target(options.out, options.overwrite)
     model = load(options.adapter, options.base)
     out = write_detached(
         model, options.out, load_tokenizer(model.base.name_or_path), overwrite=options.overwrite, dtype=dtype
@@ -131,8 +133,7 @@ def _inspect(arguments: list[str]) -> int:
 def _parse(prog: str, kind: type, arguments: list[str]) -> Any:
     parser = argparse.ArgumentParser(prog=prog, description=(kind.__doc__ or "").partition("`` ")[2] or kind.__doc__)
     _add_flags(parser, kind)
-    found = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not argparse.SUPPRESS}
-    return kind(**found)
+    return kind(**vars(parser.parse_args(arguments)))
 
 
 def _add_flags(parser: Any, kind: type) -> None:

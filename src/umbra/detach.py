@@ -111,6 +111,18 @@ def _settle_tying(stock: PreTrainedModel, parts: anatomy.Anatomy, tied: bool) ->
         parts.head.weight = nn.Parameter(parts.embeddings.weight.detach().clone())
 
 
+def check_target(out: str | Path, overwrite: bool) -> Path:
+    """``out``, if it may be written to.
+
+    Raises:
+        CheckpointError: it is a file, or a folder that is not empty and ``overwrite`` is False.
+    """
+    out = Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise CheckpointError(f"{out} is not empty: choose another folder, or overwrite (--overwrite).")
+    return out
+
+
 def write_detached(
     model: ShadowModel, out: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, overwrite: bool = False,
     dtype: torch.dtype | None = None,
@@ -121,9 +133,7 @@ def write_detached(
         CheckpointError: ``out`` is not empty and ``overwrite`` is False, or the disk refused.
         DetachError: see `detach`.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise CheckpointError(f"{out} is not empty: choose another folder, or overwrite (--overwrite).")
+    out = check_target(out, overwrite)
     stock: Any = detach(model)
     if dtype is not None:
         stock = stock.to(dtype)

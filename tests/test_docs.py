@@ -1,0 +1,51 @@
+"""The documents name code that exists, and the README's examples run."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def defined(module: Path) -> set[str]:
+    """`name` and `Class.name` of everything defined in a module."""
+    found = set()
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{child.name}" for child in node.body if isinstance(child, ast.FunctionDef)}
+    return found
+
+
+def test_the_paper_page_names_code_that_exists():
+    places = re.findall(r"`(\w+\.py): ([\w.]+)`", (ROOT / "docs/paper.md").read_text(encoding="utf-8"))
+    assert len(places) > 10
+    for file, name in places:
+        assert name in defined(ROOT / "src/umbra" / file), f"{file} has no {name}"
+
+
+def test_the_readme_names_every_room():
+    for module in (ROOT / "src/umbra").glob("*.py"):
+        assert f"{module.name} " in README, f"README's tree lacks {module.name}"
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.real
+def test_the_readmes_python_runs(tmp_path):
+    """All Python blocks in order, as one program, on the embedded base."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    assert "umbra.attach" in code
+    (tmp_path / "data.jsonl").write_text('{"prompt": "2 + 2 =", "completion": "4"}\n' * 4)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:umbra", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
