@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny import LLAMA_LIKE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tiny import LLAMA_LIKE
 
 torch.set_num_threads(1)
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;?!+-=/\n<>_|'"

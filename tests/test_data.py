@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_tokenizer
 
 import umbra
+from conftest import make_tokenizer
 from umbra.core import IGNORED
 from umbra.data import Collator, Labels, Writer, encode_all, read_records
 

@@ -113,13 +113,18 @@ def composite_config(base_config: PretrainedConfig, shadow_config: PretrainedCon
     config = copy.deepcopy(base_config)
     text = config.get_text_config(decoder=True)
     types, extra = layer_types(text), layer_types(shadow_config)
-    window = _window(text) or _window(shadow_config)
+    windows = [w for w in (_window(text), _window(shadow_config)) if w is not None]
     text.num_hidden_layers = len(types) + len(extra)
     if any(t != types[0] for t in types + extra) or getattr(text, "layer_types", None) is not None:
         text.layer_types = types + extra
-    if window is not None:
-        text.sliding_window = window
+    if windows:
+        text.sliding_window = max(windows)  # of the cache's layers; the masks of either model narrow it to its own
     return config
+
+
+def shares_masks(base: PreTrainedModel, shadow: PreTrainedModel) -> bool:
+    """Whether an attention mask that was prepared for the base's layers also fits the shadow's."""
+    return type(base) is type(shadow) and _window(base.config) == _window(shadow.config)
 
 
 def _window(config: PretrainedConfig) -> int | None:

@@ -113,7 +113,7 @@ class HeadPlan:
 
     def __init__(self, keep: Tensor | None, extra: Tensor | None, heads: nn.ModuleDict, flatten: bool = True):
         self.keep, self.extra, self.heads, self.flatten = keep, extra, heads, flatten
-        self.rows = 0  # of the attached path; set once the head has run
+        self.rows: int | None = None  # of the attached path; set once the head has run
 
     def choose(self, h: Tensor) -> Tensor:
         if not self.flatten:

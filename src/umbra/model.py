@@ -3,6 +3,7 @@
 import copy
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class ShadowModel(PreTrainedModel):
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in base.all_tied_weights_keys.items()}
         self._no_split_modules = base._no_split_modules
         self._head_name = located.head_name
+        self._shares_masks = anatomy.shares_masks(located.decoder, shadow.backbone)
+        self._was_checkpointing = base.is_activation_checkpointing
         self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
         self._attachment = Attachment(located.blocks, located.head, resolved.first_layer or 0)
         base.requires_grad_(False)
@@ -141,6 +144,8 @@ class ShadowModel(PreTrainedModel):
     def unload(self) -> PreTrainedModel:
         """The base, bit for bit as it was before `attach`; this model cannot be used afterwards."""
         self._attachment.remove()
+        if not self._was_checkpointing:
+            self.base.activation_checkpointing_disable()
         for name in self._were_trainable:
             self.base.get_parameter(name).requires_grad_(True)
         return self.base
@@ -151,11 +156,25 @@ class ShadowModel(PreTrainedModel):
 
         return detach(self)
 
-    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
-        """Write the adapter folder, atomically; the base is not written. See `umbra.checkpoint.save`."""
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: Any,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: Any = None,
+        **options: Any,
+    ) -> None:
+        """Write the adapter folder, atomically; the base is not written. See `umbra.checkpoint.save`.
+
+        Args:
+            push_to_hub: upload the adapter too, to ``repo_id`` or a repository of the folder's name.
+        """
         from .checkpoint import save
 
         save(self, save_directory, **options)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, token=token)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> "ShadowModel":  # type: ignore[override]
@@ -181,6 +200,9 @@ class ShadowModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, *args, **options)
         anatomy.exempt_from_checkpointing(anatomy.locate(self.base).blocks[: self.shadow.couplings.first])
 
+    def enable_input_require_grads(self) -> None:
+        """Nothing: a gradient of the embeddings would only be carried through every block below the first coupled one."""
+
     def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **options: Any) -> Any:
         return attn_implementation  # the base has settled it
 
@@ -202,9 +224,17 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         super().__init__(base, config, backbone_config=backbone_config)
         self.generation_config = copy.deepcopy(base.generation_config) or GenerationConfig()
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """The base's own preparation, so that its peculiarities hold."""
-        return self.base.prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
+        prepared = self.base.prepare_inputs_for_generation(  # type: ignore[operator]
+            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if not self._shares_masks and (attention_mask is None or attention_mask.ndim == 2):
+            # For a static cache the base prepares its masks ahead; a shadow of another kind cannot read them.
+            prepared["attention_mask"] = attention_mask
+        return prepared
 
     def forward(
         self,
@@ -266,7 +296,7 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         extra = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)] if with_shadow else None
         plan = HeadPlan(positions if skip_logits else None, extra, self.shadow.heads)
         out = self._run_base(batch, s0, plan)
-        if not plan.rows and out.logits.shape[0] != 1:
+        if plan.rows is None:
             raise BaseModelError(
                 f"{type(self.base).__name__} does not call its output embeddings as a module; "
                 "its labelled positions cannot be chosen."

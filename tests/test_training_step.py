@@ -1,0 +1,442 @@
+"""One training step: every gradient, against the equations of core.py written out, and however the step is cut up."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, LlamaConfig
+
+import umbra
+from tiny import (
+    ARCHITECTURES,
+    CLASSIFIERS,
+    DIALECTS,
+    LAYERS,
+    VOCAB,
+    assert_same,
+    class_labels,
+    gradients,
+    label_count,
+    make,
+    make_base,
+    partly_labelled,
+    shadow_logits,
+    tokens,
+)
+from umbra.anatomy import locate
+
+architectures = pytest.mark.parametrize("name", ARCHITECTURES)
+dialects = pytest.mark.parametrize("dialect", DIALECTS)
+problems = pytest.mark.parametrize("problem", CLASSIFIERS)
+LAMBDA = 0.3
+
+
+def make_classifier(name: str, problem: str, **fields):
+    return make(name, classifier=True, base_options=CLASSIFIERS[problem], auxiliary_loss_weight=LAMBDA, **fields)
+
+
+def step(model, ids, labels, **options) -> tuple[Tensor, dict[str, Tensor]]:
+    """The training loss and every gradient."""
+    loss = model.train()(ids, labels=labels, **options).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def class_loss(problem: str, logits: Tensor, labels: Tensor) -> Tensor:
+    if problem == "single":
+        return F.cross_entropy(logits, labels)
+    if problem == "multi":
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    return F.mse_loss(logits.squeeze(-1), labels)
+
+
+class HeadRows:
+    """Counts the rows that the base's output embeddings read."""
+
+    def __init__(self, model):
+        self.counts: list[int] = []
+        model.base.get_output_embeddings().register_forward_hook(
+            lambda head, args, out: self.counts.append(args[0][..., 0].numel())
+        )
+
+
+# -- every gradient is there ---------------------------------------------------------------------------------------
+
+SHAPES = {
+    "mirror": {},
+    "narrow": {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2},
+    "own": {"embeddings": "own"},
+    "heads": {"train_heads": True},
+    "dense": {"shadow": "dense", "shadow_num_hidden_layers": 2},
+}
+
+
+def assert_all_moved(model) -> None:
+    found = gradients(model)
+    assert set(found) == {f"shadow.{name}" for name, _ in model.shadow.named_parameters()}
+    assert [name for name, g in found.items() if not g.isfinite().all() or not g.abs().sum() > 0] == []
+
+
+@architectures
+@dialects
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_trainable_parameter_has_a_gradient(name, dialect, shape):
+    model, ids = make(name, dialect=dialect, **SHAPES[shape]).train(), tokens()
+    model(ids, labels=ids).loss.backward()
+    assert_all_moved(model)
+
+
+@architectures
+@dialects
+@problems
+def test_every_trainable_parameter_of_a_classifier_has_a_gradient(name, dialect, problem):
+    model = make_classifier(name, problem, dialect=dialect).train()
+    model(tokens(4), labels=class_labels(problem)).loss.backward()
+    assert_all_moved(model)
+
+
+# -- the method, written out ---------------------------------------------------------------------------------------
+
+
+def run_llama(decoder: nn.Module, x: Tensor, before_block=None, after_block=None) -> Tensor:
+    """The blocks and the final norm of a stock Llama decoder, by hand, on (B, T, Ds)."""
+    places = torch.arange(x.shape[1])[None]
+    mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
+    rotary = decoder.rotary_emb(x, places)
+    for l, block in enumerate(decoder.layers):
+        x = x if before_block is None else before_block(l, x)
+        x = block(x, attention_mask=mask, position_ids=places, position_embeddings=rotary)
+        if after_block is not None:
+            after_block(l, x)
+    return decoder.norm(x)
+
+
+def naive_logits(model, plain: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Both paths' logits (B, T, V) by the equations alone; ``plain`` is the same base, never attached to."""
+    shadow, config = model.shadow, model.shadow_config
+    w = dict(shadow.couplings.named_parameters())
+    activation = F.silu if config.dialect == "paper" else F.gelu
+    first = 1 if config.dialect == "paper" else 0
+    x = plain.model.embed_tokens(ids)
+    s = s0 = run_llama(shadow.backbone, x)
+
+    def before_block(l: int, h: Tensor) -> Tensor:
+        if l < first:
+            return h
+        return h + config.alpha * ((h - s) @ w[f"injections.{l}.down.weight"].T) @ w[f"injections.{l}.up.weight"].T
+
+    def after_block(l: int, h: Tensor) -> None:
+        nonlocal s
+        if l < first or l == LAYERS - 1:
+            return
+        n = F.layer_norm(h, h.shape[-1:], w["norm.weight"], w["norm.bias"]) if config.dialect == "paper" else h
+        part = f"updates.{l}"
+
+        def two(kind: str, last: int) -> Tensor:
+            inner = F.linear(n, w[f"{part}.{kind}.0.weight"], w.get(f"{part}.{kind}.0.bias"))
+            return F.linear(activation(inner), w[f"{part}.{kind}.{last}.weight"], w.get(f"{part}.{kind}.{last}.bias"))
+
+        s = s + torch.sigmoid(two("gate", 2)) * (two("transform", 3) - s)
+
+    return plain.lm_head(run_llama(plain.model, x, before_block, after_block)), plain.lm_head(s0)
+
+
+@dialects
+def test_the_equations_written_out(dialect):
+    """Logits, both losses and every gradient of a Llama equal the plain formulas with full logits."""
+    model, plain = (
+        make("llama", dialect=dialect, auxiliary_loss_weight=LAMBDA),
+        make_base("llama").requires_grad_(False),
+    )
+    ids = tokens(3, 11)
+    labels = partly_labelled(ids)
+    attached, shadow = naive_logits(model, plain, ids)
+    torch.testing.assert_close(model(ids).logits, attached, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shadow_logits(model, ids), shadow, rtol=1e-4, atol=1e-4)
+    expected = next_token_loss(attached, labels) + LAMBDA * next_token_loss(shadow, labels)
+    expected.backward()
+    by_hand = gradients(model)
+    loss, found = step(model, ids, labels)
+    torch.testing.assert_close(loss, expected.detach())
+    assert_same(found, by_hand)
+
+
+@architectures
+@dialects
+@pytest.mark.parametrize("shape", ["mirror", "heads"])
+def test_labelled_rows_give_what_full_logits_give(name, dialect, shape):
+    model, ids = make(name, dialect=dialect, auxiliary_loss_weight=LAMBDA, **SHAPES[shape]), tokens(3, 11)
+    labels = partly_labelled(ids)
+    expected = next_token_loss(model(ids).logits, labels) + LAMBDA * next_token_loss(shadow_logits(model, ids), labels)
+    expected.backward()
+    full = gradients(model)
+    loss, found = step(model, ids, labels)
+    torch.testing.assert_close(loss, expected.detach())
+    assert_same(found, full)
+    kept, with_logits = step(model, ids, labels, skip_logits=False)
+    torch.testing.assert_close(kept, loss)
+    assert_same(with_logits, full)
+
+
+@architectures
+@dialects
+@problems
+def test_classification_losses(name, dialect, problem):
+    model, ids, labels = make_classifier(name, problem, dialect=dialect), tokens(4), class_labels(problem)
+    attached, shadow = model(ids).logits, shadow_logits(model, ids)[:, -1]
+    expected = class_loss(problem, attached, labels) + LAMBDA * class_loss(problem, shadow, labels)
+    expected.backward()
+    by_hand = gradients(model)
+    loss, found = step(model, ids, labels)
+    torch.testing.assert_close(loss, expected.detach())
+    assert_same(found, by_hand)
+
+
+# -- which rows the head reads -------------------------------------------------------------------------------------
+
+
+@architectures
+@pytest.mark.parametrize("weight", [LAMBDA, 0.0], ids=["auxiliary", "no_auxiliary"])
+def test_the_head_reads_labelled_rows_only(name, weight):
+    """Once for both paths; without an auxiliary loss there are no rows of the shadow's."""
+    model, ids = make(name, auxiliary_loss_weight=weight).train(), tokens(3, 11)
+    labels, rows = partly_labelled(ids), HeadRows(model)
+    out = model(ids, labels=labels)
+    count = label_count(labels)
+    assert rows.counts == [2 * count if weight else count]
+    assert out.logits is None
+    assert (out.shadow_loss is None) == (weight == 0)
+    torch.testing.assert_close(out.loss, next_token_loss(model(ids).logits, labels) + weight * (out.shadow_loss or 0))
+
+
+@architectures
+def test_the_head_reads_labelled_rows_only_in_evaluation_too(name):
+    model, ids = make(name).eval(), tokens(3, 11)
+    labels, rows = partly_labelled(ids), HeadRows(model)
+    out = model(ids, labels=labels, skip_logits=True)
+    assert rows.counts == [2 * label_count(labels)]
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, model(ids, labels=labels).loss)
+
+
+@architectures
+@torch.no_grad()
+def test_evaluation_reports_the_tasks_loss_and_the_shadows_beside_it(name):
+    model, ids = make(name, auxiliary_loss_weight=LAMBDA), tokens(3, 11)
+    labels = partly_labelled(ids)
+    out = model(ids, labels=labels)
+    torch.testing.assert_close(out.logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.loss, next_token_loss(out.logits, labels))
+    torch.testing.assert_close(out.shadow_loss, next_token_loss(shadow_logits(model, ids), labels))
+    trained = model.train()(ids, labels=labels)
+    torch.testing.assert_close(trained.loss, out.loss + LAMBDA * out.shadow_loss)
+    torch.testing.assert_close(trained.shadow_loss, out.shadow_loss)
+
+
+@architectures
+@problems
+@torch.no_grad()
+def test_evaluation_of_a_classifier_reports_the_tasks_loss(name, problem):
+    model, ids, labels = make_classifier(name, problem), tokens(4), class_labels(problem)
+    out = model(ids, labels=labels)
+    torch.testing.assert_close(out.loss, class_loss(problem, out.logits, labels))
+    torch.testing.assert_close(out.shadow_loss, class_loss(problem, shadow_logits(model, ids)[:, -1], labels))
+    torch.testing.assert_close(model.train()(ids, labels=labels).loss, out.loss + LAMBDA * out.shadow_loss)
+
+
+@architectures
+def test_without_an_auxiliary_loss_a_classifier_runs_no_second_head(name):
+    model = make(name, classifier=True, auxiliary_loss_weight=0.0).train()
+    calls = []
+    model.shadow.heads["shadow"].register_forward_hook(lambda *_: calls.append(1))
+    out = model(tokens(), labels=torch.tensor([0, 1]))
+    assert out.shadow_loss is None
+    assert calls == []
+
+
+# -- however the batch is cut --------------------------------------------------------------------------------------
+
+
+@architectures
+@dialects
+def test_accumulated_micro_batches_are_the_large_batch(name, dialect):
+    """Unequal label counts, and one micro-batch without any label, which gives 0 and not NaN; both losses."""
+    model, ids = make(name, dialect=dialect, auxiliary_loss_weight=LAMBDA), tokens(5, 10)
+    labels = partly_labelled(ids)
+    labels[3:] = -100
+    loss, whole = step(model, ids, labels)
+    items = label_count(labels)
+    for count in (items, torch.tensor(items)):
+        losses, shadow_losses = [], []
+        for part, marks in zip(ids.split([1, 2, 2]), labels.split([1, 2, 2]), strict=True):
+            out = model(part, labels=marks, num_items_in_batch=count)
+            out.loss.backward()
+            losses.append(out.loss.detach())
+            shadow_losses.append(out.shadow_loss.detach())
+        assert losses[2] == 0
+        assert shadow_losses[2] == 0
+        torch.testing.assert_close(sum(losses), loss)
+        assert_same(gradients(model), whole)
+
+
+@architectures
+@pytest.mark.parametrize("items", [None, 7])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_batch_without_labels_has_loss_zero(name, items, train):
+    model, ids = make(name).train(train), tokens()
+    labels = torch.full_like(ids, -100)
+    labels[:, 0] = ids[:, 0]  # the first token is nobody's next
+    out = model(ids, labels=labels, num_items_in_batch=items)
+    out.loss.backward()
+    assert out.loss == 0
+    assert out.shadow_loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@architectures
+@problems
+def test_accumulated_micro_batches_of_a_classifier_are_the_large_batch(name, problem):
+    model, ids, labels = make_classifier(name, problem), tokens(4), class_labels(problem)
+    loss, whole = step(model, ids, labels)
+    losses = []
+    for part, marks in zip(ids.split([1, 3]), labels.split([1, 3]), strict=True):
+        out = model(part, labels=marks, num_items_in_batch=torch.tensor(labels.numel()))
+        out.loss.backward()
+        losses.append(out.loss.detach())
+    torch.testing.assert_close(sum(losses), loss)
+    assert_same(gradients(model), whole)
+
+
+class Calls:
+    """Counts how often the modules below are called, recomputation included."""
+
+    def __init__(self, module: nn.Module):
+        self.count = 0
+        for m in module.modules():
+            if m is not module:
+                m.register_forward_pre_hook(self.add)
+
+    def add(self, *_) -> None:
+        self.count += 1
+
+
+CHECKPOINTING = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
+
+
+@architectures
+@dialects
+@CHECKPOINTING
+def test_checkpointed_is_plain(name, dialect, reentrant):
+    model, ids = make(name, dialect=dialect, shadow_num_hidden_layers=2), tokens(3, 11)
+    labels = partly_labelled(ids)
+    loss, plain = step(model, ids, labels)
+    first = model.shadow.couplings.first
+    of_blocks = [Calls(block) for block in locate(model.base).blocks[first:]]
+    of_shadow = Calls(model.shadow.backbone)
+    step(model, ids, labels)
+    once, shadow_once = [c.count for c in of_blocks], of_shadow.count
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert model.is_activation_checkpointing
+    checkpointed, found = step(model, ids, labels)
+    assert all(c.count - n > n for c, n in zip(of_blocks, once, strict=True)), "the base recomputed nothing"
+    assert of_shadow.count - shadow_once > shadow_once, "the shadow recomputed nothing"
+    torch.testing.assert_close(checkpointed, loss)
+    assert_same(found, plain)
+    model.activation_checkpointing_disable()
+    assert_same(step(model, ids, labels)[1], plain)
+
+
+@architectures
+@dialects
+@CHECKPOINTING
+@pytest.mark.parametrize("shape", ["narrow", "own", "heads", "dense"])
+def test_checkpointed_is_plain_for_other_shadows(name, dialect, reentrant, shape):
+    model, ids = make(name, dialect=dialect, **SHAPES[shape]), tokens(3, 11)
+    labels = partly_labelled(ids)
+    loss, plain = step(model, ids, labels)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpointed, found = step(model, ids, labels)
+    torch.testing.assert_close(checkpointed, loss)
+    assert_same(found, plain)
+
+
+@architectures
+@dialects
+@CHECKPOINTING
+def test_checkpointed_is_plain_for_a_pretrained_shadow(name, dialect, reentrant, tmp_path):
+    """Its embeddings are frozen, so that the input of its first block needs no gradient of itself."""
+    small = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    AutoModel.from_config(small).save_pretrained(tmp_path)
+    model, ids = make(name, dialect=dialect, shadow=str(tmp_path)), tokens(3, 11)
+    loss, plain = step(model, ids, ids)
+    assert "shadow.backbone.embed_tokens.weight" not in plain
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpointed, found = step(model, ids, ids)
+    torch.testing.assert_close(checkpointed, loss)
+    assert_same(found, plain)
+
+
+@architectures
+@dialects
+@CHECKPOINTING
+def test_checkpointed_classifier_is_plain(name, dialect, reentrant):
+    model, ids, labels = make_classifier(name, "multi", dialect=dialect), tokens(4), class_labels("multi")
+    loss, plain = step(model, ids, labels)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpointed, found = step(model, ids, labels)
+    torch.testing.assert_close(checkpointed, loss)
+    assert_same(found, plain)
+
+
+@architectures
+@dialects
+@CHECKPOINTING
+def test_checkpointed_is_plain_from_embeddings(name, dialect, reentrant):
+    """Embeddings that are handed in need no gradient, and yet the shadow gets its own."""
+    model, ids = make(name, dialect=dialect), tokens(3, 11)
+    embedded = model.get_input_embeddings()(ids)
+    loss, plain = step(model, None, ids, inputs_embeds=embedded)
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpointed, found = step(model, None, ids, inputs_embeds=embedded)
+    torch.testing.assert_close(checkpointed, loss)
+    assert_same(found, plain)
+
+
+@architectures
+@CHECKPOINTING
+def test_checkpointing_switched_on_before_attaching(name, reentrant):
+    """A base that was handed over with checkpointing on gives the same step, too."""
+    ids = tokens(3, 11)
+    model = make(name, auxiliary_loss_weight=LAMBDA)
+    loss, plain = step(model, ids, ids)
+    base = make_base(name)
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    other = umbra.attach(base, model.shadow_config)
+    other.shadow.load_state_dict(model.shadow.state_dict())
+    found_loss, found = step(other, ids, ids)
+    torch.testing.assert_close(found_loss, loss)
+    assert_same(found, plain)
+
+
+@architectures
+@dialects
+@pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "not_reentrant"])
+def test_dropout_recomputes_the_same_mask(name, dialect, reentrant):
+    """With dropout on, a step from the same seed is the same step, checkpointed or not."""
+    model, ids = make(name, dialect=dialect, dropout=0.3), tokens(3, 11)
+    torch.manual_seed(4)
+    loss, plain = step(model, ids, ids)
+    assert not torch.allclose(step(model, ids, ids)[0], loss)
+    if reentrant is not None:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    torch.manual_seed(4)
+    again, found = step(model, ids, ids)
+    torch.testing.assert_close(again, loss)
+    assert_same(found, plain)
