@@ -6,8 +6,10 @@ Everything is written to ``out/demo``; what exists there is used again.
 import json
 import platform
 import re
+import statistics
 import time
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +28,8 @@ from umbra.train import train
 
 HERE, OUT = Path(__file__).parent, Path("out/demo")
 TASK = "family_relationships"
-SPLITS = {"train": (2080, 1), "validation": (64, 2), "test": (300, 3)}  # records and seed of each
+# Records and seed of each split. A generator draws item i from seed + i, so the seeds lie far apart.
+SPLITS = {"train": (1760, 0), "validation": (64, 1_000_000), "test": (300, 2_000_000)}
 SYSTEM = "Answer with one word."
 RELATIONS = (
     "mother-in-law|father-in-law|sister-in-law|brother-in-law|daughter-in-law|son-in-law|grandmother|grandfather|"
@@ -65,18 +68,21 @@ def read(split: str) -> list[Record]:
     return [json.loads(line) for line in (OUT / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def decoding_speed(runner: Any, writer: Writer, record: Record, new: int = 64) -> float:
-    """Tokens per second of greedy decoding, one prompt at a time, the better of two runs."""
+def decoding_speeds(model: umbra.ShadowModel, writer: Writer, record: Record, new: int = 64) -> dict[str, float]:
+    """Tokens per second of greedy decoding at batch 1, by mode: medians of five interleaved rounds."""
     ids = torch.tensor([writer.tokens(writer.prompt(record))])
-    seconds = []
-    for _ in range(2):
-        began = time.perf_counter()
-        runner.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new,
-            do_sample=False, pad_token_id=writer.tokenizer.pad_token_id,
-        )  # fmt: skip
-        seconds.append(time.perf_counter() - began)
-    return new / min(seconds)
+    detached = model.detached()
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for _ in range(5):
+        for mode in MODES:
+            with nullcontext(detached) if mode == "detached" else in_mode(model, mode) as runner:
+                began = time.perf_counter()
+                runner.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new,
+                    do_sample=False, pad_token_id=writer.tokenizer.pad_token_id,
+                )  # fmt: skip
+                seconds[mode].append(time.perf_counter() - began)
+    return {mode: new / statistics.median(times) for mode, times in seconds.items()}
 
 
 def plot(history: list[dict[str, Any]], path: Path) -> None:
@@ -104,13 +110,12 @@ def plot(history: list[dict[str, Any]], path: Path) -> None:
 def measure(
     model: umbra.ShadowModel, tokenizer: Any, records: list[Record]
 ) -> tuple[list[Score], list[dict[str, Any]]]:
-    """Scores and replies of every mode; the speed is that of single-prompt decoding."""
+    """Scores and replies of every mode; the speed is that of decoding at batch 1."""
+    speeds = decoding_speeds(model, Writer(tokenizer), records[0])
     scores, samples = [], [{"prompt": r["prompt"][-1]["content"], "reference": r["completion"]} for r in records]
     for mode in MODES:
         result, replies = score(model, tokenizer, records, mode, OPTIONS)
-        with in_mode(model, mode) as runner:
-            speed = decoding_speed(runner, Writer(tokenizer), records[0])
-        scores.append(Score(**{**asdict(result), "tokens_per_second": speed}))
+        scores.append(replace(result, tokens_per_second=speeds[mode]))
         for sample, reply in zip(samples, replies, strict=True):
             sample[mode] = reply["reply"].strip()
     return scores, samples

@@ -190,9 +190,9 @@ def test_the_folder_holds_three_files_and_nothing_of_the_base(tmp_path, classifi
     model.save_pretrained(tmp_path)
     assert names(tmp_path) == FILES
     weights = load_file(tmp_path / WEIGHTS)
-    assert weights.keys() == model.shadow.state_dict().keys()
-    heads = {"heads.attached", "heads.shadow"} if classifier else set()
-    assert {k.rpartition(".")[0] for k in weights if k.startswith("heads")} == heads
+    assert weights.keys() == {f"shadow.{key}" for key in model.shadow.state_dict()}
+    heads = {"shadow.heads.attached", "shadow.heads.shadow"} if classifier else set()
+    assert {k.rpartition(".")[0] for k in weights if k.startswith("shadow.heads")} == heads
     base = {(v.shape, v.double().sum().item()) for v in model.base.state_dict().values()} - {
         (v.shape, v.double().sum().item()) for v in model.shadow.heads.state_dict().values()
     }
@@ -384,7 +384,7 @@ def test_damaged_weights_are_refused(saved, damage):
     assert_refused(saved, WEIGHTS)
 
 
-TENSOR = "couplings.injections.1.down.weight"
+TENSOR = "shadow.couplings.injections.1.down.weight"
 OTHER_TENSORS = {
     "missing": lambda w: {k: v for k, v in w.items() if k != TENSOR},
     "left over": lambda w: {**w, TENSOR + "s": w[TENSOR].clone()},
@@ -597,8 +597,8 @@ def test_a_gathered_state_dict_is_what_is_saved(tmp_path):
     model = make()
     doubled = {k: v * 2 for k, v in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=doubled)
-    assert torch.equal(load_file(tmp_path / WEIGHTS)[TENSOR], doubled[f"shadow.{TENSOR}"])
-    del doubled[f"shadow.{TENSOR}"]
+    assert torch.equal(load_file(tmp_path / WEIGHTS)[TENSOR], doubled[TENSOR])
+    del doubled[TENSOR]
     with pytest.raises(CheckpointError, match=TENSOR):
         model.save_pretrained(tmp_path, state_dict=doubled)
 
@@ -856,3 +856,26 @@ def test_a_first_save_that_ends_early_leaves_no_half_adapter(saver, tmp_path):
         assert names(folder) == FILES
     assert whole == sorted(whole)
     assert set(whole) == {0, 2}
+
+
+def test_an_adapter_is_loaded_from_the_hub_by_its_id(tmp_path, monkeypatch):
+    model = make("llama")
+    model.save_pretrained(tmp_path / "hub")
+    asked = []
+
+    def download(repository, revision, allow_patterns):
+        asked.append((repository, revision, sorted(allow_patterns)))
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    loaded = umbra.load("owner/name@v1", base=make_base("llama"))
+    assert asked == [("owner/name", "v1", ["README.md", "adapter_config.json", "adapter_model.safetensors"])]
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_pushing_uploads_the_adapter(tmp_path, monkeypatch):
+    model, pushed = make("llama"), []
+    monkeypatch.setattr(type(model), "push_to_hub", lambda self, repo_id, token=None: pushed.append(repo_id))
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True)
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="owner/name")
+    assert pushed == ["mine", "owner/name"]

@@ -162,3 +162,13 @@ def test_unusable_labels_are_refused():
         Labels.of(["a", ["b"]])
     with pytest.raises(umbra.DataError, match="none of the training data's: a, b"):
         Labels.of(["a", "b"]).encode("c")
+
+
+def test_a_data_set_is_read_through_datasets(tmp_path):
+    """A folder stands for a hub id: both go through ``datasets.load_dataset``, with its splits."""
+    for split, text in (("train", "a"), ("test", "b")):
+        (tmp_path / f"{split}.csv").write_text(f"text,label\n{text},{text}\n")
+    assert read_records(str(tmp_path), "train") == [{"text": "a", "label": "a"}]
+    assert read_records(str(tmp_path), "test") == [{"text": "b", "label": "b"}]
+    with pytest.raises(umbra.DataError, match=r"neither a \.jsonl file nor a data set"):
+        read_records(str(tmp_path), "no such split")

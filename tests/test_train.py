@@ -211,11 +211,11 @@ def test_classifiers_train_both_heads_and_leave_the_bases_alone(settings, tmp_pa
     assert history[-1][0] < history[0][0]
     assert history[-1][1] < history[0][1]
     saved = weights(settings["output_dir"])
-    assert saved["heads.attached.weight"].shape == saved["heads.shadow.weight"].shape == (head, 32)
+    assert saved["shadow.heads.attached.weight"].shape == saved["shadow.heads.shadow.weight"].shape == (head, 32)
     if head == 2:
         assert metrics["eval_accuracy"] > 0.9
     model = umbra.load(settings["output_dir"])
-    assert not torch.equal(model.base_head.weight, saved["heads.attached.weight"])
+    assert not torch.equal(model.base_head.weight, saved["shadow.heads.attached.weight"])
 
 
 @pytest.mark.parametrize(
@@ -249,4 +249,41 @@ def test_a_folder_with_something_else_in_it_is_refused(settings):
         train(settings)
     assert same(weights(settings["output_dir"]), before)
     train({**settings, "rank": 5, "overwrite": True})
-    assert weights(settings["output_dir"])["couplings.injections.1.down.weight"].shape[0] == 5
+    assert weights(settings["output_dir"])["shadow.couplings.injections.1.down.weight"].shape[0] == 5
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+def test_transformers_own_trainer_resumes_and_loads_the_best(tmp_path, classifier, monkeypatch):
+    """Nothing of ours but the model: trained heads are in every checkpoint, resuming is exact."""
+    from transformers import Trainer, TrainingArguments
+
+    from tiny import class_labels, make, tokens
+
+    ids = tokens(12, 8)
+    labels = class_labels("single", 12) if classifier else ids
+    data = [{"input_ids": i, "labels": l} for i, l in zip(ids, labels, strict=True)]
+    options = {"base_options": {"num_labels": 3}, "classifier": True} if classifier else {}
+
+    def trainer(name, **more):
+        arguments = TrainingArguments(
+            str(tmp_path / name), num_train_epochs=2, per_device_train_batch_size=2, save_steps=2, logging_steps=1,
+            learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True, **more,
+        )  # fmt: skip
+        return Trainer(make("llama", dropout=0.1, **options), arguments, train_dataset=data, eval_dataset=data)
+
+    whole = trainer("whole")
+    whole.train()
+    again = trainer("again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-6"))
+    assert same(whole.model.shadow.state_dict(), again.model.shadow.state_dict())
+    curve = [h["loss"] for h in whole.state.log_history if "loss" in h]
+    assert [h["loss"] for h in again.state.log_history if "loss" in h] == curve
+
+    best = trainer(
+        "best", load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )  # fmt: skip
+    best.train()
+    found = weights(best.state.best_model_checkpoint)
+    assert best.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert same({k.removeprefix("shadow."): v for k, v in found.items()}, best.model.shadow.state_dict())

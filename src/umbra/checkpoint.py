@@ -5,6 +5,8 @@ weight. Nothing is ever unpickled, and no code named in a file is imported.
 """
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from .model import ShadowModel, attach
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 1
+PREFIX = "shadow."  # of the tensors in WEIGHTS_FILE: their names in the model's own state dict
+TRAINER_FILE = "model.safetensors"  # the name by which transformers' Trainer finds what it resumes from
 TASKS = {False: "CAUSAL_LM", True: "SEQ_CLS"}
 
 
@@ -39,10 +43,10 @@ def save(
     """Write the adapter folder; the base is not in it.
 
     Args:
-        overwrite: replace another adapter that lies there; the model's own earlier save is always replaced. A
-            trainer's saves (they pass ``is_main_process``) own their folders.
+        overwrite: replace another adapter that lies there; the model's own earlier save is always replaced.
         state_dict: gathered weights under this model's names, where a trainer has sharded them.
-        is_main_process: False writes nothing.
+        is_main_process: passed by transformers' Trainer, which owns its folders and finds the weights there by a
+            second name; False writes nothing.
 
     Raises:
         CheckpointError: another adapter lies there, or the disk refused; the folder is as it was.
@@ -53,10 +57,9 @@ def save(
     if is_main_process is None and not overwrite:
         refuse_other_adapter(target, model.adapter_id)
     values = describe(model)
-    prefix = "shadow."
     source = model.state_dict() if state_dict is None else state_dict
-    weights = {k.removeprefix(prefix): v.detach().cpu().contiguous() for k, v in source.items() if k.startswith(prefix)}
-    lost = model.shadow.state_dict().keys() - weights.keys()
+    weights = {k: v.detach().cpu().contiguous() for k, v in source.items() if k.startswith(PREFIX)}
+    lost = own_weights(model).keys() - weights.keys()
     if lost:
         raise CheckpointError(
             f"The state dict to save lacks {len(lost)} tensors of the shadow, {sorted(lost)[0]} first."
@@ -69,8 +72,17 @@ def save(
             raise OSError(str(error)) from error
         folder.write_text(staging / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         folder.write_text(staging / CARD_FILE, model_card(values, model))
+        if is_main_process:
+            _link(staging / WEIGHTS_FILE, staging / TRAINER_FILE)
 
     folder.write_together(target, write)
+
+
+def _link(file: Path, name: Path) -> None:
+    try:
+        os.link(file, name)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, name)
 
 
 def refuse_other_adapter(target: Path, adapter_id: str | None) -> None:
@@ -216,7 +228,7 @@ def load_weights(model: ShadowModel, weights: dict[str, torch.Tensor], file: Pat
     Raises:
         CheckpointError: a tensor is missing, left over, misshapen or not floating point.
     """
-    own = model.shadow.state_dict()
+    own = own_weights(model)
     for problem, keys in (("lacks", own.keys() - weights.keys()), ("has unknown", weights.keys() - own.keys())):
         if keys:
             raise CheckpointError(f"{file} {problem} {len(keys)} tensors, {sorted(keys)[0]!r} first.")
@@ -226,7 +238,12 @@ def load_weights(model: ShadowModel, weights: dict[str, torch.Tensor], file: Pat
                 f"{file}: {key!r} is {value.dtype} of shape {tuple(value.shape)}, "
                 f"needed is floating point of shape {tuple(own[key].shape)}."
             )
-    model.shadow.load_state_dict(weights, strict=True)
+    model.load_state_dict(weights, strict=False)
+
+
+def own_weights(model: ShadowModel) -> dict[str, torch.Tensor]:
+    """All that an adapter file holds, by its names there."""
+    return model.shadow.state_dict(prefix=PREFIX)
 
 
 def _classifier(values: dict[str, Any], file: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from . import folder
-from .checkpoint import WEIGHTS_FILE, local_folder, read_config
+from .checkpoint import PREFIX, WEIGHTS_FILE, local_folder, read_config
 from .config import DIALECTS, ShadowConfig
 from .errors import CheckpointError
 
@@ -26,7 +26,7 @@ def inspect(path: str) -> dict[str, Any]:
                 count = 1
                 for size in tensors.get_slice(key).get_shape():
                     count *= size
-                part = key.partition(".")[0]
+                part = key.removeprefix(PREFIX).partition(".")[0]
                 parts[part] = parts.get(part, 0) + count
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error

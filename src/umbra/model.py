@@ -85,6 +85,7 @@ class ShadowModel(PreTrainedModel):
         self.main_input_name = base.main_input_name
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in base.all_tied_weights_keys.items()}
         self._no_split_modules = base._no_split_modules
+        self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._head_name = located.head_name
         self._shares_masks = anatomy.shares_masks(located.decoder, shadow.backbone)
         self._was_checkpointing = base.is_activation_checkpointing

@@ -103,7 +103,7 @@ class ShadowTrainer(Trainer):
         path = output_dir or self.args.output_dir
         assert path is not None
         if self.args.should_save:
-            self.model.save_pretrained(path, state_dict=state_dict, is_main_process=True)
+            checkpoint.save(self.model, path, state_dict=state_dict, overwrite=True)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(path)
 
