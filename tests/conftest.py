@@ -1,11 +1,13 @@
-"""A tiny base with a tokenizer, as a folder on disk."""
+"""A tiny base with a tokenizer, and an adapter, as folders on disk."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tiny import LLAMA_LIKE
+from tiny import LLAMA_LIKE, make
 
 torch.set_num_threads(1)
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;?!+-=/\n<>_|'"
@@ -36,3 +38,10 @@ def base_folder(tmp_path_factory):
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """An adapter folder of a tiny llama."""
+    make().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"

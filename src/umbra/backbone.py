@@ -80,12 +80,11 @@ class Shadow(nn.Module):
                 raise BaseModelError(
                     "This shadow has its own embeddings and cannot read inputs_embeds of the base: pass input_ids."
                 )
-            return self._project(self.backbone(input_ids=input_ids, **batch).last_hidden_state)
-        x = table(input_ids) if inputs_embeds is None else inputs_embeds
-        x = x.to(self.couplings_dtype)
-        if self.embed_projection is not None:
-            x = self.embed_projection(x)
-        elif self.backbone.is_activation_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
+            x = self.backbone.get_input_embeddings()(input_ids)
+        else:
+            x = (table(input_ids) if inputs_embeds is None else inputs_embeds).to(self.dtype)
+            x = x if self.embed_projection is None else self.embed_projection(x)
+        if self.backbone.is_activation_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # reentrant checkpointing needs an input with a gradient
         return self._project(self.backbone(inputs_embeds=x, **batch).last_hidden_state)
 
@@ -93,7 +92,7 @@ class Shadow(nn.Module):
         return x if self.projection is None else self.projection(x)
 
     @property
-    def couplings_dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
     def parts(self) -> dict[str, int]:

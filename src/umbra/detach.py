@@ -41,7 +41,7 @@ def detach(model: ShadowModel) -> PreTrainedModel:
         )
     config = _stock_config(model)
     stock: Any
-    dtype = shadow.couplings_dtype
+    dtype = shadow.dtype
     if mirrored:
         stock = type(model.base)._from_config(config, dtype=dtype)
     else:
@@ -88,7 +88,7 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
         own: Any = shadow.backbone.get_input_embeddings()
         return own.weight.detach()
     source: Any = model.base.get_input_embeddings()
-    table = source.weight.detach().to(shadow.couplings_dtype)
+    table = source.weight.detach().to(shadow.dtype)
     if shadow.embed_projection is not None:
         table = table @ shadow.embed_projection.weight.T
     ratio = anatomy.embedding_scale(source) / anatomy.embedding_scale(target)

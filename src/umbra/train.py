@@ -47,9 +47,9 @@ class ShadowTrainer(Trainer):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self._shadow_train = 0.0
+        self._shadow_train: torch.Tensor | float = 0.0
         self._shadow_since: int | None = None  # the step at which that sum began
-        self._shadow_eval: list[tuple[float, int]] = []
+        self._shadow_eval: list[tuple[torch.Tensor, int]] = []
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -57,7 +57,7 @@ class ShadowTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         shadow_loss = outputs.get("shadow_loss") if isinstance(outputs, dict) else None
         if shadow_loss is not None:
-            value = float(shadow_loss.detach())
+            value = shadow_loss.detach()  # read only when it is logged: no waiting for a GPU in every step
             if model.training:
                 if self._shadow_since is None:
                     self._shadow_since = self.state.global_step
@@ -70,7 +70,7 @@ class ShadowTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ``shadow_loss``, the mean over the steps since the last log."""
         if "loss" in logs and self._shadow_since is not None:
-            logs["shadow_loss"] = self._shadow_train / (self.state.global_step - self._shadow_since)
+            logs["shadow_loss"] = float(self._shadow_train) / (self.state.global_step - self._shadow_since)
             self._shadow_train, self._shadow_since = 0.0, None
         super().log(logs, start_time)
 
@@ -88,7 +88,7 @@ class ShadowTrainer(Trainer):
             prefix = options.get("metric_key_prefix", "eval")
             weight = sum(n for _, n in self._shadow_eval)
             assert output.metrics is not None
-            output.metrics[f"{prefix}_shadow_loss"] = sum(v * n for v, n in self._shadow_eval) / weight
+            output.metrics[f"{prefix}_shadow_loss"] = float(sum(v * n for v, n in self._shadow_eval)) / weight
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
