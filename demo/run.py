@@ -29,7 +29,7 @@ from umbra.train import train
 HERE, OUT = Path(__file__).parent, Path("out/demo")
 TASK = "family_relationships"
 # Records and seed of each split. A generator draws item i from seed + i, so the seeds lie far apart.
-SPLITS = {"train": (1760, 0), "validation": (64, 1_000_000), "test": (300, 2_000_000)}
+SPLITS = {"train": (1760, 0), "validation": (64, 1_000_000), "test": (300, 3_000_000)}
 SYSTEM = "Answer with one word."
 RELATIONS = (
     "mother-in-law|father-in-law|sister-in-law|brother-in-law|daughter-in-law|son-in-law|grandmother|grandfather|"
