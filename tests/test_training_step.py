@@ -440,3 +440,17 @@ def test_dropout_recomputes_the_same_mask(name, dialect, reentrant):
     again, found = step(model, ids, ids)
     torch.testing.assert_close(again, loss)
     assert_same(found, plain)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_wrapper_around_a_block_is_refused_not_silently_wrong(reentrant):
+    """Its recomputation runs the hooks outside any forward, where there is no state to read."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+
+    model, ids = make("llama").train(), tokens()
+    blocks = locate(model.base).blocks
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    blocks[2] = checkpoint_wrapper(blocks[2], kind)
+    loss = model(ids, labels=ids).loss
+    with pytest.raises(umbra.StateError, match="checkpoint wrapper"):
+        loss.backward()

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .bases import load_tokenizer
 from .checkpoint import load
 from .data import Record, Writer, read_records, record_kind
 from .errors import ConfigError, DataError
@@ -201,8 +202,6 @@ def evaluate(options: EvalOptions) -> list[Score]:
         ConfigError, DataError: unusable options or data, before any model is loaded.
         CheckpointError, BaseModelError: see `umbra.load`.
     """
-    from .bases import load_tokenizer
-
     modes = [m.strip() for m in options.modes.split(",") if m.strip()]
     for mode in modes:
         if mode not in MODES:
