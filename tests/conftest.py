@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tables import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
 from tiny import LLAMA_LIKE, make
 
 torch.set_num_threads(1)

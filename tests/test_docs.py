@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import tables
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -36,6 +38,18 @@ def test_the_readme_names_every_room():
         assert f"{module.name} " in README, f"README's tree lacks {module.name}"
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_compatibility_page_lists_what_is_tested(request):
+    """Every line that a collected test is marked with stands there; where all are collected, nothing else does."""
+    if request.config.getoption("--write-tables"):
+        return
+    written = set(re.findall(r"^\| (.+?) \| \d+ \|", tables.PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    marked = {(section, what) for item in request.session.items for section, what, _ in tables.lines(item)}
+    assert {section for section, _ in marked} <= set(tables.SECTIONS)
+    assert {what for _, what in marked} <= written, "run `make tables`"
+    if len({item.path for item in request.session.items}) == len(list((ROOT / "tests").glob("test_*.py"))):
+        assert written == {what for _, what in marked}, "run `make tables`"
 
 
 @pytest.mark.real
