@@ -108,18 +108,32 @@ def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
     return not has_experts and layer_types <= ATTENTION_TYPES
 
 
-def composite_config(base_config: PretrainedConfig, shadow_config: PretrainedConfig) -> PretrainedConfig:
-    """The base's configuration with L + S layers, so that a cache built from it holds the shadow's keys too."""
+def composite_config(base_config: PretrainedConfig, shadows: dict[int, PretrainedConfig]) -> PretrainedConfig:
+    """The base's configuration with more layers, so that a cache built from it holds the shadows' keys too.
+
+    Args:
+        shadows: the configuration of each shadow by its first layer in the cache, L or more.
+    """
     config = copy.deepcopy(base_config)
     text = config.get_text_config(decoder=True)
-    types, extra = layer_types(text), layer_types(shadow_config)
-    windows = [w for w in (_window(text), _window(shadow_config)) if w is not None]
-    text.num_hidden_layers = len(types) + len(extra)
-    if any(t != types[0] for t in types + extra) or getattr(text, "layer_types", None) is not None:
-        text.layer_types = types + extra
+    types = layer_types(text)
+    for first, shadow in sorted(shadows.items()):
+        types += ["full_attention"] * (first - len(types)) + layer_types(shadow)
+    windows = [w for w in map(_window, (text, *shadows.values())) if w is not None]
+    text.num_hidden_layers = len(types)
+    if any(t != types[0] for t in types) or getattr(text, "layer_types", None) is not None:
+        text.layer_types = types
     if windows:
         text.sliding_window = max(windows)  # of the cache's layers; the masks of either model narrow it to its own
     return config
+
+
+def lay_out(config: PretrainedConfig, layers: PretrainedConfig) -> None:
+    """Give a configuration the layers of another one, and leave the rest of it alone."""
+    target, source = config.get_text_config(decoder=True), layers.get_text_config(decoder=True)
+    for name in ("num_hidden_layers", "layer_types", "sliding_window"):
+        if name in source.__dict__ or name in source.attribute_map:
+            setattr(target, name, getattr(source, name))
 
 
 def shares_masks(base: PreTrainedModel, shadow: PreTrainedModel) -> bool:

@@ -7,6 +7,7 @@ fold them into its embeddings and its head.
 """
 
 import copy
+import uuid
 from typing import Any
 
 import torch
@@ -39,13 +40,18 @@ class Shadow(nn.Module):
     def __init__(self, base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None = None):
         super().__init__()
         D, L = base.config.hidden_size, len(base.blocks)
+        self.config = config
+        self.adapter_id = uuid.uuid4().hex
+        self.first_cache_layer = 0
+        self.trained: list[str] | None = None  # while it rests: what to train again
         self.backbone = build_backbone(base, config, backbone_config)
         self.owns_embeddings = _owns_embeddings(base, config, self.backbone)
         if not self.owns_embeddings:
             anatomy.remove_embeddings(self.backbone)
         elif config.is_pretrained:
             self.backbone.get_input_embeddings().requires_grad_(False)
-        anatomy.shift_layer_indices(self.backbone, L)
+        self.place(L)
+        self.shares_masks = anatomy.shares_masks(base.decoder, self.backbone)
 
         width = self.backbone.config.hidden_size
         widen = width != D
@@ -90,6 +96,28 @@ class Shadow(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.projection is None else self.projection(x)
+
+    @property
+    def cache_layers(self) -> range:
+        """The layers of the common cache that hold this shadow's keys."""
+        return range(self.first_cache_layer, self.first_cache_layer + self.backbone.config.num_hidden_layers)
+
+    def place(self, first_cache_layer: int) -> None:
+        """Move to other layers of the common cache."""
+        anatomy.shift_layer_indices(self.backbone, first_cache_layer - self.first_cache_layer)
+        self.first_cache_layer = first_cache_layer
+
+    def rest(self) -> None:
+        """Freeze all weights, until `wake`."""
+        if self.trained is None:
+            self.trained = [name for name, p in self.named_parameters() if p.requires_grad]
+        self.requires_grad_(False)
+
+    def wake(self) -> None:
+        """Train again what was trained before `rest`."""
+        for name in self.trained or ():
+            self.get_parameter(name).requires_grad_()
+        self.trained = None
 
     @property
     def dtype(self) -> torch.dtype:

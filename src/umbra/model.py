@@ -1,7 +1,7 @@
 """`ShadowModel`: the base and its shadow as one transformers model."""
 
 import copy
-import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, Pretra
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from . import anatomy
+from .adapters import DEFAULT, Adapters, group_rows, pick_rows
 from .backbone import BATCH_ARGUMENTS, Shadow
 from .config import ShadowConfig
 from .core import classification_loss, labelled_positions, token_loss
 from .errors import BaseModelError, ConfigError, StateError
 from .fingerprint import fingerprint
-from .hooks import Attachment, Frame, HeadPlan
+from .hooks import Attachment, Frame, HeadPlan, Lane
 
 
 @dataclass
@@ -57,7 +58,7 @@ def attach(
     return kind(base, config, backbone_config=backbone_config)
 
 
-class ShadowModel(PreTrainedModel):
+class ShadowModel(Adapters, PreTrainedModel):
     """A frozen ``base`` and the trainable ``shadow`` that corrects it. Made by `attach` and `load`."""
 
     _can_compile_fullgraph = True
@@ -70,42 +71,64 @@ class ShadowModel(PreTrainedModel):
         layers = len(located.blocks)
         if layers < 2:
             raise BaseModelError(f"The base has {layers} block; a shadow needs at least 2 to be coupled to.")
-        if resolved.first_layer is not None and resolved.first_layer >= layers:
-            raise ConfigError(f"first_layer={resolved.first_layer}, but the base's blocks are 0 to {layers - 1}.")
+        resolved.coupled(layers)
         shadow = Shadow(located, resolved, backbone_config)
 
-        composite = anatomy.composite_config(base.config, shadow.backbone.config)
+        composite = anatomy.composite_config(base.config, {layers: shadow.backbone.config})
         composite.keys_to_ignore_at_inference = ["past_key_values", "shadow_loss"]
         super().__init__(composite)
-        self.shadow_config = resolved
-        self.adapter_id = uuid.uuid4().hex
         self.base_fingerprint = fingerprint(located)
         self.base = base
         self.shadow = shadow
+        self.resting = nn.ModuleDict()
+        self.active_adapter = DEFAULT
         self.main_input_name = base.main_input_name
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in base.all_tied_weights_keys.items()}
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._head_name = located.head_name
-        self._shares_masks = anatomy.shares_masks(located.decoder, shadow.backbone)
         self._was_checkpointing = base.is_activation_checkpointing
         self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
-        self._attachment = Attachment(located.blocks, located.head, resolved.first_layer or 0)
+        self._attachment = Attachment(located.blocks, located.head)
         base.requires_grad_(False)
         self.train(base.training)
 
+    @property
+    def shadow_config(self) -> ShadowConfig:
+        """The active shadow's."""
+        return self.shadow.config
+
     # -- the two paths ---------------------------------------------------------------------------------------------
 
-    def _initial_state(self, batch: dict[str, Any]) -> Tensor:
-        told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
-        return self.shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
+    def _route(self, batch: dict[str, Any], names: Sequence[str | None] | None) -> list[tuple[Shadow, Tensor | None]]:
+        """Each shadow that takes part in a forward, with its rows (N,); None for all."""
+        if names is None:
+            return [(self.shadow, None)]
+        if self.training:
+            raise ConfigError("adapter_names is for inference: train the active adapter, one at a time.")
+        x = batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]
+        groups = group_rows(names, len(x), x.device)
+        return [(self.adapter(name), None if len(rows) == len(x) else rows) for name, rows in groups.items()]
 
-    def _run_base(self, batch: dict[str, Any], s0: Tensor, head: HeadPlan) -> Any:
+    def _lane(self, batch: dict[str, Any], shadow: Shadow, rows: Tensor | None) -> Lane:
+        if rows is None:
+            return Lane(shadow.couplings, self._initial_state(batch, shadow))
+        if batch["past_key_values"] is None:
+            return Lane(shadow.couplings, self._initial_state(pick_rows(batch, rows), shadow), rows)
+        # A layer of the cache has a row for each of the batch: the shadow runs on all, and its own are picked after.
+        return Lane(shadow.couplings, self._initial_state(batch, shadow)[rows], rows)
+
+    def _initial_state(self, batch: dict[str, Any], shadow: Shadow | None = None) -> Tensor:
+        told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
+        shadow = self.shadow if shadow is None else shadow
+        return shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
+
+    def _run_base(self, batch: dict[str, Any], lanes: list[Lane], head: HeadPlan) -> Any:
         given = {k: v for k, v in batch.items() if v is not None}
-        with Frame(self._attachment, self.shadow.couplings, s0, head):
+        with Frame(self._attachment, lanes, head):
             return self.base(**given, return_dict=True)
 
-    def _prepare_cache(self, batch: dict[str, Any]) -> None:
+    def _prepare_cache(self, batch: dict[str, Any], route: list[tuple[Shadow, Tensor | None]]) -> None:
         """One cache of L + S layers for both paths; none in training, where nothing reads it."""
         if batch["use_cache"] is None:
             batch["use_cache"] = bool(self.base.config.use_cache) and not self.training
@@ -113,7 +136,8 @@ class ShadowModel(PreTrainedModel):
         if cache is None and batch["use_cache"]:
             batch["past_key_values"] = DynamicCache(config=self.config)
         elif cache is not None:
-            built, needed = anatomy.cache_layers(cache), self.config.get_text_config(decoder=True).num_hidden_layers
+            built = anatomy.cache_layers(cache)
+            needed = max((shadow.cache_layers.stop for shadow, _ in route), default=0)
             if built is not None and built < needed:
                 raise StateError(
                     f"The cache has {built} layers, base and shadow need {needed}: build it from this model's config, "
@@ -122,12 +146,12 @@ class ShadowModel(PreTrainedModel):
 
     def disable_adapter(self) -> Frame:
         """A context in which this thread runs the bare base: ``with model.disable_adapter(): model(...)``."""
-        return Frame(self._attachment)
+        return Frame(self._attachment, disabled=True)
 
     @property
     def _is_disabled(self) -> bool:
         frame = self._attachment.current()
-        return frame is not None and frame.couplings is None
+        return frame is not None and frame.disabled
 
     def _loss(self, task: Tensor, shadow: Tensor | None) -> Tensor:
         """task + λ · shadow in training; evaluation reports the task's loss alone."""
@@ -199,7 +223,7 @@ class ShadowModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
         """As in transformers; blocks below the first coupled one keep nothing for a backward and are left out."""
         super()._set_gradient_checkpointing(enable, *args, **options)
-        anatomy.exempt_from_checkpointing(anatomy.locate(self.base).blocks[: self.shadow.couplings.first])
+        anatomy.exempt_from_checkpointing(anatomy.locate(self.base).blocks[: self.shadow.couplings.layers[0]])
 
     def enable_input_require_grads(self) -> None:
         """Nothing: a gradient of the embeddings would only be carried through every block below the first coupled one."""
@@ -232,7 +256,9 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         prepared = self.base.prepare_inputs_for_generation(  # type: ignore[operator]
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        if not self._shares_masks and (attention_mask is None or attention_mask.ndim == 2):
+        if not all(self.adapter(name).shares_masks for name in self.adapters) and (
+            attention_mask is None or attention_mask.ndim == 2
+        ):
             # For a static cache the base prepares its masks ahead; a shadow of another kind cannot read them.
             prepared["attention_mask"] = attention_mask
         return prepared
@@ -250,6 +276,7 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         return_dict: bool | None = None,
+        adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The attached forward.
@@ -261,6 +288,7 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
                 the labels of this batch.
             skip_logits: compute logits only where there is a label, and return none; by default in training with
                 labels.
+            adapter_names: the adapter of each of the B rows, None for the bare base; by default the active one for all.
 
         Returns:
             ShadowCausalLMOutput. ``loss`` is the task's plus λ times the shadow's in training, the task's alone in
@@ -282,21 +310,25 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
                 **batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
                 num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
-        self._prepare_cache(batch)
-        s0 = self._initial_state(batch)
-        if labels is None:
-            out = self._run_base(
-                {**batch, "logits_to_keep": logits_to_keep},
-                s0, HeadPlan(None, None, self.shadow.heads, flatten=False),
-            )  # fmt: skip
+        route = self._route(batch, adapter_names)
+        self._prepare_cache(batch, route)
+        lanes = [self._lane(batch, shadow, rows) for shadow, rows in route]
+        heads = [(rows, shadow.heads) for shadow, rows in route]
+        if labels is None or adapter_names is not None:
+            out = self._run_base({**batch, "logits_to_keep": logits_to_keep}, lanes, HeadPlan(heads))
             result = ShadowCausalLMOutput(**out)
+            if labels is not None:
+                positions, targets = labelled_positions(labels)
+                at_labels = out.logits.flatten(0, 1)[positions.to(out.logits.device)]
+                result.loss = token_loss(at_labels, targets, num_items_in_batch)
             return result.to_tuple() if as_tuple else result
 
+        s0 = lanes[0].slots[self.shadow.couplings.layers[0]]
         positions, targets = labelled_positions(labels)
         with_shadow = self.shadow_config.auxiliary_loss_weight > 0
         extra = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)] if with_shadow else None
-        plan = HeadPlan(positions if skip_logits else None, extra, self.shadow.heads)
-        out = self._run_base(batch, s0, plan)
+        plan = HeadPlan(heads, flatten=True, keep=positions if skip_logits else None, extra=extra)
+        out = self._run_base(batch, lanes, plan)
         if plan.rows is None:
             raise BaseModelError(
                 f"{type(self.base).__name__} does not call its output embeddings as a module; "
@@ -333,6 +365,7 @@ class ShadowForSequenceClassification(ShadowModel):
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         return_dict: bool | None = None,
+        adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The attached forward.
@@ -342,6 +375,7 @@ class ShadowForSequenceClassification(ShadowModel):
             labels: (B,) classes, (B,) or (B, C) values for regression, (B, C) of 0 and 1 for multi label.
             num_items_in_batch: labels of the whole accumulated batch, which both losses are divided by.
             skip_logits: has no effect: class logits are cheap.
+            adapter_names: the adapter of each of the B rows, None for the bare base; by default the active one for all.
 
         Returns:
             ShadowSequenceClassifierOutput with ``logits`` (B, C); losses as in `ShadowForCausalLM`.
@@ -358,14 +392,17 @@ class ShadowForSequenceClassification(ShadowModel):
         if self._is_disabled:
             return self.base(**batch, labels=labels, return_dict=return_dict)
         batch["use_cache"] = bool(use_cache)
-        self._prepare_cache(batch)
-        s0 = self._initial_state(batch)
-        out = self._run_base(batch, s0, HeadPlan(None, None, self.shadow.heads, flatten=False))
+        route = self._route(batch, adapter_names)
+        self._prepare_cache(batch, route)
+        lanes = [self._lane(batch, shadow, rows) for shadow, rows in route]
+        heads = [(rows, shadow.heads) for shadow, rows in route]
+        s0 = None if adapter_names is not None else lanes[0].slots[self.shadow.couplings.layers[0]]
+        out = self._run_base(batch, lanes, HeadPlan(heads))
         result = ShadowSequenceClassifierOutput(**out)
         if labels is not None:
             kind = anatomy.problem_type(self.base.config, labels)
             shadow_loss = None
-            if self.shadow_config.auxiliary_loss_weight > 0:
+            if s0 is not None and self.shadow_config.auxiliary_loss_weight > 0:
                 pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(input_ids, s0)]
                 head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
                 shadow_logits = head(pooled.to(next(head.parameters()).dtype))
