@@ -42,6 +42,7 @@ class Shadow(nn.Module):
         D, L = base.config.hidden_size, len(base.blocks)
         self.config = config
         self.adapter_id = uuid.uuid4().hex
+        self.classifier: dict[str, Any] = {}  # label names, where they are not those of the base's configuration
         self.first_cache_layer = 0
         self.trained: list[str] | None = None  # while it rests: what to train again
         self.backbone = build_backbone(base, config, backbone_config)

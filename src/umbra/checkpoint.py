@@ -104,7 +104,9 @@ def describe(model: ShadowModel, shadow: Shadow) -> dict[str, Any]:
     """What ``adapter_config.json`` holds."""
     base = anatomy.locate(model.base)
     config = model.base.config
-    labels = {"num_labels": config.num_labels, "id2label": config.id2label, "problem_type": config.problem_type}
+    labels = {
+        name: shadow.classifier.get(name, getattr(config, name)) for name in ("num_labels", "id2label", "problem_type")
+    }
     return {
         "peft_type": "UMBRA",
         "task_type": TASKS[base.is_classifier],
@@ -229,6 +231,7 @@ def load_shadow(
         raise CheckpointError(f"{path} knows {classifier.get('num_labels')} labels, the base's head {labels}.")
     shadow = Shadow(located, saved.config, saved.backbone_config)
     saved.fill(shadow)
+    shadow.classifier = classifier or {}
     if not trainable:
         shadow.requires_grad_(False)
     return shadow
