@@ -183,4 +183,4 @@ def pick_rows(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """
     if batch.get("cu_seq_lens_q") is not None:
         raise ConfigError("adapter_names needs one sequence a row: this batch is packed (cu_seq_lens).")
-    return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and len(v) > 1 else v for k, v in batch.items()}
+    return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim and len(v) > 1 else v for k, v in batch.items()}
