@@ -21,6 +21,7 @@ ORDER = [
     "core",
     "folder",
     "anatomy",
+    "caches",
     "bases",
     "fingerprint",
     "hooks",

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.configuration_utils import get_head_shapes
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .errors import BaseModelError, ConfigError
@@ -119,7 +120,7 @@ def composite_config(base_config: PretrainedConfig, shadows: dict[int, Pretraine
     types = layer_types(text)
     for first, shadow in sorted(shadows.items()):
         types += ["full_attention"] * (first - len(types)) + layer_types(shadow)
-    windows = [w for w in map(_window, (text, *shadows.values())) if w is not None]
+    windows = [w for w in map(window, (text, *shadows.values())) if w is not None]
     text.num_hidden_layers = len(types)
     if any(t != types[0] for t in types) or getattr(text, "layer_types", None) is not None:
         text.layer_types = types
@@ -138,11 +139,7 @@ def lay_out(config: PretrainedConfig, layers: PretrainedConfig) -> None:
 
 def shares_masks(base: PreTrainedModel, shadow: PreTrainedModel) -> bool:
     """Whether an attention mask that was prepared for the base's layers also fits the shadow's."""
-    return type(base) is type(shadow) and _window(base.config) == _window(shadow.config)
-
-
-def _window(config: PretrainedConfig) -> int | None:
-    return getattr(config, "sliding_window", None)
+    return type(base) is type(shadow) and window(base.config) == window(shadow.config)
 
 
 def layer_types(config: PretrainedConfig) -> list[str]:
@@ -150,7 +147,7 @@ def layer_types(config: PretrainedConfig) -> list[str]:
     given = getattr(config, "layer_types", None)
     if given is not None:
         return list(given)
-    return ["sliding_attention" if _window(config) is not None else "full_attention"] * config.num_hidden_layers
+    return ["sliding_attention" if window(config) is not None else "full_attention"] * config.num_hidden_layers
 
 
 def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
@@ -276,7 +273,22 @@ def embedding_scale(table: nn.Module) -> float:
 
 def cache_layers(cache: Any) -> int | None:
     """How many layers a cache was built for; None where it grows on demand."""
-    return None if getattr(cache, "layer_class_to_replicate", None) is not None else len(cache.layers)
+    return None if getattr(cache, "layer_class_to_replicate", None) is not None else len(getattr(cache, "layers", ()))
+
+
+def cached_tokens(layers: list[Any]) -> Any:
+    """How many tokens these layers of a cache hold: a tensor in static ones, 0 or None where nothing tells."""
+    return next((layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")), None)
+
+
+def head_shape(config: PretrainedConfig) -> Any:
+    """Number and width of the heads of keys and values; lists where layers differ."""
+    return get_head_shapes(config.get_text_config(decoder=True))
+
+
+def window(config: PretrainedConfig) -> int | None:
+    """The width of the sliding windows, if there are any."""
+    return getattr(config.get_text_config(decoder=True), "sliding_window", None)
 
 
 def problem_type(config: PretrainedConfig, labels: Any) -> str:

@@ -25,6 +25,7 @@ from .errors import BaseModelError, ConfigError
 BATCH_ARGUMENTS = (
     "attention_mask", "position_ids", "past_key_values", "use_cache",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    "cache", "read_index", "write_index", "block_table", "is_causal",  # of continuous batching
 )  # fmt: skip
 
 

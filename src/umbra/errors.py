@@ -6,7 +6,7 @@
     ├── CheckpointError (ValueError)   an adapter folder that is missing, damaged, or must not be overwritten
     ├── DataError (ValueError)         a record, a column or a file of the training or evaluation data
     ├── DetachError (ValueError)       a shadow that no stock model can express
-    └── StateError (RuntimeError)      a coupled block that runs outside its model's forward
+    └── StateError (RuntimeError)      a coupled block that runs outside its model's forward; a cache of other tokens
 
 Each message says what was wrong, what was given, and how to mend it.
 """
@@ -40,7 +40,7 @@ class DetachError(UmbraError, ValueError):
 
 
 class StateError(UmbraError, RuntimeError):
-    """A coupled block was run outside the forward of the model that it is coupled to."""
+    """A coupled block was run outside the forward of its model, or a cache does not hold what its model needs."""
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
-from . import anatomy
+from . import anatomy, caches
 from .adapters import DEFAULT, Adapters, group_rows, pick_rows
 from .backbone import BATCH_ARGUMENTS, Shadow
 from .config import ShadowConfig
 from .core import classification_loss, labelled_positions, token_loss
-from .errors import BaseModelError, ConfigError, StateError
+from .errors import BaseModelError, ConfigError
 from .fingerprint import fingerprint
 from .hooks import Attachment, Frame, HeadPlan, Lane
 
@@ -119,11 +119,13 @@ class ShadowModel(Adapters, PreTrainedModel):
         return Lane(shadow.couplings, self._initial_state(batch, shadow)[rows], rows)
 
     def _initial_state(self, batch: dict[str, Any], shadow: Shadow | None = None) -> Tensor:
-        told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
         shadow = self.shadow if shadow is None else shadow
+        batch = caches.for_shadow(batch, shadow.backbone.config, shadow.dtype)
+        told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
         return shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
 
     def _run_base(self, batch: dict[str, Any], lanes: list[Lane], head: HeadPlan) -> Any:
+        batch = caches.for_path(batch, self.base.config)
         given = {k: v for k, v in batch.items() if v is not None}
         with Frame(self._attachment, lanes, head):
             return self.base(**given, return_dict=True)
@@ -136,13 +138,7 @@ class ShadowModel(Adapters, PreTrainedModel):
         if cache is None and batch["use_cache"]:
             batch["past_key_values"] = DynamicCache(config=self.config)
         elif cache is not None:
-            built = anatomy.cache_layers(cache)
-            needed = max((shadow.cache_layers.stop for shadow, _ in route), default=0)
-            if built is not None and built < needed:
-                raise StateError(
-                    f"The cache has {built} layers, base and shadow need {needed}: build it from this model's config, "
-                    "not from the base's."
-                )
+            caches.check_shared(cache, self.base.config, [shadow.cache_layers for shadow, _ in route])
 
     def disable_adapter(self) -> Frame:
         """A context in which this thread runs the bare base: ``with model.disable_adapter(): model(...)``."""
@@ -242,26 +238,12 @@ class ShadowModel(Adapters, PreTrainedModel):
         """Nothing: base and shadow arrive initialised."""
 
 
-class ShadowForCausalLM(ShadowModel, GenerationMixin):
+class ShadowForCausalLM(ShadowModel, caches.SharedCacheGeneration, GenerationMixin):
     """A language model and its shadow."""
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         super().__init__(base, config, backbone_config=backbone_config)
         self.generation_config = copy.deepcopy(base.generation_config) or GenerationConfig()
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The base's own preparation, so that its peculiarities hold."""
-        prepared = self.base.prepare_inputs_for_generation(  # type: ignore[operator]
-            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-        if not all(self.adapter(name).shares_masks for name in self.adapters) and (
-            attention_mask is None or attention_mask.ndim == 2
-        ):
-            # For a static cache the base prepares its masks ahead; a shadow of another kind cannot read them.
-            prepared["attention_mask"] = attention_mask
-        return prepared
 
     def forward(
         self,
@@ -306,6 +288,7 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         }
         skip_logits = (self.training if skip_logits is None else skip_logits) and labels is not None
         if self._is_disabled:
+            caches.check_bare(past_key_values, self.base.config)
             return self.base(
                 **batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
                 num_items_in_batch=num_items_in_batch,
@@ -343,11 +326,6 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
             logits = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
         result = ShadowCausalLMOutput(**{**out, "loss": loss, "logits": logits, "shadow_loss": shadow_loss})
         return result.to_tuple() if as_tuple else result
-
-    @torch.no_grad()
-    def generate(self, *args: Any, **options: Any) -> Any:
-        """As in transformers, with one cache for base and shadow."""
-        return super().generate(*args, **options)  # type: ignore[misc]
 
 
 class ShadowForSequenceClassification(ShadowModel):
@@ -390,6 +368,7 @@ class ShadowForSequenceClassification(ShadowModel):
             **kwargs,
         }
         if self._is_disabled:
+            caches.check_bare(past_key_values, self.base.config)
             return self.base(**batch, labels=labels, return_dict=return_dict)
         batch["use_cache"] = bool(use_cache)
         route = self._route(batch, adapter_names)

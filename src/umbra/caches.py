@@ -1,0 +1,191 @@
+"""What base and shadow need of a cache, and generating with it.
+
+They share one cache of transformers: its first L layers are the base's, then each shadow has its own. Continuous
+batching has pages in place of a cache, all of one shape and dtype, and says by arguments of the forward where they are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+from . import anatomy
+from .errors import BaseModelError, StateError
+
+
+def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -> None:
+    """Refuse a cache that base and shadows cannot go on from together.
+
+    Args:
+        shadows: the layers of each shadow that takes part; none for the bare base.
+
+    Raises:
+        StateError: too few layers, or a shadow's layers hold other tokens than the base's.
+    """
+    L, built = _depth(base), anatomy.cache_layers(cache)
+    needed = max((layers.stop for layers in shadows), default=L)
+    if built is not None and built < needed:
+        raise StateError(
+            f"The cache ({type(cache).__name__}) has {built} layers, base and shadow need {needed}: build it from this "
+            "model's config, not from the base's."
+        )
+    if torch.compiler.is_compiling():
+        return
+    if not shadows:
+        _check_bare(cache, L)
+    held = anatomy.cached_tokens(cache.layers[:L])
+    for layers in shadows:
+        own = anatomy.cached_tokens(cache.layers[layers.start : layers.stop])
+        static = isinstance(held, Tensor) + isinstance(own, Tensor)  # lengths that one would have to wait for
+        if held is not None and (static == 1 or (static == 0 and held != (own or 0))):
+            raise StateError(
+                "The cache holds other tokens for the base than for the shadow: it was filled by the bare base or with "
+                "another adapter, or a forward was interrupted. Start with a fresh cache."
+            )
+
+
+def check_bare(cache: Any, base: PretrainedConfig) -> None:
+    """Refuse to let the bare base go on from a cache that a shadow has filled too.
+
+    Raises:
+        StateError: a shadow's layers are in use.
+    """
+    if cache is not None and anatomy.cache_layers(cache) != 0:
+        _check_bare(cache, _depth(base))
+
+
+def _check_bare(cache: Any, L: int) -> None:
+    held = [anatomy.cached_tokens([layer]) for layer in cache.layers[L:]]
+    if any(isinstance(tokens, Tensor) or tokens for tokens in held):
+        raise StateError(
+            "The cache was filled with the adapter enabled; the bare base would go on without the shadow's layers, and "
+            "leave them behind. Use another cache for the bare base."
+        )
+
+
+def _depth(config: PretrainedConfig) -> int:
+    return config.get_text_config(decoder=True).num_hidden_layers
+
+
+class SharedCacheGeneration(GenerationMixin):
+    """Generating as in transformers, for a ``base`` and shadows whose keys and values lie in one cache."""
+
+    base: Any
+    shadow: Any
+    adapters: list[str]
+    adapter: Any
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The base's own preparation, so that its peculiarities hold."""
+        prepared = self.base.prepare_inputs_for_generation(
+            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if not all(shadow.shares_masks for shadow in self._shadows()) and (
+            attention_mask is None or attention_mask.ndim == 2
+        ):
+            # For a static cache the base prepares its masks ahead; a shadow of another kind cannot read them.
+            prepared["attention_mask"] = attention_mask
+        return prepared
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """As in transformers, with one cache for base and shadow."""
+        return super().generate(*args, **options)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
+        """As in transformers, for `generate_batch` and servers, with the active adapter; base and shadow share the pages.
+
+        Raises:
+            BaseModelError: a shadow whose heads of keys and values, or whose window, have another size than the base's.
+            StateError: the adapter is disabled, which holds for this thread and not for the batching's own.
+        """
+        if self._is_disabled:  # type: ignore[attr-defined]
+            raise StateError("disable_adapter() holds for one thread, continuous batching runs in another: unload().")
+        for shadow in self._shadows():
+            _check_pages(self.base.config, shadow.backbone.config)
+        return super().init_continuous_batching(*args, **options)  # type: ignore[misc]
+
+    def _get_static_cache_init_shape(self) -> Any:
+        # Layers that are made ahead have one shape and dtype; None lets each be made when it is first used.
+        shapes = {str(anatomy.head_shape(part.config)) for part in (self.base, *(s.backbone for s in self._shadows()))}
+        alike = len(shapes) == 1 and self.shadow.dtype == self.dtype  # type: ignore[attr-defined]
+        return super()._get_static_cache_init_shape() if alike else None  # type: ignore[misc]
+
+    def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **options: Any) -> Any:
+        if generation_config.assistant_early_exit is not None:
+            raise BaseModelError(
+                "assistant_early_exit would leave the base before blocks that the shadow corrects: let the shadow draft, "
+                "by assistant_model=model.detached()."
+            )
+        return super()._get_candidate_generator(generation_config, *args, **options)  # type: ignore[misc]
+
+    def _shadows(self) -> list[Any]:
+        return [self.adapter(name) for name in self.adapters]
+
+
+# -- continuous batching -------------------------------------------------------------------------------------------
+
+
+def _check_pages(base: PretrainedConfig, shadow: PretrainedConfig) -> None:
+    for what, size in (("key and value heads (number, width)", anatomy.head_shape), ("window", anatomy.window)):
+        ours, theirs = size(shadow), size(base)
+        if ours != theirs and None not in (ours, theirs):
+            raise BaseModelError(
+                f"Continuous batching gives every layer the base's {what}: {theirs}; the shadow has {ours}. Use "
+                "generate(), or a shadow with the base's attention sizes."
+            )
+
+
+def for_path(batch: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """Of a continuous batch's masks, those of one path's layer types; any other batch as it is.
+
+    Args:
+        batch: arguments of a forward.
+        config: of the base, or of a shadow's backbone.
+    """
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, dict) or not isinstance(batch.get("cache"), PagedAttentionCache):
+        return batch
+    types = set(anatomy.layer_types(config.get_text_config(decoder=True)))
+    return {**batch, "attention_mask": mask[types.pop()] if len(types) == 1 else mask}
+
+
+def for_shadow(batch: dict[str, Any], config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """As `for_path`, for a shadow of another dtype than the base's, which pages and masks have."""
+    pages, batch = batch.get("cache"), for_path(batch, config)
+    if not isinstance(pages, PagedAttentionCache):
+        return batch
+    mask = batch["attention_mask"]
+    mask = (
+        {k: m.to(dtype) for k, m in mask.items()}
+        if isinstance(mask, dict)
+        else mask
+        if mask is None
+        else mask.to(dtype)
+    )
+    return {**batch, "attention_mask": mask, "cache": CastPages(pages)}
+
+
+class CastPages(PagedAttentionCache):
+    """The pages, for keys and values of any dtype; they are kept in the pages' own.
+
+    Args:
+        pages: made by transformers for the base's dtype.
+    """
+
+    def __init__(self, pages: PagedAttentionCache):
+        self.pages: Any = pages
+
+    @torch.compiler.disable  # type: ignore[misc]
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """As its parent; returns the dtypes it is given."""
+        dtype = self.pages.dtype
+        keys, values = self.pages.update(key_states.to(dtype), value_states.to(dtype), layer_idx, kwargs)
+        return keys.to(key_states.dtype), values.to(value_states.dtype)
