@@ -21,11 +21,12 @@ CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}, "chunked_
 
 
 def generate(model, ids, **options):
-    """`NEW` tokens from a fixed seed; the model's end-of-text token does not stop it."""
+    """`NEW` tokens (or as many as asked for) from a fixed seed; the model's end-of-text token does not stop it."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options}
     model.generation_config.eos_token_id = None
     torch.manual_seed(11)
-    found = model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options})
-    assert found.shape[1] == (NEW if ids is None else ids.shape[1] + NEW)
+    found = model.generate(ids, **options)
+    assert found.shape[1] == options["max_new_tokens"] + (0 if ids is None else ids.shape[1])
     return found
 
 
