@@ -277,8 +277,13 @@ def cache_layers(cache: Any) -> int | None:
 
 
 def cached_tokens(layers: list[Any]) -> Any:
-    """How many tokens these layers of a cache hold: a tensor in static ones, 0 or None where nothing tells."""
+    """How many tokens these layers of a cache hold; None where nothing tells, a tensor where one would have to wait."""
     return next((layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")), None)
+
+
+def is_cache_in_use(layers: list[Any]) -> bool:
+    """Whether these layers of a cache have been filled, if only in an earlier use."""
+    return any(layer.is_initialized for layer in layers if hasattr(layer, "get_seq_length"))
 
 
 def head_shape(config: PretrainedConfig) -> Any:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from . import anatomy
-from .errors import BaseModelError, StateError
+from .errors import BaseModelError, ConfigError, StateError
 
 
 def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -> None:
@@ -36,11 +36,12 @@ def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -
         return
     if not shadows:
         _check_bare(cache, L)
-    held = anatomy.cached_tokens(cache.layers[:L])
+    held, in_use = anatomy.cached_tokens(cache.layers[:L]), anatomy.is_cache_in_use(cache.layers[:L])
     for layers in shadows:
-        own = anatomy.cached_tokens(cache.layers[layers.start : layers.stop])
-        static = isinstance(held, Tensor) + isinstance(own, Tensor)  # lengths that one would have to wait for
-        if held is not None and (static == 1 or (static == 0 and held != (own or 0))):
+        mine = cache.layers[layers.start : layers.stop]
+        own = anatomy.cached_tokens(mine)
+        waits = isinstance(held, Tensor) or isinstance(own, Tensor)  # for the device, at every token
+        if held is not None and (anatomy.is_cache_in_use(mine) != in_use if waits else (own or 0) != held):
             raise StateError(
                 "The cache holds other tokens for the base than for the shadow: it was filled by the bare base or with "
                 "another adapter, or a forward was interrupted. Start with a fresh cache."
@@ -96,6 +97,16 @@ class SharedCacheGeneration(GenerationMixin):
     def generate(self, *args: Any, **options: Any) -> Any:
         """As in transformers, with one cache for base and shadow."""
         return super().generate(*args, **options)  # type: ignore[misc]
+
+    def generate_batch(self, *args: Any, adapter_names: Any = None, **options: Any) -> Any:
+        """As in transformers, with the active adapter for all requests.
+
+        Raises:
+            ConfigError: adapter_names were given, which transformers would drop without a word.
+        """
+        if adapter_names is not None:
+            raise ConfigError("generate_batch() runs one adapter: set_adapter(…) it, or generate(adapter_names=…).")
+        return super().generate_batch(*args, **options)  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
         """As in transformers, for `generate_batch` and servers, with the active adapter; base and shadow share the pages.
