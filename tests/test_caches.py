@@ -212,8 +212,7 @@ KEPT = ["own_dynamic", "own_without_config", "own_static"]
 
 
 @bases
-@pytest.mark.parametrize("cache", KEPT)
-@pytest.mark.parametrize("chunks", [None, 3])
+@pytest.mark.parametrize(("cache", "chunks"), [*((kept, None) for kept in KEPT[:2]), (KEPT[0], 3), (KEPT[2], 3)])
 @pytest.mark.compat("Caches", "one's own cache over several turns")
 def test_several_turns(name, cache, chunks):
     """What the user adds each time is all that is computed; a static cache is then reset and used again."""
