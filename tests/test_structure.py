@@ -25,6 +25,7 @@ ORDER = [
     "fingerprint",
     "hooks",
     "backbone",
+    "integrity",
     "adapters",
     "card",
     "model",

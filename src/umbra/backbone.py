@@ -35,9 +35,13 @@ class Shadow(nn.Module):
         base: where the parts of the base are.
         config: resolved.
         backbone_config: of a backbone that was saved before; None builds the one that ``config`` asks for.
+        device: of the weights; by default that of the base's embeddings.
     """
 
-    def __init__(self, base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None = None):
+    def __init__(
+        self, base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None = None,
+        device: torch.device | str | None = None,
+    ):  # fmt: skip
         super().__init__()
         D, L = base.config.hidden_size, len(base.blocks)
         self.config = config
@@ -45,10 +49,13 @@ class Shadow(nn.Module):
         self.classifier: dict[str, Any] = {}  # label names, where they are not those of the base's configuration
         self.first_cache_layer = 0
         self.trained: list[str] | None = None  # while it rests: what to train again
+        self.owns_embeddings = _owns_embeddings(config)
+        if backbone_config is not None and not self.owns_embeddings:
+            backbone_config.vocab_size = anatomy.vocabulary_size(base.embeddings)
         self.backbone = build_backbone(base, config, backbone_config)
-        self.owns_embeddings = _owns_embeddings(base, config, self.backbone)
         if not self.owns_embeddings:
             anatomy.remove_embeddings(self.backbone)
+            self.backbone.config.vocab_size = anatomy.vocabulary_size(base.embeddings)
         elif config.is_pretrained:
             self.backbone.get_input_embeddings().requires_grad_(False)
         self.place(L)
@@ -67,7 +74,7 @@ class Shadow(nn.Module):
 
         weight: Tensor = base.embeddings.weight
         dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-        self.to(device=weight.device, dtype=dtype)
+        self.to(device=weight.device if device is None else device, dtype=dtype)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, table: nn.Module, **batch: Any) -> Tensor:
         """The initial state s⁰ (B, T, D), in the shadow's dtype.
@@ -145,7 +152,7 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
     try:
         backbone = build(chosen, dtype=torch.float32)
     except Exception as error:  # transformers and torch raise several unrelated types
-        raise ConfigError(f"No shadow can be built from these sizes: {error}") from error
+        raise ConfigError(f"No shadow can be built from these sizes: {error!s:.500}") from error
     if config.init == "base" and backbone_config is None:
         anatomy.copy_blocks(base, backbone)
     return backbone
@@ -179,7 +186,7 @@ def _pretrained(base: Anatomy, path: str) -> PreTrainedModel:
     return backbone
 
 
-def _owns_embeddings(base: Anatomy, config: ShadowConfig, backbone: PreTrainedModel) -> bool:
+def _owns_embeddings(config: ShadowConfig) -> bool:
     if config.embeddings == "auto":
         return config.is_pretrained
     return config.embeddings == "own"
@@ -194,4 +201,4 @@ def saved_config(values: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(**values)
     except Exception as error:  # strict validation of transformers raises several unrelated types
-        raise ConfigError(f"The saved shadow's configuration cannot be used: {error}") from error
+        raise ConfigError(f"The saved shadow's configuration cannot be used: {error!s:.500}") from error
