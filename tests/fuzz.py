@@ -76,6 +76,8 @@ def mutate(folder: Path, seed: int) -> Damage:
 
 
 def _switch_digest_off(folder: Path) -> bool:
+    if not (folder / CONFIG).is_file():
+        return False
     try:
         write_json(folder, {**read_json(folder), "sha256": None})
     except Exception:
