@@ -114,7 +114,9 @@ class ShadowConfig:
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must lie in [0, 1), got {shown(self.dropout)}.")
         if not _is_finite(self.auxiliary_loss_weight) or self.auxiliary_loss_weight < 0:
-            raise ConfigError(f"auxiliary_loss_weight must be a finite number ≥ 0, got {shown(self.auxiliary_loss_weight)}.")
+            raise ConfigError(
+                f"auxiliary_loss_weight must be a finite number ≥ 0, got {shown(self.auxiliary_loss_weight)}."
+            )
         for name in ("train_heads", "norm", "bias"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ConfigError(f"{name} must be true, false or null, got {shown(getattr(self, name))}.")
