@@ -337,7 +337,7 @@ def test_a_table_that_is_only_shared_has_the_bases_rows_whatever_the_file_says(s
     with limits():
         model = umbra.load(saved, base=make_base())
     expected = make()
-    expected.adapter_id = model.adapter_id
+    expected.shadow.adapter_id = model.shadow.adapter_id
     assert_same_model(model, expected)
     assert model.detached()(tokens()).logits.shape[-1] == VOCAB
 

@@ -70,7 +70,7 @@ class Shadow(nn.Module):
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
         self.heads = nn.ModuleDict()
         if train_heads:
-            self.heads.update({path: copy.deepcopy(base.head).requires_grad_() for path in ("attached", "shadow")})
+            self.heads.update({path: copy_without_hooks(base.head).requires_grad_() for path in ("attached", "shadow")})
 
         weight: Tensor = base.embeddings.weight
         dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
@@ -110,6 +110,23 @@ class Shadow(nn.Module):
         """The layers of the common cache that hold this shadow's keys."""
         return range(self.first_cache_layer, self.first_cache_layer + self.backbone.config.num_hidden_layers)
 
+    def resize(self, base: Anatomy) -> None:
+        """Follow the base to another number of tokens: what the shadow knows of the old ones stays as it is.
+
+        New rows of trained heads begin as the base's, new rows of an own table as transformers begins them.
+        """
+        rows = anatomy.vocabulary_size(base.embeddings)
+        if not self.owns_embeddings:
+            self.backbone.config.vocab_size = rows
+        elif not self.config.is_pretrained or anatomy.vocabulary_size(self.backbone.get_input_embeddings()) < rows:
+            self.backbone.resize_token_embeddings(rows)
+        for path, head in () if base.is_classifier else list(self.heads.items()):
+            grown: Any = copy_without_hooks(base.head).to(device=head.weight.device, dtype=head.weight.dtype)
+            with torch.no_grad():
+                for new, old in zip(grown.parameters(), head.parameters(), strict=True):
+                    new[: len(old)] = old[: len(new)]
+            self.heads[path] = grown.requires_grad_(head.weight.requires_grad)
+
     def place(self, first_cache_layer: int) -> None:
         """Move to other layers of the common cache."""
         anatomy.shift_layer_indices(self.backbone, first_cache_layer - self.first_cache_layer)
@@ -135,6 +152,12 @@ class Shadow(nn.Module):
         """Parameters of each part; parts without any are left out."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {name: n for name, n in counts.items() if n}
+
+
+def copy_without_hooks(module: nn.Module) -> nn.Module:
+    """A copy of a module of the base. A hook on it would bring along a copy of all that it knows: the whole base."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return copy.deepcopy(module, {id(hook): type(hook)() for hook in hooks})
 
 
 def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None) -> PreTrainedModel:

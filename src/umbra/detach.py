@@ -74,6 +74,7 @@ def _stock_config(model: ShadowModel) -> PretrainedConfig:
     if anatomy.locate(model.base).is_classifier:
         for key in ("num_labels", "id2label", "label2id", "problem_type"):
             setattr(config, key, model.shadow.classifier.get(key, getattr(base, key)))
+    config.vocab_size = anatomy.vocabulary_size(model.get_input_embeddings())
     text = base.get_text_config()
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, key, getattr(text, key))
@@ -85,7 +86,7 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
     shadow = model.shadow
     if shadow.owns_embeddings:
         own: Any = shadow.backbone.get_input_embeddings()
-        return own.weight.detach()
+        return own.weight.detach()[: anatomy.vocabulary_size(model.get_input_embeddings())]
     source: Any = model.base.get_input_embeddings()
     table = source.weight.detach().to(shadow.dtype)
     if shadow.embed_projection is not None:
