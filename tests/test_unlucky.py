@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import signal
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
@@ -53,7 +54,7 @@ MOVES = {
 }
 
 
-@some
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
 @kinds
 @pytest.mark.parametrize("move", MOVES)
 def test_another_precision_moves_base_and_shadow_alike(name, move, classifier, tmp_path):
@@ -80,7 +81,7 @@ def test_another_precision_moves_base_and_shadow_alike(name, move, classifier, t
     assert (again - moved).abs().max() < tolerance
 
 
-@some
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral"])
 def test_on_the_meta_device_shapes_are_right_and_nothing_can_be_saved(name, tmp_path):
     model = make(name).to("meta")
     assert all(p.is_meta for p in model.parameters())
@@ -108,6 +109,7 @@ def test_there_and_back_by_a_state_dict(name):
 # -- bases that are not loaded yet -------------------------------------------------------------------------------------
 
 
+@pytest.mark.compat("Bases", "on the meta device, given its weights after attach")
 @some
 @dialects
 def test_a_base_on_the_meta_device_is_filled_later(name, dialect, tmp_path):
@@ -142,6 +144,29 @@ def test_a_base_loaded_with_little_memory_is_like_any(name, tmp_path):
         assert torch.equal(umbra.load(tmp_path / "adapter", base=base)(tokens()).logits, model(tokens()).logits)
 
 
+@pytest.mark.compat("Bases", "offloaded by accelerate to CPU or disk", "trained heads are refused")
+@kinds
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_offloaded_base_computes_as_any(name, offload, classifier, tmp_path):
+    """accelerate keeps its weights on the meta device between calls; the shadow lies where they come to compute."""
+    fields = {"train_heads": False, "classifier": classifier}
+    model, base, ids = make(name, **fields), make_base(name, classifier=classifier), tokens()
+    model.save_pretrained(tmp_path / "adapter")
+    where = {"offload_dir": str(tmp_path / "disk")} if offload == "disk_offload" else {}
+    getattr(accelerate, offload)(base, execution_device=torch.device("cpu"), **where)
+    assert base.get_input_embeddings().weight.is_meta
+    found = umbra.load(tmp_path / "adapter", base=base, trainable=True)
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, model(ids).logits)
+    labels = torch.tensor([0, 1]) if classifier else ids
+    model.train()(ids, labels=labels).loss.backward()
+    found.train()(ids, labels=labels).loss.backward()
+    assert_same(gradients(found), gradients(model))
+    with pytest.raises(umbra.BaseModelError, match="offloaded"):
+        umbra.attach(found.unload(), umbra.ShadowConfig(train_heads=True))
+
+
 # -- another vocabulary ------------------------------------------------------------------------------------------------
 
 SHADOWS = {
@@ -159,6 +184,9 @@ def resized(model, rows: int):
     return model
 
 
+@pytest.mark.compat(
+    "Bases", "resize_token_embeddings of the attached model", "the base's new rows are saved with the base"
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
 @pytest.mark.parametrize("shadow", SHADOWS)
 @pytest.mark.parametrize("rows", [VOCAB + 13, VOCAB, 64])
@@ -206,6 +234,7 @@ def test_heads_of_every_adapter_follow_a_resized_vocabulary():
     model, ids = make(train_heads=True), tokens()
     model.add_adapter(umbra.ShadowConfig(rank=2, train_heads=True), "b")
     scramble(model.adapter("b"))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.adapter("b").heads.modules())
     with torch.no_grad():
         before = model(ids, adapter_names=["default", "b"]).logits
         found = resized(model, VOCAB + 5)(ids, adapter_names=["default", "b"]).logits

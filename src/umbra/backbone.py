@@ -67,14 +67,20 @@ class Shadow(nn.Module):
         self.projection = nn.Linear(width, D, bias=False) if widen else None
         self.couplings = Couplings(L, D, config)
 
+        device = torch.device(anatomy.device_of(base.embeddings) if device is None else device)
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
         self.heads = nn.ModuleDict()
+        if train_heads and base.head.weight.is_meta and device.type != "meta":
+            raise BaseModelError(
+                "train_heads copies the base's head, whose weights are offloaded: load the base without offloading, or set "
+                "train_heads to false."
+            )
         if train_heads:
             self.heads.update({path: copy_without_hooks(base.head).requires_grad_() for path in ("attached", "shadow")})
 
-        weight: Tensor = base.embeddings.weight
-        dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-        self.to(device=weight.device if device is None else device, dtype=dtype)
+        dtype = base.embeddings.weight.dtype
+        dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        self.to(device=device, dtype=dtype)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, table: nn.Module, **batch: Any) -> Tensor:
         """The initial state s⁰ (B, T, D), in the shadow's dtype.

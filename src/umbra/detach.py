@@ -54,7 +54,9 @@ def detach(model: ShadowModel) -> PreTrainedModel:
     weight = _folded_head(head, shadow.projection)
     tied = weight.shape == table.shape and torch.equal(weight, table)
     _settle_tying(stock, parts, tied)
-    state = {f"{k}": v for k, v in shadow.backbone.state_dict().items()}
+    own: Any = shadow.backbone.get_input_embeddings() if shadow.owns_embeddings else None
+    copied_below = {k for k, p in shadow.backbone.named_parameters() if own is not None and p is own.weight}
+    state = {k: v for k, v in shadow.backbone.state_dict().items() if k not in copied_below}
     missing = parts.decoder.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys, missing
     parts.embeddings.weight.copy_(table)
