@@ -126,6 +126,7 @@ class Shadow(nn.Module):
             self.backbone.config.vocab_size = rows
         elif not self.config.is_pretrained or anatomy.vocabulary_size(self.backbone.get_input_embeddings()) < rows:
             self.backbone.resize_token_embeddings(rows)
+        head: Any
         for path, head in () if base.is_classifier else list(self.heads.items()):
             grown: Any = copy_without_hooks(base.head).to(device=head.weight.device, dtype=head.weight.dtype)
             with torch.no_grad():
@@ -175,7 +176,7 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
     """
     if backbone_config is None and config.is_pretrained:
         return _pretrained(base, config.shadow)
-    chosen = backbone_config or _backbone_config(base, config)
+    chosen = backbone_config or fresh_config(base, config)
     chosen.__dict__.pop("quantization_config", None)
     build = type(base.decoder)._from_config if chosen.model_type == base.config.model_type else AutoModel.from_config
     try:
@@ -187,7 +188,8 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
     return backbone
 
 
-def _backbone_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
+def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
+    """The configuration of a mirrored or dense backbone with the sizes that ``config`` asks for."""
     given = {k.removeprefix("shadow_"): v for k, v in config.to_dict().items() if k.startswith("shadow_")}
     sizes = {"num_hidden_layers": 1, **{k: v for k, v in given.items() if v is not None}}
     if config.shadow == "mirror" and anatomy.is_cheap_to_mirror(base.config):

@@ -240,10 +240,10 @@ def load_shadow(
     """
     saved = _Saved(path)
     located = anatomy.locate(base)
-    saved.check(located, allow_other_base)
     classifier, labels = _classifier(saved.values, saved.file), base.config.num_labels
-    if classifier is not None and classifier.get("num_labels") != labels:
+    if located.is_classifier and classifier is not None and classifier.get("num_labels") != labels:
         raise CheckpointError(f"{path} knows {classifier.get('num_labels')} labels, the base's head {labels}.")
+    saved.check(located, allow_other_base)
     shadow = Shadow(located, saved.config, saved.backbone_config)
     saved.fill(shadow)
     shadow.classifier = classifier or {}

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from .anatomy import Anatomy
-from .backbone import Shadow
+from .backbone import Shadow, fresh_config
 from .config import ShadowConfig
 from .errors import CheckpointError, ConfigError
 
@@ -72,6 +72,9 @@ def check_sizes(
         CheckpointError: the tensors differ, or no model can be built.
     """
     try:
+        kind = None if config.is_pretrained else fresh_config(base, config).model_type
+        if kind not in (None, backbone_config.model_type):
+            raise ConfigError(f"a {backbone_config.model_type} is no {config.shadow} shadow of this base, a {kind} is.")
         with torch.device("meta"):
             shadow = Shadow(base, config.resolve(), backbone_config, device="meta")
     except ConfigError as error:
