@@ -1,6 +1,7 @@
 """Damaged, foreign and hostile adapter folders: refused by name, and nothing half loaded."""
 
 import json
+import os
 import pickle
 import random
 from pathlib import Path
@@ -15,11 +16,16 @@ from folders import (
     CONFIG,
     TENSOR,
     WEIGHTS,
+    assert_same_model,
+    contents,
     edit_config,
     hook_count,
 )
-from tiny import make, make_base
+from fuzz import limits
+from tiny import VOCAB, make, make_base, scramble, tokens
 from umbra import CheckpointError, UmbraError
+from umbra.folder import COMMITTED
+from umbra.inspect import inspect
 
 # -- damage --------------------------------------------------------------------------------------------------------
 
@@ -106,6 +112,16 @@ OTHER_TENSORS = {
 def test_other_tensors_are_refused_by_name(saved, change):
     save_file(OTHER_TENSORS[change](load_file(saved / WEIGHTS)), saved / WEIGHTS)
     assert_refused(saved, rf"{WEIGHTS}.*{TENSOR}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300], ids=str)
+def test_a_value_that_is_no_finite_number_is_refused_by_its_tensor(saved, value):
+    weights = load_file(saved / WEIGHTS)
+    weights[TENSOR] = weights[TENSOR].double()
+    weights[TENSOR][1, 2] = value
+    save_file(weights, saved / WEIGHTS)
+    edit_config(saved, sha256=None)
+    assert_refused(saved, rf"{WEIGHTS}.*{TENSOR}.*finite")
 
 
 def test_no_tensors_at_all_are_refused(saved):
@@ -217,6 +233,115 @@ def test_a_damaged_classifier_entry_is_refused(tmp_path, value):
         umbra.load(tmp_path / "adapter", base=str(tmp_path / "base"))
 
 
+# -- what only the digest tells ------------------------------------------------------------------------------------
+
+
+def change_one_bit(saved):
+    data = bytearray((saved / WEIGHTS).read_bytes())
+    data[-1001] ^= 1
+    (saved / WEIGHTS).write_bytes(data)
+
+
+def swap_two_tensors(saved):
+    weights, other = load_file(saved / WEIGHTS), TENSOR.replace(".1.", ".2.")
+    save_file({**weights, TENSOR: weights[other], other: weights[TENSOR]}, saved / WEIGHTS)
+
+
+def change_alpha(saved):
+    edit_config(saved, shadow={**json.loads((saved / CONFIG).read_text())["shadow"], "alpha": 0.51})
+
+
+def change_an_activation(saved):
+    edit_config(
+        saved,
+        shadow_model_config={**json.loads((saved / CONFIG).read_text())["shadow_model_config"], "hidden_act": "relu"},
+    )
+
+
+@pytest.mark.parametrize("change", [change_one_bit, swap_two_tensors, change_alpha, change_an_activation])
+def test_what_would_load_but_answer_otherwise_is_refused_unless_it_was_intended(saved, change):
+    with torch.no_grad():
+        before = umbra.load(saved, base=make_base())(tokens()).logits
+    change(saved)
+    assert_refused(saved, f"{CONFIG}.*sha256")
+    edit_config(saved, sha256=None)
+    with torch.no_grad():
+        assert not torch.equal(umbra.load(saved, base=make_base())(tokens()).logits, before)
+    edit_config(saved, sha256=...)
+    assert_refused(saved, f"{CONFIG}.*sha256")
+
+
+# -- links ---------------------------------------------------------------------------------------------------------
+
+
+def link_to(saved: Path, outside: Path) -> dict[str, bytes]:
+    """Move the files of a folder to another and leave links, as the hub's cache does; what lies outside now."""
+    outside.mkdir()
+    for path in list(saved.iterdir()):
+        path.rename(outside / path.name)
+        path.symlink_to(outside / path.name)
+    return contents(outside)
+
+
+def test_links_are_followed_by_a_load_and_replaced_by_a_save(saved, tmp_path):
+    before = link_to(saved, tmp_path / "outside")
+    model = umbra.load(saved, base=make_base())
+    scramble(model.shadow, seed=5)
+    model.save_pretrained(saved)
+    assert contents(tmp_path / "outside") == before
+    assert not any(path.is_symlink() for path in saved.iterdir())
+    assert_same_model(umbra.load(saved, base=make_base()), model)
+
+
+def test_nothing_is_moved_out_of_a_link_in_place_of_the_committed_folder(saved, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / CONFIG).write_text("precious")
+    (saved / COMMITTED).symlink_to(tmp_path / "home")
+    model = umbra.load(saved, base=make_base())
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        model.save_pretrained(saved)
+    assert contents(tmp_path / "home") == {CONFIG: b"precious"}
+
+
+def test_a_pipe_in_place_of_a_file_does_not_wait(saved):
+    for file in (WEIGHTS, CONFIG):
+        (saved / file).unlink()
+        os.mkfifo(saved / file)
+        assert_refused(saved, f"{file}.*no regular file")
+        with pytest.raises(CheckpointError, match="no regular file"):
+            inspect(str(saved))
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+SIZES = [
+    ("shadow", "rank", 10**6), ("shadow", "gate_rank", 2**20), ("shadow", "rank", 10**12),
+    ("shadow_model_config", "hidden_size", 2**40), ("shadow_model_config", "intermediate_size", 10**9),
+    ("shadow_model_config", "num_hidden_layers", 10**9), ("shadow_model_config", "num_labels", 10**9),
+    ("shadow_model_config", "head_dim", 10**8), ("shadow_model_config", "num_attention_heads", 10**7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "key", "size"), SIZES, ids=str)
+def test_absurd_sizes_are_refused_before_they_are_allocated(saved, part, key, size):
+    values = json.loads((saved / CONFIG).read_text())[part]
+    edit_config(saved, **{part: {**values, key: size}}, sha256=None)
+    with limits():
+        assert_refused(saved, str(saved))
+
+
+def test_a_table_that_is_only_shared_has_the_bases_rows_whatever_the_file_says(saved):
+    """Nothing of that size is built, for the shadow reads the base's own table."""
+    values = json.loads((saved / CONFIG).read_text())["shadow_model_config"]
+    edit_config(saved, shadow_model_config={**values, "vocab_size": 10**12}, sha256=None)
+    with limits():
+        model = umbra.load(saved, base=make_base())
+    expected = make()
+    expected.shadow.adapter_id = model.shadow.adapter_id
+    assert_same_model(model, expected)
+    assert model.detached()(tokens()).logits.shape[-1] == VOCAB
+
+
 class Marker:
     """Creates a file when it is unpickled."""
 
@@ -243,6 +368,6 @@ def test_no_code_named_in_a_file_is_run(saved):
     (saved / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
     model = json.loads((saved / CONFIG).read_text())["shadow_model_config"]
     code = {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}, "auto_mapping": {"base": "evil"}}
-    edit_config(saved, shadow_model_config={**model, **code}, **code)
+    edit_config(saved, shadow_model_config={**model, **code}, sha256=None, **code)
     umbra.load(saved, base=make_base())
     assert not marker.exists()

@@ -26,6 +26,7 @@ ORDER = [
     "fingerprint",
     "hooks",
     "backbone",
+    "integrity",
     "adapters",
     "card",
     "model",

@@ -12,6 +12,8 @@ from . import anatomy
 from .backbone import Shadow
 from .config import ShadowConfig
 from .errors import ConfigError, StateError
+from .fingerprint import fingerprint
+from .hooks import Attachment
 
 DEFAULT = "default"  # the name of the shadow that `attach` and `load` make
 BASE = "__base__"  # in adapter_names: no adapter, as is None
@@ -30,6 +32,9 @@ class Adapters:
     shadow: Shadow
     resting: nn.ModuleDict
     active_adapter: str
+    base_fingerprint: dict[str, Any]
+    all_tied_weights_keys: dict[str, str]
+    _attachment: Attachment
 
     @property
     def adapters(self) -> list[str]:
@@ -123,6 +128,22 @@ class Adapters:
             self.active_adapter = new
         else:
             self.resting = nn.ModuleDict({new if n == old else n: s for n, s in self.resting.items()})
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
+        """As in transformers, for the base and for what its shadows have of the vocabulary.
+
+        The rows that are added belong to the base, and no adapter holds them: save the base too, or resize it alike
+        (with the same values) before an adapter saved from now on is loaded.
+        """
+        table = self.base.resize_token_embeddings(new_num_tokens, *args, **options)
+        located = anatomy.locate(self.base)
+        self._attachment.settle_head(located.head)
+        for name in self.adapters:
+            self.adapter(name).resize(located)
+        self.config.get_text_config(decoder=True).vocab_size = anatomy.vocabulary_size(table)
+        self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in self.base.all_tied_weights_keys.items()}
+        self.base_fingerprint = fingerprint(located)
+        return table
 
     def _check_new_name(self, name: Any) -> None:
         if not isinstance(name, str) or not name or "." in name or name == BASE:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.configuration_utils import get_head_shapes
@@ -100,6 +101,15 @@ def _find_head(model: PreTrainedModel) -> tuple[str, nn.Module]:
 def vocabulary_size(module: Any) -> int:
     """Rows of an embedding table."""
     return module.weight.shape[0]
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module with a weight computes: between calls, accelerate keeps offloaded weights on the meta device."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        if module.weight.is_meta and getattr(one, "execution_device", None) is not None:
+            return torch.device(one.execution_device)
+    return module.weight.device
 
 
 def is_cheap_to_mirror(config: PretrainedConfig) -> bool:

@@ -36,9 +36,13 @@ class Shadow(nn.Module):
         base: where the parts of the base are.
         config: resolved.
         backbone_config: of a backbone that was saved before; None builds the one that ``config`` asks for.
+        device: of the weights; by default that of the base's embeddings.
     """
 
-    def __init__(self, base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None = None):
+    def __init__(
+        self, base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None = None,
+        device: torch.device | str | None = None,
+    ):  # fmt: skip
         super().__init__()
         D, L = base.config.hidden_size, len(base.blocks)
         self.config = config
@@ -46,10 +50,13 @@ class Shadow(nn.Module):
         self.classifier: dict[str, Any] = {}  # label names, where they are not those of the base's configuration
         self.first_cache_layer = 0
         self.trained: list[str] | None = None  # while it rests: what to train again
+        self.owns_embeddings = _owns_embeddings(config)
+        if backbone_config is not None and not self.owns_embeddings:
+            backbone_config.vocab_size = anatomy.vocabulary_size(base.embeddings)
         self.backbone = build_backbone(base, config, backbone_config)
-        self.owns_embeddings = _owns_embeddings(base, config, self.backbone)
         if not self.owns_embeddings:
             anatomy.remove_embeddings(self.backbone)
+            self.backbone.config.vocab_size = anatomy.vocabulary_size(base.embeddings)
         elif config.is_pretrained:
             self.backbone.get_input_embeddings().requires_grad_(False)
         self.place(L)
@@ -61,14 +68,20 @@ class Shadow(nn.Module):
         self.projection = nn.Linear(width, D, bias=False) if widen else None
         self.couplings = Couplings(L, D, config)
 
+        device = torch.device(anatomy.device_of(base.embeddings) if device is None else device)
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
         self.heads = nn.ModuleDict()
+        if train_heads and base.head.weight.is_meta and device.type != "meta":
+            raise BaseModelError(
+                "train_heads copies the base's head, whose weights are offloaded: load the base without offloading, or set "
+                "train_heads to false."
+            )
         if train_heads:
-            self.heads.update({path: copy.deepcopy(base.head).requires_grad_() for path in ("attached", "shadow")})
+            self.heads.update({path: copy_without_hooks(base.head).requires_grad_() for path in ("attached", "shadow")})
 
-        weight: Tensor = base.embeddings.weight
-        dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-        self.to(device=weight.device, dtype=dtype)
+        dtype = base.embeddings.weight.dtype
+        dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        self.to(device=device, dtype=dtype)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, table: nn.Module, **batch: Any) -> Tensor:
         """The initial state s⁰ (B, T, D), in the shadow's dtype.
@@ -104,6 +117,24 @@ class Shadow(nn.Module):
         """The layers of the common cache that hold this shadow's keys."""
         return range(self.first_cache_layer, self.first_cache_layer + self.backbone.config.num_hidden_layers)
 
+    def resize(self, base: Anatomy) -> None:
+        """Follow the base to another number of tokens: what the shadow knows of the old ones stays as it is.
+
+        New rows of trained heads begin as the base's, new rows of an own table as transformers begins them.
+        """
+        rows = anatomy.vocabulary_size(base.embeddings)
+        if not self.owns_embeddings:
+            self.backbone.config.vocab_size = rows
+        elif not self.config.is_pretrained or anatomy.vocabulary_size(self.backbone.get_input_embeddings()) < rows:
+            self.backbone.resize_token_embeddings(rows)
+        head: Any
+        for path, head in () if base.is_classifier else list(self.heads.items()):
+            grown: Any = copy_without_hooks(base.head).to(device=head.weight.device, dtype=head.weight.dtype)
+            with torch.no_grad():
+                for new, old in zip(grown.parameters(), head.parameters(), strict=True):
+                    new[: len(old)] = old[: len(new)]
+            self.heads[path] = grown.requires_grad_(head.weight.requires_grad)
+
     def place(self, first_cache_layer: int) -> None:
         """Move to other layers of the common cache."""
         anatomy.shift_layer_indices(self.backbone, first_cache_layer - self.first_cache_layer)
@@ -131,6 +162,12 @@ class Shadow(nn.Module):
         return {name: n for name, n in counts.items() if n}
 
 
+def copy_without_hooks(module: nn.Module) -> nn.Module:
+    """A copy of a module of the base. A hook on it would bring along a copy of all that it knows: the whole base."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return copy.deepcopy(module, {id(hook): type(hook)() for hook in hooks})
+
+
 def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None) -> PreTrainedModel:
     """The decoder that computes the shadow's states.
 
@@ -140,19 +177,20 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
     """
     if backbone_config is None and config.is_pretrained:
         return _pretrained(base, config.shadow)
-    chosen = backbone_config or _backbone_config(base, config)
+    chosen = backbone_config or fresh_config(base, config)
     chosen.__dict__.pop("quantization_config", None)
     build = type(base.decoder)._from_config if chosen.model_type == base.config.model_type else AutoModel.from_config
     try:
         backbone = build(chosen, dtype=torch.float32)
     except Exception as error:  # transformers and torch raise several unrelated types
-        raise ConfigError(f"No shadow can be built from these sizes: {error}") from error
+        raise ConfigError(f"No shadow can be built from these sizes: {error!s:.500}") from error
     if config.init == "base" and backbone_config is None:
         anatomy.copy_blocks(base, backbone)
     return backbone
 
 
-def _backbone_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
+def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
+    """The configuration of a mirrored or dense backbone with the sizes that ``config`` asks for."""
     given = {k.removeprefix("shadow_"): v for k, v in config.to_dict().items() if k.startswith("shadow_")}
     sizes = {"num_hidden_layers": 1, **{k: v for k, v in given.items() if v is not None}}
     if config.shadow == "mirror" and anatomy.is_cheap_to_mirror(base.config):
@@ -180,7 +218,7 @@ def _pretrained(base: Anatomy, path: str) -> PreTrainedModel:
     return backbone
 
 
-def _owns_embeddings(base: Anatomy, config: ShadowConfig, backbone: PreTrainedModel) -> bool:
+def _owns_embeddings(config: ShadowConfig) -> bool:
     if config.embeddings == "auto":
         return config.is_pretrained
     return config.embeddings == "own"
@@ -195,4 +233,4 @@ def saved_config(values: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(**values)
     except Exception as error:  # strict validation of transformers raises several unrelated types
-        raise ConfigError(f"The saved shadow's configuration cannot be used: {error}") from error
+        raise ConfigError(f"The saved shadow's configuration cannot be used: {error!s:.500}") from error

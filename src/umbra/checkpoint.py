@@ -1,7 +1,8 @@
 """The adapter folder: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md`` (model card).
 
-Written atomically, read strictly: a tensor that is missing, left over or misshapen is an error, never a random
-weight. Nothing is ever unpickled, and no code named in a file is imported.
+Written atomically, read strictly: a tensor that is missing, left over, misshapen or not finite is an error, never a
+random weight, and so is whatever does not match the folder's own digest (integrity.py). Nothing is ever unpickled, and
+no code named in a file is imported.
 """
 
 import json
@@ -21,8 +22,9 @@ from .backbone import Shadow, saved_config
 from .bases import load_base
 from .card import model_card
 from .config import ShadowConfig
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, UmbraError
 from .fingerprint import check_same_base
+from .integrity import DIGEST, check_counts, check_digest, check_numbers, check_sizes, check_tensors, digest
 from .model import ShadowModel, attach
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -59,14 +61,16 @@ def save(
     target, shadow = Path(path), model.adapter(adapter_name)
     if is_main_process is None and not overwrite:
         refuse_other_adapter(target, shadow.adapter_id)
-    values = describe(model, shadow)
     source = own_weights(shadow) if state_dict is None else state_dict
-    weights = {k: v.detach().cpu().contiguous() for k, v in source.items() if k.startswith(PREFIX)}
-    lost = own_weights(shadow).keys() - weights.keys()
+    source = {k: v for k, v in source.items() if k.startswith(PREFIX) and not v.is_meta}
+    lost = own_weights(shadow).keys() - source.keys()
     if lost:
         raise CheckpointError(
             f"The state dict to save lacks {len(lost)} tensors of the shadow, {sorted(lost)[0]} first."
         )
+    weights = {k: v.detach().cpu().contiguous() for k, v in source.items()}
+    values = describe(model, shadow)
+    values[DIGEST] = digest(values, weights)
 
     def write(staging: Path) -> None:
         try:
@@ -93,7 +97,7 @@ def refuse_other_adapter(target: Path, adapter_id: str | None) -> None:
     if not folder.find(target, CONFIG_FILE).exists():
         return
     try:
-        found = json.loads(folder.find(target, CONFIG_FILE).read_text(encoding="utf-8")).get("adapter_id")
+        found = json.loads(folder.read_text(folder.find(target, CONFIG_FILE))).get("adapter_id")
     except (OSError, ValueError, AttributeError, RecursionError):
         found = None
     if found is None or found != adapter_id:
@@ -138,7 +142,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_dir():
         raise CheckpointError(f"{path} is no adapter folder: it does not exist, or is a file.")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(folder.read_text(file), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no adapter folder: {CONFIG_FILE} is missing.") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -151,12 +155,22 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{file} has format {values.get('format_version')!r}, this is Umbra {__version__} with format {FORMAT_VERSION}: "
             "install the version that wrote it, or a later one."
         )
-    kinds = {"shadow": dict, "shadow_model_config": dict, "base": dict, "task_type": str}
+    kinds = {
+        "shadow": dict, "shadow_model_config": dict, "base": dict, "task_type": str,
+        "base_model_name_or_path": str | None, "adapter_id": str | None, "classifier": dict | None,
+    }  # fmt: skip
     wrong = [k for k, kind in kinds.items() if not isinstance(values.get(k), kind)]
     if wrong:
         raise CheckpointError(
             f"{file} is damaged: {', '.join(wrong)} missing or of another kind. Restore the folder from its source."
         )
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key stands there twice")
     return values
 
 
@@ -168,11 +182,12 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """
     file = folder.find(Path(path), WEIGHTS_FILE)
     try:
+        folder.check_regular(file)
         with safe_open(file, framework="pt") as tensors:
             return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"{path} is incomplete: {WEIGHTS_FILE} is missing.") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{file} is damaged: {error}. Restore the folder from its source.") from error
 
 
@@ -207,7 +222,7 @@ def load(
     model = attach(base, saved.config, backbone_config=saved.backbone_config)
     try:
         saved.fill(model.shadow)
-    except CheckpointError:
+    except BaseException:
         model.unload()
         raise
     if not trainable:
@@ -225,10 +240,10 @@ def load_shadow(
     """
     saved = _Saved(path)
     located = anatomy.locate(base)
-    saved.check(located, allow_other_base)
     classifier, labels = _classifier(saved.values, saved.file), base.config.num_labels
-    if classifier is not None and classifier.get("num_labels") != labels:
+    if located.is_classifier and classifier is not None and classifier.get("num_labels") != labels:
         raise CheckpointError(f"{path} knows {classifier.get('num_labels')} labels, the base's head {labels}.")
+    saved.check(located, allow_other_base)
     shadow = Shadow(located, saved.config, saved.backbone_config)
     saved.fill(shadow)
     shadow.classifier = classifier or {}
@@ -243,7 +258,8 @@ class _Saved:
     def __init__(self, path: str | Path):
         self.path = local_folder(path)
         self.values, self.weights = read_config(self.path), read_weights(self.path)
-        self.file = folder.find(self.path, CONFIG_FILE)
+        self.file, self.source = folder.find(self.path, CONFIG_FILE), folder.find(self.path, WEIGHTS_FILE)
+        check_counts(self.values["shadow_model_config"], self.weights, self.file)
         try:
             self.config = ShadowConfig.from_dict(self.values["shadow"])
             self.backbone_config = saved_config(self.values["shadow_model_config"])
@@ -257,10 +273,15 @@ class _Saved:
                 f"{self.path} is an adapter for {self.values['task_type']}, the base given is a model for {task}."
             )
         if not allow_other_base:
-            check_same_base(self.values["base"], base)
+            try:
+                check_same_base(self.values["base"], base)
+            except UmbraError as error:
+                raise type(error)(f"{self.path}: {error}") from error
+        check_sizes(base, self.config, self.backbone_config, self.weights, self.file, self.source)
+        check_digest(self.values, self.weights, self.file)
 
     def fill(self, shadow: Shadow) -> None:
-        load_weights(shadow, self.weights, folder.find(self.path, WEIGHTS_FILE))
+        load_weights(shadow, self.weights, self.source)
         shadow.adapter_id = self.values.get("adapter_id") or shadow.adapter_id
 
 
@@ -268,18 +289,13 @@ def load_weights(shadow: Shadow, weights: dict[str, torch.Tensor], file: Path) -
     """Put the tensors of a file into the shadow, all of them or none.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, misshapen or not floating point.
+        CheckpointError: a tensor is missing, left over, misshapen, not floating point or not finite.
     """
     own = own_weights(shadow)
-    for problem, keys in (("lacks", own.keys() - weights.keys()), ("has unknown", weights.keys() - own.keys())):
-        if keys:
-            raise CheckpointError(f"{file} {problem} {len(keys)} tensors, {sorted(keys)[0]!r} first.")
-    for key, value in weights.items():
-        if value.shape != own[key].shape or not value.is_floating_point():
-            raise CheckpointError(
-                f"{file}: {key!r} is {value.dtype} of shape {tuple(value.shape)}, "
-                f"needed is floating point of shape {tuple(own[key].shape)}."
-            )
+    check_tensors(own, weights, file)
+    check_numbers(own, weights, file)
+    if any(value.is_meta for value in own.values()):
+        return  # beside a base without weights, as on the other ranks of a RAM-efficient start, the shadow has none
     shadow.load_state_dict({key.removeprefix(PREFIX): value for key, value in weights.items()})
 
 
@@ -300,8 +316,11 @@ def _classifier(values: dict[str, Any], file: Path) -> dict[str, Any] | None:
 
 def local_folder(path: str | Path) -> Path:
     """The folder itself, or the cached copy of a hub repository (``owner/name``, ``owner/name@revision``)."""
-    if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "~", "/")):
-        return Path(path)
+    try:
+        if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "~", "/")):
+            return Path(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} is no adapter folder: {error}") from error
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -8,7 +8,7 @@ import sys
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
-from .errors import ConfigError, UmbraError
+from .errors import ConfigError, UmbraError, shown
 from .options import DetachOptions, EvalOptions, GenerateOptions, InspectOptions, TrainOptions
 
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
     "detach": "write the shadow alone, as a stock transformers checkpoint",
     "inspect": "explain an adapter folder",
 }
+LARGEST_YAML = 2**17  # bytes
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -202,14 +203,28 @@ def _number(text: Any) -> Any:
 def _read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(keys)) < len(keys):
+                raise ValueError(f"a key stands twice at line {node.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+        with open(path, "rb") as file:
+            text = file.read(LARGEST_YAML + 1)
+        if len(text) > LARGEST_YAML:
+            raise ValueError(f"it is larger than {LARGEST_YAML:,} bytes")
+        values = yaml.load(text, Loader)
+    except Exception as error:  # beside YAMLError, yaml's constructors raise most of what Python has
+        raise ConfigError(f"{path} cannot be read as YAML: {error!s:.500}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `field: value` lines, got {type(values).__name__}.")
-    return {str(k): _number(v) if isinstance(v, str) and NUMBER.fullmatch(v) else v for k, v in values.items()}
+    return {shown(k) if not isinstance(k, str) else k: _plain_number(v) for k, v in values.items()}
+
+
+def _plain_number(value: Any) -> Any:
+    return _number(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
 def _lines(metrics: dict[str, Any]) -> str:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal
 
-from .errors import ConfigError, unknown_key
+from .errors import ConfigError, shown, unknown_key
 
 Dialect = Literal["paper", "peft"]
+LARGEST = 2**20  # of any size: what lies beyond is a slip of the pen, and would fill any memory
 
 # What a field left at None means in each of the two published dialects.
 DIALECTS: dict[str, dict[str, Any]] = {
@@ -98,25 +99,27 @@ class ShadowConfig:
     def __post_init__(self) -> None:
         for name in ("rank", "gate_rank", *(n for n in self.keys() if n.startswith("shadow_"))):
             value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
-                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+            if value is not None and (not _is_int(value) or not 1 <= value <= LARGEST):
+                raise ConfigError(f"{name} must be an integer of at least 1 and at most {LARGEST}, got {shown(value)}.")
         if self.first_layer is not None and (not _is_int(self.first_layer) or self.first_layer < 0):
-            raise ConfigError(f"first_layer must be an integer of at least 0, got {self.first_layer!r}.")
+            raise ConfigError(f"first_layer must be an integer of at least 0, got {shown(self.first_layer)}.")
         if self.layers is not None:
             if not isinstance(self.layers, list | tuple) or not all(_is_int(l) and l >= 0 for l in self.layers):
-                raise ConfigError(f"layers must be a list of block numbers from 0 on, got {self.layers!r}.")
+                raise ConfigError(f"layers must be a list of block numbers from 0 on, got {shown(self.layers)}.")
             if not self.layers or sorted(set(self.layers)) != list(self.layers):
-                raise ConfigError(f"layers must be one or more blocks in ascending order, got {self.layers!r}.")
+                raise ConfigError(f"layers must be one or more blocks in ascending order, got {shown(self.layers)}.")
             object.__setattr__(self, "layers", tuple(self.layers))
         if not _is_finite(self.alpha):
-            raise ConfigError(f"alpha must be a finite number, got {self.alpha!r}.")
+            raise ConfigError(f"alpha must be a finite number, got {shown(self.alpha)}.")
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+            raise ConfigError(f"dropout must lie in [0, 1), got {shown(self.dropout)}.")
         if not _is_finite(self.auxiliary_loss_weight) or self.auxiliary_loss_weight < 0:
-            raise ConfigError(f"auxiliary_loss_weight must be a finite number ≥ 0, got {self.auxiliary_loss_weight!r}.")
+            raise ConfigError(
+                f"auxiliary_loss_weight must be a finite number ≥ 0, got {shown(self.auxiliary_loss_weight)}."
+            )
         for name in ("train_heads", "norm", "bias"):
             if not isinstance(getattr(self, name), bool | None):
-                raise ConfigError(f"{name} must be true, false or null, got {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be true, false or null, got {shown(getattr(self, name))}.")
         choices = {
             "dialect": tuple(DIALECTS),
             "init": ("random", "base"),
@@ -128,9 +131,9 @@ class ShadowConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(a) for a in allowed if a is not None)
-                raise ConfigError(f"{name} must be one of {words}; got {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be one of {words}; got {shown(getattr(self, name))}.")
         if not isinstance(self.shadow, str) or not self.shadow:
-            raise ConfigError(f"shadow must be mirror, dense, a path or a hub id; got {self.shadow!r}.")
+            raise ConfigError(f"shadow must be mirror, dense, a path or a hub id; got {shown(self.shadow)}.")
         if self.is_pretrained:
             sizes = [n for n in self.keys() if n.startswith("shadow_") and getattr(self, n) is not None]
             if sizes:
@@ -175,7 +178,7 @@ class ShadowConfig:
         Raises:
             ConfigError: an unknown key, or a value outside its range.
         """
-        return cls(**values)
+        return cls(**{str(key): value for key, value in values.items()})
 
     @classmethod
     def keys(cls) -> list[str]:
@@ -196,7 +199,7 @@ def name_the_nearest_key(cls: Any) -> None:
     plain_init = cls.__init__
 
     @wraps(plain_init)
-    def init(self, **values):
+    def init(self, /, **values):
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:

@@ -54,7 +54,9 @@ def detach(model: ShadowModel) -> PreTrainedModel:
     weight = _folded_head(head, shadow.projection)
     tied = weight.shape == table.shape and torch.equal(weight, table)
     _settle_tying(stock, parts, tied)
-    state = {f"{k}": v for k, v in shadow.backbone.state_dict().items()}
+    own: Any = shadow.backbone.get_input_embeddings() if shadow.owns_embeddings else None
+    copied_below = {k for k, p in shadow.backbone.named_parameters() if own is not None and p is own.weight}
+    state = {k: v for k, v in shadow.backbone.state_dict().items() if k not in copied_below}
     missing = parts.decoder.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys, missing
     parts.embeddings.weight.copy_(table)
@@ -74,6 +76,7 @@ def _stock_config(model: ShadowModel) -> PretrainedConfig:
     if anatomy.locate(model.base).is_classifier:
         for key in ("num_labels", "id2label", "label2id", "problem_type"):
             setattr(config, key, model.shadow.classifier.get(key, getattr(base, key)))
+    config.vocab_size = anatomy.vocabulary_size(model.get_input_embeddings())
     text = base.get_text_config()
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, key, getattr(text, key))
@@ -85,7 +88,7 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
     shadow = model.shadow
     if shadow.owns_embeddings:
         own: Any = shadow.backbone.get_input_embeddings()
-        return own.weight.detach()
+        return own.weight.detach()[: anatomy.vocabulary_size(model.get_input_embeddings())]
     source: Any = model.base.get_input_embeddings()
     table = source.weight.detach().to(shadow.dtype)
     if shadow.embed_projection is not None:

@@ -12,7 +12,9 @@ Each message says what was wrong, what was given, and how to mend it.
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UmbraError(Exception):
@@ -47,4 +49,17 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
     """The error for a key that ``where`` does not have, naming the nearest key that it has."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(known))}."
-    return ConfigError(f"Unknown key {key!r} in {where}. {hint}")
+    return ConfigError(f"Unknown key {shown(key)} in {where}. {hint}")
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlevel = 2
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: its repr, cut short however long, deep or self-containing it is."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return f"a {type(value).__name__} too long to print"

@@ -2,10 +2,14 @@
 
 The new files are staged in a hidden folder inside the target, which one rename then commits; moving them to their
 places follows. A reader looks into the committed folder first, so a kill at any moment loses nothing.
+
+Symbolic links to files are followed when reading (the hub's cache consists of them) and replaced, never written through,
+when writing. A link in place of the committed folder is not ours: it is not looked into, and nothing is moved out of it.
 """
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +57,8 @@ def write_together(folder: Path, write: Callable[[Path], None]) -> None:
 
 def _finish(folder: Path) -> None:
     committed = folder / COMMITTED
+    if committed.is_symlink():
+        raise OSError(f"{committed} is a symbolic link, which Umbra does not make: remove it")
     if committed.is_dir():
         for path in committed.iterdir():
             path.replace(folder / path.name)
@@ -66,5 +72,20 @@ def write_text(path: Path, text: str) -> None:
 
 def find(folder: Path, name: str) -> Path:
     """Where a file written by `write_together` is, also after a kill in the middle of it."""
-    committed = folder / COMMITTED / name
-    return committed if committed.exists() else folder / name
+    committed = folder / COMMITTED
+    inside = not committed.is_symlink() and (committed / name).exists()
+    return committed / name if inside else folder / name
+
+
+def check_regular(file: Path) -> None:
+    """Raise an OSError unless ``file`` is a regular file, or a link to one: opening a pipe would wait for ever."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(f"{file.name} is no regular file")
+
+
+def read_text(file: Path, limit: int = 2**26) -> str:
+    """The UTF-8 text of a regular file of at most ``limit`` bytes; an OSError or ValueError otherwise."""
+    check_regular(file)
+    if file.stat().st_size > limit:
+        raise OSError(f"{file.name} is larger than {limit:,} bytes")
+    return file.read_text(encoding="utf-8")

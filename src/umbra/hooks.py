@@ -39,11 +39,18 @@ class Attachment:
             raise BaseModelError("This base already carries a shadow: unload() it first.")
         self.blocks, self.hooked = blocks, []
         self.block_handles: list[Any] = []
+        self.head_handles: list[Any] = []
+        self.settle_head(head)
+        self.settle()
+
+    def settle_head(self, head: nn.Module) -> None:
+        """Move the hooks of the head to the module that is the head now."""
+        for handle in self.head_handles:
+            handle.remove()
         self.head_handles = [
             head.register_forward_pre_hook(_BeforeHead(self)),
             head.register_forward_hook(_AfterHead(self)),
         ]
-        self.settle()
 
     def settle(self) -> None:
         """Put the hooks on the modules that stand in the list now.

@@ -5,9 +5,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from . import folder
-from .checkpoint import PREFIX, WEIGHTS_FILE, local_folder, read_config
+from .checkpoint import CONFIG_FILE, PREFIX, WEIGHTS_FILE, local_folder, read_config
 from .config import DIALECTS, ShadowConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -21,6 +21,7 @@ def inspect(path: str) -> dict[str, Any]:
     file = folder.find(source, WEIGHTS_FILE)
     parts: dict[str, int] = {}
     try:
+        folder.check_regular(file)
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 count = 1
@@ -28,14 +29,20 @@ def inspect(path: str) -> dict[str, Any]:
                     count *= size
                 part = key.removeprefix(PREFIX).partition(".")[0]
                 parts[part] = parts.get(part, 0) + count
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+    try:
+        return {"path": str(path), **_facts(values, parts)}
+    except (ConfigError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder.find(source, CONFIG_FILE)} is damaged: {error!r}") from error
+
+
+def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
     config = ShadowConfig.from_dict(values["shadow"])
     own = {k: v for k, v in DIALECTS[config.dialect].items() if k not in ("rank", "gate_rank")}
     changed = {k: getattr(config, k) for k, v in own.items() if getattr(config, k) != v}
     shadow, base = values["shadow_model_config"], values["base"]
     return {
-        "path": str(path),
         "task": values["task_type"],
         "dialect": config.dialect,
         "changed_from_dialect": changed,

