@@ -55,8 +55,8 @@ class Adapter(Foreign):
             raise CheckpointError(f"{path / CONFIG_FILE}: task_type={task!r}, Umbra has CAUSAL_LM and SEQ_CLS.")
         head = weights.get(f"{HEAD}weight")
         return cls(
-            path, path / CONFIG_FILE, values, {WEIGHTS_FILE: weights},
-            base_name=values.get("base_model_name_or_path"), base_options={k: values[k] for k in ("revision",) if isinstance(values.get(k), str)},
+            path, path / CONFIG_FILE, values, {WEIGHTS_FILE: weights}, base_name=values.get("base_model_name_or_path"),
+            base_options={"revision": str(values["revision"])} if values.get("revision") else {},
             num_labels=len(head) if task == "SEQ_CLS" and head is not None and head.ndim else None,
         )  # fmt: skip
 
@@ -84,7 +84,7 @@ class Adapter(Foreign):
             shadow="./dense" if path == "dense" else path,  # a folder of that name
             embeddings="base" if shares else "own",
             train_heads=task == "SEQ_CLS" or saves_head,
-            layers=blocks,
+            layers=None if len(blocks) == len(base.blocks) else blocks,
             **sizes,
         )
         if not config.is_pretrained:
@@ -94,7 +94,7 @@ class Adapter(Foreign):
             raise CheckpointError(f"{self.file}: {path!r} projects between equal widths, which Umbra's shadows do not.")
         return config, backbone
 
-    def _blocks(self, base: Anatomy) -> range:
+    def _blocks(self, base: Anatomy) -> tuple[int, ...]:
         """Which blocks PEFT wraps.
 
         Raises:
@@ -107,7 +107,7 @@ class Adapter(Foreign):
                 f"{self.file} targets the blocks {found} of this base; PEFT couples one contiguous run of blocks. Is this the "
                 "base that the adapter was trained on?"
             )
-        return range(found[0], found[-1] + 1)
+        return tuple(found)
 
     def _saves_head(self, base: Anatomy) -> bool:
         """Whether the task head is among ``modules_to_save``.
