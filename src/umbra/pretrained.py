@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .errors import ConfigError
@@ -32,6 +32,11 @@ def load_pretrained(path: str) -> tuple[PreTrainedModel, Tensor | None]:
     values = read_config(path)
     if values.get("model_type") == PROJECTED:
         return _load_projected(path, values)
+    if "model_type" in values and values["model_type"] not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"shadow={path!r} is a {values['model_type']!r}, which transformers does not know; code that a checkpoint brings "
+            "is never run."
+        )
     try:
         options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
         return AutoModel.from_pretrained(path, **options), None

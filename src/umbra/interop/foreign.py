@@ -51,10 +51,10 @@ class Foreign:
             CheckpointError: damaged, for another kind of base, or something that Umbra does not do.
         """
         try:
-            self.config, self.backbone_config = self.configure(base)
+            config, self.backbone_config = self.configure(base)
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{self.file} is damaged, or of another base: {error}") from error
-        self.base = base
+        self.config, self.base = config.resolve(), base
 
     def configure(self, base: Anatomy) -> tuple[ShadowConfig, PretrainedConfig]:
         """Our configuration, and that of the shadow's backbone.
