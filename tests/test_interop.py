@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import shadow_peft
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import peers
@@ -64,6 +64,7 @@ TIED = {"tie_word_embeddings": True}
 CASES = {
     **{f"peft mirror {name}": peft_case(name, shadow_num_hidden_layers=2) for name in (*FOUR, "gpt_neox", "qwen3_moe")},
     **{f"peft classifier {name}": but(peft_case(name), classifier=True) for name in FOUR},
+    "peft scaled by depth": but(peft_case("gpt2"), options={"scale_attn_by_inverse_layer_idx": True}),
     "peft of two blocks": but(peft_case(), options={"num_hidden_layers": 2}),
     "peft smaller": peft_case(shadow_hidden_size=16, shadow_intermediate_size=20, shadow_num_attention_heads=2),
     "peft narrow gemma3_text": peft_case("gemma3_text", shadow_hidden_size=16),
@@ -179,15 +180,23 @@ def difference(model, logits: torch.Tensor) -> float:
         return float((model(input_ids=tokens()).logits - logits).abs().max())
 
 
+def kind_of(name: str, case: Case) -> str:
+    if case.classifier:
+        return "classifiers"
+    for word, kind in (("explicit", "pretrained shadows"), ("head", "trained heads"), ("block", "chosen blocks")):
+        if word in name:
+            return kind
+    return "mirrored shadows"
+
+
 def of(package: str) -> list:
     """The cases of a package, each with what it proves for the compatibility page."""
-    found = []
-    for name, case in CASES.items():
-        if case.package == package:
-            kind = "a classifier" if case.classifier else "an explicit shadow" if case.shadow else "a language model"
-            title = {"peft": "PEFT ShadowConfig", "shadow-peft": "shadow-peft"}[package]
-            found.append(pytest.param(name, marks=pytest.mark.compat(SECTION, f"{title}: {kind}", "read and written")))
-    return found
+    title = {"peft": "PEFT's ShadowConfig", "shadow-peft": "shadow-peft"}[package]
+    return [
+        pytest.param(name, marks=pytest.mark.compat(SECTION, f"{title}: {kind_of(name, case)}", "read, written"))
+        for name, case in CASES.items()
+        if case.package == package
+    ]
 
 
 EVERY = pytest.mark.parametrize("name", [*of("peft"), *of("shadow-peft")])
@@ -282,6 +291,7 @@ def test_what_umbra_made_they_load(name, classifier, shadows, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.endswith(FOUR) and "classifier" not in n and "narrow" not in n])
+@pytest.mark.compat(SECTION, "cached generation: the packages' own tokens")
 def test_cached_generation_is_theirs(written, name):
     """Greedy tokens with one cache here and two there, over a prompt longer than Gemma's window."""
     theirs = written(name)
@@ -304,6 +314,7 @@ def test_a_loaded_one_trains(written):
     assert "shadow.backbone.embed_tokens.weight" not in trained
 
 
+@pytest.mark.compat(SECTION, "theirs and Umbra's beside one base, in one batch")
 def test_several_beside_one_base(written):
     """Theirs and ours in one batch."""
     peft, package = written("peft mirror llama"), written("shadow-peft smaller")
@@ -333,6 +344,7 @@ def test_the_base_is_found_by_its_name(classifier, tmp_path):
         assert difference(model, peer(input_ids=tokens()).logits) <= TOLERANCE
 
 
+@pytest.mark.compat(SECTION, "causal_lm_with_hidden_projection checkpoints as shadows to attach")
 def test_a_projected_checkpoint_is_a_shadow_to_attach(shadows):
     """Its backbone and its trained projection, and nothing random between them."""
     base = make_base()
@@ -346,6 +358,20 @@ def test_a_projected_checkpoint_is_a_shadow_to_attach(shadows):
     with torch.no_grad():
         wanted = base.lm_head(whole.shadow_hidden_projection(whole.shadow_model(tokens()).last_hidden_state))
     assert difference(stock, wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize("package", ["peft", "shadow-peft"])
+def test_half_precision_is_read(written, package, tmp_path):
+    """As the package reads it: into float32."""
+    theirs = written("peft mirror llama" if package == "peft" else "shadow-peft implicit llama")
+    for file in theirs.folder.iterdir():
+        if file.suffix == ".safetensors":
+            save_file({k: v.bfloat16() for k, v in load_file(file).items()}, tmp_path / file.name)
+        else:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    peer = theirs.package.load(tmp_path)
+    with torch.no_grad():
+        assert difference(theirs.package.umbra(tmp_path), peer(input_ids=tokens()).logits) <= TOLERANCE
 
 
 def test_the_command(written, tmp_path, capsys):

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import peers
 import umbra
 from folders import hook_count
-from tiny import make, make_base, tokens
-from umbra import CheckpointError, ConfigError, UmbraError
+from tiny import LLAMA_LIKE, make, make_base, tokens
+from umbra import BaseModelError, CheckpointError, ConfigError, UmbraError
 from umbra.cli import main
 from umbra.interop import convert
 
@@ -245,8 +246,10 @@ def test_code_named_by_the_base_is_never_imported(theirs, trap, tmp_path):
     config = {**json.loads((base / "config.json").read_text()), "auto_map": auto_map, "model_type": "umbra_trap"}
     (base / "config.json").write_text(json.dumps(config))
     (base / "umbra_trap.py").write_bytes((trap / "umbra_trap.py").read_bytes())
-    with pytest.raises(UmbraError, match="base"):
-        umbra.load(edit(theirs, base_model_name_or_path=str(base)))
+    edit(theirs, base_model_name_or_path=str(base))
+    for options in ({}, {"trust_remote_code": True}):
+        with pytest.raises(BaseModelError, match="base"):
+            umbra.load(theirs, **options)
 
 
 def test_classes_named_by_a_projected_shadow_are_never_imported(trap, tmp_path):
@@ -296,6 +299,23 @@ def test_a_run_of_blocks_with_a_gap_runs_neither_there_nor_here(theirs):
     with pytest.raises(AttributeError):
         peers.peft_model(make_base(), target_modules=names)(tokens())
     assert_refused(edit(theirs, target_modules=names), "[1, 3]", "contiguous")
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "fields", "named"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, {"shadow_num_hidden_layers": 2}, "scale_attn_by_inverse"),
+        ("lfm2", {}, {}, "recurrent"),
+    ],
+)
+def test_a_mirror_that_umbra_cannot_run_is_named(base, options, fields, named, tmp_path):
+    if base == "lfm2":
+        config = AutoConfig.for_model(base, **LLAMA_LIKE, layer_types=["conv", "full_attention"] * 2)
+        made = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
+    else:
+        made = [make_base(base, **options) for _ in range(2)]
+    peers.peft_model(made[0], **fields).save_pretrained(tmp_path)
+    assert_refused(tmp_path, named, base=made[1], error=BaseModelError)
 
 
 @pytest.mark.parametrize("package", ["shadow-peft"])

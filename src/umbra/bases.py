@@ -32,6 +32,8 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
     Raises:
         BaseModelError: nothing there that transformers can load.
     """
+    if options.pop("trust_remote_code", False):
+        raise BaseModelError(f"Umbra runs no code of a checkpoint: load the base {name!r} yourself and pass the model.")
     kind = AutoModelForCausalLM if classifier is None else AutoModelForSequenceClassification
     path, extra = _resolve(name)
     try:

@@ -226,7 +226,7 @@ def load(
     model = attach(base, saved.config, backbone_config=saved.backbone_config)
     try:
         saved.fill(model.shadow)
-    except CheckpointError:
+    except BaseException:
         model.unload()
         raise
     if not trainable:

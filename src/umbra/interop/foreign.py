@@ -151,8 +151,8 @@ def explicit(path: str) -> tuple[PretrainedConfig, bool]:
         BaseModelError: no causal decoder.
     """
     config, projected = backbone_config(path)
-    if not anatomy.is_causal(config):
-        raise BaseModelError(f"The pretrained shadow {path!r} ({config.model_type}) is no causal decoder.")
+    if config.get_text_config() is not config or not anatomy.is_causal(config):
+        raise BaseModelError(f"The pretrained shadow {path!r} ({config.model_type}) is no causal decoder of text.")
     return config, projected
 
 

@@ -174,7 +174,7 @@ def _targets(values: dict[str, Any], name: str) -> bool:
     if targets is None or isinstance(targets, str):
         return targets is None or _matches(targets, name, "target_modules")
     chosen = values.get("layers_to_transform") not in (None, [])  # then a name's end alone matches nothing
-    return name in targets or (not chosen and _matches(targets, name, "target_modules"))
+    return name in _strings(values, "target_modules") or (not chosen and _matches(targets, name, "target_modules"))
 
 
 def _matches(patterns: Any, name: str, key: str) -> bool:

@@ -72,6 +72,7 @@ class Adapter(Foreign):
         values = self.values
         foreign.check_sizes(values, ("injection_hidden_size", "gate_hidden_size", *SIZES), self.weights[WEIGHTS_FILE])
         sizes: dict[str, Any] = {mine: values.get(theirs) for theirs, mine in SIZES.items()}
+        heads = self._saved_heads(base) if HEADS_FILE in self.weights else []
         implicit = self.shadow is None
         signs = ("shadow_hidden_projection.weight", "shadow_model.embed_tokens.weight")
         if implicit and any(name in self.weights[WEIGHTS_FILE] for name in signs):
@@ -88,7 +89,7 @@ class Adapter(Foreign):
             auxiliary_loss_weight=values.get("auxiliary_loss_weight", 0.05),
             shadow=self.shadow or "mirror",
             embeddings="base" if implicit else "own",
-            train_heads=HEADS_FILE in self.weights,
+            train_heads=bool(heads),
             **({f"shadow_{name}": value for name, value in sizes.items()} if implicit else {}),
         )
         if implicit:
