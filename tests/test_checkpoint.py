@@ -289,7 +289,9 @@ def test_an_adapter_is_loaded_from_the_hub_by_its_id(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     loaded = umbra.load("owner/name@v1", base=make_base("llama"))
-    assert asked == [("owner/name", "v1", ["README.md", "adapter_config.json", "adapter_model.safetensors"])]
+    own = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    package = ["shadow_adapter.safetensors", "shadow_config.json", "shadow_modules.safetensors"]
+    assert asked == [("owner/name", "v1", own + package)]
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 

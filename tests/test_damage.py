@@ -139,7 +139,7 @@ def test_a_configuration_that_is_no_json_object_is_refused(saved, text):
     assert_refused(saved, CONFIG)
 
 
-@pytest.mark.parametrize("peft_type", ["LORA", "SHADOW", None, 3, ...])
+@pytest.mark.parametrize("peft_type", ["LORA", None, 3, ...])
 def test_the_adapter_of_another_method_is_refused(saved, peft_type):
     edit_config(saved, peft_type=peft_type)
     assert_refused(saved, f"{CONFIG}.*not written by Umbra")

@@ -34,8 +34,9 @@ def test_the_paper_page_names_code_that_exists():
 
 
 def test_the_readme_names_every_room():
-    for module in (ROOT / "src/umbra").glob("*.py"):
-        assert f"{module.name} " in README, f"README's tree lacks {module.name}"
+    packages = [path.parent for path in (ROOT / "src/umbra").glob("*/__init__.py")]
+    for name in [path.name for path in (ROOT / "src/umbra").glob("*.py")] + [f"{path.name}/" for path in packages]:
+        assert f"  {name} " in README, f"README's tree lacks {name}"
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
 

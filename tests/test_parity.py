@@ -8,15 +8,13 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import peft
 import pytest
-import shadow_peft
 import torch
 from peft.tuners.shadow.layers import ShadowLayer
-from shadow_peft.task_models import ShadowForCausalLM, ShadowForSequenceClassification
 from torch import Tensor, nn
 
 import umbra
+from peers import peft_model, shadow_peft_model
 from tiny import make_base, scramble, tokens
 
 ARCHITECTURES = ["llama", "qwen3", "gpt2", "gpt_neox", "gemma3_text", "mistral"]
@@ -80,24 +78,15 @@ def peft_pairs(mine: umbra.ShadowModel, peer: nn.Module) -> Iterator[Pair]:
 
 def paper_peer(base: nn.Module, classifier: bool, dropout: float, layers: int, hidden: int | None) -> nn.Module:
     assert hidden is None, "shadow-peft has no such size"
-    config = shadow_peft.ShadowConfig(
-        num_shadow_layers=layers, injection_hidden_size=RANK, gate_hidden_size=10, alpha=ALPHA, dropout=dropout
-    )
-    kind = ShadowForSequenceClassification if classifier else ShadowForCausalLM
-    return kind(shadow_peft.get_shadow_model(base, config), shadow_loss_weight=LAMBDA)
+    sizes = {"num_shadow_layers": layers, "injection_hidden_size": RANK, "gate_hidden_size": 10}
+    return shadow_peft_model(base, classifier, loss_weight=LAMBDA, alpha=ALPHA, dropout=dropout, **sizes)
 
 
 def peft_peer(base: nn.Module, classifier: bool, dropout: float, layers: int, hidden: int | None) -> nn.Module:
-    config = peft.ShadowConfig(
-        task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
-        r=RANK,
-        shadow_alpha=ALPHA,
-        shadow_dropout=dropout,
-        auxiliary_loss_weight=LAMBDA,
-        shadow_num_hidden_layers=layers,
-        shadow_hidden_size=hidden,
+    sizes = {"r": RANK, "shadow_num_hidden_layers": layers, "shadow_hidden_size": hidden}
+    return peft_model(
+        base, classifier, shadow_alpha=ALPHA, shadow_dropout=dropout, auxiliary_loss_weight=LAMBDA, **sizes
     )
-    return peft.get_peft_model(base, config)
 
 
 PEERS = {"paper": (paper_peer, paper_pairs), "peft": (peft_peer, peft_pairs)}

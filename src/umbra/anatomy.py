@@ -98,6 +98,11 @@ def _find_head(model: PreTrainedModel) -> tuple[str, nn.Module]:
     )
 
 
+def name_of(root: nn.Module, module: nn.Module) -> str:
+    """The name of a module within another."""
+    return next(name for name, m in root.named_modules() if m is module)
+
+
 def vocabulary_size(module: Any) -> int:
     """Rows of an embedding table."""
     return module.weight.shape[0]
@@ -181,11 +186,16 @@ def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedCo
         else:
             setattr(config, target, value)
     # With a layer index shifted behind the base's, this GPT-2 option would scale the shadow by the wrong depth.
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+    if scales_by_depth(config):
         config.scale_attn_by_inverse_layer_idx = False
     _check_heads(config)
     config.use_cache = True
     return config
+
+
+def scales_by_depth(config: PretrainedConfig) -> bool:
+    """Whether attention is divided by the number of its layer (an option of GPT-2)."""
+    return bool(getattr(config, "scale_attn_by_inverse_layer_idx", False))
 
 
 def _set_depth(config: PretrainedConfig, depth: int) -> None:

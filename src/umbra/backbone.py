@@ -11,15 +11,15 @@ import uuid
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from . import anatomy
 from .anatomy import Anatomy
 from .config import ShadowConfig
 from .core import Couplings
 from .errors import BaseModelError, ConfigError
+from .pretrained import load_pretrained
 
 # What the shadow's backbone may be told about a batch, of all that a forward is given.
 BATCH_ARGUMENTS = (
@@ -53,7 +53,7 @@ class Shadow(nn.Module):
         self.owns_embeddings = _owns_embeddings(config)
         if backbone_config is not None and not self.owns_embeddings:
             backbone_config.vocab_size = anatomy.vocabulary_size(base.embeddings)
-        self.backbone = build_backbone(base, config, backbone_config)
+        self.backbone, projection = build_backbone(base, config, backbone_config)
         if not self.owns_embeddings:
             anatomy.remove_embeddings(self.backbone)
             self.backbone.config.vocab_size = anatomy.vocabulary_size(base.embeddings)
@@ -66,6 +66,8 @@ class Shadow(nn.Module):
         widen = width != D
         self.embed_projection = nn.Linear(D, width, bias=False) if widen and not self.owns_embeddings else None
         self.projection = nn.Linear(width, D, bias=False) if widen else None
+        if projection is not None:
+            self._start_from(projection)
         self.couplings = Couplings(L, D, config)
 
         device = torch.device(anatomy.device_of(base.embeddings) if device is None else device)
@@ -108,6 +110,15 @@ class Shadow(nn.Module):
         if self.backbone.is_activation_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # reentrant checkpointing needs an input with a gradient
         return self._project(self.backbone(inputs_embeds=x, **batch).last_hidden_state)
+
+    def _start_from(self, projection: Tensor) -> None:
+        needed = None if self.projection is None else tuple(self.projection.weight.shape)
+        if self.projection is None or tuple(projection.shape) != needed:
+            raise ConfigError(
+                f"The pretrained shadow brings a projection of shape {tuple(projection.shape)}, needed is {needed}."
+            )
+        with torch.no_grad():
+            self.projection.weight.copy_(projection)
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.projection is None else self.projection(x)
@@ -168,8 +179,10 @@ def copy_without_hooks(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(hook): type(hook)() for hook in hooks})
 
 
-def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None) -> PreTrainedModel:
-    """The decoder that computes the shadow's states.
+def build_backbone(
+    base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None
+) -> tuple[PreTrainedModel, Tensor | None]:
+    """The decoder that computes the shadow's states, and the projection (D, Ds) that a pretrained one brings.
 
     Raises:
         ConfigError: sizes that do not fit together or do not exist in this architecture.
@@ -186,7 +199,7 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
         raise ConfigError(f"No shadow can be built from these sizes: {error!s:.500}") from error
     if config.init == "base" and backbone_config is None:
         anatomy.copy_blocks(base, backbone)
-    return backbone
+    return backbone, None
 
 
 def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
@@ -198,11 +211,8 @@ def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
     return anatomy.dense_config(base.config, sizes)
 
 
-def _pretrained(base: Anatomy, path: str) -> PreTrainedModel:
-    try:
-        backbone = AutoModel.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"shadow={path!r} is no model that transformers can load: {error}") from error
+def _pretrained(base: Anatomy, path: str) -> tuple[PreTrainedModel, Tensor | None]:
+    backbone, projection = load_pretrained(path)
     if not anatomy.is_causal(backbone.config):
         raise BaseModelError(
             f"The pretrained shadow {path!r} ({backbone.config.model_type}) is no causal decoder: its states would know "
@@ -215,22 +225,10 @@ def _pretrained(base: Anatomy, path: str) -> PreTrainedModel:
             f"The pretrained shadow {path!r} knows {rows} tokens, the base {needed}: they must share one tokenizer. "
             "Take a shadow of the base's family, or shadow='mirror'."
         )
-    return backbone
+    return backbone, projection
 
 
 def _owns_embeddings(config: ShadowConfig) -> bool:
     if config.embeddings == "auto":
         return config.is_pretrained
     return config.embeddings == "own"
-
-
-def saved_config(values: dict[str, Any]) -> PretrainedConfig:
-    """A backbone configuration from an adapter folder; only model types that transformers knows.
-
-    Raises:
-        ConfigError: an unknown model type, or values that it refuses.
-    """
-    try:
-        return AutoConfig.for_model(**values)
-    except Exception as error:  # strict validation of transformers raises several unrelated types
-        raise ConfigError(f"The saved shadow's configuration cannot be used: {error!s:.500}") from error

@@ -32,17 +32,19 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
     Raises:
         BaseModelError: nothing there that transformers can load.
     """
+    if options.pop("trust_remote_code", False):
+        raise BaseModelError(f"Umbra runs no code of a checkpoint: load the base {name!r} yourself and pass the model.")
     kind = AutoModelForCausalLM if classifier is None else AutoModelForSequenceClassification
     path, extra = _resolve(name)
     try:
-        config = AutoConfig.from_pretrained(path, **extra)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **extra)
         for key, value in (classifier or {}).items():
             setattr(config, key, value)
         if extra:
             from transformers import GgufConfig
 
             options["quantization_config"] = GgufConfig(dequantize=True)
-        model = kind.from_pretrained(path, config=config, **extra, **options)
+        model = kind.from_pretrained(path, config=config, trust_remote_code=False, **extra, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise BaseModelError(f"The base {name!r} cannot be loaded: {error}") from error
     if extra:
@@ -61,7 +63,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
         raise BaseModelError("The base has no name to load its tokenizer by: load it by path or hub id.")
     path, extra = _resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **extra)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:

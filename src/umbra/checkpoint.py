@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from . import __version__, anatomy, folder
 from .anatomy import Anatomy
-from .backbone import Shadow, saved_config
+from .backbone import Shadow
 from .bases import load_base
 from .card import model_card
 from .config import ShadowConfig
@@ -26,8 +26,10 @@ from .errors import CheckpointError, ConfigError, UmbraError
 from .fingerprint import check_same_base
 from .integrity import DIGEST, check_counts, check_digest, check_numbers, check_sizes, check_tensors, digest
 from .model import ShadowModel, attach
+from .pretrained import saved_config
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+SHADOW_PEFT_FILES = ["shadow_config.json", "shadow_adapter.safetensors", "shadow_modules.safetensors"]  # see interop
 FORMAT_VERSION = 1
 PREFIX = "shadow."  # of the tensors in WEIGHTS_FILE: their names in the model's own state dict
 TRAINER_FILE = "model.safetensors"  # the name by which transformers' Trainer finds what it resumes from
@@ -132,6 +134,28 @@ def _plain_config(config: PretrainedConfig) -> dict[str, Any]:
     return {"model_type": config.model_type, **values}
 
 
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of an adapter folder.
+
+    Raises:
+        CheckpointError: no such folder or file, or no JSON object in it.
+    """
+    file = folder.find(path, name)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no adapter folder: it does not exist, or is a file.")
+    try:
+        values = json.loads(folder.read_text(file), object_pairs_hook=_unique)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is no adapter folder: {name} is missing.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Restore the folder from its source.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{file} is damaged: it holds a {type(values).__name__}. Restore the folder from its source."
+        )
+    return values
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The checked content of an adapter folder's ``adapter_config.json``.
 
@@ -139,17 +163,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, not JSON, not Umbra's, or of a later format.
     """
     file = folder.find(Path(path), CONFIG_FILE)
-    if not Path(path).is_dir():
-        raise CheckpointError(f"{path} is no adapter folder: it does not exist, or is a file.")
-    try:
-        values = json.loads(folder.read_text(file), object_pairs_hook=_unique)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is no adapter folder: {CONFIG_FILE} is missing.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}. Restore the folder from its source.") from error
-    if not isinstance(values, dict) or values.get("peft_type") != "UMBRA":
-        kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
-        raise CheckpointError(f"{file} was not written by Umbra (peft_type is {kind!r}).")
+    values = read_json(Path(path), CONFIG_FILE)
+    if values.get("peft_type") != "UMBRA":
+        raise CheckpointError(f"{file} was not written by Umbra (peft_type is {values.get('peft_type')!r:.80}).")
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{file} has format {values.get('format_version')!r}, this is Umbra {__version__} with format {FORMAT_VERSION}: "
@@ -174,19 +190,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of an adapter folder.
+def read_weights(path: str | Path, name: str = WEIGHTS_FILE) -> dict[str, torch.Tensor]:
+    """All tensors of a file in an adapter folder.
 
     Raises:
         CheckpointError: missing, truncated or corrupted.
     """
-    file = folder.find(Path(path), WEIGHTS_FILE)
+    file = folder.find(Path(path), name)
     try:
         folder.check_regular(file)
         with safe_open(file, framework="pt") as tensors:
             return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is incomplete: {WEIGHTS_FILE} is missing.") from None
+        raise CheckpointError(f"{path} is incomplete: {name} is missing.") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{file} is damaged: {error}. Restore the folder from its source.") from error
 
@@ -197,27 +213,30 @@ def load(
     *,
     trainable: bool = False,
     allow_other_base: bool = False,
+    shadow: str | None = None,
     **base_options: Any,
 ) -> ShadowModel:
-    """Read an adapter and put it beside its base.
+    """Read an adapter and put it beside its base. Adapters of PEFT and of shadow-peft are read too: see `umbra.interop`.
 
     Args:
         path: an adapter folder, or a hub id (``owner/name``, ``owner/name@revision``).
         base: the base model, or where to load it from; by default what the adapter names.
         trainable: keep the shadow's weights trainable; otherwise all are frozen.
         allow_other_base: skip the check that the base is the adapter's own.
+        shadow: for an adapter of shadow-peft with an explicit shadow: the path or hub id of that model.
         base_options: for loading the base, such as dtype.
 
     Raises:
-        CheckpointError: a missing, damaged or foreign folder, or tensors that do not fit.
-        BaseModelError: another base than the adapter's.
+        CheckpointError: a missing or damaged folder, one of a kind that cannot be read, or tensors that do not fit.
+        BaseModelError: another base than the adapter's. In the folders of others there is nothing to tell but the sizes.
     """
-    saved = _Saved(path)
+    saved = _open(path, shadow)
     if base is None or isinstance(base, str):
-        name = base or saved.values.get("base_model_name_or_path")
-        if not name:
+        name = base or saved.base_name
+        if not isinstance(name, str) or not name:
             raise CheckpointError(f"{saved.file} does not name its base: pass base=…")
-        base = load_base(name, classifier=_classifier(saved.values, saved.file), **base_options)
+        base_options = base_options if base else {**saved.base_options, **base_options}
+        base = load_base(name, classifier=saved.classifier(), **base_options)
     saved.check(anatomy.locate(base), allow_other_base)
     model = attach(base, saved.config, backbone_config=saved.backbone_config)
     try:
@@ -238,9 +257,9 @@ def load_shadow(
     Raises:
         CheckpointError, BaseModelError: as `load`; or a classifier of another number of labels.
     """
-    saved = _Saved(path)
+    saved = _open(path)
     located = anatomy.locate(base)
-    classifier, labels = _classifier(saved.values, saved.file), base.config.num_labels
+    classifier, labels = saved.classifier(), base.config.num_labels
     if located.is_classifier and classifier is not None and classifier.get("num_labels") != labels:
         raise CheckpointError(f"{path} knows {classifier.get('num_labels')} labels, the base's head {labels}.")
     saved.check(located, allow_other_base)
@@ -252,11 +271,22 @@ def load_shadow(
     return shadow
 
 
+def _open(path: str | Path, shadow: str | None = None) -> Any:
+    from . import interop
+
+    source = local_folder(path)
+    if interop.recognise(source):
+        return interop.read(source, shadow)
+    if shadow is not None:
+        raise ConfigError(f"{path} names its shadow itself: shadow=… is for adapters of shadow-peft.")
+    return _Saved(source)
+
+
 class _Saved:
     """An adapter folder, read and checked as far as it can be without its base."""
 
-    def __init__(self, path: str | Path):
-        self.path = local_folder(path)
+    def __init__(self, path: Path):
+        self.path = path
         self.values, self.weights = read_config(self.path), read_weights(self.path)
         self.file, self.source = folder.find(self.path, CONFIG_FILE), folder.find(self.path, WEIGHTS_FILE)
         check_counts(self.values["shadow_model_config"], self.weights, self.file)
@@ -265,6 +295,10 @@ class _Saved:
             self.backbone_config = saved_config(self.values["shadow_model_config"])
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{self.file} is damaged: {error}") from error
+        self.base_name, self.base_options = self.values.get("base_model_name_or_path"), {}
+
+    def classifier(self) -> dict[str, Any] | None:
+        return _classifier(self.values, self.file)
 
     def check(self, base: Anatomy, allow_other_base: bool) -> None:
         task = TASKS[base.is_classifier]
@@ -328,7 +362,9 @@ def local_folder(path: str | Path) -> Path:
     try:
         return Path(
             snapshot_download(
-                repository, revision=revision or None, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+                repository,
+                revision=revision or None,
+                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *SHADOW_PEFT_FILES],
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -9,13 +9,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
 from .errors import ConfigError, UmbraError, shown
-from .options import DetachOptions, EvalOptions, GenerateOptions, InspectOptions, TrainOptions
+from .options import ConvertOptions, DetachOptions, EvalOptions, GenerateOptions, InspectOptions, TrainOptions
 
 COMMANDS = {
     "train": "train a shadow: umbra train config.yaml [--field value …]",
     "eval": "score base, attached and detached on a held-out set",
     "generate": "answer a prompt, streaming",
     "detach": "write the shadow alone, as a stock transformers checkpoint",
+    "convert": "write an adapter for PEFT or shadow-peft, or make theirs Umbra's",
     "inspect": "explain an adapter folder",
 }
 LARGEST_YAML = 2**17  # bytes
@@ -116,6 +117,21 @@ def _detach(arguments: list[str]) -> int:
         print(json.dumps({"path": str(out), "bytes": size}))
     else:
         print(f"{out}: a stock transformers model of {size / 1e6:.1f} MB")
+    return 0
+
+
+def _convert(arguments: list[str]) -> int:
+    options = _parse("umbra convert", ConvertOptions, arguments)
+    if not options.to or not options.out:
+        raise ConfigError("Say what to write and where: --to peft|shadow-peft|umbra --out FOLDER.")
+    from .checkpoint import load
+    from .interop import check_form, check_new, convert
+
+    check_form(options.to)
+    check_new(options.out)
+    out = convert(load(options.adapter, options.base, shadow=options.shadow), options.out, options.to)
+    files = sorted(p.name for p in out.iterdir())
+    print(json.dumps({"path": str(out), "files": files}) if options.json else f"{out}: {', '.join(files)}")
     return 0
 
 

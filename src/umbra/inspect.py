@@ -8,6 +8,7 @@ from . import folder
 from .checkpoint import CONFIG_FILE, PREFIX, WEIGHTS_FILE, local_folder, read_config
 from .config import DIALECTS, ShadowConfig
 from .errors import CheckpointError, ConfigError
+from .interop import recognise
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -17,6 +18,10 @@ def inspect(path: str) -> dict[str, Any]:
         CheckpointError: no adapter folder, or a damaged one.
     """
     source = local_folder(path)
+    if form := recognise(source):
+        raise CheckpointError(
+            f"{path} is an adapter of {form}: make it Umbra's first, umbra convert {path} --to umbra --out …"
+        )
     values = read_config(source)
     file = folder.find(source, WEIGHTS_FILE)
     parts: dict[str, int] = {}

@@ -94,6 +94,18 @@ class InspectOptions:
     json: bool = flag(False, "print JSON")
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """``umbra convert``: write an adapter in the format of another package, or another package's in Umbra's."""
+
+    adapter: str = argument("adapter folder or hub id: of Umbra, of PEFT's Shadow tuner, or of shadow-peft")
+    to: str = flag("", "format to write: peft, shadow-peft or umbra")
+    out: str = flag("", "new folder to write")
+    base: str | None = flag(None, "where the base is, if not where the adapter says")
+    shadow: str | None = flag(None, "the pretrained shadow of an adapter of shadow-peft, which does not note it")
+    json: bool = flag(False, "print JSON")
+
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -1,0 +1,104 @@
+"""Pretrained shadows: a stock checkpoint of transformers, or one with a projection to the base's width.
+
+The second form (``model_type`` `PROJECTED`, of the package shadow-peft) wraps a backbone. Its configuration names classes
+to import: they are never looked at, the backbone is built from the ``model_type`` of what it wraps.
+"""
+
+import json
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from .errors import ConfigError
+
+PROJECTED = "causal_lm_with_hidden_projection"
+BACKBONE_PREFIX, PROJECTION = "shadow_model.", "shadow_hidden_projection.weight"
+# Of a saved configuration: where it came from, how it was stored, and code. None of it describes the model.
+NOT_OF_THE_MODEL = (
+    "_name_or_path", "architectures", "auto_map", "quantization_config", "transformers_version", "dtype", "torch_dtype",
+)  # fmt: skip
+
+
+def load_pretrained(path: str) -> tuple[PreTrainedModel, Tensor | None]:
+    """A pretrained backbone in float32, and its projection (D, Ds) if it has one.
+
+    Raises:
+        ConfigError: nothing there that can be read from safetensors without running code of its own.
+    """
+    values = read_config(path)
+    if values.get("model_type") == PROJECTED:
+        return _load_projected(path, values)
+    if "model_type" in values and values["model_type"] not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"shadow={path!r} is a {values['model_type']!r}, which transformers does not know; code that a checkpoint brings "
+            "is never run."
+        )
+    try:
+        options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
+        return AutoModel.from_pretrained(path, **options), None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"shadow={path!r} is no model that transformers can load: {error}") from error
+
+
+def backbone_config(path: str) -> tuple[PretrainedConfig, bool]:
+    """The configuration of a pretrained backbone, without its weights; and whether a projection comes with it.
+
+    Raises:
+        ConfigError: nothing there, or nothing that transformers knows.
+    """
+    values = read_config(path)
+    projected = values.get("model_type") == PROJECTED
+    return saved_config(_inner(path, values) if projected else values), projected
+
+
+def saved_config(values: dict[str, Any]) -> PretrainedConfig:
+    """A backbone configuration from a file; only model types that transformers knows.
+
+    Raises:
+        ConfigError: an unknown model type, or values that it refuses.
+    """
+    try:
+        return AutoConfig.for_model(**{k: v for k, v in values.items() if k not in NOT_OF_THE_MODEL})
+    except Exception as error:  # strict validation of transformers raises several unrelated types
+        raise ConfigError(f"The saved shadow's configuration cannot be used: {error!s:.500}") from error
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint, by path or hub id.
+
+    Raises:
+        ConfigError: missing, or no JSON object.
+    """
+    try:
+        with open(cached_file(path, "config.json") or "", encoding="utf-8") as file:
+            values = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"shadow={path!r} is no model that transformers can load: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"shadow={path!r} is no model: its config.json holds a {type(values).__name__}.")
+    return values
+
+
+def _inner(path: str, values: dict[str, Any]) -> dict[str, Any]:
+    inner = values.get("shadow_model_config")
+    if not isinstance(inner, dict):
+        raise ConfigError(f"shadow={path!r} is damaged: its config.json has no shadow_model_config.")
+    return inner
+
+
+def _load_projected(path: str, values: dict[str, Any]) -> tuple[PreTrainedModel, Tensor]:
+    config = saved_config(_inner(path, values))
+    try:
+        backbone = AutoModel.from_config(config, dtype=torch.float32)
+        with safe_open(cached_file(path, "model.safetensors"), framework="pt") as file:
+            names = [n for n in file.keys() if n.startswith(BACKBONE_PREFIX)]  # noqa: SIM118
+            weights = {name.removeprefix(BACKBONE_PREFIX): file.get_tensor(name) for name in names}
+            projection = file.get_tensor(PROJECTION).float()
+        backbone.load_state_dict(weights)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"shadow={path!r} is a {PROJECTED} that cannot be read: {error}") from error
+    return backbone, projection
