@@ -64,6 +64,7 @@ class Shadow(nn.Module):
         self.heads = nn.ModuleDict()
         if train_heads:
             self.heads.update({path: copy.deepcopy(base.head).requires_grad_() for path in ("attached", "shadow")})
+            self.heads["shadow"].requires_grad_(config.auxiliary_loss_weight > 0)  # otherwise nothing trains it
 
         weight: Tensor = base.embeddings.weight
         dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype

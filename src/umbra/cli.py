@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
+import time
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
@@ -18,6 +20,7 @@ COMMANDS = {
     "detach": "write the shadow alone, as a stock transformers checkpoint",
     "inspect": "explain an adapter folder",
 }
+PATIENCE = 20  # seconds for which a rank leaves an error to rank 0, at whose end the launcher ends them all
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -27,11 +30,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UmbraError as error:
+        if not _is_first_rank():
+            time.sleep(PATIENCE)
         print(f"umbra: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("umbra: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_first_rank() -> bool:
+    """Whether this is the only process, or the first of those that accelerate or torchrun launched."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -75,7 +85,8 @@ def _train(arguments: list[str]) -> int:
     from .train import train
 
     metrics = train(values)
-    print(json.dumps(metrics, indent=2) if known.json else _lines(metrics))
+    if _is_first_rank():
+        print(json.dumps(metrics, indent=2) if known.json else _lines(metrics))
     return 0
 
 
