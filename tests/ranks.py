@@ -1,41 +1,190 @@
-"""What runs in each process of a `Pair`: functions of one rank's side."""
+"""What runs in each process of a `Pair`, and alone as the reference: every function is one rank's side."""
+
+import itertools
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
+import umbra
 from tiny import gradients, label_count, make, partly_labelled, tokens
 from umbra.anatomy import locate
 
+ROWS, LENGTH = 6, 11
 
-def batch(rank=None, rows=5, length=11):
-    ids = tokens(rows, length)
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(rows: int = ROWS) -> dict[str, Any]:
+    """This rank's part of one global batch: rank 0 has 1 row, and of all labels the fewest."""
+    ids = tokens(rows, LENGTH)
     labels = partly_labelled(ids)
-    items = label_count(labels)
-    if rank is not None:
-        cut = slice(0, 1) if rank == 0 else slice(1, rows)
-        ids, labels = ids[cut], labels[cut]
-    return {"input_ids": ids, "labels": labels, "num_items_in_batch": torch.tensor(items)}
+    items = torch.tensor(label_count(labels))
+    cut = slice(None) if world() == 1 else slice(0, 1) if dist.get_rank() == 0 else slice(1, None)
+    return {"input_ids": ids[cut], "labels": labels[cut], "num_items_in_batch": items}
 
 
-def full(t):
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def step(engine, name="llama", options=None, **fields):
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model = make(name, **(options or {}), **fields).train()
-    wrapped = model
-    if engine == "ddp":
+def summed(value: Tensor) -> Tensor:
+    value = value.detach().clone().float()
+    if world() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+# -- one step under an engine ------------------------------------------------------------------------------------------
+
+
+def step(engine: str = "none", *, wrapper: str | None = None, inside: bool | None = None, **options: Any) -> Any:
+    """The loss of the global batch, and every gradient of a tiny model by name.
+
+    Args:
+        engine: none, ddp, blocks (fully_shard on every block, then on the model), root, bf16 (as blocks, in bfloat16).
+        wrapper: checkpoint wrappers around the base's blocks, "reentrant" or "not".
+        inside: transformers' own checkpointing, reentrant or not.
+    """
+    model = make(**options).train()
+    if inside is not None:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": inside})
+    if wrapper is not None:
+        wrap_blocks(model.base, wrapper)
+    wrapped: Any = model
+    if engine == "ddp" and world() > 1:
         wrapped = DistributedDataParallel(model)
-    elif engine == "blocks":
-        for block in [*locate(model.base).blocks]:
-            fully_shard(block)
-        fully_shard(model)
+    elif engine in ("blocks", "bf16"):
+        policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+        kept = policy if engine == "bf16" else {}
+        for block in locate(model.base).blocks:
+            fully_shard(block, **kept)
+        fully_shard(model, **kept)
     elif engine == "root":
         fully_shard(model)
-    loss = wrapped(**batch(rank)).loss * world
-    loss.backward()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    return total / world, {n.replace("module.", ""): full(g) for n, g in gradients(model).items()}
+    return backward(wrapped, model)
+
+
+def backward(wrapped: Any, model: umbra.ShadowModel) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = wrapped(**share()).loss
+    (loss * world()).backward()  # engines average over ranks
+    found = {name.replace("_checkpoint_wrapped_module.", ""): whole(g) for name, g in gradients(model).items()}
+    return summed(loss), found
+
+
+def wrap_blocks(base: Any, kind: str) -> None:
+    """torch's checkpoint wrapper around every decoder block."""
+    impl = CheckpointImpl.REENTRANT if kind == "reentrant" else CheckpointImpl.NO_REENTRANT
+    blocks = set(locate(base).blocks)
+    apply_activation_checkpointing(
+        base, checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, impl), check_fn=lambda m: m in blocks
+    )
+
+
+@contextmanager
+def accelerators():
+    """accelerate keeps FSDP and DeepSpeed for accelerators, though both run on CPUs: let these pass for such."""
+    from accelerate.state import DistributedType, PartialState
+
+    kept = PartialState._prepare_backend, PartialState.set_device
+    PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend, PartialState.set_device = kept
+
+
+def accelerated(plugin: dict[str, Any], mixed_precision: str = "no", bare: bool = False, **options: Any) -> Any:
+    """As `step`, sharded by accelerate's FSDP2; a third value counts the sharded units."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    with accelerators():
+        accelerator = Accelerator(
+            fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, **plugin), mixed_precision=mixed_precision
+        )
+        model: Any = make(**options).train()
+        model = model.unload().requires_grad_() if bare else model
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        return *backward(model, model), sum(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def zero_config(stage: int) -> dict[str, Any]:
+    """DeepSpeed's settings; with nothing persistent, ZeRO-3 partitions even the tiniest parameter."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo instead of a kernel that it would compile
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+
+
+# -- runs of a trainer -------------------------------------------------------------------------------------------------
+
+
+def examples(count: int = 16) -> list[dict[str, Tensor]]:
+    """Rows with 1 to 9 labels, very unevenly spread over neighbours."""
+    ids = tokens(count, LENGTH, seed=11)
+    labels = torch.full_like(ids, -100)
+    for row, labelled in zip(range(count), itertools.cycle([1, 9, 2, 8, 9]), strict=False):
+        labels[row, -labelled:] = ids[row, -labelled:]
+    return [{"input_ids": i, "labels": l} for i, l in zip(ids, labels, strict=True)]
+
+
+def fit(
+    folder: Path, *, kind: str = "umbra", rows: int = 8, accumulate: int = 1, resume: str | None = None,
+    fsdp: dict | None = None, zero: int | None = None, arguments: dict | None = None, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a tiny model; ``rows`` is the global batch of a step, whatever the number of ranks.
+
+    Returns:
+        log (the trainer's history), weights (whole, after training), files (what rank 0 left), logits (of a forward).
+    """
+    with ExitStack() as stack:
+        engine: dict[str, Any] = {"use_cpu": True}
+        if fsdp is not None or zero is not None:
+            stack.enter_context(accelerators())
+        if fsdp is not None:
+            engine |= {"fsdp": True, "fsdp_config": fsdp}
+        if zero is not None:
+            engine = {"deepspeed": zero_config(zero)}
+        trainer = {"umbra": umbra.ShadowTrainer, "plain": Trainer}[kind](
+            make(**options),
+            TrainingArguments(
+                str(folder),
+                **{
+                    "per_device_train_batch_size": rows // accumulate // world(), "gradient_accumulation_steps": accumulate,
+                    "per_device_eval_batch_size": 4 // world(), "logging_steps": 1, "report_to": "none",
+                    "disable_tqdm": True, "learning_rate": 1e-2, "save_steps": 2, **engine, **(arguments or {}),
+                },
+            ),
+            train_dataset=examples(),  # type: ignore[arg-type]
+            eval_dataset=examples(8),  # type: ignore[arg-type]
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.evaluate()
+        trainer.save_model()
+        model: Any = trainer.model
+        with torch.no_grad():
+            logits = model.eval()(tokens(2, LENGTH)).logits
+        weights = {k: whole(v).clone() for k, v in model.shadow.state_dict().items()}
+    return {"log": trainer.state.log_history, "weights": weights, "logits": whole(logits)}
