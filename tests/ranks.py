@@ -1,6 +1,7 @@
 """What runs in each process of a `Pair`, and alone as the reference: every function is one rank's side."""
 
 import itertools
+import os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
+    CheckpointWrapper,
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
@@ -52,19 +54,29 @@ def summed(value: Tensor) -> Tensor:
 # -- one step under an engine ------------------------------------------------------------------------------------------
 
 
-def step(engine: str = "none", *, wrapper: str | None = None, inside: bool | None = None, **options: Any) -> Any:
+def step(
+    engine: str = "none", *, wrapped_by: str | None = None, before_attach: bool = False, inside: bool | None = None,
+    **options: Any,
+) -> Any:  # fmt: skip
     """The loss of the global batch, and every gradient of a tiny model by name.
 
     Args:
         engine: none, ddp, blocks (fully_shard on every block, then on the model), root, bf16 (as blocks, in bfloat16).
-        wrapper: checkpoint wrappers around the base's blocks, "reentrant" or "not".
+        wrapped_by: checkpoint wrappers around the base's blocks, "reentrant" or "not_reentrant".
+        before_attach: they were there before the shadow.
         inside: transformers' own checkpointing, reentrant or not.
     """
     model = make(**options).train()
     if inside is not None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": inside})
-    if wrapper is not None:
-        wrap_blocks(model.base, wrapper)
+    if wrapped_by is not None and not before_attach:
+        wrap_blocks(model.base, wrapped_by)
+    if wrapped_by is not None and before_attach:
+        trained, config = model.shadow.state_dict(), model.shadow_config
+        base = model.unload()
+        wrap_blocks(base, wrapped_by)
+        model = umbra.attach(base, config).train()
+        model.shadow.load_state_dict(trained)
     wrapped: Any = model
     if engine == "ddp" and world() > 1:
         wrapped = DistributedDataParallel(model)
@@ -93,6 +105,7 @@ def wrap_blocks(base: Any, kind: str) -> None:
     apply_activation_checkpointing(
         base, checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, impl), check_fn=lambda m: m in blocks
     )
+    assert all(isinstance(block, CheckpointWrapper) for block in locate(base).blocks)
 
 
 @contextmanager
@@ -100,6 +113,7 @@ def accelerators():
     """accelerate keeps FSDP and DeepSpeed for accelerators, though both run on CPUs: let these pass for such."""
     from accelerate.state import DistributedType, PartialState
 
+    os.environ.pop("ACCELERATE_USE_CPU", None)
     kept = PartialState._prepare_backend, PartialState.set_device
     PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
