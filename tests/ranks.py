@@ -15,13 +15,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import umbra
-from tiny import gradients, label_count, make, partly_labelled, tokens
+from tiny import gradients, label_count, make, make_base, partly_labelled, tokens
 from umbra.anatomy import locate
 
 ROWS, LENGTH = 6, 11
@@ -56,7 +57,7 @@ def summed(value: Tensor) -> Tensor:
 
 def step(
     engine: str = "none", *, wrapped_by: str | None = None, before_attach: bool = False, inside: bool | None = None,
-    **options: Any,
+    resting: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """The loss of the global batch, and every gradient of a tiny model by name.
 
@@ -65,8 +66,11 @@ def step(
         wrapped_by: checkpoint wrappers around the base's blocks, "reentrant" or "not_reentrant".
         before_attach: they were there before the shadow.
         inside: transformers' own checkpointing, reentrant or not.
+        resting: beside another adapter, which is not active.
     """
     model = make(**options).train()
+    if resting:
+        model.add_adapter(model.shadow_config, "resting")
     if inside is not None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": inside})
     if wrapped_by is not None and not before_attach:
@@ -138,6 +142,35 @@ def accelerated(plugin: dict[str, Any], mixed_precision: str = "no", bare: bool 
         return *backward(model, model), sum(isinstance(m, FSDPModule) for m in model.modules())
 
 
+def ram_efficient(adapter: str, empty: bool, **base_options: Any) -> Any:
+    """As `accelerated`, with an adapter read from disk; if ``empty``, rank 1 has a base without weights."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, init_empty_weights
+
+    plugin = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": True}
+    with accelerators():
+        accelerator = Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, **plugin))
+        base = make_base(**base_options)
+        if empty and dist.get_rank() == 1:
+            with init_empty_weights():
+                base = type(base)(base.config).eval()
+        model: Any = umbra.load(adapter, base, trainable=True).train()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        return backward(model, model)
+
+
+def saved_and_generated(folder: Path, engine: str, **options: Any) -> Tensor:
+    """Every rank saves a model, sharded or not, and then continues a prompt."""
+    model: Any = make(**options)
+    if engine == "blocks":
+        for block in locate(model.base).blocks:
+            fully_shard(block)
+        fully_shard(model)
+        register_fsdp_forward_method(model, "generate")
+    model.save_pretrained(folder)
+    return model.generate(tokens(2, LENGTH), max_new_tokens=6, do_sample=False)
+
+
 def zero_config(stage: int) -> dict[str, Any]:
     """DeepSpeed's settings; with nothing persistent, ZeRO-3 partitions even the tiniest parameter."""
     import deepspeed
@@ -198,7 +231,19 @@ def fit(
         trainer.evaluate()
         trainer.save_model()
         model: Any = trainer.model
+        stack.callback(unset_hf_deepspeed_config)
         with torch.no_grad():
             logits = model.eval()(tokens(2, LENGTH)).logits
         weights = {k: whole(v).clone() for k, v in model.shadow.state_dict().items()}
     return {"log": trainer.state.log_history, "weights": weights, "logits": whole(logits)}
+
+
+def train_with_zero3(settings: dict[str, Any]) -> dict[str, Any]:
+    """`umbra.train.train`; transformers loads the base partitioned."""
+    from umbra.train import train
+
+    with accelerators():
+        try:
+            return train({**settings, "deepspeed": zero_config(3)})
+        finally:
+            unset_hf_deepspeed_config()

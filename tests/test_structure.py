@@ -20,6 +20,7 @@ ORDER = [
     "config",
     "core",
     "folder",
+    "shards",
     "anatomy",
     "bases",
     "fingerprint",

@@ -97,8 +97,8 @@ def _find_head(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 
 def vocabulary_size(module: Any) -> int:
-    """Rows of an embedding table."""
-    return module.weight.shape[0]
+    """Rows of an embedding table; ZeRO-3 keeps the shape of a partitioned one beside it."""
+    return getattr(module.weight, "ds_shape", module.weight.shape)[0]
 
 
 def is_cheap_to_mirror(config: PretrainedConfig) -> bool:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from . import anatomy
+from . import anatomy, shards
 from .anatomy import Anatomy
 from .config import ShadowConfig
 from .core import Couplings
@@ -61,6 +61,11 @@ class Shadow(nn.Module):
         self.couplings = Couplings(L, D, config)
 
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
+        if shards.is_partitioned(base.embeddings.weight) and (train_heads or config.init == "base"):
+            raise BaseModelError(
+                "ZeRO-3 has partitioned this base already, and train_heads and init='base' copy its weights: load the base "
+                "before TrainingArguments(deepspeed=…) are made, or use FSDP2 or ZeRO-2."
+            )
         self.heads = nn.ModuleDict()
         if train_heads:
             self.heads.update({path: copy.deepcopy(base.head).requires_grad_() for path in ("attached", "shadow")})
@@ -68,7 +73,7 @@ class Shadow(nn.Module):
 
         weight: Tensor = base.embeddings.weight
         dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-        self.to(device=weight.device, dtype=dtype)
+        self.to(device=None if weight.is_meta else weight.device, dtype=dtype)  # weights yet to come from rank 0
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, table: nn.Module, **batch: Any) -> Tensor:
         """The initial state s⁰ (B, T, D), in the shadow's dtype.

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import re
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
 from .errors import ConfigError, UmbraError
-from .options import DetachOptions, EvalOptions, GenerateOptions, InspectOptions, TrainOptions
+from .options import DetachOptions, EvalOptions, GenerateOptions, InspectOptions, TrainOptions, speaks
 
 COMMANDS = {
     "train": "train a shadow: umbra train config.yaml [--field value …]",
@@ -30,18 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UmbraError as error:
-        if not _is_first_rank():
+        if not speaks():
             time.sleep(PATIENCE)
         print(f"umbra: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("umbra: interrupted", file=sys.stderr)
         return 130
-
-
-def _is_first_rank() -> bool:
-    """Whether this is the only process, or the first of those that accelerate or torchrun launched."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -85,7 +79,7 @@ def _train(arguments: list[str]) -> int:
     from .train import train
 
     metrics = train(values)
-    if _is_first_rank():
+    if speaks():
         print(json.dumps(metrics, indent=2) if known.json else _lines(metrics))
     return 0
 

@@ -1,6 +1,7 @@
 """What the commands are told: one dataclass per command, from whose fields its flags and help are made. No torch."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,11 @@ class InspectOptions:
 
     path: str = argument("adapter folder or hub id")
     json: bool = flag(False, "print JSON")
+
+
+def speaks() -> bool:
+    """Whether this process talks to the user: the only one, or the first of those that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

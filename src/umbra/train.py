@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import logging
 
 from . import checkpoint, folder, shards
 from .bases import load_base, load_tokenizer
@@ -17,7 +18,7 @@ from .config import ShadowConfig
 from .data import Collator, Labels, Record, encode_all, read_records, record_kind
 from .errors import CheckpointError, ConfigError, DataError, unknown_key
 from .model import ShadowModel, attach
-from .options import TrainOptions, check_dtype, names
+from .options import TrainOptions, check_dtype, names, speaks
 
 RUN_FILE = "run.json"  # what a run was asked for; lies in its output folder
 DEFAULTS = {
@@ -186,6 +187,8 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     if finished is not None:
         return finished
 
+    if not speaks():
+        logging.disable_progress_bar()
     records = read_records(options.train_data, options.train_split)
     eval_records = read_records(options.eval_data, options.eval_split) if options.eval_data else None
     labels = _labels(records, eval_records)
