@@ -340,7 +340,8 @@ def settings(tmp_path, base_folder):
     for file, part in (("train", records), ("eval", records[:8])):
         (tmp_path / f"{file}.jsonl").write_text("\n".join(map(json.dumps, part)))
     return {
-        "base": base_folder, "train_data": f"{tmp_path}/train.jsonl", "eval_data": f"{tmp_path}/eval.jsonl", "output_dir": str(tmp_path / "out"), "rank": 4,
+        "base": base_folder, "train_data": f"{tmp_path}/train.jsonl", "eval_data": f"{tmp_path}/eval.jsonl",
+        "output_dir": str(tmp_path / "out"), "rank": 4,
         "alpha": 1.0, "auxiliary_loss_weight": LAMBDA, "dropout": 0.0, "learning_rate": 1e-2, "logging_steps": 1,
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "use_cpu": True,
     }  # fmt: skip

@@ -75,8 +75,8 @@ class ShadowTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ``shadow_loss``, the mean over the ranks and over the steps since the last log."""
         if "loss" in logs and self._shadow_since is not None:
-            mean = self.accelerator.gather(self._shadow_train).mean()
-            logs["shadow_loss"] = float(mean) / (self.state.global_step - self._shadow_since)
+            of_ranks: Any = self.accelerator.gather(self._shadow_train)  # type: ignore[arg-type]
+            logs["shadow_loss"] = float(of_ranks.mean()) / (self.state.global_step - self._shadow_since)
             self._shadow_train, self._shadow_since = 0.0, None
         super().log(logs, start_time)
 
@@ -125,15 +125,18 @@ class ShadowTrainer(Trainer):
         """Under FSDP as one process would, so that any number of ranks can go on, and without the frozen base."""
         if not self.is_fsdp_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
-        state = shards.gather(self.optimizer.state_dict())
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        state = shards.gather(optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        handle = self.optimizer.optimizer.register_load_state_dict_pre_hook(shards.spread_optimizer_state)
+        wrapped: Any = self.optimizer
+        handle = wrapped.optimizer.register_load_state_dict_pre_hook(shards.spread_optimizer_state)
         self.is_fsdp_enabled = False  # for what one process has saved
         super()._load_optimizer_and_scheduler(checkpoint)
         self.is_fsdp_enabled = True
