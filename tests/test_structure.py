@@ -24,6 +24,7 @@ ORDER = [
     "config",
     "core",
     "folder",
+    "shards",
     "anatomy",
     "caches",
     "bases",

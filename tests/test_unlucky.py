@@ -119,7 +119,7 @@ def test_a_base_on_the_meta_device_is_filled_later(name, dialect, tmp_path):
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = umbra.attach(empty, full.shadow_config)
-    assert all(p.is_meta for p in model.parameters())
+    assert all(p.is_meta for p in model.base.parameters())
     model.load_state_dict(full.state_dict(), assign=True)
     for target, source in zip(model.modules(), full.modules(), strict=True):
         target._buffers.update(source._buffers)
@@ -128,7 +128,11 @@ def test_a_base_on_the_meta_device_is_filled_later(name, dialect, tmp_path):
     full.save_pretrained(tmp_path)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    assert all(p.is_meta for p in umbra.load(tmp_path, base=empty).parameters())
+    found = umbra.load(tmp_path, base=empty)
+    assert all(p.is_meta for p in found.base.parameters())
+    assert_same(found.shadow.state_dict(), full.shadow.state_dict())
+    with torch.device("meta"):
+        assert all(p.is_meta for p in umbra.load(tmp_path, base=empty).shadow.parameters())
 
 
 @some

@@ -104,8 +104,8 @@ def name_of(root: nn.Module, module: nn.Module) -> str:
 
 
 def vocabulary_size(module: Any) -> int:
-    """Rows of an embedding table."""
-    return module.weight.shape[0]
+    """Rows of an embedding table; ZeRO-3 keeps the shape of a partitioned one beside it."""
+    return getattr(module.weight, "ds_shape", module.weight.shape)[0]
 
 
 def device_of(module: Any) -> torch.device:

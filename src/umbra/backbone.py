@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
-from . import anatomy
+from . import anatomy, shards
 from .anatomy import Anatomy
 from .config import ShadowConfig
 from .core import Couplings
@@ -72,6 +72,11 @@ class Shadow(nn.Module):
 
         device = torch.device(anatomy.device_of(base.embeddings) if device is None else device)
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
+        if shards.is_partitioned(base.embeddings.weight) and (train_heads or config.init == "base"):
+            raise BaseModelError(
+                "ZeRO-3 has partitioned this base already, and train_heads and init='base' copy its weights: load the base "
+                "before TrainingArguments(deepspeed=…) are made, or use FSDP2 or ZeRO-2."
+            )
         self.heads = nn.ModuleDict()
         if train_heads and base.head.weight.is_meta and device.type != "meta":
             raise BaseModelError(
@@ -80,10 +85,12 @@ class Shadow(nn.Module):
             )
         if train_heads:
             self.heads.update({path: copy_without_hooks(base.head).requires_grad_() for path in ("attached", "shadow")})
+            self.heads["shadow"].requires_grad_(config.auxiliary_loss_weight > 0)  # otherwise nothing trains it
 
         dtype = base.embeddings.weight.dtype
         dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        self.to(device=device, dtype=dtype)
+        # Beside a base without weights, which are yet to come from rank 0 or from a file, it stays where it was made.
+        self.to(device=None if device.type == "meta" else device, dtype=dtype)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, table: nn.Module, **batch: Any) -> Tensor:
         """The initial state s⁰ (B, T, D), in the shadow's dtype.

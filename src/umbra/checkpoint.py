@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import __version__, anatomy, folder
+from . import __version__, anatomy, folder, shards
 from .anatomy import Anatomy
 from .backbone import Shadow
 from .bases import load_base
@@ -48,22 +48,24 @@ def save(
 ) -> None:
     """Write the adapter folder; the base is not in it.
 
+    A sharded adapter is gathered: all ranks call this together, and rank 0 writes.
+
     Args:
         adapter_name: which of several adapters; by default the active one.
         overwrite: replace another adapter that lies there; the model's own earlier save is always replaced.
-        state_dict: gathered weights under this model's names, where a trainer has sharded them.
+        state_dict: gathered weights under this model's names; whoever passes them writes.
         is_main_process: passed by transformers' Trainer, which owns its folders and finds the weights there by a
             second name; False writes nothing.
 
     Raises:
         CheckpointError: another adapter lies there, or the disk refused; the folder is as it was.
     """
-    if is_main_process is False:
-        return
     target, shadow = Path(path), model.adapter(adapter_name)
+    source = shards.whole_state(shadow, PREFIX) if state_dict is None else state_dict
+    if is_main_process is False or (is_main_process is None and state_dict is None and not shards.is_first_rank()):
+        return
     if is_main_process is None and not overwrite:
         refuse_other_adapter(target, shadow.adapter_id)
-    source = own_weights(shadow) if state_dict is None else state_dict
     source = {k: v for k, v in source.items() if k.startswith(PREFIX) and not v.is_meta}
     lost = own_weights(shadow).keys() - source.keys()
     if lost:
@@ -329,8 +331,8 @@ def load_weights(shadow: Shadow, weights: dict[str, torch.Tensor], file: Path) -
     check_tensors(own, weights, file)
     check_numbers(own, weights, file)
     if any(value.is_meta for value in own.values()):
-        return  # beside a base without weights, as on the other ranks of a RAM-efficient start, the shadow has none
-    shadow.load_state_dict({key.removeprefix(PREFIX): value for key, value in weights.items()})
+        return  # where its model was made on the meta device, the shadow has no weights
+    shadow.load_state_dict({key.removeprefix(PREFIX): shards.spread(v, own[key]) for key, v in weights.items()})
 
 
 def own_weights(shadow: Shadow) -> dict[str, torch.Tensor]:

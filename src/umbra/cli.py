@@ -5,11 +5,12 @@ import dataclasses
 import json
 import re
 import sys
+import time
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
 from .errors import ConfigError, UmbraError, shown
-from .options import ConvertOptions, DetachOptions, EvalOptions, GenerateOptions, InspectOptions, TrainOptions
+from .options import ConvertOptions, DetachOptions, EvalOptions, GenerateOptions, InspectOptions, TrainOptions, speaks
 
 COMMANDS = {
     "train": "train a shadow: umbra train config.yaml [--field value …]",
@@ -20,6 +21,7 @@ COMMANDS = {
     "inspect": "explain an adapter folder",
 }
 LARGEST_YAML = 2**17  # bytes
+PATIENCE = 20  # seconds for which a rank leaves an error to rank 0, at whose end the launcher ends them all
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -29,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UmbraError as error:
+        if not speaks():
+            time.sleep(PATIENCE)
         print(f"umbra: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -77,7 +81,8 @@ def _train(arguments: list[str]) -> int:
     from .train import train
 
     metrics = train(values)
-    print(json.dumps(metrics, indent=2) if known.json else _lines(metrics))
+    if speaks():
+        print(json.dumps(metrics, indent=2) if known.json else _lines(metrics))
     return 0
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .core import IGNORED
 from .errors import DataError
+from .options import speaks
 
 Record = dict[str, Any]
 COLUMNS = "`prompt` and `completion`, `messages`, `text` and `label`, or `text`"
@@ -288,7 +289,7 @@ def encode_all(
         DataError: no example is left.
     """
     writer, examples, cut = Writer(tokenizer, chat_template), [], 0
-    for record in tqdm(records, desc=f"tokenise {name}", disable=None, leave=False):
+    for record in tqdm(records, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False):
         if labels is not None:
             ids = np.asarray(tokenizer(record["text"])["input_ids"], np.int32)
             example = {"input_ids": ids, "labels": labels.encode(record["label"])}
@@ -302,7 +303,7 @@ def encode_all(
                 continue
         examples.append(example)
     dropped = len(records) - len(examples)
-    if cut or dropped:
+    if (cut or dropped) and speaks():
         tqdm.write(
             f"{name}: {cut} of {len(records)} records cut at {max_length} tokens, {dropped} without an answer dropped"
         )

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .anatomy import Anatomy
+from . import shards
+from .anatomy import Anatomy, vocabulary_size
 from .errors import BaseModelError, CheckpointError
 
 SAMPLES = 16  # values of each tensor
@@ -30,7 +31,7 @@ def fingerprint(base: Anatomy) -> dict[str, Any]:
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": len(blocks),
-        "vocab_size": base.embeddings.weight.shape[0],
+        "vocab_size": vocabulary_size(base.embeddings),
         "weights": {name: _sample(p) for name, p in tensors.items() if _is_plain(p)},
     }
 
@@ -40,8 +41,9 @@ def _is_plain(p: torch.Tensor) -> bool:
 
 
 def _sample(p: torch.Tensor) -> str:
-    flat = p.detach().reshape(-1)
-    values = flat[torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)]
+    with shards.gathered([p]):
+        flat = shards.gather(p.detach()).reshape(-1)
+        values = flat[torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)]
     return base64.b64encode(values.float().bfloat16().view(torch.int16).cpu().numpy().tobytes()).decode()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -104,6 +105,11 @@ class ConvertOptions:
     base: str | None = flag(None, "where the base is, if not where the adapter says")
     shadow: str | None = flag(None, "the pretrained shadow of an adapter of shadow-peft, which does not note it")
     json: bool = flag(False, "print JSON")
+
+
+def speaks() -> bool:
+    """Whether this process talks to the user: the only one, or the first of those that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
