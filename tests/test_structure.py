@@ -26,12 +26,14 @@ ORDER = [
     "hooks",
     "backbone",
     "adapters",
+    "paths",
     "card",
     "model",
     "detach",
     "checkpoint",
     "data",
     "inspect",
+    "trainers",
     "train",
     "evaluate",
     "generate",
@@ -53,6 +55,7 @@ PUBLIC_NAMES = {
     "UmbraError",
     "attach",
     "load",
+    "with_shadow_loss",
 }
 
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on transformers' Trainer: `ShadowTrainer`, and the run behind ``umbra train``."""
+"""The run behind ``umbra train``: settings, data, `ShadowTrainer`, and an output folder that can be resumed."""
 
 import json
 import shutil
@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from . import checkpoint, folder
 from .bases import load_base, load_tokenizer
 from .config import ShadowConfig
 from .data import Collator, Labels, Record, encode_all, read_records, record_kind
 from .errors import CheckpointError, ConfigError, DataError, unknown_key
-from .model import ShadowModel, attach
+from .model import attach
 from .options import TrainOptions, check_dtype, names
+from .trainers import ShadowTrainer
 
 RUN_FILE = "run.json"  # what a run was asked for; lies in its output folder
 DEFAULTS = {
@@ -35,77 +36,6 @@ DEFAULTS = {
 }
 # Fields that may differ between a run and its continuation: they change nothing that is learned.
 HARMLESS = ("overwrite", "disable_tqdm", "report_to", "logging_dir", "save_total_limit", "resume_from_checkpoint")
-
-
-class ShadowTrainer(Trainer):
-    """transformers' Trainer, with the shadow's own loss beside the task's in training logs and in evaluation.
-
-    Checkpoints hold the adapter folder; resuming and loading the best one read it back whole.
-    """
-
-    model: ShadowModel
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self._shadow_train: torch.Tensor | float = 0.0
-        self._shadow_since: int | None = None  # the step at which that sum began
-        self._shadow_eval: list[tuple[torch.Tensor, int]] = []
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        shadow_loss = outputs.get("shadow_loss") if isinstance(outputs, dict) else None
-        if shadow_loss is not None:
-            value = shadow_loss.detach()  # read only when it is logged: no waiting for a GPU in every step
-            if model.training:
-                if self._shadow_since is None:
-                    self._shadow_since = self.state.global_step
-                scaled = num_items_in_batch is not None
-                self._shadow_train += value if scaled else value / self.args.gradient_accumulation_steps
-            else:
-                self._shadow_eval.append((value, len(inputs["input_ids"])))
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds ``shadow_loss``, the mean over the steps since the last log."""
-        if "loss" in logs and self._shadow_since is not None:
-            logs["shadow_loss"] = float(self._shadow_train) / (self.state.global_step - self._shadow_since)
-            self._shadow_train, self._shadow_since = 0.0, None
-        super().log(logs, start_time)
-
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Logits only where there is a label, unless somebody wants the predictions."""
-        return super().prediction_step(
-            model, {**inputs, "skip_logits": prediction_loss_only}, prediction_loss_only, ignore_keys
-        )
-
-    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        """Adds the shadow's loss to the metrics, averaged as the task's is."""
-        self._shadow_eval.clear()
-        output = super().evaluation_loop(*args, **options)
-        if self._shadow_eval:
-            prefix = options.get("metric_key_prefix", "eval")
-            weight = sum(n for _, n in self._shadow_eval)
-            assert output.metrics is not None
-            output.metrics[f"{prefix}_shadow_loss"] = float(sum(v * n for v, n in self._shadow_eval)) / weight
-        return output
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        path = Path(resume_from_checkpoint)
-        checkpoint.load_weights(self.model.shadow, checkpoint.read_weights(path), path / checkpoint.WEIGHTS_FILE)
-
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        path = output_dir or self.args.output_dir
-        assert path is not None
-        if self.args.should_save:
-            checkpoint.save(self.model, path, state_dict=state_dict, overwrite=True)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(path)
 
 
 def split_options(values: dict[str, Any]) -> tuple[TrainOptions, ShadowConfig, dict[str, Any]]:
