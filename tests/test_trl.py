@@ -117,13 +117,16 @@ def test_sft_gives_both_paths_the_same_objective(tmp_path, mode, accumulation):
     assert_same(found[0.0], gradients(model))
 
 
-@pytest.mark.parametrize("layout", [{"padding_free": True}, {"packing": True, "max_length": 20}], ids=["padding_free", "packed"])
+@pytest.mark.parametrize(
+    "layout", [{"padding_free": True}, {"packing": True, "max_length": 20}], ids=["padding_free", "packed"]
+)
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe"])
 @pytest.mark.compat("Trainers", "TRL SFTTrainer, packed and padding-free", "equal to the unpacked run, shadow included")
 def test_packed_equals_unpacked(tmp_path, name, layout):
     off = {"router_aux_loss_coef": 0.0} if name == "qwen3_moe" else {}
     padded, packed = (
-        step_gradients(sft(tmp_path, make(name, auxiliary_loss_weight=LAMBDA), **options, **off)) for options in ({}, layout)
+        step_gradients(sft(tmp_path, make(name, auxiliary_loss_weight=LAMBDA), **options, **off))
+        for options in ({}, layout)
     )
     assert_same(packed, padded)
 
@@ -158,7 +161,9 @@ def test_the_second_pass_leaves_no_trace_in_metrics(tmp_path):
     logs = {}
     for weight in (LAMBDA, 0.0):
         model = make("llama", auxiliary_loss_weight=weight)
-        trainer = sft(tmp_path, model, eval_dataset=sft_data(), learning_rate=0.0, **steps(2), per_device_eval_batch_size=4)
+        trainer = sft(
+            tmp_path, model, eval_dataset=sft_data(), learning_rate=0.0, **steps(2), per_device_eval_batch_size=4
+        )
         trainer.train()
         trainer.evaluate()
         trained, _, evaluated = trainer.state.log_history
@@ -175,10 +180,19 @@ def test_the_second_pass_leaves_no_trace_in_metrics(tmp_path):
     assert ours["shadow_loss"] == pytest.approx(float(cross_entropy(edge.logits, batch["labels"])), rel=1e-4)
 
 
-@pytest.mark.compat("Trainers", "TRL: resumed equals uninterrupted, the best is loaded", "trained heads in every checkpoint")
+@pytest.mark.compat(
+    "Trainers", "TRL: resumed equals uninterrupted, the best is loaded", "trained heads in every checkpoint"
+)
 def test_trl_resumes_exactly_and_loads_the_best(tmp_path):
     def trainer(name, **more):
-        options = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2, **steps(4), **more}
+        options = {
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "optim": "adamw_torch",
+            "learning_rate": 1e-2,
+            **steps(4),
+            **more,
+        }
         model = make("llama", dropout=0.1, train_heads=True, auxiliary_loss_weight=LAMBDA)
         return sft(tmp_path / name, model, num_train_epochs=4, eval_dataset=sft_data(), **options)
 
@@ -266,7 +280,9 @@ def tables_alive() -> set[int]:
 
 
 @pytest.mark.parametrize("accumulation", [1, 8])
-@pytest.mark.compat("Trainers", "TRL DPOTrainer, `with_shadow_loss`", "the reference is the bare base, without a second copy")
+@pytest.mark.compat(
+    "Trainers", "TRL DPOTrainer, `with_shadow_loss`", "the reference is the bare base, without a second copy"
+)
 def test_dpo_gives_both_paths_the_same_objective(tmp_path, accumulation, nothing_is_loaded):
     """Against the sigmoid loss written out, with the bare base (a model apart) as the reference of both."""
     found = {}
@@ -358,7 +374,9 @@ def policy_loss(model, reference, batches, beta=0.1):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.compat("Trainers", "TRL GRPOTrainer, `with_shadow_loss`", "the reference is the bare base, without a second copy")
+@pytest.mark.compat(
+    "Trainers", "TRL GRPOTrainer, `with_shadow_loss`", "the reference is the bare base, without a second copy"
+)
 def test_grpo_gives_both_paths_the_same_objective(tmp_path, accumulation, nothing_is_loaded):
     """The policy's samples teach the shadow too: the same advantages, the same reference."""
     found, settings = {}, {**steps(accumulation), "steps_per_generation": accumulation}
@@ -378,9 +396,7 @@ def test_grpo_gives_both_paths_the_same_objective(tmp_path, accumulation, nothin
 def test_grpo_trains_over_several_generations(tmp_path):
     """Samples drawn while training, reused over two iterations, logged, with gradient checkpointing switched off and on."""
     model = make("llama", auxiliary_loss_weight=LAMBDA)
-    trainer = grpo(
-        tmp_path, model, num_iterations=2, num_train_epochs=2, **steps(2), **{"activation_checkpointing": True}
-    )
+    trainer = grpo(tmp_path, model, num_iterations=2, num_train_epochs=2, **steps(2), activation_checkpointing=True)
     before = copy.deepcopy(model.shadow.state_dict())
     trainer.train()
     assert any(not torch.equal(v, before[k]) for k, v in model.shadow.state_dict().items())

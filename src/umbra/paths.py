@@ -1,7 +1,7 @@
 """One path of a `ShadowModel` alone, for trainers that compute a loss by themselves (see trainers.py).
 
-    attached    logits = head(base blocks, corrected by the shadow)
-    shadow      logits = head(s⁰), those of the detached model
+attached    logits = head(base blocks, corrected by the shadow)
+shadow      logits = head(s⁰), those of the detached model
 """
 
 import warnings
@@ -61,7 +61,9 @@ class Paths:
     def _state_alone(self: Any, batch: dict[str, Any]) -> Tensor:
         """s⁰ where nothing else runs."""
         if batch["past_key_values"] is not None:
-            raise StateError("Within shadow_only() nothing is cached; to generate with the shadow alone use detached().")
+            raise StateError(
+                "Within shadow_only() nothing is cached; to generate with the shadow alone use detached()."
+            )
         return self._initial_state({**batch, "use_cache": False})
 
 

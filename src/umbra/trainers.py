@@ -211,23 +211,24 @@ class _Reference(nn.Module):
 @contextmanager
 def _sharing_the_base(trainer: Any, given: dict[str, Any], takes_reference: bool) -> Iterator[None]:
     """While a TRL trainer is made: keep it from loading a reference model, and give it a `_Reference` afterwards."""
-    arguments: Any = given.get("args")
-    settings = {} if arguments is None else vars(arguments)
+    settings = {} if given.get("args") is None else vars(given["args"])
     if given.get("ref_model") is not None:
         yield
         return
     if settings.get("sync_ref_model"):
-        raise ConfigError("sync_ref_model=True: the reference is the frozen base, which follows nothing. Set it to False.")
+        raise ConfigError(
+            "sync_ref_model=True: the reference is the frozen base, which follows nothing. Set it to False."
+        )
     reference, beta = _Reference(trainer), 0.0 if takes_reference else settings.get("beta", 0.0)
     if takes_reference and not settings.get("precompute_ref_log_probs"):
         given["ref_model"] = reference
     try:
         if beta:
-            arguments.beta = 0.0  # otherwise TRL loads a copy of the base
+            settings["beta"] = 0.0  # otherwise TRL loads a copy of the base
         yield
     finally:
         if beta:
-            arguments.beta = trainer.beta = beta
+            settings["beta"] = trainer.beta = beta
     if takes_reference or beta:
         vars(reference).pop("forward", None)  # TRL has put its own there
         trainer.ref_model = reference
