@@ -37,6 +37,7 @@ ORDER = [
     "train",
     "evaluate",
     "generate",
+    "lm_eval",
     "cli",
 ]
 # What a model does for its user's convenience, looked up only when it is called.

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import sys
+from importlib.util import find_spec
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
@@ -17,6 +18,7 @@ COMMANDS = {
     "generate": "answer a prompt, streaming",
     "detach": "write the shadow alone, as a stock transformers checkpoint",
     "inspect": "explain an adapter folder",
+    "lm_eval": "lm-eval's command line, with --model umbra: umbra lm_eval run --model umbra --model_args adapter=…",
 }
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -124,6 +126,15 @@ def _inspect(arguments: list[str]) -> int:
 
     found = inspect(options.path)
     print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else explain(found))
+    return 0
+
+
+def _lm_eval(arguments: list[str]) -> int:
+    if find_spec("lm_eval") is None:
+        raise ConfigError("lm-eval is not installed: pip install 'umbra-peft[lm-eval]'.")
+    from .lm_eval import main
+
+    main(arguments)
     return 0
 
 
