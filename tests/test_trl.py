@@ -4,10 +4,15 @@ The shadow's own loss is recomputed from the *detached* model, a stock transform
 """
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import umbra
 from conftest import make_tokenizer
@@ -403,6 +408,30 @@ def test_grpo_trains_over_several_generations(tmp_path):
     shadow = [entry["shadow_loss"] for entry in trainer.state.log_history if "shadow_loss" in entry]
     assert len(shadow) == trainer.state.global_step > 1
     assert model.is_activation_checkpointing
+
+
+# -- two ranks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.compat(
+    "Trainers", "TRL on 2 ranks (DDP), `with_shadow_loss`", "SFT, label smoothing, DPO: gradients of one process"
+)
+def test_two_ranks_are_as_one(tmp_path):
+    """Two forwards before a backward under DDP, with accumulation, trained heads and a reference."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            str(here / "ranks_trl.py"), str(tmp_path),
+        ],
+        capture_output=True, text=True, timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), *sys.path])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    from ranks_trl import RUNS, gradients_of
+
+    for name in RUNS:
+        assert_same(load_file(tmp_path / f"{name}.safetensors"), gradients_of(name, tmp_path, 1), rtol=5e-4)
 
 
 @pytest.mark.parametrize("trainer_class", [int, torch.nn.Module, "SFTTrainer"])
