@@ -244,6 +244,22 @@ def test_the_shadow_alone_caches_nothing_and_the_base_is_not_called():
             model.base(ids)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_generation_while_training_is_that_of_evaluation(name):
+    """As GRPO samples: in training mode, with a cache, which a forward for training has none of."""
+    model, ids = make(name), tokens(2, 5)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    model.train()
+    lengths = []
+    model.shadow.backbone.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+    assert lengths == [5, *[1] * 7]
+    assert model.training
+    assert model(ids, labels=ids).past_key_values is None
+
+
 # -- pipelines ---------------------------------------------------------------------------------------------------------
 
 

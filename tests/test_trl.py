@@ -128,11 +128,15 @@ def test_sft_gives_both_paths_the_same_objective(tmp_path, mode, accumulation):
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe"])
 @pytest.mark.compat("Trainers", "TRL SFTTrainer, packed and padding-free", "equal to the unpacked run, shadow included")
 def test_packed_equals_unpacked(tmp_path, name, layout):
-    off = {"router_aux_loss_coef": 0.0} if name == "qwen3_moe" else {}
-    padded, packed = (
-        step_gradients(sft(tmp_path, make(name, auxiliary_loss_weight=LAMBDA), **options, **off))
-        for options in ({}, layout)
-    )
+    off, told = {"router_aux_loss_coef": 0.0} if name == "qwen3_moe" else {}, []
+    padded = step_gradients(sft(tmp_path, make(name, auxiliary_loss_weight=LAMBDA), **off))
+    model = make(name, auxiliary_loss_weight=LAMBDA)
+    model.shadow.backbone.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs), with_kwargs=True)
+    packed = step_gradients(sft(tmp_path, model, **layout, **off))
+    assert len(told) == 2  # beside the base, and alone
+    for kwargs in told:
+        assert {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"} <= kwargs.keys()
+        assert len(kwargs["cu_seq_lens_q"]) == 9
     assert_same(packed, padded)
 
 
@@ -396,6 +400,24 @@ def test_grpo_gives_both_paths_the_same_objective(tmp_path, accumulation, nothin
     assert_same(auxiliary(found[LAMBDA], found[0.0], LAMBDA), expected, rtol=5e-3)
     policy_loss(model.eval(), reference, batches).backward()
     assert_same(found[0.0], gradients(model), rtol=1e-3)
+
+
+def test_the_shadow_is_not_measured_against_the_attached_policys_past(tmp_path):
+    """Reused samples carry log-probabilities of the attached policy: they clip its ratio, not the shadow's."""
+    found = {}
+    for weight in (LAMBDA, 0.0):
+        model = make("llama", auxiliary_loss_weight=weight)
+        trainer = grpo(tmp_path, model, **steps(1), steps_per_generation=1)
+        step_gradients(trainer)
+        (batch,) = trainer._buffered_inputs
+        with torch.no_grad():
+            old = completion_log_probs(model.eval(), batch) + 0.5
+        model.train()
+        trainer.compute_loss(model, {**batch, "old_per_token_logps": old}).backward()
+        found[weight] = gradients(model)
+    reference = make("llama").unload()
+    expected = detached_gradients(model, lambda edge: policy_loss(edge, reference, [batch]))
+    assert_same(auxiliary(found[LAMBDA], found[0.0], LAMBDA), expected, rtol=5e-3)
 
 
 def test_grpo_trains_over_several_generations(tmp_path):
