@@ -34,6 +34,7 @@ ORDER = [
     "backbone",
     "integrity",
     "adapters",
+    "paths",
     "card",
     "model",
     "detach",
@@ -41,9 +42,11 @@ ORDER = [
     "interop",
     "data",
     "inspect",
+    "trainers",
     "train",
     "evaluate",
     "generate",
+    "lm_eval",
     "cli",
 ]
 # What a model does for its user's convenience, looked up only when it is called.
@@ -67,6 +70,7 @@ PUBLIC_NAMES = {
     "UmbraError",
     "attach",
     "load",
+    "with_shadow_loss",
 }
 
 

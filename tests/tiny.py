@@ -146,3 +146,45 @@ def shadow_head(model):
 def shadow_logits(model, ids: torch.Tensor) -> torch.Tensor:
     """(B, T, V) or (B, T, C): head(s⁰)."""
     return shadow_head(model)(model._initial_state({"input_ids": ids, "inputs_embeds": None}))
+
+
+def step_gradients(trainer) -> dict[str, torch.Tensor]:
+    """Every gradient of the trainer's first optimizer step, as the optimizer would see it; the weights stay."""
+    from transformers import TrainerCallback
+
+    class Take(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **_):
+            self.taken = gradients(trainer.model)
+            control.should_training_stop = True
+
+    take = Take()
+    trainer.add_callback(take)
+    trainer.train()
+    return take.taken
+
+
+def detached_gradients(model, loss_of) -> dict[str, torch.Tensor]:
+    """Gradients of a loss of the detached, stock model with respect to the shadow's backbone, by the names there.
+
+    Args:
+        loss_of: from (the stock model) to a scalar.
+    """
+    edge = model.detached()
+    loss_of(edge).backward()
+    names = [n for n, _ in model.shadow.backbone.named_parameters()]
+    return {f"shadow.backbone.{n}": edge.base_model.get_parameter(n).grad for n in names}
+
+
+def backbone_of(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those gradients that are of the shadow's backbone."""
+    return {n: g for n, g in found.items() if n.startswith("shadow.backbone.")}
+
+
+def auxiliary(with_weight, without, weight: float) -> dict[str, torch.Tensor]:
+    """What a shadow's own loss contributes per unit of λ to the gradients of its backbone.
+
+    Args:
+        with_weight, without: all gradients at λ = weight and at λ = 0.
+    """
+    before = backbone_of(without)
+    return {n: (g - before[n]) / weight for n, g in backbone_of(with_weight).items()}

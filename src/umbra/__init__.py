@@ -14,11 +14,12 @@ _ROOMS = {
     "DetachError": "errors",
     "ShadowConfig": "config",
     "ShadowModel": "model",
-    "ShadowTrainer": "train",
+    "ShadowTrainer": "trainers",
     "StateError": "errors",
     "UmbraError": "errors",
     "attach": "model",
     "load": "checkpoint",
+    "with_shadow_loss": "trainers",
 }
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "UmbraError",
     "attach",
     "load",
+    "with_shadow_loss",
 ]
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
         UmbraError,
     )
     from .model import ShadowModel, attach
-    from .train import ShadowTrainer
+    from .trainers import ShadowTrainer, with_shadow_loss
 
 
 def __getattr__(name: str) -> Any:

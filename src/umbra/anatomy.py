@@ -12,7 +12,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.configuration_utils import get_head_shapes
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from .errors import BaseModelError, ConfigError
 
@@ -335,6 +339,14 @@ def caps_logits(config: PretrainedConfig) -> bool:
     text = config.get_text_config(decoder=True)
     capped = getattr(text, "final_logit_softcapping", None) is not None
     return capped or any(getattr(text, n, 1.0) != 1.0 for n in ("logit_scale", "logits_scaling"))
+
+
+def announce(causal_lm: type, classifier: type) -> None:
+    """Enter our classes where transformers looks a class up by name: Trainer before it shifts labels for label
+    smoothing (of an unknown class it would not, and train every token to predict itself), pipelines before they warn.
+    """
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["umbra"] = causal_lm.__name__
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["umbra"] = classifier.__name__
 
 
 def exempt_from_checkpointing(blocks: Iterable[Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from importlib.util import find_spec
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
@@ -19,6 +20,7 @@ COMMANDS = {
     "detach": "write the shadow alone, as a stock transformers checkpoint",
     "convert": "write an adapter for PEFT or shadow-peft, or make theirs Umbra's",
     "inspect": "explain an adapter folder",
+    "lm_eval": "lm-eval's command line, with --model umbra: umbra lm_eval run --model umbra --model_args adapter=…",
 }
 LARGEST_YAML = 2**17  # bytes
 PATIENCE = 20  # seconds for which a rank leaves an error to rank 0, at whose end the launcher ends them all
@@ -146,6 +148,15 @@ def _inspect(arguments: list[str]) -> int:
 
     found = inspect(options.path)
     print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else explain(found))
+    return 0
+
+
+def _lm_eval(arguments: list[str]) -> int:
+    if find_spec("lm_eval") is None:
+        raise ConfigError("lm-eval is not installed: pip install 'umbra-peft[lm-eval]'.")
+    from .lm_eval import main
+
+    main(arguments)
     return 0
 
 

@@ -131,12 +131,18 @@ class Frame:
         lanes: the adapters that take part; none for the bare base.
         head: what the task head reads and returns; None leaves it alone.
         disabled: whether calls of the model within are of the bare base, too.
+        only: "attached" or "shadow", the one path that calls of the model within take; the base itself must not be called.
     """
 
     def __init__(
-        self, attachment: Attachment, lanes: Sequence[Lane] = (), head: "HeadPlan | None" = None, disabled: bool = False
+        self,
+        attachment: Attachment,
+        lanes: Sequence[Lane] = (),
+        head: "HeadPlan | None" = None,
+        disabled: bool = False,
+        only: str | None = None,
     ):
-        self.attachment, self.lanes, self.head, self.disabled = attachment, lanes, head, disabled
+        self.attachment, self.lanes, self.head, self.disabled, self.only = attachment, lanes, head, disabled, only
 
     def __enter__(self) -> "Frame":
         self.attachment.settle()
@@ -199,7 +205,7 @@ class _Hook:
 
     def frame(self) -> Frame:
         frame = self.attachment.current()
-        if frame is None:
+        if frame is None or frame.only is not None:
             raise StateError(
                 "A block of the base ran outside the forward of its ShadowModel (the base was called directly, or its own "
                 "code recomputed the block with its hooks). Call the ShadowModel; for the bare base use "

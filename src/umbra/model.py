@@ -19,6 +19,7 @@ from .core import classification_loss, labelled_positions, token_loss
 from .errors import BaseModelError, ConfigError
 from .fingerprint import fingerprint
 from .hooks import Attachment, Frame, HeadPlan, Lane
+from .paths import CausalPaths, Paths
 
 
 @dataclass
@@ -58,7 +59,7 @@ def attach(
     return kind(base, config, backbone_config=backbone_config)
 
 
-class ShadowModel(Adapters, PreTrainedModel):
+class ShadowModel(Adapters, Paths, PreTrainedModel):
     """A frozen ``base`` and the trainable ``shadow`` that corrects it. Made by `attach` and `load`."""
 
     _can_compile_fullgraph = True
@@ -153,7 +154,7 @@ class ShadowModel(Adapters, PreTrainedModel):
         """task + λ · shadow in training; evaluation reports the task's loss alone."""
         if shadow is None or not self.training:
             return task
-        return task + self.shadow_config.auxiliary_loss_weight * shadow
+        return task + self._weight * shadow
 
     @property
     def base_head(self) -> nn.Module:
@@ -238,7 +239,7 @@ class ShadowModel(Adapters, PreTrainedModel):
         """Nothing: base and shadow arrive initialised."""
 
 
-class ShadowForCausalLM(ShadowModel, caches.SharedCacheGeneration, GenerationMixin):
+class ShadowForCausalLM(CausalPaths, ShadowModel, caches.SharedCacheGeneration, GenerationMixin):
     """A language model and its shadow."""
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
@@ -286,13 +287,24 @@ class ShadowForCausalLM(ShadowModel, caches.SharedCacheGeneration, GenerationMix
             "use_cache": use_cache,
             **kwargs,
         }
-        skip_logits = (self.training if skip_logits is None else skip_logits) and labels is not None
+        by_default = self.training and self._only is None
+        skip_logits = (by_default if skip_logits is None else skip_logits) and labels is not None
         if self._is_disabled:
             caches.check_bare(past_key_values, self.base.config)
             return self.base(
                 **batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
                 num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
+        if self._only == "shadow":
+            s0 = self._state_alone(batch)
+            rows, loss = self._logits_alone(s0), None
+            if labels is not None:
+                positions, targets = labelled_positions(labels)
+                loss = token_loss(rows[positions.to(rows.device)], targets, num_items_in_batch)
+            result = ShadowCausalLMOutput(loss=loss, logits=rows.view(*s0.shape[:2], -1), shadow_loss=loss)
+            return result.to_tuple() if as_tuple else result
+        if labels is None:
+            self._warn_if_untrained()
         route = self._route(batch, adapter_names)
         self._prepare_cache(batch, route)
         lanes = [self._lane(batch, shadow, rows) for shadow, rows in route]
@@ -308,7 +320,7 @@ class ShadowForCausalLM(ShadowModel, caches.SharedCacheGeneration, GenerationMix
 
         s0 = lanes[0].slots[self.shadow.couplings.layers[0]]
         positions, targets = labelled_positions(labels)
-        with_shadow = self.shadow_config.auxiliary_loss_weight > 0
+        with_shadow = self._weight > 0
         extra = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)] if with_shadow else None
         plan = HeadPlan(heads, flatten=True, keep=positions if skip_logits else None, extra=extra)
         out = self._run_base(batch, lanes, plan)
@@ -370,6 +382,14 @@ class ShadowForSequenceClassification(ShadowModel):
         if self._is_disabled:
             caches.check_bare(past_key_values, self.base.config)
             return self.base(**batch, labels=labels, return_dict=return_dict)
+        kind = None if labels is None else anatomy.problem_type(self.base.config, labels)
+        if self._only == "shadow":
+            logits = self._shadow_logits(input_ids, self._state_alone(batch))
+            loss = None if labels is None else classification_loss(logits, labels, str(kind), num_items_in_batch)
+            result = ShadowSequenceClassifierOutput(loss=loss, logits=logits, shadow_loss=loss)
+            return result.to_tuple() if return_dict is False else result
+        if labels is None:
+            self._warn_if_untrained()
         batch["use_cache"] = bool(use_cache)
         route = self._route(batch, adapter_names)
         self._prepare_cache(batch, route)
@@ -378,17 +398,21 @@ class ShadowForSequenceClassification(ShadowModel):
         s0 = None if adapter_names is not None else lanes[0].slots[self.shadow.couplings.layers[0]]
         out = self._run_base(batch, lanes, HeadPlan(heads))
         result = ShadowSequenceClassifierOutput(**out)
-        if labels is not None:
-            kind = anatomy.problem_type(self.base.config, labels)
+        if kind is not None:
+            assert labels is not None
             shadow_loss = None
-            if s0 is not None and self.shadow_config.auxiliary_loss_weight > 0:
-                pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(input_ids, s0)]
-                head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
-                shadow_logits = head(pooled.to(next(head.parameters()).dtype))
+            if s0 is not None and self._weight > 0:
+                shadow_logits = self._shadow_logits(input_ids, s0)
                 shadow_loss = classification_loss(shadow_logits, labels, kind, num_items_in_batch)
             result.shadow_loss = shadow_loss
             result.loss = self._loss(classification_loss(out.logits, labels, kind, num_items_in_batch), shadow_loss)
         return result.to_tuple() if return_dict is False else result
+
+    def _shadow_logits(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:
+        """(B, C) from the last token's row of s⁰."""
+        pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(input_ids, s0)]
+        head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
+        return head(pooled.to(next(head.parameters()).dtype))
 
     def _last_token(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:
         """(B,) the rightmost token that is not padding, by the rule of transformers' classifiers."""
@@ -397,3 +421,6 @@ class ShadowForSequenceClassification(ShadowModel):
             return torch.full((len(s0),), s0.shape[1] - 1, device=s0.device)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         return ((input_ids != pad) * places).argmax(-1).to(s0.device)
+
+
+anatomy.announce(ShadowForCausalLM, ShadowForSequenceClassification)

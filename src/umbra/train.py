@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on transformers' Trainer: `ShadowTrainer`, and the run behind ``umbra train``."""
+"""The run behind ``umbra train``: settings, data, `ShadowTrainer`, and an output folder that can be resumed."""
 
 import json
 import shutil
@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers import TrainingArguments
 from transformers.utils import logging
 
-from . import checkpoint, folder, shards
+from . import checkpoint, folder
 from .bases import load_base, load_tokenizer
 from .config import ShadowConfig
 from .data import Collator, Labels, Record, encode_all, read_records, record_kind
 from .errors import CheckpointError, ConfigError, DataError, unknown_key
-from .model import ShadowModel, attach
+from .model import attach
 from .options import TrainOptions, check_dtype, check_types, names, speaks
+from .trainers import ShadowTrainer
 
 RUN_FILE = "run.json"  # what a run was asked for; lies in its output folder
 DEFAULTS = {
@@ -39,109 +39,6 @@ DEFAULTS = {
 POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # Fields that may differ between a run and its continuation: they change nothing that is learned.
 HARMLESS = ("overwrite", "disable_tqdm", "report_to", "logging_dir", "save_total_limit", "resume_from_checkpoint")
-
-
-class ShadowTrainer(Trainer):
-    """transformers' Trainer, with the shadow's own loss beside the task's in training logs and in evaluation.
-
-    Checkpoints hold the adapter folder; resuming and loading the best one read it back whole.
-    """
-
-    model: ShadowModel
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self._shadow_train: torch.Tensor | float = 0.0
-        self._shadow_since: int | None = None  # the step at which that sum began
-        self._shadow_eval: list[torch.Tensor] = []  # one value for each example, of all ranks
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        shadow_loss = outputs.get("shadow_loss") if isinstance(outputs, dict) else None
-        if shadow_loss is not None:
-            value = shadow_loss.detach()  # read only when it is logged: no waiting for a GPU in every step
-            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                value = value * self.accelerator.num_processes  # as the loss itself: the mean over ranks is their sum
-            if model.training:
-                if self._shadow_since is None:
-                    self._shadow_since = self.state.global_step
-                scaled = num_items_in_batch is not None
-                self._shadow_train += value if scaled else value / self.args.gradient_accumulation_steps
-            else:
-                self._shadow_eval.append(self.gather_function(value.repeat(self.args.eval_batch_size)))
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds ``shadow_loss``, the mean over the ranks and over the steps since the last log."""
-        if "loss" in logs and self._shadow_since is not None:
-            of_ranks: Any = self.accelerator.gather(self._shadow_train)  # type: ignore[arg-type]
-            logs["shadow_loss"] = float(of_ranks.mean()) / (self.state.global_step - self._shadow_since)
-            self._shadow_train, self._shadow_since = 0.0, None
-        super().log(logs, start_time)
-
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Logits only where there is a label, unless somebody wants the predictions."""
-        return super().prediction_step(
-            model, {**inputs, "skip_logits": prediction_loss_only}, prediction_loss_only, ignore_keys
-        )
-
-    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
-        """Adds the shadow's loss to the metrics, averaged as the task's is."""
-        self._shadow_eval.clear()
-        output = super().evaluation_loop(*args, **options)
-        if self._shadow_eval:
-            prefix = options.get("metric_key_prefix", "eval")
-            assert output.metrics is not None
-            output.metrics[f"{prefix}_shadow_loss"] = float(torch.cat(self._shadow_eval).mean())
-        return output
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        path = Path(resume_from_checkpoint)
-        checkpoint.load_weights(self.model.shadow, checkpoint.read_weights(path), path / checkpoint.WEIGHTS_FILE)
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter folder; called by all ranks, of which one writes. A sharded base is never gathered."""
-        self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        path = output_dir or self.args.output_dir
-        assert path is not None
-        weights = shards.whole_state(self.model.shadow, checkpoint.PREFIX) if state_dict is None else state_dict
-        if self.args.should_save:
-            checkpoint.save(self.model, path, state_dict=weights, overwrite=True)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(path)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Under FSDP as one process would, so that any number of ranks can go on, and without the frozen base."""
-        if not self.is_fsdp_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        optimizer: Any = self.optimizer
-        scheduler: Any = self.lr_scheduler
-        state = shards.gather(optimizer.state_dict())
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        wrapped: Any = self.optimizer
-        handle = wrapped.optimizer.register_load_state_dict_pre_hook(shards.spread_optimizer_state)
-        self.is_fsdp_enabled = False  # for what one process has saved
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self.is_fsdp_enabled = True
-        handle.remove()
 
 
 def split_options(values: dict[str, Any]) -> tuple[TrainOptions, ShadowConfig, dict[str, Any]]:

@@ -1,0 +1,17 @@
+"""transformers' pipelines: generation by the attached model and by the shadow alone; classification."""
+
+import os
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import umbra
+
+name = os.environ.get("BASE", "HuggingFaceTB/SmolLM2-135M-Instruct")
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = umbra.attach(AutoModelForCausalLM.from_pretrained(name)).eval()  # or umbra.load(…)
+for runner in (model, model.detached()):
+    generate = pipeline("text-generation", model=runner, tokenizer=tokenizer)
+    print(generate("Two plus two is", max_new_tokens=8, do_sample=False))
+
+classifier = umbra.attach(AutoModelForSequenceClassification.from_pretrained(name, num_labels=3)).eval()
+print(pipeline("text-classification", model=classifier, tokenizer=tokenizer)("Two plus two is four"))

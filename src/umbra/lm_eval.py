@@ -1,0 +1,79 @@
+"""Adapters in lm-eval: ``umbra lm_eval run --model umbra --model_args adapter=out --tasks …``
+
+lm-eval 0.4.13 knows the models of its own package alone, and discovers no other's: the class below has to be imported
+before its command line runs, which `main` does. In Python, ``import umbra.lm_eval`` is enough.
+"""
+
+import sys
+from typing import Any
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from .bases import load_tokenizer
+from .checkpoint import load, local_folder, read_config
+from .errors import BaseModelError, ConfigError, unknown_key
+
+MODES = ("attached", "detached", "base")
+# What lm-eval's own class does with a model that is loaded already; the rest it would do in loading.
+OPTIONS = (
+    "batch_size", "max_batch_size", "device", "max_length", "add_bos_token", "prefix_token_id", "truncation", "logits_cache",
+    "softmax_dtype", "mixed_precision_dtype", "think_end_token", "enable_thinking", "chat_template_args",
+)  # fmt: skip
+
+
+@register_model("umbra")
+class UmbraLM(HFLM):
+    """lm-eval's Hugging Face model, for an adapter.
+
+    Args:
+        adapter: an adapter folder, or a hub id.
+        base: where the base is, if not where the adapter says.
+        mode: attached, detached (the shadow alone) or base.
+        dtype: precision of the base.
+        tokenizer: by default the base's.
+        options: any of `OPTIONS`, as for lm-eval's ``hf``.
+
+    Raises:
+        ConfigError: an unknown mode or option, or an adapter that classifies.
+        BaseModelError, CheckpointError: as in `umbra.load`.
+    """
+
+    def __init__(
+        self,
+        adapter: str,
+        base: str | None = None,
+        mode: str = "attached",
+        dtype: str = "auto",
+        tokenizer: Any = None,
+        **options: Any,
+    ):
+        if mode not in MODES:
+            raise ConfigError(f"Unknown mode {mode!r}: choose from {', '.join(MODES)}.")
+        for key in options:
+            if key not in OPTIONS:
+                raise unknown_key(key, ("adapter", "base", "mode", "dtype", "tokenizer", *OPTIONS), "--model_args")
+        self._loading = (adapter, base, mode, dtype)
+        name = base or read_config(local_folder(adapter)).get("base_model_name_or_path")
+        if not name:
+            raise BaseModelError(f"{adapter} does not name its base: add base=… to --model_args.")
+        options |= {"pretrained": name, "tokenizer": tokenizer or load_tokenizer(name), "dtype": dtype}
+        super().__init__(**options)
+
+    def _get_config(self, pretrained: str, **_: Any) -> None:
+        adapter, base, mode, dtype = self._loading
+        model = load(adapter, base, dtype=dtype)
+        if not model.can_generate():
+            raise ConfigError(f"{adapter} classifies and is no language model; score it with `umbra eval`.")
+        self._model = {"attached": lambda: model, "detached": model.detached, "base": model.unload}[mode]()
+        self._config = self._model.config
+
+    def _create_model(self, pretrained: str, **_: Any) -> None:
+        self._model.to(self.device)
+
+
+def main(arguments: list[str]) -> None:
+    """lm-eval's own command line, with the model ``umbra`` in it."""
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()

@@ -1,0 +1,110 @@
+"""One path of a `ShadowModel` alone, for trainers that compute a loss by themselves (see trainers.py).
+
+attached    logits = head(base blocks, corrected by the shadow)
+shadow      logits = head(s⁰), those of the detached model
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from .backbone import Shadow
+from .errors import StateError
+from .hooks import Attachment, Frame, HeadPlan, Lane
+
+
+class Paths:
+    """The contexts that choose a path, and what λ is within them."""
+
+    base: PreTrainedModel
+    shadow: Shadow
+    training: bool
+    _attachment: Attachment
+
+    def attached_only(self) -> Frame:
+        """A context in which losses are the task's alone: for a trainer that adds the shadow's by itself."""
+        return Frame(self._attachment, only="attached")
+
+    def shadow_only(self) -> Frame:
+        """A context in which logits and losses are the shadow's own, as after detaching; nothing is cached."""
+        return Frame(self._attachment, only="shadow")
+
+    @property
+    def _only(self) -> str | None:
+        frame = self._attachment.current()
+        return None if frame is None else frame.only
+
+    @property
+    def _weight(self) -> float:
+        """λ, or 0 where somebody else sees to the shadow's loss."""
+        return 0.0 if self._only == "attached" else self.shadow.config.auxiliary_loss_weight
+
+    def _untrained(self) -> str | None:
+        """What to tell a caller whose loss, computed outside the model, leaves the shadow's own out; None if it may."""
+        if not self.training or not torch.is_grad_enabled() or self._attachment.current() or self._weight == 0:
+            return None
+        return (
+            f"this loss is computed outside the model and leaves the shadow's own (auxiliary_loss_weight={self._weight}) "
+            "out. Pass labels and use the loss returned, train with umbra.with_shadow_loss(<your Trainer>), or set "
+            "auxiliary_loss_weight=0."
+        )
+
+    def _warn_if_untrained(self) -> None:
+        problem = None if torch.compiler.is_compiling() else self._untrained()
+        if problem:
+            warnings.warn(f"Called without labels in training: {problem}", stacklevel=3)
+
+    def _state_alone(self: Any, batch: dict[str, Any]) -> Tensor:
+        """s⁰ where nothing else runs."""
+        if batch["past_key_values"] is not None:
+            raise StateError(
+                "Within shadow_only() nothing is cached; to generate with the shadow alone use detached()."
+            )
+        return self._initial_state({**batch, "use_cache": False})
+
+
+class CausalPaths(Paths):
+    """What a language model shows to trainers that read its hidden states, such as TRL's."""
+
+    @property
+    def base_model(self) -> Any:
+        """The decoder without its head, to be called as a model of transformers is."""
+        return self._hidden_states
+
+    def _hidden_states(self: Any, input_ids: Tensor | None = None, **batch: Any) -> Any:
+        """A model output whose ``last_hidden_state`` is (B, T, D) before the head, in the head's dtype.
+
+        Raises:
+            StateError: in training, where nobody sees to the shadow's loss.
+        """
+        batch = {"inputs_embeds": None, "past_key_values": None, "use_cache": None, **batch, "input_ids": input_ids}
+        dtype = self.get_output_embeddings().weight.dtype
+        if self._only == "shadow":
+            return MoeModelOutputWithPast(last_hidden_state=self._state_alone(batch).to(dtype))  # type: ignore[arg-type]
+        if problem := self._untrained():
+            raise StateError(f"Hidden states were asked for in training: {problem}")
+        lanes: list[Lane] = []
+        if not self._is_disabled:
+            self._prepare_cache(batch, [(self.shadow, None)])
+            lanes = [self._lane(batch, self.shadow, None)]
+        with Frame(self._attachment, lanes):
+            out = self.base.base_model(**{k: v for k, v in batch.items() if v is not None}, return_dict=True)
+        out.last_hidden_state = out.last_hidden_state.to(dtype)
+        return out
+
+    def get_output_embeddings(self: Any) -> nn.Module | None:
+        """The head of the path that runs: a trained copy where there is one."""
+        if self.shadow.heads and not self._is_disabled:
+            return self.shadow.heads["shadow" if self._only == "shadow" else "attached"]
+        return self.base.get_output_embeddings()
+
+    def _logits_alone(self: Any, s0: Tensor) -> Tensor:
+        """(B · T, V) from s⁰, by the head within a forward of the base on one token, which scales and caps them too."""
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=s0.device)
+        plan = HeadPlan([(None, self.shadow.heads)], flatten=True, keep=nothing[0, :0], extra=s0.flatten(0, 1))
+        with Frame(self._attachment, head=plan):
+            return self.base(input_ids=nothing, use_cache=False, return_dict=True).logits[0]
