@@ -20,6 +20,7 @@ ORDER = [
     "config",
     "core",
     "folder",
+    "dense",
     "anatomy",
     "bases",
     "fingerprint",

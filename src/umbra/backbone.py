@@ -6,7 +6,6 @@ Both projections are bias-free linear maps, and absent where the widths are equa
 fold them into its embeddings and its head.
 """
 
-import copy
 import uuid
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from . import anatomy
+from . import anatomy, dense
 from .anatomy import Anatomy
 from .config import ShadowConfig
 from .core import Couplings
@@ -63,11 +62,12 @@ class Shadow(nn.Module):
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
         self.heads = nn.ModuleDict()
         if train_heads:
-            self.heads.update({path: copy.deepcopy(base.head).requires_grad_() for path in ("attached", "shadow")})
+            self.heads.update(
+                {path: dense.trainable_copy(base.head, base.model.dtype) for path in ("attached", "shadow")}
+            )
 
-        weight: Tensor = base.embeddings.weight
-        dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-        self.to(device=weight.device, dtype=dtype)
+        dtype = torch.float64 if base.model.dtype == torch.float64 else torch.float32
+        self.to(device=base.embeddings.weight.device, dtype=dtype)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, table: nn.Module, **batch: Any) -> Tensor:
         """The initial state s⁰ (B, T, D), in the shadow's dtype.
@@ -135,12 +135,11 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
 
     Raises:
         ConfigError: sizes that do not fit together or do not exist in this architecture.
-        BaseModelError: a pretrained shadow with another vocabulary.
+        BaseModelError: a pretrained shadow with another vocabulary, or a quantised one.
     """
     if backbone_config is None and config.is_pretrained:
         return _pretrained(base, config.shadow)
-    chosen = backbone_config or _backbone_config(base, config)
-    chosen.__dict__.pop("quantization_config", None)
+    chosen = anatomy.unquantised(backbone_config or _backbone_config(base, config))
     build = type(base.decoder)._from_config if chosen.model_type == base.config.model_type else AutoModel.from_config
     try:
         backbone = build(chosen, dtype=torch.float32)
@@ -168,6 +167,11 @@ def _pretrained(base: Anatomy, path: str) -> PreTrainedModel:
         raise BaseModelError(
             f"The pretrained shadow {path!r} ({backbone.config.model_type}) is no causal decoder: its states would know "
             "the tokens that they are to predict."
+        )
+    if not all(dense.is_plain(p) for p in backbone.parameters()):
+        raise BaseModelError(
+            f"The pretrained shadow {path!r} is quantised and cannot be trained: dequantise it first "
+            "(`model.dequantize()` of transformers), or take its original."
         )
     backbone.train()
     rows, needed = backbone.config.vocab_size, anatomy.vocabulary_size(base.embeddings)

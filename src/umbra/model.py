@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
-from . import anatomy
+from . import anatomy, dense
 from .adapters import DEFAULT, Adapters, group_rows, pick_rows
 from .backbone import BATCH_ARGUMENTS, Shadow
 from .config import ShadowConfig
@@ -67,6 +67,7 @@ class ShadowModel(Adapters, PreTrainedModel):
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         located = anatomy.locate(base)
+        repacking = dense.keep_unpacked(base)
         resolved = config.resolve()
         layers = len(located.blocks)
         if layers < 2:
@@ -87,6 +88,7 @@ class ShadowModel(Adapters, PreTrainedModel):
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._head_name = located.head_name
+        self._repacking = repacking
         self._was_checkpointing = base.is_activation_checkpointing
         self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
         self._attachment = Attachment(located.blocks, located.head)
@@ -173,6 +175,7 @@ class ShadowModel(Adapters, PreTrainedModel):
             self.base.activation_checkpointing_disable()
         for name in self._were_trainable:
             self.base.get_parameter(name).requires_grad_(True)
+        dense.allow_repacking(self._repacking)
         return self.base
 
     def detached(self) -> PreTrainedModel:
@@ -405,7 +408,8 @@ class ShadowForSequenceClassification(ShadowModel):
             if s0 is not None and self.shadow_config.auxiliary_loss_weight > 0:
                 pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(input_ids, s0)]
                 head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
-                shadow_logits = head(pooled.to(next(head.parameters()).dtype))
+                dtype = self.shadow.dtype if self.shadow.heads else self.base.dtype
+                shadow_logits = head(pooled.to(dtype))
                 shadow_loss = classification_loss(shadow_logits, labels, kind, num_items_in_batch)
             result.shadow_loss = shadow_loss
             result.loss = self._loss(classification_loss(out.logits, labels, kind, num_items_in_batch), shadow_loss)
