@@ -91,8 +91,11 @@ class Shadow(nn.Module):
         else:
             x = (table(input_ids) if inputs_embeds is None else inputs_embeds).to(self.dtype)
             x = x if self.embed_projection is None else self.embed_projection(x)
-        if self.backbone.is_activation_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
-            x = x.detach().requires_grad_()  # reentrant checkpointing needs an input with a gradient
+        is_checkpointing = self.backbone.is_activation_checkpointing and not torch.compiler.is_compiling()
+        if is_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
+            x = (
+                x.detach().requires_grad_()
+            )  # reentrant checkpointing, which is not compiled, needs an input with a gradient
         return self._project(self.backbone(inputs_embeds=x, **batch).last_hidden_state)
 
     def _project(self, x: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class ShadowModel(Adapters, PreTrainedModel):
             batch["past_key_values"] = DynamicCache(config=self.config)
         elif cache is not None:
             built = anatomy.cache_layers(cache)
-            needed = max((shadow.cache_layers.stop for shadow, _ in route), default=0)
+            needed = max([0, *[shadow.cache_layers.stop for shadow, _ in route]])  # torch.compile knows no default=
             if built is not None and built < needed:
                 raise StateError(
                     f"The cache has {built} layers, base and shadow need {needed}: build it from this model's config, "
