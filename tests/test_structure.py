@@ -24,6 +24,7 @@ ORDER = [
     "config",
     "core",
     "folder",
+    "dense",
     "shards",
     "anatomy",
     "caches",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.configuration_utils import get_head_shapes
 from transformers.models.auto.modeling_auto import (
@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from . import dense
 from .errors import BaseModelError, ConfigError
 
 CLASSIFIER_NAMES = ("score", "classifier")
@@ -134,7 +135,7 @@ def composite_config(base_config: PretrainedConfig, shadows: dict[int, Pretraine
     Args:
         shadows: the configuration of each shadow by its first layer in the cache, L or more.
     """
-    config = copy.deepcopy(base_config)
+    config = unquantised(base_config)
     text = config.get_text_config(decoder=True)
     types = layer_types(text)
     for first, shadow in sorted(shadows.items()):
@@ -154,6 +155,15 @@ def lay_out(config: PretrainedConfig, layers: PretrainedConfig) -> None:
     for name in ("num_hidden_layers", "layer_types", "sliding_window"):
         if name in source.__dict__ or name in source.attribute_map:
             setattr(target, name, getattr(source, name))
+
+
+def unquantised(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy that does not say that its model is quantised."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config(decoder=True)):
+        for mark in ("quantization_config", "_is_quantized"):
+            part.__dict__.pop(mark, None)
+    return config
 
 
 def shares_masks(base: PreTrainedModel, shadow: PreTrainedModel) -> bool:
@@ -278,21 +288,38 @@ def copy_blocks(source: Anatomy, backbone: PreTrainedModel) -> None:
     Raises:
         ConfigError: the shadow's shapes differ from the base's.
     """
-    target = {k: v for k, v in backbone.state_dict().items() if v.is_floating_point()}
-    origin = source.decoder.state_dict()
-    for key, value in target.items():
-        if key not in origin or origin[key].shape != value.shape:
+    modules, origin = dict(source.decoder.named_modules()), source.decoder.state_dict()
+    for key, value in backbone.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        found, (owner, _, name) = origin.get(key), key.rpartition(".")
+        module = modules.get(owner)
+        if name == "weight" and dense.is_packed_linear(module):
+            found = dense.linear_weight(module, source.model.dtype)
+            found = found if isinstance(backbone.get_submodule(owner), nn.Linear) else found.T  # GPT-2's Conv1D
+        elif name == "weight" and isinstance(module, nn.Embedding):
+            found = embedding_rows(module)
+        if found is None or found.shape != value.shape:
             raise ConfigError(
                 f"init='base' copies blocks of the base, but {key} does not fit: the shadow has {tuple(value.shape)}, the "
-                f"base {tuple(origin[key].shape) if key in origin else 'no such tensor'}. Leave the shadow's sizes alone."
+                f"base {'no such tensor' if found is None else tuple(found.shape)}. Leave the shadow's sizes alone."
             )
-        value.copy_(origin[key])
+        value.copy_(found)
 
 
 def embedding_scale(table: nn.Module) -> float:
     """What an embedding module multiplies its rows by (Gemma's √D), 1 for nearly all."""
     scale = getattr(table, "embed_scale", None)
     return 1.0 if scale is None else float(scale)
+
+
+@torch.no_grad()
+def embedding_rows(table: Any, tokens: Tensor | None = None) -> Tensor:
+    """(N, D): what an embedding table holds for ``tokens`` (N,), for all by default; a quantised one is read off."""
+    if not dense.is_packed(table):
+        return table.weight.detach() if tokens is None else table.weight[tokens.to(table.weight.device)]
+    tokens = torch.arange(vocabulary_size(table)) if tokens is None else tokens
+    return table(tokens.to(table.weight.device)) / embedding_scale(table)
 
 
 def cache_layers(cache: Any) -> int | None:

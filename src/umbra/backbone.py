@@ -6,7 +6,6 @@ Both projections are bias-free linear maps, and absent where the widths are equa
 fold them into its embeddings and its head.
 """
 
-import copy
 import uuid
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
-from . import anatomy, shards
+from . import anatomy, dense, shards
 from .anatomy import Anatomy
 from .config import ShadowConfig
 from .core import Couplings
@@ -84,11 +83,12 @@ class Shadow(nn.Module):
                 "train_heads to false."
             )
         if train_heads:
-            self.heads.update({path: copy_without_hooks(base.head).requires_grad_() for path in ("attached", "shadow")})
+            self.heads.update(
+                {path: dense.trainable_copy(base.head, base.model.dtype) for path in ("attached", "shadow")}
+            )
             self.heads["shadow"].requires_grad_(config.auxiliary_loss_weight > 0)  # otherwise nothing trains it
 
-        dtype = base.embeddings.weight.dtype
-        dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        dtype = torch.float64 if base.model.dtype == torch.float64 else torch.float32
         # Beside a base without weights, which are yet to come from rank 0 or from a file, it stays where it was made.
         self.to(device=None if device.type == "meta" else device, dtype=dtype)
 
@@ -114,8 +114,11 @@ class Shadow(nn.Module):
         else:
             x = (table(input_ids) if inputs_embeds is None else inputs_embeds).to(self.dtype)
             x = x if self.embed_projection is None else self.embed_projection(x)
-        if self.backbone.is_activation_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
-            x = x.detach().requires_grad_()  # reentrant checkpointing needs an input with a gradient
+        is_checkpointing = self.backbone.is_activation_checkpointing and not torch.compiler.is_compiling()
+        if is_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
+            x = (
+                x.detach().requires_grad_()
+            )  # reentrant checkpointing, which is not compiled, needs an input with a gradient
         return self._project(self.backbone(inputs_embeds=x, **batch).last_hidden_state)
 
     def _start_from(self, projection: Tensor) -> None:
@@ -147,7 +150,7 @@ class Shadow(nn.Module):
             self.backbone.resize_token_embeddings(rows)
         head: Any
         for path, head in () if base.is_classifier else list(self.heads.items()):
-            grown: Any = copy_without_hooks(base.head).to(device=head.weight.device, dtype=head.weight.dtype)
+            grown: Any = dense.copy_without_hooks(base.head).to(device=head.weight.device, dtype=head.weight.dtype)
             with torch.no_grad():
                 for new, old in zip(grown.parameters(), head.parameters(), strict=True):
                     new[: len(old)] = old[: len(new)]
@@ -180,12 +183,6 @@ class Shadow(nn.Module):
         return {name: n for name, n in counts.items() if n}
 
 
-def copy_without_hooks(module: nn.Module) -> nn.Module:
-    """A copy of a module of the base. A hook on it would bring along a copy of all that it knows: the whole base."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return copy.deepcopy(module, {id(hook): type(hook)() for hook in hooks})
-
-
 def build_backbone(
     base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None
 ) -> tuple[PreTrainedModel, Tensor | None]:
@@ -193,12 +190,11 @@ def build_backbone(
 
     Raises:
         ConfigError: sizes that do not fit together or do not exist in this architecture.
-        BaseModelError: a pretrained shadow with another vocabulary.
+        BaseModelError: a pretrained shadow with another vocabulary, or a quantised one.
     """
     if backbone_config is None and config.is_pretrained:
         return _pretrained(base, config.shadow)
-    chosen = backbone_config or fresh_config(base, config)
-    chosen.__dict__.pop("quantization_config", None)
+    chosen = anatomy.unquantised(backbone_config or fresh_config(base, config))
     build = type(base.decoder)._from_config if chosen.model_type == base.config.model_type else AutoModel.from_config
     try:
         backbone = build(chosen, dtype=torch.float32)
@@ -224,6 +220,11 @@ def _pretrained(base: Anatomy, path: str) -> tuple[PreTrainedModel, Tensor | Non
         raise BaseModelError(
             f"The pretrained shadow {path!r} ({backbone.config.model_type}) is no causal decoder: its states would know "
             "the tokens that they are to predict."
+        )
+    if not all(dense.is_plain(p) for p in backbone.parameters()):
+        raise BaseModelError(
+            f"The pretrained shadow {path!r} is quantised and cannot be trained: dequantise it first "
+            "(`model.dequantize()` of transformers), or take its original."
         )
     backbone.train()
     rows, needed = backbone.config.vocab_size, anatomy.vocabulary_size(base.embeddings)

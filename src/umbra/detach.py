@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import anatomy, folder
+from . import anatomy, dense, folder
 from .errors import CheckpointError, DetachError
 from .model import ShadowModel
 from .options import check_dtype
@@ -51,7 +51,7 @@ def detach(model: ShadowModel) -> PreTrainedModel:
 
     table = _embedding_table(model, parts.embeddings)
     head: Any = shadow.heads["shadow"] if shadow.heads else model.base_head
-    weight = _folded_head(head, shadow.projection)
+    weight = _folded_head(dense.linear_weight(head, model.base.dtype), shadow.projection)
     tied = weight.shape == table.shape and torch.equal(weight, table)
     _settle_tying(stock, parts, tied)
     own: Any = shadow.backbone.get_input_embeddings() if shadow.owns_embeddings else None
@@ -71,7 +71,6 @@ def detach(model: ShadowModel) -> PreTrainedModel:
 
 def _stock_config(model: ShadowModel) -> PretrainedConfig:
     config, base = copy.deepcopy(model.shadow.backbone.config), model.base.config
-    config.__dict__.pop("quantization_config", None)
     config.architectures = None
     if anatomy.locate(model.base).is_classifier:
         for key in ("num_labels", "id2label", "label2id", "problem_type"):
@@ -90,18 +89,15 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
         own: Any = shadow.backbone.get_input_embeddings()
         return own.weight.detach()[: anatomy.vocabulary_size(model.get_input_embeddings())]
     source: Any = model.base.get_input_embeddings()
-    table = source.weight.detach().to(shadow.dtype)
+    table = anatomy.embedding_rows(source).to(shadow.dtype)
     if shadow.embed_projection is not None:
         table = table @ shadow.embed_projection.weight.T
     ratio = anatomy.embedding_scale(source) / anatomy.embedding_scale(target)
     return table if ratio == 1 else table * ratio
 
 
-def _folded_head(head: Any, projection: nn.Linear | None) -> Tensor:
-    weight = head.weight.detach()
-    if projection is None:
-        return weight.to(next(iter(head.parameters())).dtype)
-    return weight.to(projection.weight.dtype) @ projection.weight
+def _folded_head(weight: Tensor, projection: nn.Linear | None) -> Tensor:
+    return weight if projection is None else weight.to(projection.weight.dtype) @ projection.weight
 
 
 def _settle_tying(stock: PreTrainedModel, parts: anatomy.Anatomy, tied: bool) -> None:

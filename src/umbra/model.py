@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
-from . import anatomy, caches
+from . import anatomy, caches, dense
 from .adapters import DEFAULT, Adapters, group_rows, pick_rows
 from .backbone import BATCH_ARGUMENTS, Shadow
 from .config import ShadowConfig
@@ -68,6 +68,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         located = anatomy.locate(base)
+        repacking = dense.keep_unpacked(base)
         resolved = config.resolve()
         layers = len(located.blocks)
         if layers < 2:
@@ -88,6 +89,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._head_name = located.head_name
+        self._repacking = repacking
         self._was_checkpointing = base.is_activation_checkpointing
         self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
         self._attachment = Attachment(located.blocks, located.head)
@@ -170,6 +172,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
             self.base.activation_checkpointing_disable()
         for name in self._were_trainable:
             self.base.get_parameter(name).requires_grad_(True)
+        dense.allow_repacking(self._repacking)
         return self.base
 
     def detached(self) -> PreTrainedModel:
@@ -412,7 +415,7 @@ class ShadowForSequenceClassification(ShadowModel):
         """(B, C) from the last token's row of s⁰."""
         pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(input_ids, s0)]
         head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
-        return head(pooled.to(next(head.parameters()).dtype))
+        return head(pooled.to(self.shadow.dtype if self.shadow.heads else self.base.dtype))
 
     def _last_token(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:
         """(B,) the rightmost token that is not padding, by the rule of transformers' classifiers."""
