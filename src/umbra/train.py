@@ -69,7 +69,8 @@ class ShadowTrainer(Trainer):
                 scaled = num_items_in_batch is not None
                 self._shadow_train += value if scaled else value / self.args.gradient_accumulation_steps
             else:
-                self._shadow_eval.append(self.gather_function(value.repeat(self.args.eval_batch_size)))
+                of_ranks: Any = self.gather_function(value.repeat(self.args.eval_batch_size))
+                self._shadow_eval.append(of_ranks)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
