@@ -4,6 +4,7 @@ A change that wants ``if model_type == …`` is data for this file.
 """
 
 import copy
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,16 @@ CLASSIFIER_NAMES = ("score", "classifier")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # logits ← c · tanh(logits / c)
+LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")  # logits ← f · logits
+LOGIT_DIVISORS = ("logits_scaling",)  # logits ← logits / f
+# Vision-language models that scale or cap their logits as their text tower's own language model would; others do not.
+SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_vision"}
+COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
+# Text towers of vision-language models that have no language model of their own, and whose blocks on text alone are these.
+TEXT_TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+# Models whose state fits in no `Cache` of transformers, so that there is no place for the shadow's keys.
+FOREIGN_STATE = {"rwkv": "a list of tensors", "xlstm": "an xLSTMCache"}
 
 
 @dataclass
@@ -40,6 +51,16 @@ class Anatomy:
     def embeddings(self) -> Any:
         return self.model.get_input_embeddings()
 
+    @property
+    def merges_embeddings(self) -> bool:
+        """Whether the decoder is fed embeddings into which those of images have been put (vision-language models)."""
+        return not is_text_only(self.model.config)
+
+    @property
+    def stream(self) -> int | None:
+        """Which of the N parallel hidden states (N, B, T, D) its blocks work on (AltUp of Gemma 3n); None for one (B, T, D)."""
+        return getattr(self.config, "altup_active_idx", None)
+
 
 def locate(model: nn.Module) -> Anatomy:
     """Find the decoder, its blocks and its task head.
@@ -57,6 +78,11 @@ def locate(model: nn.Module) -> Anatomy:
         raise BaseModelError(
             f"{name} ({kind}) is encoder-only; a shadow rides beside a causal decoder, "
             "such as Llama, Qwen3, Gemma 3, Mistral or GPT-2."
+        )
+    if kind in FOREIGN_STATE:
+        raise BaseModelError(
+            f"{name} ({kind}) keeps its state in {FOREIGN_STATE[kind]} instead of a Cache of transformers, in which the "
+            "shadow's keys would have no place. Take a base such as Mamba 2, RecurrentGemma or Qwen3-Next."
         )
     text_config = model.config.get_text_config(decoder=True)
     block_name, blocks = _find_blocks(model, text_config.num_hidden_layers)
@@ -76,8 +102,17 @@ def is_causal(config: PretrainedConfig) -> bool:
     return not encoder and not config.is_encoder_decoder
 
 
+def is_text_only(config: PretrainedConfig) -> bool:
+    """Whether the model is its text decoder, with no tower for images beside it."""
+    return config.get_text_config(decoder=True) is config
+
+
 def _find_blocks(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    tower = model if is_text_only(model.config) else model.get_decoder()
+    inside = set(tower.modules())
+    lists = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers and m in inside
+    ]
     if not lists:
         raise BaseModelError(f"{type(model).__name__} has no list of {num_layers} decoder blocks to couple to.")
     return min(lists, key=lambda item: item[0].count("."))
@@ -102,23 +137,48 @@ def vocabulary_size(module: Any) -> int:
 
 
 def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
-    """Whether one block of this architecture is a plain dense attention block (no experts, no recurrence)."""
+    """Whether one block of this architecture is a plain dense attention block.
+
+    Not with experts, recurrence, or inputs of its own per layer.
+    """
     has_experts = any((getattr(config, n, None) or 0) > 1 for n in EXPERT_COUNTS)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return not has_experts and layer_types <= ATTENTION_TYPES
+    reads_more = bool(getattr(config, "hidden_size_per_layer_input", None))
+    return not has_experts and not reads_more and layer_types <= ATTENTION_TYPES
 
 
 def composite_config(base_config: PretrainedConfig, shadow_config: PretrainedConfig) -> PretrainedConfig:
     """The base's configuration with L + S layers, so that a cache built from it holds the shadow's keys too."""
-    config = copy.deepcopy(base_config)
+    config = _with_plain_layers(copy.deepcopy(base_config))
     text = config.get_text_config(decoder=True)
     types, extra = layer_types(text), layer_types(shadow_config)
+    sharing = getattr(text, "kv_sharing_modes", None)
+    if sharing is not None:
+        text.kv_sharing_modes = [*sharing, *[None] * len(extra)]
     windows = [w for w in (_window(text), _window(shadow_config)) if w is not None]
     text.num_hidden_layers = len(types) + len(extra)
     if any(t != types[0] for t in types + extra) or getattr(text, "layer_types", None) is not None:
         text.layer_types = types + extra
     if windows:
         text.sliding_window = max(windows)  # of the cache's layers; the masks of either model narrow it to its own
+    return config
+
+
+def _with_plain_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration with a text part whose layers can be set, where its class computes them from other fields."""
+    text = config.get_text_config(decoder=True)
+    if not any(isinstance(getattr(type(text), name, None), property) for name in COMPUTED):
+        return config
+    plain = PretrainedConfig()
+    plain.__dict__.update(text.__dict__)
+    plain.model_type = text.model_type  # type: ignore[misc]
+    for name in (*COMPUTED, *text.attribute_map):
+        if hasattr(text, name):
+            setattr(plain, name, copy.deepcopy(getattr(text, name)))
+    if text is config:
+        return plain
+    name = next(name for name, value in config.__dict__.items() if value is text)
+    setattr(config, name, plain)
     return config
 
 
@@ -177,31 +237,63 @@ def _set_depth(config: PretrainedConfig, depth: int) -> None:
 
 
 def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
-    """A Llama configuration of the base's sizes, for bases whose block is not one to mirror."""
-    from transformers import LlamaConfig
+    """A Llama configuration of the base's sizes, for bases whose block is not one to mirror.
+
+    Gemma 3's where the base soft-caps its logits, since a detached Llama could not.
+    """
+    from transformers import Gemma3TextConfig, LlamaConfig
 
     hidden = sizes.get("hidden_size") or base.hidden_size
     heads: int = sizes.get("num_attention_heads", getattr(base, "num_attention_heads", None) or max(1, hidden // 64))
-    rope = getattr(base, "rope_parameters", None)
-    config = LlamaConfig(
+    cap, depth = soft_cap(base), sizes["num_hidden_layers"]
+    head_dim = sizes.get("head_dim", getattr(base, "head_dim", None))
+    capped: dict[str, Any] = {
+        "final_logit_softcapping": cap,
+        "layer_types": ["full_attention"] * depth,
+        "sliding_window": _window(base),
+        "query_pre_attn_scalar": head_dim or hidden // heads,
+        "rope_parameters": None,
+    }
+    inner = getattr(base, "intermediate_size", None) or 4 * hidden
+    config = (LlamaConfig if cap is None else Gemma3TextConfig)(
         vocab_size=base.vocab_size,
         hidden_size=hidden,
-        intermediate_size=sizes.get("intermediate_size", getattr(base, "intermediate_size", None) or 4 * hidden),
-        num_hidden_layers=sizes["num_hidden_layers"],
+        intermediate_size=sizes.get("intermediate_size", inner[0] if isinstance(inner, list) else inner),
+        num_hidden_layers=depth,
         num_attention_heads=heads,
         num_key_value_heads=sizes.get("num_key_value_heads", getattr(base, "num_key_value_heads", None) or heads),
-        head_dim=sizes.get("head_dim", getattr(base, "head_dim", None)),
-        max_position_embeddings=base.max_position_embeddings,
+        head_dim=head_dim or hidden // heads,
+        max_position_embeddings=getattr(base, "max_position_embeddings", 2048),
         rms_norm_eps=getattr(base, "rms_norm_eps", 1e-6),
-        rope_parameters=copy.deepcopy(rope) if rope and rope.get("rope_type") == "default" else None,
         pad_token_id=base.pad_token_id,
         bos_token_id=base.bos_token_id,
         eos_token_id=base.eos_token_id,
         tie_word_embeddings=False,
+        **({"rope_parameters": _plain_rope(base)} if cap is None else capped),
     )
     config._attn_implementation = base._attn_implementation
     _check_heads(config)
     return config
+
+
+def _plain_rope(base: PretrainedConfig) -> dict[str, Any] | None:
+    """θ of the base where its rotary positions are the plain ones (on text, those of three axes are); else None."""
+    rope = getattr(base, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "default":
+        return None
+    return {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10_000.0)}
+
+
+def text_twin(config: PretrainedConfig) -> PretrainedConfig:
+    """A text tower's configuration as that of a language model: of its own family, or of the one that it is on text alone."""
+    from transformers import AutoConfig
+
+    if config.model_type not in TEXT_TWINS:
+        return config
+    values = config.to_dict()
+    del values["model_type"]
+    values["rope_parameters"] = {k: v for k, v in config.rope_parameters.items() if not k.startswith("mrope")}
+    return AutoConfig.for_model(TEXT_TWINS[config.model_type], **values)
 
 
 def _check_heads(config: PretrainedConfig) -> None:
@@ -260,6 +352,23 @@ def embedding_scale(table: nn.Module) -> float:
     return 1.0 if scale is None else float(scale)
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which the model's forward takes and returns its cache."""
+    names = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in names else "past_key_values"
+
+
+def own_cache(model: PreTrainedModel, composite: PretrainedConfig) -> Any:
+    """An empty cache of the model's own class with a place for every layer of ``composite``; None for nearly all models."""
+    if model.config.model_type != "minimax":
+        return None
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    cache = MiniMaxCache()
+    cache.linear_cache = [None if kind == "linear_attention" else [] for kind in layer_types(composite)]  # type: ignore
+    return cache
+
+
 def cache_layers(cache: Any) -> int | None:
     """How many layers a cache was built for; None where it grows on demand."""
     return None if getattr(cache, "layer_class_to_replicate", None) is not None else len(cache.layers)
@@ -279,11 +388,31 @@ def pad_token_id(config: PretrainedConfig) -> int | None:
     return config.get_text_config().pad_token_id
 
 
-def caps_logits(config: PretrainedConfig) -> bool:
-    """Whether a language-model head is followed by soft-capping or scaling that only its own class applies."""
+def soft_cap(config: PretrainedConfig) -> float | None:
+    """c where a language-model head is followed by c · tanh(logits / c)."""
     text = config.get_text_config(decoder=True)
-    capped = getattr(text, "final_logit_softcapping", None) is not None
-    return capped or any(getattr(text, n, 1.0) != 1.0 for n in ("logit_scale", "logits_scaling"))
+    if text is not config and config.model_type not in SCALING_TOWERS:
+        return None
+    return next((c for n in SOFT_CAPS if (c := getattr(text, n, None)) is not None), None)
+
+
+def set_soft_cap(config: PretrainedConfig, cap: float | None) -> None:
+    """Let a language model cap its logits at ``cap``, where its class can."""
+    for name in SOFT_CAPS:
+        if hasattr(config, name):
+            setattr(config, name, cap)
+
+
+def logit_factor(config: PretrainedConfig) -> float:
+    """What a language-model head's logits are multiplied by after it, 1 for nearly all."""
+    text, factor = config.get_text_config(decoder=True), 1.0
+    if text is not config and config.model_type not in SCALING_TOWERS:
+        return factor
+    for name in LOGIT_FACTORS:
+        factor *= getattr(text, name, 1.0)
+    for name in LOGIT_DIVISORS:
+        factor /= getattr(text, name, 1.0)
+    return factor
 
 
 def exempt_from_checkpointing(blocks: Iterable[Any]) -> None:

@@ -151,9 +151,13 @@ def _pretrained(base: Anatomy, path: str) -> PreTrainedModel:
 
 
 def _owns_embeddings(base: Anatomy, config: ShadowConfig, backbone: PreTrainedModel) -> bool:
-    if config.embeddings == "auto":
-        return config.is_pretrained
-    return config.embeddings == "own"
+    own = config.is_pretrained if config.embeddings == "auto" else config.embeddings == "own"
+    if own and base.merges_embeddings:
+        raise BaseModelError(
+            f"A shadow with embeddings of its own cannot see the images that {type(base.model).__name__} puts among its "
+            "embeddings: set embeddings='base'."
+        )
+    return own
 
 
 def saved_config(values: dict[str, Any]) -> PretrainedConfig:

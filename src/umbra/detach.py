@@ -1,6 +1,6 @@
 """The shadow as a stock transformers model: nothing of Umbra is needed to load it.
 
-    embeddings  E' = E · P_in / scale       head  W' = W_head · P_out
+    embeddings  E' = E · P_in / scale       head  W' = W_head · P_out · factor
 
 Both products are exact, since each projection is one bias-free linear map next to the table or the head.
 """
@@ -30,16 +30,18 @@ def detach(model: ShadowModel) -> PreTrainedModel:
     """A stock model, with weights of its own, whose logits are those of the shadow path: head(s⁰).
 
     Raises:
-        DetachError: the base caps or scales its logits in a way that the shadow's own class does not.
+        DetachError: the base caps its logits, which the shadow's own class cannot do.
     """
     base, shadow = anatomy.locate(model.base), model.shadow
-    mirrored = type(shadow.backbone) is type(base.decoder)
-    if not mirrored and not base.is_classifier and anatomy.caps_logits(model.base.config):
-        raise DetachError(
-            f"The base ({base.config.model_type}) caps or scales its logits, which a detached "
-            f"{shadow.backbone.config.model_type} cannot do. Use shadow='mirror'."
-        )
+    mirrored = type(shadow.backbone) is type(base.decoder) and not base.merges_embeddings
     config = _stock_config(model)
+    cap = None if base.is_classifier else anatomy.soft_cap(model.base.config)
+    anatomy.set_soft_cap(config, cap)
+    if not base.is_classifier and anatomy.soft_cap(config) != cap:
+        raise DetachError(
+            f"The base ({base.config.model_type}) caps its logits, which a detached "
+            f"{shadow.backbone.config.model_type} cannot do. Use shadow='mirror' or shadow='dense'."
+        )
     stock: Any
     dtype = shadow.dtype
     if mirrored:
@@ -51,7 +53,10 @@ def detach(model: ShadowModel) -> PreTrainedModel:
 
     table = _embedding_table(model, parts.embeddings)
     head: Any = shadow.heads["shadow"] if shadow.heads else model.base_head
-    weight = _folded_head(head, shadow.projection)
+    factor = 1.0
+    if not base.is_classifier:
+        factor = anatomy.logit_factor(model.base.config) / anatomy.logit_factor(stock.config)
+    weight = _folded_head(head, shadow.projection, factor)
     tied = weight.shape == table.shape and torch.equal(weight, table)
     _settle_tying(stock, parts, tied)
     state = {f"{k}": v for k, v in shadow.backbone.state_dict().items()}
@@ -60,7 +65,7 @@ def detach(model: ShadowModel) -> PreTrainedModel:
     parts.embeddings.weight.copy_(table)
     parts.head.weight.copy_(weight)
     if getattr(head, "bias", None) is not None:
-        parts.head.bias = nn.Parameter(head.bias.detach().to(dtype).clone())
+        parts.head.bias = nn.Parameter(head.bias.detach().to(dtype, copy=True) * factor)
     stock.tie_weights()
     if stock.can_generate():
         stock.generation_config = copy.deepcopy(model.base.generation_config)
@@ -68,7 +73,7 @@ def detach(model: ShadowModel) -> PreTrainedModel:
 
 
 def _stock_config(model: ShadowModel) -> PretrainedConfig:
-    config, base = copy.deepcopy(model.shadow.backbone.config), model.base.config
+    config, base = copy.deepcopy(anatomy.text_twin(model.shadow.backbone.config)), model.base.config
     config.__dict__.pop("quantization_config", None)
     config.architectures = None
     for key in (
@@ -95,11 +100,11 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
     return table if ratio == 1 else table * ratio
 
 
-def _folded_head(head: Any, projection: nn.Linear | None) -> Tensor:
+def _folded_head(head: Any, projection: nn.Linear | None, factor: float) -> Tensor:
     weight = head.weight.detach()
-    if projection is None:
-        return weight.to(next(iter(head.parameters())).dtype)
-    return weight.to(projection.weight.dtype) @ projection.weight
+    if projection is not None:
+        weight = weight.to(projection.weight.dtype) @ projection.weight
+    return weight if factor == 1 else weight.float() * factor
 
 
 def _settle_tying(stock: PreTrainedModel, parts: anatomy.Anatomy, tied: bool) -> None:

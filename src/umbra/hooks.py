@@ -6,6 +6,7 @@ a hook that quietly does nothing would answer with the bare base.
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,13 +33,20 @@ class Attachment:
         blocks: the L decoder blocks.
         head: the task head, whose input rows a frame may choose and whose output a frame may replace.
         first: the first coupled block.
+        decoder: the blocks' own model, where the state is to start from what that is given; None where a frame
+            brings it along.
+        stream: which of the parallel hidden states (N, B, T, D) of its blocks is coupled; None for one (B, T, D).
     """
 
-    def __init__(self, blocks: nn.ModuleList, head: nn.Module, first: int):
+    def __init__(
+        self, blocks: nn.ModuleList, head: nn.Module, first: int, decoder: nn.Module | None = None, stream: int | None = None
+    ):
         if any(isinstance(hook, _Hook) for block in blocks for hook in block._forward_pre_hooks.values()):
             raise BaseModelError("This base already carries a shadow: unload() it first.")
         last = len(blocks) - 1
-        self.handles = []
+        self.handles, self.stream = [], stream
+        if decoder is not None:
+            self.handles.append(decoder.register_forward_pre_hook(_BeforeDecoder(self), with_kwargs=True))
         for l in range(first, len(blocks)):
             self.handles.append(blocks[l].register_forward_pre_hook(_BeforeBlock(self, l), with_kwargs=True))
             if l < last:
@@ -63,7 +71,8 @@ class Frame:
 
     Args:
         couplings: the adapter, or None to run the bare base.
-        s0: (B, T, D), the state before the first coupled block.
+        s0: (B, T, D), the state before the first coupled block; or a function that computes it from what the decoder
+            is given (a dict of its keyword arguments).
         head: what the task head reads and returns; None leaves it alone.
     """
 
@@ -71,11 +80,12 @@ class Frame:
         self,
         attachment: Attachment,
         couplings: Couplings | None = None,
-        s0: Tensor | None = None,
+        s0: Tensor | Callable[[dict[str, Any]], Tensor] | None = None,
         head: "HeadPlan | None" = None,
     ):
         self.attachment, self.couplings, self.head = attachment, couplings, head
-        self.slots: dict[int, Tensor] = {} if couplings is None or s0 is None else {couplings.first: s0}
+        self.start = s0 if callable(s0) else None
+        self.slots: dict[int, Tensor] = {} if couplings is None or not torch.is_tensor(s0) else {couplings.first: s0}
 
     def __enter__(self) -> "Frame":
         _frames.stack.append(self)
@@ -86,10 +96,15 @@ class Frame:
 
     def before(self, l: int, h: Tensor) -> Tensor:
         assert self.couplings is not None
-        return self.couplings.inject(l, h, self._slot(l, h))
+        stream = self.attachment.stream
+        if stream is None:
+            return self.couplings.inject(l, h, self._slot(l, h))
+        active = self.couplings.inject(l, h[stream], self._slot(l, h[stream]))
+        return torch.cat([h[:stream], active[None], h[stream + 1 :]])
 
     def after(self, l: int, h: Tensor) -> None:
         assert self.couplings is not None
+        h = h if self.attachment.stream is None else h[self.attachment.stream]
         self.slots[l + 1] = self.couplings.update(l, h, self._slot(l, h))
         if not torch.is_grad_enabled():
             del self.slots[l]
@@ -148,6 +163,13 @@ class _Hook:
                 "`with model.disable_adapter():`, or unload()."
             )
         return frame
+
+
+class _BeforeDecoder(_Hook):
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        frame = self.attachment.current()
+        if frame is not None and frame.couplings is not None and frame.start is not None:
+            frame.slots[frame.couplings.first] = frame.start(kwargs)
 
 
 class _BeforeBlock(_Hook):

@@ -1,8 +1,10 @@
 """`ShadowModel`: the base and its shadow as one transformers model."""
 
 import copy
+import inspect
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,15 @@ class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     """As its parent, and ``shadow_loss``: the shadow's own loss, not multiplied by λ."""
 
     shadow_loss: Tensor | None = None
+
+
+def _output(kind: type, values: dict[str, Any]) -> Any:
+    """An output of this kind; what only the base's own class has (image states, router logits) stands in it as well."""
+    known = {f.name for f in fields(kind)}
+    result = kind(**{k: v for k, v in values.items() if k in known})
+    for name in values.keys() - known:
+        result[name] = values[name]
+    return result
 
 
 def attach(
@@ -90,7 +101,12 @@ class ShadowModel(PreTrainedModel):
         self._shares_masks = anatomy.shares_masks(located.decoder, shadow.backbone)
         self._was_checkpointing = base.is_activation_checkpointing
         self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
-        self._attachment = Attachment(located.blocks, located.head, resolved.first_layer or 0)
+        self._merges_embeddings = located.merges_embeddings
+        self._cache_argument = anatomy.cache_argument(base)
+        self._attachment = Attachment(
+            located.blocks, located.head, resolved.first_layer or 0,
+            decoder=located.decoder if located.merges_embeddings else None, stream=located.stream,
+        )  # fmt: skip
         base.requires_grad_(False)
         self.train(base.training)
 
@@ -100,10 +116,35 @@ class ShadowModel(PreTrainedModel):
         told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
         return self.shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
 
-    def _run_base(self, batch: dict[str, Any], s0: Tensor, head: HeadPlan) -> Any:
-        given = {k: v for k, v in batch.items() if v is not None}
+    def _run_base(self, batch: dict[str, Any], head: HeadPlan, use_state: Callable[[Tensor], Any]) -> dict[str, Any]:
+        """The base's output by name; ``use_state`` is told s⁰ (B, T, D) as soon as it is known.
+
+        It is computed before the base runs, or once its decoder is given embeddings with those of images among them.
+        """
+
+        def start(given: dict[str, Any]) -> Tensor:
+            s0 = self._initial_state(self._as_decoder_sees_it(batch, given) if given else batch)
+            use_state(s0)
+            return s0
+
+        known = {k: v for k, v in batch.items() if v is not None}
+        if "past_key_values" in known:
+            known[self._cache_argument] = known.pop("past_key_values")
+        s0 = start if self._merges_embeddings else start({})
         with Frame(self._attachment, self.shadow.couplings, s0, head):
-            return self.base(**given, return_dict=True)
+            out = dict(self.base(**known, return_dict=True))
+        if self._cache_argument in out:
+            out["past_key_values"] = out.pop(self._cache_argument)
+        return out
+
+    def _as_decoder_sees_it(self, batch: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        seen = {**batch, **given, "input_ids": None}
+        if not self._shares_masks:
+            seen["attention_mask"] = batch["attention_mask"]
+            positions = seen.get("position_ids")
+            if positions is not None and positions.ndim == 3:
+                seen["position_ids"] = positions[0]  # of the axes that images have, the one that counts along the text
+        return seen
 
     def _prepare_cache(self, batch: dict[str, Any]) -> None:
         """One cache of L + S layers for both paths; none in training, where nothing reads it."""
@@ -111,7 +152,7 @@ class ShadowModel(PreTrainedModel):
             batch["use_cache"] = bool(self.base.config.use_cache) and not self.training
         cache = batch["past_key_values"]
         if cache is None and batch["use_cache"]:
-            batch["past_key_values"] = DynamicCache(config=self.config)
+            batch["past_key_values"] = anatomy.own_cache(self.base, self.config) or DynamicCache(config=self.config)
         elif cache is not None:
             built, needed = anatomy.cache_layers(cache), self.config.get_text_config(decoder=True).num_hidden_layers
             if built is not None and built < needed:
@@ -225,6 +266,28 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         super().__init__(base, config, backbone_config=backbone_config)
         self.generation_config = copy.deepcopy(base.generation_config) or GenerationConfig()
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """The base knows its own arguments, images among them."""
+        own = inspect.signature(self.forward).parameters
+        self.base._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in own})  # type: ignore[operator]
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        return self.base._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # type: ignore[operator]
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return self.base._maybe_prepare_encoder_kwargs_for_generation(*args, **options)  # type: ignore[operator]
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return self.base._update_model_kwargs_for_generation(*args, **options)  # type: ignore[operator]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    ) -> None:
+        own = anatomy.own_cache(self.base, self.config)
+        if own is not None and generation_config.use_cache is not False:
+            model_kwargs.setdefault("past_key_values", own)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
+
     def prepare_inputs_for_generation(
         self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -283,33 +346,34 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
         self._prepare_cache(batch)
-        s0 = self._initial_state(batch)
         if labels is None:
-            out = self._run_base(
-                {**batch, "logits_to_keep": logits_to_keep},
-                s0, HeadPlan(None, None, self.shadow.heads, flatten=False),
-            )  # fmt: skip
-            result = ShadowCausalLMOutput(**out)
+            plan = HeadPlan(None, None, self.shadow.heads, flatten=False)
+            out = self._run_base({**batch, "logits_to_keep": logits_to_keep}, plan, lambda s0: None)
+            result = _output(ShadowCausalLMOutput, out)
             return result.to_tuple() if as_tuple else result
 
         positions, targets = labelled_positions(labels)
         with_shadow = self.shadow_config.auxiliary_loss_weight > 0
-        extra = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)] if with_shadow else None
-        plan = HeadPlan(positions if skip_logits else None, extra, self.shadow.heads)
-        out = self._run_base(batch, s0, plan)
+        plan = HeadPlan(positions if skip_logits else None, None, self.shadow.heads)
+
+        def use_state(s0: Tensor) -> None:
+            if with_shadow:
+                plan.extra = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)]
+
+        out = self._run_base(batch, plan, use_state)
         if plan.rows is None:
             raise BaseModelError(
                 f"{type(self.base).__name__} does not call its output embeddings as a module; "
                 "its labelled positions cannot be chosen."
             )
-        attached, shadow = out.logits[0, : plan.rows], out.logits[0, plan.rows :]
+        attached, shadow = out["logits"][0, : plan.rows], out["logits"][0, plan.rows :]
         at_labels = attached if skip_logits else attached[positions.to(attached.device)]
         shadow_loss = token_loss(shadow, targets, num_items_in_batch) if with_shadow else None
         loss = self._loss(token_loss(at_labels, targets, num_items_in_batch), shadow_loss)
         logits = None if skip_logits else attached.view(*labels.shape, -1)
         if logits is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             logits = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
-        result = ShadowCausalLMOutput(**{**out, "loss": loss, "logits": logits, "shadow_loss": shadow_loss})
+        result = _output(ShadowCausalLMOutput, {**out, "loss": loss, "logits": logits, "shadow_loss": shadow_loss})
         return result.to_tuple() if as_tuple else result
 
     @torch.no_grad()
@@ -359,9 +423,9 @@ class ShadowForSequenceClassification(ShadowModel):
             return self.base(**batch, labels=labels, return_dict=return_dict)
         batch["use_cache"] = bool(use_cache)
         self._prepare_cache(batch)
-        s0 = self._initial_state(batch)
-        out = self._run_base(batch, s0, HeadPlan(None, None, self.shadow.heads, flatten=False))
-        result = ShadowSequenceClassifierOutput(**out)
+        states: list[Tensor] = []
+        out = self._run_base(batch, HeadPlan(None, None, self.shadow.heads, flatten=False), states.append)
+        s0, result = states[0], _output(ShadowSequenceClassifierOutput, out)
         if labels is not None:
             kind = anatomy.problem_type(self.base.config, labels)
             shadow_loss = None
@@ -371,7 +435,7 @@ class ShadowForSequenceClassification(ShadowModel):
                 shadow_logits = head(pooled.to(next(head.parameters()).dtype))
                 shadow_loss = classification_loss(shadow_logits, labels, kind, num_items_in_batch)
             result.shadow_loss = shadow_loss
-            result.loss = self._loss(classification_loss(out.logits, labels, kind, num_items_in_batch), shadow_loss)
+            result.loss = self._loss(classification_loss(out["logits"], labels, kind, num_items_in_batch), shadow_loss)
         return result.to_tuple() if return_dict is False else result
 
     def _last_token(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:
