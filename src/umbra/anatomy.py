@@ -113,7 +113,9 @@ def _find_blocks(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]
     tower = model if is_text_only(model.config) else model.get_decoder()
     inside = set(tower.modules())
     lists = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers and m in inside
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == num_layers and m in inside
     ]
     if not lists:
         raise BaseModelError(f"{type(model).__name__} has no list of {num_layers} decoder blocks to couple to.")
@@ -392,7 +394,9 @@ def is_measured_by_shadow(cache: Any, blocks: int) -> bool:
     (until 5.23 at least); the shadow has then read the step's tokens already, the base not yet.
     """
     full = [not any(kinds) for kinds in zip(cache.is_sliding, cache.is_linear, cache.is_dummy, strict=True)]
-    hidden = [isinstance(layer, StaticLayer) and linear for layer, linear in zip(cache.layers, cache.is_linear, strict=True)]
+    hidden = [
+        isinstance(layer, StaticLayer) and linear for layer, linear in zip(cache.layers, cache.is_linear, strict=True)
+    ]
     return any(hidden[:blocks]) and not any(full[:blocks])
 
 

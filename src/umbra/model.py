@@ -154,7 +154,7 @@ class ShadowModel(PreTrainedModel):
     def _prepare_cache(self, batch: dict[str, Any]) -> None:
         """One cache of L + S layers for both paths; none in training, where nothing reads it."""
         if batch["use_cache"] is None:
-            batch["use_cache"] = bool(self.base.config.use_cache) and not self.training
+            batch["use_cache"] = bool(self.base.config.get_text_config(decoder=True).use_cache) and not self.training
         cache = batch["past_key_values"]
         if cache is None and batch["use_cache"]:
             batch["past_key_values"] = anatomy.own_cache(self.base, self.config) or DynamicCache(config=self.config)
