@@ -55,9 +55,8 @@ INDEXED = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2}
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.7, "attention_multiplier": 0.5}
 BART = {
     **COMMON, "d_model": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
-    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "max_position_embeddings": 64,
+    "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "max_position_embeddings": 64,
 }  # fmt: skip
-BERT = {**NO_GROUPS, "is_decoder": True}
 
 FAMILIES: dict[str, Family] = {
     "afmoe": Family("MoE", {**HEAD_DIM, **NUMBERED, **SLIDING, "num_shared_experts": 1, "mup_enabled": True}, "dense"),
@@ -83,7 +82,7 @@ FAMILIES: dict[str, Family] = {
     "cwm": Family("dense", {**HEAD_DIM, **SLIDING}),
     "dbrx": Family(
         "MoE", {**COMMON, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64,
-                "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+                "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
                 "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}},
         "dense",
     ),  # fmt: skip
@@ -191,33 +190,56 @@ FAMILIES: dict[str, Family] = {
     "solar_open": Family("MoE", {**HEAD_DIM, **ROUTED}, "dense"),
     "stablelm": Family("dense", DENSE),
     "starcoder2": Family("dense", DENSE),
-    "trocr": Family("learned positions, post-norm", BART),
     "vaultgemma": Family("capped logits, scaled embeddings", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0}),
     "xglm": Family(
         "sinusoidal positions, scaled embeddings",
         {**COMMON, "d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4, "max_position_embeddings": 64},
     ),
+    "modernbert-decoder": Family(
+        "alternating windows, transformed states before the head", {**NO_GROUPS, "local_attention": 12},
+        skip={"dense shadow": "it cannot transform its states before the head"},
+    ),  # fmt: skip
     "youtu": Family("latent attention", {**DENSE, **LATENT}),
 }
 
-# Candidates, to be settled
-for _name in ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "whisper"):
-    FAMILIES[_name] = Family("decoder half", BART)
-FAMILIES["prophetnet"] = Family("decoder half", {**COMMON, "hidden_size": 32, "num_encoder_layers": 1, "num_decoder_layers": 3, "num_decoder_attention_heads": 4, "num_encoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "max_position_embeddings": 64})
-for _name in ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"):
-    FAMILIES[_name] = Family("is_decoder", BERT)
-FAMILIES["xlm"] = Family("x", {**COMMON, "emb_dim": 32, "n_layers": 3, "n_heads": 4, "causal": True})
-FAMILIES["xlnet"] = Family("x", {**COMMON, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48})
-FAMILIES["modernbert-decoder"] = Family("x", NO_GROUPS)
-FAMILIES["cpmant"] = Family("x", {**NO_GROUPS, "dim_head": 8, "dim_ff": 48, "prompt_types": 2, "prompt_length": 4, "segment_types": 4})
-FAMILIES["gemma4_text"] = Family("x", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0, "vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8})
-FAMILIES["gemma4_unified_text"] = Family("x", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0})
-FAMILIES["hrm_text"] = Family("x", {**HEAD_DIM, "num_layers_per_stack": 2})
-FAMILIES["reformer"] = Family("x", {**COMMON, "hidden_size": 32, "is_decoder": True, "attn_layers": ["local", "local", "local"], "num_attention_heads": 4, "attention_head_size": 8, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "max_position_embeddings": 64, "feed_forward_size": 48, "num_hidden_layers": 3})
-FAMILIES["dots3_note_text"] = Family("x", {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED})
-FAMILIES["emu3"] = Family("x", {})
-FAMILIES["blt"] = Family("x", {})
-FAMILIES["moshi"] = Family("x", {**HEAD_DIM, "ffn_dim": 48})
+_HALF = {
+    "skip": {"left padding": "the base itself counts padding as positions"},
+    "note": "the decoder alone, without its encoder",
+}
+FAMILIES |= {
+    name: Family("learned positions", BART, "dense", **_HALF)
+    for name in ("bart", "blenderbot", "blenderbot-small", "mbart", "mvp", "plbart", "trocr", "whisper")
+}
+FAMILIES |= {
+    name: Family("sinusoidal positions", BART, "dense", **_HALF) for name in ("bigbird_pegasus", "marian", "pegasus")
+}
 
-# Model types of AutoModelForCausalLM that `umbra.attach` refuses, each with what its error says (a regular expression).
-REFUSED: dict[str, str] = {}
+_STREAMS = "several streams at once"
+_SPEECH = "several codebooks"
+_ASSISTANT = "the cache of another model"
+_ENCODER = "an encoder run as a decoder"
+ENCODERS = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+# Model types of AutoModelForCausalLM that `umbra.attach` refuses: a configuration, and what the error says.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "blt": ({}, "patches"),
+    "cpmant": ({**NO_GROUPS, "dim_head": 8, "dim_ff": 48}, "a prompt before the tokens"),
+    "deepseek_v4": ({**DENSE, **ROUTED}, _STREAMS),
+    "gemma4_assistant": ({}, _ASSISTANT),
+    "gemma4_unified_assistant": ({}, _ASSISTANT),
+    "hrm_text": ({**HEAD_DIM, "num_layers_per_stack": 2}, "the same blocks several times"),
+    "hy_v4": ({**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, _STREAMS),
+    "moshi": ({}, _SPEECH),
+    "musicgen": ({}, _SPEECH),
+    "musicgen_melody": ({}, _SPEECH),
+    "prophetnet": ({}, "predicted streams"),
+    "reformer": ({"is_decoder": True}, "reversible blocks"),
+    "xlm": ({**COMMON, "emb_dim": 32, "n_layers": 3, "n_heads": 4}, _ENCODER),
+    "xlnet": ({**COMMON, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48}, r"\(T, B, D\)"),
+    **{name: ({**NO_GROUPS, "is_decoder": True}, _ENCODER) for name in ENCODERS},
+}
+
+# Model types of AutoModelForCausalLM whose place is another line: what they are.
+ELSEWHERE: dict[str, str] = {}

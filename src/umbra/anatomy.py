@@ -29,8 +29,6 @@ SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_
 COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
 # Text towers of vision-language models that have no language model of their own, and whose blocks on text alone are these.
 TEXT_TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-# Models whose state fits in no `Cache` of transformers, so that there is no place for the shadow's keys.
-FOREIGN_STATE = {"rwkv": "a list of tensors", "xlstm": "an xLSTMCache"}
 BLOCK_COUNTS = ("decoder_layers", "num_layers", "num_hidden_layers")  # the first that a configuration has
 LAYER_INDICES = ("layer_idx", "layer_id")  # what attention modules call their place in the cache
 PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types", "layer_rope_theta", "no_rope_layers")
@@ -38,9 +36,16 @@ EMBEDDING_WIDTH = "word_embed_proj_dim"  # columns of the table and of the head,
 # What stands between the decoder's states and the head, wherever one of these is there.
 BEFORE_HEAD = {"opt": ("model.decoder.project_out",), "modernbert-decoder": ("lm_head", "head")}
 _STREAMS = "its blocks exchange several streams at once, where a shadow corrects one hidden state (B, T, D)"
-_BATCH_SECOND = "its hidden states are (T, B, D), and see what follows them"
-# Families of AutoModelForCausalLM to which the method does not apply.
+_OWN_CACHE = "it keeps its state in {} instead of a Cache of transformers, in which the shadow's keys would have no place"
+_ENCODER = (
+    "it is encoder-only, or an encoder run as a decoder; a shadow rides beside a causal decoder, such as Llama, Qwen3, "
+    "Gemma 3, Mistral or GPT-2"
+)
+DECODER_HALVES = {"bart", "mbart", "mvp"}  # which AutoModelForMaskedLM knows as well
+# Families to which the method does not apply, and why.
 UNFIT = {
+    **{name: _ENCODER for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES if name not in DECODER_HALVES},
+    "bert-generation": _ENCODER,
     "blt": "its tokens are bytes, its blocks work on patches of them, and a shadow's states fit neither alone",
     "cpmant": "it puts a prompt before the tokens, so that its hidden states are longer than its input",
     "deepseek_v4": _STREAMS,
@@ -53,7 +58,9 @@ UNFIT = {
     "musicgen_melody": "it speaks in several codebooks at once",
     "prophetnet": "its hidden states hold several predicted streams behind one another",
     "reformer": "its reversible blocks exchange two streams and hash the sequence into buckets",
-    "xlnet": _BATCH_SECOND,
+    "rwkv": _OWN_CACHE.format("a list of tensors"),
+    "xlnet": "its hidden states are (T, B, D), and see what follows them",
+    "xlstm": _OWN_CACHE.format("an xLSTMCache"),
 }
 
 
@@ -99,24 +106,9 @@ def locate(model: nn.Module) -> Anatomy:
         raise BaseModelError(f"The base must be a transformers PreTrainedModel, got {name}.")
     if model.config.is_encoder_decoder:
         raise BaseModelError(f"{name} is an encoder-decoder; a shadow rides beside a decoder-only model.")
-    kind = model.config.model_type
-    if not is_causal(model.config):
-        raise BaseModelError(
-            f"{name} ({kind}) is encoder-only; a shadow rides beside a causal decoder, "
-            "such as Llama, Qwen3, Gemma 3, Mistral or GPT-2."
-        )
-    if kind in FOREIGN_STATE:
-        raise BaseModelError(
-            f"{name} ({kind}) keeps its state in {FOREIGN_STATE[kind]} instead of a Cache of transformers, in which the "
-            "shadow's keys would have no place. Take a base such as Mamba 2, RecurrentGemma or Qwen3-Next."
-        )
-    if kind in UNFIT:
-        raise BaseModelError(f"{name} ({kind}) cannot carry a shadow: {UNFIT[kind]}.")
-    if _is_converted_encoder(model.config):
-        raise BaseModelError(
-            f"{name} ({kind}) is an encoder run as a decoder, whose head is no single linear layer; a shadow rides "
-            "beside a decoder-only model."
-        )
+    reason = refusal(model.config.model_type)
+    if reason is not None:
+        raise BaseModelError(f"{name} ({model.config.model_type}) cannot carry a shadow: {reason}.")
     text_config = model.config.get_text_config(decoder=True)
     block_name, blocks = _find_blocks(model, _num_blocks(text_config))
     decoder = model.get_submodule(block_name.rpartition(".")[0])
@@ -131,12 +123,12 @@ def locate(model: nn.Module) -> Anatomy:
 
 def is_causal(config: PretrainedConfig) -> bool:
     """Whether no position sees what follows it: neither an encoder nor an encoder-decoder."""
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return not encoder and not config.is_encoder_decoder
+    return refusal(config.model_type) != _ENCODER and not config.is_encoder_decoder
 
 
-def _is_converted_encoder(config: PretrainedConfig) -> bool:
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not hasattr(config, "decoder_layers")
+def refusal(model_type: str) -> str | None:
+    """Why no model of this type can carry a shadow; None where it can."""
+    return UNFIT.get(model_type)
 
 
 def _num_blocks(config: PretrainedConfig) -> int:
@@ -203,7 +195,7 @@ def composite_config(base_config: PretrainedConfig, shadow_config: PretrainedCon
         text.kv_sharing_modes = [*sharing, *[None] * len(extra)]
     windows = [w for w in (_window(text), _window(shadow_config)) if w is not None]
     text.num_hidden_layers = len(types) + len(extra)
-    if any(t != types[0] for t in types + extra) or getattr(text, "layer_types", None) is not None:
+    if windows or any(t != types[0] for t in types + extra) or getattr(text, "layer_types", None) is not None:
         text.layer_types = types + extra
     if windows:
         text.sliding_window = max(windows)  # of the cache's layers; the masks of either model narrow it to its own
@@ -242,7 +234,8 @@ def layer_types(config: PretrainedConfig) -> list[str]:
     given = getattr(config, "layer_types", None)
     if given is not None:
         return list(given)
-    return ["sliding_attention" if _window(config) is not None else "full_attention"] * config.num_hidden_layers
+    depth = getattr(config, "decoder_layers", config.num_hidden_layers)
+    return ["sliding_attention" if _window(config) is not None else "full_attention"] * depth
 
 
 def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
@@ -301,7 +294,7 @@ def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
     capped: dict[str, Any] = {
         "final_logit_softcapping": cap,
         "layer_types": ["full_attention"] * depth,
-        "sliding_window": _window(base),
+        "sliding_window": _window(base) or getattr(base, "max_position_embeddings", 2048),
         "query_pre_attn_scalar": head_dim or hidden // heads,
         "rope_parameters": None,
     }

@@ -105,16 +105,18 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
 
 def _maps_before_head(model: ShadowModel, stock: PreTrainedModel) -> list[nn.Linear]:
     """The linear maps from the backbone's states to the head, last first; what is not linear moves into ``stock``."""
-    between, projection = anatomy.before_head(model.base), model.shadow.projection
-    maps = [m for m in (between, projection) if isinstance(m, nn.Linear)]
-    if between is not None and between not in maps:
-        twin = anatomy.before_head(stock)
-        if twin is None or maps:
-            raise DetachError(
-                f"The base ({model.base.config.model_type}) transforms its states before the head, which a detached "
-                f"{stock.config.model_type} of another width cannot do. Use shadow='mirror' with the base's hidden size."
-            )
-        twin.load_state_dict(between.state_dict())
+    between, twin = anatomy.before_head(model.base), anatomy.before_head(stock)
+    maps = [m for m in (between, model.shadow.projection) if isinstance(m, nn.Linear)]
+    moved = None if between in maps else between
+    if twin in stock.base_model.modules():
+        twin = None
+    if (moved is None) != (twin is None) or (moved is not None and maps):
+        raise DetachError(
+            f"The base ({model.base.config.model_type}) and a detached {stock.config.model_type} of these sizes transform "
+            "their states differently before the head. Use shadow='mirror' with the base's hidden size."
+        )
+    if moved is not None and twin is not None:
+        twin.load_state_dict(moved.state_dict())
     return maps
 
 
