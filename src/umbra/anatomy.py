@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -24,13 +24,46 @@ INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_siz
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # logits ← c · tanh(logits / c)
 LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")  # logits ← f · logits
 LOGIT_DIVISORS = ("logits_scaling",)  # logits ← logits / f
+MULTIPLYING_DIVISORS = {"hyperclovax"}  # families in which LOGIT_DIVISORS multiply
+DIVIDED_STATES = {"minicpm3"}  # families that divide by LOGIT_DIVISORS what the head reads, not what it gives
 # Vision-language models that scale or cap their logits as their text tower's own language model would; others do not.
 SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_vision"}
 COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
 # Text towers of vision-language models that have no language model of their own, and whose blocks on text alone are these.
 TEXT_TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-# Models whose state fits in no `Cache` of transformers, so that there is no place for the shadow's keys.
-FOREIGN_STATE = {"rwkv": "a list of tensors", "xlstm": "an xLSTMCache"}
+BLOCK_COUNTS = ("decoder_layers", "num_layers", "num_hidden_layers")  # the first that a configuration has
+LAYER_INDICES = ("layer_idx", "layer_id")  # what attention modules call their place in the cache
+PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types", "layer_rope_theta", "no_rope_layers")
+EMBEDDING_WIDTH = "word_embed_proj_dim"  # columns of the table and of the head, where they are not the blocks' width
+# What stands between the decoder's states and the head, wherever one of these is there.
+BEFORE_HEAD = {"opt": ("model.decoder.project_out",), "modernbert-decoder": ("lm_head", "head")}
+_STREAMS = "its blocks exchange several streams at once, where a shadow corrects one hidden state (B, T, D)"
+_OWN_CACHE = "it keeps its state in {} instead of a Cache of transformers, in which the shadow's keys would have no place"
+_ENCODER = (
+    "it is encoder-only, or an encoder run as a decoder; a shadow rides beside a causal decoder, such as Llama, Qwen3, "
+    "Gemma 3, Mistral or GPT-2"
+)
+DECODER_HALVES = {"bart", "mbart", "mvp"}  # which AutoModelForMaskedLM knows as well
+# Families to which the method does not apply, and why.
+UNFIT = {
+    **{name: _ENCODER for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES if name not in DECODER_HALVES},
+    "bert-generation": _ENCODER,
+    "blt": "its tokens are bytes, its blocks work on patches of them, and a shadow's states fit neither alone",
+    "cpmant": "it puts a prompt before the tokens, so that its hidden states are longer than its input",
+    "deepseek_v4": _STREAMS,
+    "gemma4_assistant": "it reads the hidden states and the cache of another model",
+    "gemma4_unified_assistant": "it reads the hidden states and the cache of another model",
+    "hrm_text": "it runs the same blocks several times in one forward",
+    "hy_v4": _STREAMS,
+    "moshi": "it speaks in several codebooks at once",
+    "musicgen": "it speaks in several codebooks at once",
+    "musicgen_melody": "it speaks in several codebooks at once",
+    "prophetnet": "its hidden states hold several predicted streams behind one another",
+    "reformer": "its reversible blocks exchange two streams and hash the sequence into buckets",
+    "rwkv": _OWN_CACHE.format("a list of tensors"),
+    "xlnet": "its hidden states are (T, B, D), and see what follows them",
+    "xlstm": _OWN_CACHE.format("an xLSTMCache"),
+}
 
 
 @dataclass
@@ -75,19 +108,11 @@ def locate(model: nn.Module) -> Anatomy:
         raise BaseModelError(f"The base must be a transformers PreTrainedModel, got {name}.")
     if model.config.is_encoder_decoder:
         raise BaseModelError(f"{name} is an encoder-decoder; a shadow rides beside a decoder-only model.")
-    kind = model.config.model_type
-    if not is_causal(model.config):
-        raise BaseModelError(
-            f"{name} ({kind}) is encoder-only; a shadow rides beside a causal decoder, "
-            "such as Llama, Qwen3, Gemma 3, Mistral or GPT-2."
-        )
-    if kind in FOREIGN_STATE:
-        raise BaseModelError(
-            f"{name} ({kind}) keeps its state in {FOREIGN_STATE[kind]} instead of a Cache of transformers, in which the "
-            "shadow's keys would have no place. Take a base such as Mamba 2, RecurrentGemma or Qwen3-Next."
-        )
+    reason = refusal(model.config.model_type)
+    if reason is not None:
+        raise BaseModelError(f"{name} ({model.config.model_type}) cannot carry a shadow: {reason}.")
     text_config = model.config.get_text_config(decoder=True)
-    block_name, blocks = _find_blocks(model, text_config.num_hidden_layers)
+    block_name, blocks = _find_blocks(model, _num_blocks(text_config))
     decoder = model.get_submodule(block_name.rpartition(".")[0])
     head_name, head = _find_head(model)
     if not isinstance(decoder, PreTrainedModel) or decoder is model:
@@ -100,8 +125,16 @@ def locate(model: nn.Module) -> Anatomy:
 
 def is_causal(config: PretrainedConfig) -> bool:
     """Whether no position sees what follows it: neither an encoder nor an encoder-decoder."""
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return not encoder and not config.is_encoder_decoder
+    return refusal(config.model_type) != _ENCODER and not config.is_encoder_decoder
+
+
+def refusal(model_type: str) -> str | None:
+    """Why no model of this type can carry a shadow; None where it can."""
+    return UNFIT.get(model_type)
+
+
+def _num_blocks(config: PretrainedConfig) -> int:
+    return next(getattr(config, name) for name in BLOCK_COUNTS if hasattr(config, name))
 
 
 def is_text_only(config: PretrainedConfig) -> bool:
@@ -140,15 +173,20 @@ def vocabulary_size(module: Any) -> int:
     return module.weight.shape[0]
 
 
+def table_width(module: Any) -> int:
+    """Columns of an embedding table."""
+    return module.weight.shape[1]
+
+
 def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
     """Whether one block of this architecture is a plain dense attention block.
 
-    Not with experts, recurrence, or inputs of its own per layer.
+    Not with experts, recurrence, inputs of its own per layer, or the cross-attention of an encoder-decoder's half.
     """
     has_experts = any((getattr(config, n, None) or 0) > 1 for n in EXPERT_COUNTS)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    reads_more = bool(getattr(config, "hidden_size_per_layer_input", None))
-    return not has_experts and not reads_more and layer_types <= ATTENTION_TYPES
+    reads_more = bool(getattr(config, "hidden_size_per_layer_input", None)) or hasattr(config, "decoder_layers")
+    return not (has_experts and getattr(config, "is_moe", True)) and not reads_more and layer_types <= ATTENTION_TYPES
 
 
 def composite_config(base_config: PretrainedConfig, shadow_config: PretrainedConfig) -> PretrainedConfig:
@@ -161,7 +199,7 @@ def composite_config(base_config: PretrainedConfig, shadow_config: PretrainedCon
         text.kv_sharing_modes = [*sharing, *[None] * len(extra)]
     windows = [w for w in (_window(text), _window(shadow_config)) if w is not None]
     text.num_hidden_layers = len(types) + len(extra)
-    if any(t != types[0] for t in types + extra) or getattr(text, "layer_types", None) is not None:
+    if windows or any(t != types[0] for t in types + extra) or getattr(text, "layer_types", None) is not None:
         text.layer_types = types + extra
     if windows:
         text.sliding_window = max(windows)  # of the cache's layers; the masks of either model narrow it to its own
@@ -200,7 +238,8 @@ def layer_types(config: PretrainedConfig) -> list[str]:
     given = getattr(config, "layer_types", None)
     if given is not None:
         return list(given)
-    return ["sliding_attention" if _window(config) is not None else "full_attention"] * config.num_hidden_layers
+    depth = getattr(config, "decoder_layers", config.num_hidden_layers)
+    return ["sliding_attention" if _window(config) is not None else "full_attention"] * depth
 
 
 def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
@@ -226,15 +265,20 @@ def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedCo
     # With a layer index shifted behind the base's, this GPT-2 option would scale the shadow by the wrong depth.
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         config.scale_attn_by_inverse_layer_idx = False
+    if hasattr(config, EMBEDDING_WIDTH):
+        setattr(config, EMBEDDING_WIDTH, config.hidden_size)
     _check_heads(config)
     config.use_cache = True
     return config
 
 
 def _set_depth(config: PretrainedConfig, depth: int) -> None:
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        config.layer_types = [*types, *[types[-1]] * depth][:depth]
+    for name in PER_LAYER:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, [*values, *[values[-1]] * depth][:depth])
+    if hasattr(config, "attention_types"):  # GPT-Neo's attention_layers in short
+        config.attention_types = [[list(config.attention_layers), 1]]
     config.num_hidden_layers = depth
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, depth)
@@ -255,7 +299,7 @@ def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
     capped: dict[str, Any] = {
         "final_logit_softcapping": cap,
         "layer_types": ["full_attention"] * depth,
-        "sliding_window": _window(base),
+        "sliding_window": _window(base) or getattr(base, "max_position_embeddings", 2048),
         "query_pre_attn_scalar": head_dim or hidden // heads,
         "rope_parameters": None,
     }
@@ -269,7 +313,7 @@ def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
         num_key_value_heads=sizes.get("num_key_value_heads", getattr(base, "num_key_value_heads", None) or heads),
         head_dim=head_dim or hidden // heads,
         max_position_embeddings=getattr(base, "max_position_embeddings", 2048),
-        rms_norm_eps=getattr(base, "rms_norm_eps", 1e-6),
+        rms_norm_eps=getattr(base, "rms_norm_eps", None) or 1e-6,
         pad_token_id=base.pad_token_id,
         bos_token_id=base.bos_token_id,
         eos_token_id=base.eos_token_id,
@@ -321,8 +365,9 @@ def shift_layer_indices(backbone: nn.Module, offset: int) -> None:
     """Give the shadow's attention layers the cache slots behind the base's."""
     module: Any
     for module in backbone.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx += offset
+        for name in LAYER_INDICES:
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, getattr(module, name) + offset)
 
 
 def remove_embeddings(backbone: PreTrainedModel) -> None:
@@ -445,10 +490,41 @@ def logit_factor(config: PretrainedConfig) -> float:
     if text is not config and config.model_type not in SCALING_TOWERS:
         return factor
     for name in LOGIT_FACTORS:
-        factor *= getattr(text, name, 1.0)
+        factor *= getattr(text, name, None) or 1.0
     for name in LOGIT_DIVISORS:
-        factor /= getattr(text, name, 1.0)
+        value = getattr(text, name, 1.0)
+        factor *= value if text.model_type in MULTIPLYING_DIVISORS else 1 / value
     return factor
+
+
+def before_head(model: Any) -> nn.Module | None:
+    """What stands between the decoder's states and the head; None for nearly all."""
+    for path in BEFORE_HEAD.get(model.config.model_type, ()):
+        module = model
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if module is not None:
+            return module
+    return None
+
+
+def head_input(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """(…, D) as the decoder's blocks have it → what the head reads, (…, D) for nearly all."""
+    between: Any = before_head(model)
+    if between is not None:
+        return between(states.to(next(between.parameters()).dtype))
+    divides = model.config.model_type in DIVIDED_STATES and model.can_generate()
+    return states * logit_factor(model.config) if divides else states
+
+
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether the model can decode with a cache."""
+    return hasattr(model.config, "use_cache")
+
+
+def states_width(config: PretrainedConfig) -> int:
+    """The width of the states that a decoder gives."""
+    return getattr(config, EMBEDDING_WIDTH, config.hidden_size)
 
 
 def exempt_from_checkpointing(blocks: Iterable[Any]) -> None:

@@ -45,12 +45,12 @@ class Shadow(nn.Module):
             anatomy.remove_embeddings(self.backbone)
         elif config.is_pretrained:
             self.backbone.get_input_embeddings().requires_grad_(False)
-        anatomy.shift_layer_indices(self.backbone, L)
+        anatomy.shift_layer_indices(self.backbone, len(anatomy.layer_types(base.config)))
 
-        width = self.backbone.config.hidden_size
-        widen = width != D
-        self.embed_projection = nn.Linear(D, width, bias=False) if widen and not self.owns_embeddings else None
-        self.projection = nn.Linear(width, D, bias=False) if widen else None
+        E, width = anatomy.table_width(base.embeddings), anatomy.states_width(self.backbone.config)
+        narrows = E != width and not self.owns_embeddings
+        self.embed_projection = nn.Linear(E, width, bias=False) if narrows else None
+        self.projection = nn.Linear(width, D, bias=False) if width != D else None
         self.couplings = Couplings(L, D, config)
 
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
@@ -112,6 +112,8 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
         return _pretrained(base, config.shadow)
     chosen = backbone_config or _backbone_config(base, config)
     chosen.__dict__.pop("quantization_config", None)
+    if not config.is_pretrained:
+        chosen._attn_implementation = base.config._attn_implementation
     build = type(base.decoder)._from_config if chosen.model_type == base.config.model_type else AutoModel.from_config
     try:
         backbone = build(chosen, dtype=torch.float32)

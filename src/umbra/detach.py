@@ -30,7 +30,8 @@ def detach(model: ShadowModel) -> PreTrainedModel:
     """A stock model, with weights of its own, whose logits are those of the shadow path: head(s⁰).
 
     Raises:
-        DetachError: the base caps its logits, which the shadow's own class cannot do.
+        DetachError: the base caps its logits, or transforms its states before the head, which the shadow's own class
+            cannot do.
     """
     base, shadow = anatomy.locate(model.base), model.shadow
     mirrored = type(shadow.backbone) is type(base.decoder) and not base.merges_embeddings
@@ -56,11 +57,13 @@ def detach(model: ShadowModel) -> PreTrainedModel:
     factor = 1.0
     if not base.is_classifier:
         factor = anatomy.logit_factor(model.base.config) / anatomy.logit_factor(stock.config)
-    weight = _folded_head(head, shadow.projection, factor)
+    weight = _folded_head(head, _maps_before_head(model, stock), factor)
     tied = weight.shape == table.shape and torch.equal(weight, table)
     _settle_tying(stock, parts, tied)
     state = {f"{k}": v for k, v in shadow.backbone.state_dict().items()}
-    missing = parts.decoder.load_state_dict(state, strict=False)
+    whole: Any = stock.base_model
+    decoder = whole if type(whole) is type(shadow.backbone) else parts.decoder
+    missing = decoder.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys, missing
     parts.embeddings.weight.copy_(table)
     parts.head.weight.copy_(weight)
@@ -100,10 +103,27 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
     return table if ratio == 1 else table * ratio
 
 
-def _folded_head(head: Any, projection: nn.Linear | None, factor: float) -> Tensor:
+def _maps_before_head(model: ShadowModel, stock: PreTrainedModel) -> list[nn.Linear]:
+    """The linear maps from the backbone's states to the head, last first; what is not linear moves into ``stock``."""
+    between, twin = anatomy.before_head(model.base), anatomy.before_head(stock)
+    maps = [m for m in (between, model.shadow.projection) if isinstance(m, nn.Linear)]
+    moved = None if between in maps else between
+    if twin in stock.base_model.modules():
+        twin = None
+    if (moved is None) != (twin is None) or (moved is not None and maps):
+        raise DetachError(
+            f"The base ({model.base.config.model_type}) and a detached {stock.config.model_type} of these sizes transform "
+            "their states differently before the head. Use shadow='mirror' with the base's hidden size."
+        )
+    if moved is not None and twin is not None:
+        twin.load_state_dict(moved.state_dict())
+    return maps
+
+
+def _folded_head(head: Any, maps: list[nn.Linear], factor: float) -> Tensor:
     weight = head.weight.detach()
-    if projection is not None:
-        weight = weight.to(projection.weight.dtype) @ projection.weight
+    for linear in maps:
+        weight = weight.to(linear.weight.dtype) @ linear.weight.detach()
     return weight if factor == 1 else weight.float() * factor
 
 

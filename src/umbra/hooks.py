@@ -191,7 +191,7 @@ class _AfterBlock(_Hook):
     def __call__(self, block: nn.Module, args: tuple, output: Any) -> None:
         frame = self.frame()
         if frame.couplings is not None:
-            frame.after(self.l, output[0] if isinstance(output, tuple) else output)
+            frame.after(self.l, output[0] if isinstance(output, tuple | list) else output)
 
 
 class _BeforeHead(_Hook):

@@ -153,6 +153,9 @@ class ShadowModel(PreTrainedModel):
 
     def _prepare_cache(self, batch: dict[str, Any]) -> None:
         """One cache of L + S layers for both paths; none in training, where nothing reads it."""
+        if not anatomy.takes_cache(self.base):
+            batch["use_cache"] = batch["past_key_values"] = None
+            return
         if batch["use_cache"] is None:
             batch["use_cache"] = bool(self.base.config.get_text_config(decoder=True).use_cache) and not self.training
         cache = batch["past_key_values"]
@@ -275,6 +278,8 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         super().__init__(base, config, backbone_config=backbone_config)
         self.generation_config = copy.deepcopy(base.generation_config) or GenerationConfig()
+        if not anatomy.takes_cache(base):
+            self.generation_config.use_cache = False
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """The base knows its own arguments, images among them."""
@@ -378,7 +383,8 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
 
         def use_state(s0: Tensor) -> None:
             if with_shadow:
-                plan.extra = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)]
+                rows = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)]
+                plan.extra = anatomy.head_input(self.base, rows)
 
         out = self._run_base(batch, plan, use_state)
         if plan.rows is None:
@@ -451,6 +457,7 @@ class ShadowForSequenceClassification(ShadowModel):
             shadow_loss = None
             if self.shadow_config.auxiliary_loss_weight > 0:
                 pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(input_ids, s0)]
+                pooled = anatomy.head_input(self.base, pooled)
                 head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
                 shadow_logits = head(pooled.to(next(head.parameters()).dtype))
                 shadow_loss = classification_loss(shadow_logits, labels, kind, num_items_in_batch)
