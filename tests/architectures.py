@@ -89,7 +89,6 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family("MoE, latent attention", {**DENSE, **LATENT, **ROUTED, "first_k_dense_replace": 1}, "dense"),
     "deepseek_v3": Family("MoE, latent attention", {**DENSE, **LATENT, **ROUTED, "first_k_dense_replace": 1}, "dense"),
     "deepseek_v32": Family("MoE, indexed latent attention", {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, "dense"),
-    "deepseek_v4": Family("MoE, compressed attention", {**DENSE, **ROUTED}, "dense"),
     "diffllama": Family("differential attention", DENSE),
     "doge": Family("dynamic mask attention", DENSE),
     "dots1": Family("MoE", {**HEAD_DIM, **ROUTED, "first_k_dense_replace": 1}, "dense"),
@@ -135,7 +134,6 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": Family("dense", HEAD_DIM),
     "hunyuan_v1_moe": Family("MoE", {**HEAD_DIM, "num_experts": 4, "moe_topk": 2}, "dense"),
     "hy_v3": Family("MoE", {**HEAD_DIM, **NUMBERED, **MIXED, "num_shared_experts": 1}, "dense"),
-    "hy_v4": Family("MoE, indexed latent attention", {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, "dense"),
     "hyperclovax": Family("scaled embeddings and logits", {**DENSE, **GRANITE}),
     "internlm3": Family("dense", DENSE),
     "iquestcoder": Family("dense", DENSE),
@@ -199,7 +197,7 @@ FAMILIES: dict[str, Family] = {
         "alternating windows, transformed states before the head", {**NO_GROUPS, "local_attention": 12},
         skip={"dense shadow": "it cannot transform its states before the head"},
     ),  # fmt: skip
-    "youtu": Family("latent attention", {**DENSE, **LATENT}),
+    "youtu": Family("latent attention", {**DENSE, **LATENT, "pad_token_id": None}, note="transformers empties the padding row on loading"),
 }
 
 _HALF = {
@@ -217,6 +215,8 @@ FAMILIES |= {
 _STREAMS = "several streams at once"
 _SPEECH = "several codebooks"
 _ASSISTANT = "the cache of another model"
+_NO_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+_SHARED = {"num_kv_shared_layers": 0}
 _ENCODER = "an encoder run as a decoder"
 ENCODERS = (
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
@@ -227,13 +227,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "blt": ({}, "patches"),
     "cpmant": ({**NO_GROUPS, "dim_head": 8, "dim_ff": 48}, "a prompt before the tokens"),
     "deepseek_v4": ({**DENSE, **ROUTED}, _STREAMS),
-    "gemma4_assistant": ({}, _ASSISTANT),
-    "gemma4_unified_assistant": ({}, _ASSISTANT),
+    "gemma4_assistant": ({"text_config": _NO_INPUTS}, _ASSISTANT),
+    "gemma4_unified_assistant": ({"text_config": _SHARED}, _ASSISTANT),
     "hrm_text": ({**HEAD_DIM, "num_layers_per_stack": 2}, "the same blocks several times"),
     "hy_v4": ({**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, _STREAMS),
     "moshi": ({}, _SPEECH),
-    "musicgen": ({}, _SPEECH),
-    "musicgen_melody": ({}, _SPEECH),
     "prophetnet": ({}, "predicted streams"),
     "reformer": ({"is_decoder": True}, "reversible blocks"),
     "xlm": ({**COMMON, "emb_dim": 32, "n_layers": 3, "n_heads": 4}, _ENCODER),

@@ -190,8 +190,9 @@ def test_a_dense_shadow_detached(name):
 # -- without Umbra -------------------------------------------------------------------------------------------------
 
 READER = """
-import sys, warnings
+import sys
 sys.modules["umbra"] = None  # an import of it fails from here on
+from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM

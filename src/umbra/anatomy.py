@@ -54,8 +54,6 @@ UNFIT = {
     "hrm_text": "it runs the same blocks several times in one forward",
     "hy_v4": _STREAMS,
     "moshi": "it speaks in several codebooks at once",
-    "musicgen": "it speaks in several codebooks at once",
-    "musicgen_melody": "it speaks in several codebooks at once",
     "prophetnet": "its hidden states hold several predicted streams behind one another",
     "reformer": "its reversible blocks exchange two streams and hash the sequence into buckets",
     "rwkv": _OWN_CACHE.format("a list of tensors"),
@@ -179,7 +177,8 @@ def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
 
     Not with experts, recurrence, inputs of its own per layer, or the cross-attention of an encoder-decoder's half.
     """
-    has_experts = any((getattr(config, n, None) or 0) > 1 for n in EXPERT_COUNTS)
+    parts = (config, getattr(config, "ffn_config", None))
+    has_experts = any((getattr(part, n, None) or 0) > 1 for part in parts for n in EXPERT_COUNTS)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     reads_more = bool(getattr(config, "hidden_size_per_layer_input", None)) or hasattr(config, "decoder_layers")
     return not (has_experts and getattr(config, "is_moe", True)) and not reads_more and layer_types <= ATTENTION_TYPES
