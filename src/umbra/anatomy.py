@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import StaticLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .errors import BaseModelError, ConfigError
@@ -142,7 +144,9 @@ def _find_blocks(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]
     tower = model if is_text_only(model.config) else model.get_decoder()
     inside = set(tower.modules())
     lists = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers and m in inside
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == num_layers and m in inside
     ]
     if not lists:
         raise BaseModelError(f"{type(model).__name__} has no list of {num_layers} decoder blocks to couple to.")
@@ -247,7 +251,7 @@ def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedCo
     Raises:
         ConfigError: a size that this architecture does not have, or sizes that do not fit together.
     """
-    config = copy.deepcopy(base)
+    config = copy.deepcopy(base.per_layer_config[0])
     for name, value in sizes.items():
         names = INTERMEDIATE_NAMES if name == "intermediate_size" else (name,)
         target = next((n for n in names if n in config.attribute_map or hasattr(config, n)), None)
@@ -286,6 +290,7 @@ def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
     """
     from transformers import Gemma3TextConfig, LlamaConfig
 
+    base = base.per_layer_config[0]
     hidden = sizes.get("hidden_size") or base.hidden_size
     heads: int = sizes.get("num_attention_heads", getattr(base, "num_attention_heads", None) or max(1, hidden // 64))
     cap, depth = soft_cap(base), sizes["num_hidden_layers"]
@@ -408,7 +413,15 @@ def own_cache(model: PreTrainedModel, composite: PretrainedConfig) -> Any:
         return None
     from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
-    cache = MiniMaxCache()
+    class ReorderedCache(MiniMaxCache):
+        """With its linear states following the beams, which transformers leaves where they were (until 5.23 at least)."""
+
+        def reorder_cache(self, beam_idx: Any) -> None:
+            super().reorder_cache(beam_idx)
+            states: list[Any] = self.linear_cache
+            self.linear_cache = [s if s is None or isinstance(s, list) else s[beam_idx.to(s.device)] for s in states]
+
+    cache = ReorderedCache()
     cache.linear_cache = [None if kind == "linear_attention" else [] for kind in layer_types(composite)]  # type: ignore
     return cache
 
@@ -416,6 +429,29 @@ def own_cache(model: PreTrainedModel, composite: PretrainedConfig) -> Any:
 def cache_layers(cache: Any) -> int | None:
     """How many layers a cache was built for; None where it grows on demand."""
     return None if getattr(cache, "layer_class_to_replicate", None) is not None else len(cache.layers)
+
+
+def is_measured_by_shadow(cache: Any, blocks: int) -> bool:
+    """Whether transformers would read from the shadow's layers how long the past of the base's own attention is.
+
+    It takes the first layer of full attention for that, and static layers that also hold a recurrent state for none
+    (until 5.23 at least); the shadow has then read the step's tokens already, the base not yet.
+    """
+    full = [not any(kinds) for kinds in zip(cache.is_sliding, cache.is_linear, cache.is_dummy, strict=True)]
+    hidden = [
+        isinstance(layer, StaticLayer) and linear for layer, linear in zip(cache.layers, cache.is_linear, strict=True)
+    ]
+    return any(hidden[:blocks]) and not any(full[:blocks])
+
+
+def logits_to_keep(config: PretrainedConfig, kept: Any, length: int) -> Any:
+    """How a forward over ``length`` tokens is told which logits to compute, so that its blocks still see every token.
+
+    Gemma 4 drops the other rows before its last blocks where ``kept`` is a number, not where it is a tensor of places.
+    """
+    if isinstance(kept, int) and kept and getattr(config.get_text_config(), "num_kv_shared_layers", 0):
+        return torch.arange(max(length - kept, 0), length)
+    return kept
 
 
 def problem_type(config: PretrainedConfig, labels: Any) -> str:

@@ -39,7 +39,12 @@ class Attachment:
     """
 
     def __init__(
-        self, blocks: nn.ModuleList, head: nn.Module, first: int, decoder: nn.Module | None = None, stream: int | None = None
+        self,
+        blocks: nn.ModuleList,
+        head: nn.Module,
+        first: int,
+        decoder: nn.Module | None = None,
+        stream: int | None = None,
     ):
         if any(isinstance(hook, _Hook) for block in blocks for hook in block._forward_pre_hooks.values()):
             raise BaseModelError("This base already carries a shadow: unload() it first.")

@@ -22,6 +22,9 @@ from .fingerprint import fingerprint
 from .hooks import Attachment, Frame, HeadPlan
 
 
+SHADOW_MASK = "shadow_attention_mask"  # (B, T) or None: the padding, where the base was given masks of its own kind
+
+
 @dataclass
 class ShadowCausalLMOutput(CausalLMOutputWithPast):
     """As its parent, and ``shadow_loss``: the shadow's own loss, not multiplied by λ."""
@@ -102,6 +105,7 @@ class ShadowModel(PreTrainedModel):
         self._was_checkpointing = base.is_activation_checkpointing
         self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
         self._merges_embeddings = located.merges_embeddings
+        self._num_blocks = layers
         self._cache_argument = anatomy.cache_argument(base)
         self._attachment = Attachment(
             located.blocks, located.head, resolved.first_layer or 0,
@@ -113,6 +117,7 @@ class ShadowModel(PreTrainedModel):
     # -- the two paths ---------------------------------------------------------------------------------------------
 
     def _initial_state(self, batch: dict[str, Any]) -> Tensor:
+        batch = {**batch, "attention_mask": batch.get(SHADOW_MASK, batch.get("attention_mask"))}
         told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
         return self.shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
 
@@ -127,7 +132,7 @@ class ShadowModel(PreTrainedModel):
             use_state(s0)
             return s0
 
-        known = {k: v for k, v in batch.items() if v is not None}
+        known = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
         if "past_key_values" in known:
             known[self._cache_argument] = known.pop("past_key_values")
         s0 = start if self._merges_embeddings else start({})
@@ -152,7 +157,7 @@ class ShadowModel(PreTrainedModel):
             batch["use_cache"] = batch["past_key_values"] = None
             return
         if batch["use_cache"] is None:
-            batch["use_cache"] = bool(self.base.config.use_cache) and not self.training
+            batch["use_cache"] = bool(self.base.config.get_text_config(decoder=True).use_cache) and not self.training
         cache = batch["past_key_values"]
         if cache is None and batch["use_cache"]:
             batch["past_key_values"] = anatomy.own_cache(self.base, self.config) or DynamicCache(config=self.config)
@@ -162,6 +167,11 @@ class ShadowModel(PreTrainedModel):
                 raise StateError(
                     f"The cache has {built} layers, base and shadow need {needed}: build it from this model's config, "
                     "not from the base's."
+                )
+            if SHADOW_MASK not in batch and anatomy.is_measured_by_shadow(cache, self._num_blocks):
+                raise StateError(
+                    f"A static cache cannot serve {type(self.base).__name__} beside a shadow: its layers of attention and "
+                    "recurrence in one are taken for recurrent ones. Leave cache_implementation out, or use a DynamicCache."
                 )
 
     def disable_adapter(self) -> Frame:
@@ -290,6 +300,11 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
     ) -> None:
         own = anatomy.own_cache(self.base, self.config)
         if own is not None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise StateError(
+                    f"{type(self.base).__name__} has a cache class of its own: leave "
+                    f"cache_implementation={generation_config.cache_implementation!r} out."
+                )
             model_kwargs.setdefault("past_key_values", own)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
 
@@ -297,12 +312,15 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The base's own preparation, so that its peculiarities hold."""
+        if "past_key_values" in kwargs:
+            kwargs[self._cache_argument] = kwargs.pop("past_key_values")
         prepared = self.base.prepare_inputs_for_generation(  # type: ignore[operator]
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        if not self._shares_masks and (attention_mask is None or attention_mask.ndim == 2):
-            # For a static cache the base prepares its masks ahead; a shadow of another kind cannot read them.
-            prepared["attention_mask"] = attention_mask
+        prepared["past_key_values"] = prepared.pop(self._cache_argument, None)
+        if not self._shares_masks and not self._is_disabled and (attention_mask is None or attention_mask.ndim == 2):
+            # The base may prepare its masks ahead (for a static cache), or leave them out; a shadow of another kind reads its own.
+            prepared[SHADOW_MASK] = attention_mask
         return prepared
 
     def forward(
@@ -353,7 +371,9 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         self._prepare_cache(batch)
         if labels is None:
             plan = HeadPlan(None, None, self.shadow.heads, flatten=False)
-            out = self._run_base({**batch, "logits_to_keep": logits_to_keep}, plan, lambda s0: None)
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+            kept = anatomy.logits_to_keep(self.base.config, logits_to_keep, length)
+            out = self._run_base({**batch, "logits_to_keep": kept}, plan, lambda s0: None)
             result = _output(ShadowCausalLMOutput, out)
             return result.to_tuple() if as_tuple else result
 
