@@ -69,7 +69,9 @@ FAMILIES: dict[str, Family] = {
     "aria_text": Family("MoE", {**HEAD_DIM, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}, "dense"),
     "axk1": Family("MoE, latent attention", {**DENSE, **LATENT, **ROUTED, **MIXED}, "dense"),
     "axk2": Family("MoE, indexed latent attention", {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, "dense"),
-    "beam": Family("MoE, capped logits", {**HEAD_DIM, **NUMBERED, **MIXED, **SLIDING, "n_group": 1, "topk_group": 1}, "dense"),
+    "beam": Family(
+        "MoE, capped logits", {**HEAD_DIM, **NUMBERED, **MIXED, **SLIDING, "n_group": 1, "topk_group": 1}, "dense"
+    ),
     "biogpt": Family("learned positions", NO_GROUPS),
     "bitnet": Family("dense", DENSE),
     "bloom": Family("ALiBi", {**COMMON, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
@@ -79,15 +81,28 @@ FAMILIES: dict[str, Family] = {
     "cohere2_moe": Family("MoE, scaled logits", {**HEAD_DIM, **NUMBERED, **SLIDING, "logit_scale": 0.25}, "dense"),
     "cohere_compass_text": Family(
         "parallel blocks, scaled logits",
-        {**HEAD_DIM, **SLIDING, "logit_scale": 0.25,
-         "rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in ("sliding_attention", "full_attention")}},
+        {
+            **HEAD_DIM,
+            **SLIDING,
+            "logit_scale": 0.25,
+            "rope_parameters": {
+                k: {"rope_type": "default", "rope_theta": 1e4} for k in ("sliding_attention", "full_attention")
+            },
+        },
     ),  # fmt: skip
     "ctrl": Family("sinusoidal positions", {**GPT2, "dff": 48}),
     "cwm": Family("dense", {**HEAD_DIM, **SLIDING}),
     "dbrx": Family(
-        "MoE", {**COMMON, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64,
-                "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
-                "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}},
+        "MoE",
+        {
+            **COMMON,
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+        },
         "dense",
     ),  # fmt: skip
     "deepseek_v2": Family("MoE, latent attention", {**DENSE, **LATENT, **ROUTED, "first_k_dense_replace": 1}, "dense"),
@@ -104,17 +119,23 @@ FAMILIES: dict[str, Family] = {
     ),  # fmt: skip
     "ernie4_5": Family("dense", HEAD_DIM),
     "ernie4_5_moe": Family(
-        "MoE", {**DENSE, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1}, "dense"
+        "MoE",
+        {**DENSE, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
+        "dense",
     ),
     "exaone4": Family("post-norm", {**DENSE, **SLIDING}),
     "exaone_moe": Family("MoE", {**HEAD_DIM, **NUMBERED, **SLIDING, **MIXED, "num_shared_experts": 1}, "dense"),
     "falcon": Family("parallel blocks, multi-query", NO_GROUPS),
     "falcon-alibi": Family("ALiBi", {**NO_GROUPS, "alibi": True, "parallel_attn": False}, model_type="falcon"),
     "falcon-new": Family(
-        "parallel blocks, grouped queries", {**NO_GROUPS, "new_decoder_architecture": True, "num_kv_heads": 2}, model_type="falcon"
+        "parallel blocks, grouped queries",
+        {**NO_GROUPS, "new_decoder_architecture": True, "num_kv_heads": 2},
+        model_type="falcon",
     ),
     "flex_olmo": Family("MoE, post-norm", {**DENSE, "num_experts": 4, "num_experts_per_tok": 2}, "dense"),
-    "flint": Family("MoE", {**HEAD_DIM, **NUMBERED, "sliding_window": 6, "shared_expert_intermediate_size": 16}, "dense"),
+    "flint": Family(
+        "MoE", {**HEAD_DIM, **NUMBERED, "sliding_window": 6, "shared_expert_intermediate_size": 16}, "dense"
+    ),
     "gemma": Family("scaled embeddings", HEAD_DIM),
     "gemma2": Family("capped logits, scaled embeddings", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0}),
     "gemma4_unified_text": Family(
@@ -131,12 +152,21 @@ FAMILIES: dict[str, Family] = {
     "gpt_bigcode": Family("learned positions, multi-query", GPT2),
     "gpt_neo": Family(
         "learned positions, local attention",
-        {**COMMON, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "global"], 1]],
-         "window_size": 6, "max_position_embeddings": 64},
+        {
+            **COMMON,
+            "hidden_size": 32,
+            "num_layers": 3,
+            "num_heads": 4,
+            "attention_types": [[["global", "local", "global"], 1]],
+            "window_size": 6,
+            "max_position_embeddings": 64,
+        },
     ),  # fmt: skip
     "gpt_neox": Family("parallel blocks", NO_GROUPS),
     "gpt_neox_japanese": Family("dense", NO_GROUPS),
-    "gpt_oss": Family("MoE, attention sinks", {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING}, "dense"),
+    "gpt_oss": Family(
+        "MoE, attention sinks", {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, **SLIDING}, "dense"
+    ),
     "gptj": Family("parallel blocks", {**GPT2, "rotary_dim": 4}),
     "granite": Family("scaled embeddings and logits", {**DENSE, **GRANITE}),
     "granite_swa": Family("scaled embeddings and logits", {**DENSE, **GRANITE, **SLIDING}),
@@ -163,20 +193,42 @@ FAMILIES: dict[str, Family] = {
     "laguna": Family("MoE", {**HEAD_DIM, **NUMBERED, **MIXED, "shared_expert_intermediate_size": 16}, "dense"),
     "llama": Family("dense", DENSE),
     "llama4_text": Family(
-        "MoE, chunked attention", {**HEAD_DIM, "num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": 16}, "dense"
+        "MoE, chunked attention",
+        {**HEAD_DIM, "num_local_experts": 4, "intermediate_size_mlp": 48, "attention_chunk_size": 16},
+        "dense",
     ),
     "longcat_flash": Family(
         "MoE, latent attention, two per block",
-        {**{k: v for k, v in DENSE.items() if k not in ("num_hidden_layers", "intermediate_size")}, **LATENT, "head_dim": 4, "num_layers": 3, "ffn_hidden_size": 48,
-         "expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2}, "dense",
+        {
+            **{k: v for k, v in DENSE.items() if k not in ("num_hidden_layers", "intermediate_size")},
+            **LATENT,
+            "head_dim": 4,
+            "num_layers": 3,
+            "ffn_hidden_size": 48,
+            "expert_ffn_hidden_size": 16,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+        },
+        "dense",
     ),
     "mellum": Family("MoE", {**HEAD_DIM, **LOCAL}, "dense"),
     "mimo_v2_flash": Family("MoE", {**HEAD_DIM, **ROUTED, **SLIDING, **MIXED, "v_head_dim": 8}, "dense"),
     "minicpm3": Family("latent attention, scaled embeddings", {**DENSE, **LATENT, "dim_model_base": 16}),
-    "minimax_m2": Family("MoE", {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4}, "dense"),
+    "minimax_m2": Family(
+        "MoE", {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4}, "dense"
+    ),
     "minimax_m3_vl_text": Family(
-        "MoE", {**HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, "dense_intermediate_size": 48,
-                "shared_intermediate_size": 16, "rotary_dim": 4}, "dense",
+        "MoE",
+        {
+            **HEAD_DIM,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "dense_intermediate_size": 48,
+            "shared_intermediate_size": 16,
+            "rotary_dim": 4,
+        },
+        "dense",
     ),  # fmt: skip
     "ministral": Family("dense", {**HEAD_DIM, **SLIDING}),
     "ministral3": Family("dense", HEAD_DIM),
@@ -193,7 +245,8 @@ FAMILIES: dict[str, Family] = {
     "opt": Family("learned positions", {**NO_GROUPS, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "opt-350m": Family(
         "learned positions, post-norm, embeddings of another width",
-        {**NO_GROUPS, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}, model_type="opt",
+        {**NO_GROUPS, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        model_type="opt",
     ),  # fmt: skip
     "persimmon": Family("dense", NO_GROUPS),
     "phi": Family("parallel blocks", DENSE),
@@ -214,7 +267,8 @@ FAMILIES: dict[str, Family] = {
         {**COMMON, "d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4, "max_position_embeddings": 64},
     ),
     "modernbert-decoder": Family(
-        "alternating windows, transformed states before the head", {**NO_GROUPS, "local_attention": 12},
+        "alternating windows, transformed states before the head",
+        {**NO_GROUPS, "local_attention": 12},
         skip={"dense shadow": "it cannot transform its states before the head"},
     ),  # fmt: skip
     "youtu": Family("latent attention", {**DENSE, **LATENT, "pad_token_id": None}, note="transformers empties the padding row on loading"),

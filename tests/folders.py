@@ -35,7 +35,7 @@ def assert_same_model(found: umbra.ShadowModel, expected: umbra.ShadowModel) -> 
     """Bit for bit: weights of the shadow, logits, configuration."""
     assert_same_weights(found, expected)
     assert found.shadow_config == expected.shadow_config
-    assert found.adapter_id == expected.adapter_id
+    assert found.shadow.adapter_id == expected.shadow.adapter_id
     with torch.no_grad():
         assert torch.equal(found(tokens()).logits, expected(tokens()).logits)
 

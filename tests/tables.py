@@ -36,7 +36,7 @@ COLUMNS = {
     "unloads": "the base gives the same logits as before, bit for bit; no hook is left",
     "detaches": "the stock model's logits are those that the auxiliary loss is computed from",
     "without Umbra": "the same, read from a folder in a process that cannot import Umbra",
-    "dense shadow": "`shadow=\"dense\"` detaches exactly too (for families that are mirrored by default)",
+    "dense shadow": '`shadow="dense"` detaches exactly too (for families that are mirrored by default)',
 }
 ARCHITECTURES_HEADER = """# Which base models Umbra works with
 

@@ -99,7 +99,7 @@ def test_inspect_explains_an_adapter_without_its_base(run, capsys):
     assert "rank 4" in text
     found = json.loads(output(capsys, "inspect", run / "out", "--json"))
     assert found["parameters"]["total"] == sum(v for k, v in found["parameters"].items() if k != "total")
-    assert found["coupled_blocks"] == [1, 3]
+    assert found["coupled_blocks"] == [1, 2, 3]
 
 
 def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):

@@ -181,7 +181,7 @@ def fill(model, value):
     with torch.no_grad():
         for p in model.shadow.state_dict().values():
             p.fill_(value)
-    model.shadow_config = dataclasses.replace(model.shadow_config, alpha=float(value))
+    model.shadow.config = dataclasses.replace(model.shadow_config, alpha=float(value))
 
 def crash_at(n):
     calls = [0]
@@ -197,7 +197,7 @@ def crash_at(n):
         setattr(holder, name, counted(getattr(holder, name)))
 
 model = make()
-model.adapter_id = "the one"
+model.shadow.adapter_id = "the one"
 for line in sys.stdin:
     folder, order, *rest = line.rstrip("\\n").split("\\t")
     pid = os.fork()

@@ -25,6 +25,7 @@ ORDER = [
     "fingerprint",
     "hooks",
     "backbone",
+    "adapters",
     "card",
     "model",
     "detach",
@@ -37,7 +38,7 @@ ORDER = [
     "cli",
 ]
 # What a model does for its user's convenience, looked up only when it is called.
-LAZY_UPWARD = {("model", "checkpoint"), ("model", "detach")}
+LAZY_UPWARD = {("adapters", "checkpoint"), ("model", "checkpoint"), ("model", "detach")}
 
 PUBLIC_NAMES = {
     "BaseModelError",

@@ -39,7 +39,9 @@ EMBEDDING_WIDTH = "word_embed_proj_dim"  # columns of the table and of the head,
 # What stands between the decoder's states and the head, wherever one of these is there.
 BEFORE_HEAD = {"opt": ("model.decoder.project_out",), "modernbert-decoder": ("lm_head", "head")}
 _STREAMS = "its blocks exchange several streams at once, where a shadow corrects one hidden state (B, T, D)"
-_OWN_CACHE = "it keeps its state in {} instead of a Cache of transformers, in which the shadow's keys would have no place"
+_OWN_CACHE = (
+    "it keeps its state in {} instead of a Cache of transformers, in which the shadow's keys would have no place"
+)
 _ENCODER = (
     "it is encoder-only, or an encoder run as a decoder; a shadow rides beside a causal decoder, such as Llama, Qwen3, "
     "Gemma 3, Mistral or GPT-2"
@@ -190,18 +192,23 @@ def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
     return is_plain and not reads_more and layer_types <= ATTENTION_TYPES
 
 
-def composite_config(base_config: PretrainedConfig, shadow_config: PretrainedConfig) -> PretrainedConfig:
-    """The base's configuration with L + S layers, so that a cache built from it holds the shadow's keys too."""
+def composite_config(base_config: PretrainedConfig, shadows: dict[int, PretrainedConfig]) -> PretrainedConfig:
+    """The base's configuration with more layers, so that a cache built from it holds the shadows' keys too.
+
+    Args:
+        shadows: the configuration of each shadow by its first layer in the cache, L or more.
+    """
     config = _with_plain_layers(copy.deepcopy(base_config))
     text = config.get_text_config(decoder=True)
-    types, extra = layer_types(text), layer_types(shadow_config)
-    sharing = getattr(text, "kv_sharing_modes", None)
+    types, sharing = layer_types(text), getattr(text, "kv_sharing_modes", None)
+    for first, shadow in sorted(shadows.items()):
+        types += ["full_attention"] * (first - len(types)) + layer_types(shadow)
     if sharing is not None:
-        text.kv_sharing_modes = [*sharing, *[None] * len(extra)]
-    windows = [w for w in (_window(text), _window(shadow_config)) if w is not None]
-    text.num_hidden_layers = len(types) + len(extra)
-    if windows or any(t != types[0] for t in types + extra) or getattr(text, "layer_types", None) is not None:
-        text.layer_types = types + extra
+        text.kv_sharing_modes = [*sharing, *[None] * (len(types) - len(sharing))]
+    windows = [w for w in map(_window, (text, *shadows.values())) if w is not None]
+    text.num_hidden_layers = len(types)
+    if windows or any(t != types[0] for t in types) or getattr(text, "layer_types", None) is not None:
+        text.layer_types = types
     if windows:
         text.sliding_window = max(windows)  # of the cache's layers; the masks of either model narrow it to its own
     return config
@@ -225,6 +232,14 @@ def _with_plain_layers(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def lay_out(config: PretrainedConfig, layers: PretrainedConfig) -> None:
+    """Give a configuration the layers of another one, and leave the rest of it alone."""
+    target, source = config.get_text_config(decoder=True), layers.get_text_config(decoder=True)
+    for name in ("num_hidden_layers", "layer_types", "sliding_window", "kv_sharing_modes"):
+        if name in source.__dict__ or name in source.attribute_map:
+            setattr(target, name, getattr(source, name))
+
+
 def shares_masks(base: PreTrainedModel, shadow: PreTrainedModel) -> bool:
     """Whether an attention mask that was prepared for the base's layers also fits the shadow's."""
     return type(base) is type(shadow) and _window(base.config) == _window(shadow.config)
@@ -241,6 +256,11 @@ def layer_types(config: PretrainedConfig) -> list[str]:
         return list(given)
     depth = getattr(config, "decoder_layers", config.num_hidden_layers)
     return ["sliding_attention" if _window(config) is not None else "full_attention"] * depth
+
+
+def cache_depth(base: Anatomy) -> int:
+    """How many layers a cache of the base has, and so the first that is free for a shadow."""
+    return len(layer_types(base.config))
 
 
 def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:

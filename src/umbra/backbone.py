@@ -7,6 +7,7 @@ fold them into its embeddings and its head.
 """
 
 import copy
+import uuid
 from typing import Any
 
 import torch
@@ -39,16 +40,22 @@ class Shadow(nn.Module):
     def __init__(self, base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None = None):
         super().__init__()
         D, L = base.config.hidden_size, len(base.blocks)
+        self.config = config
+        self.adapter_id = uuid.uuid4().hex
+        self.classifier: dict[str, Any] = {}  # label names, where they are not those of the base's configuration
+        self.first_cache_layer = 0
+        self.trained: list[str] | None = None  # while it rests: what to train again
         self.backbone = build_backbone(base, config, backbone_config)
         self.owns_embeddings = _owns_embeddings(base, config, self.backbone)
         if not self.owns_embeddings:
             anatomy.remove_embeddings(self.backbone)
         elif config.is_pretrained:
             self.backbone.get_input_embeddings().requires_grad_(False)
-        anatomy.shift_layer_indices(self.backbone, len(anatomy.layer_types(base.config)))
+        self.place(anatomy.cache_depth(base))
+        self.shares_masks = anatomy.shares_masks(base.decoder, self.backbone)
 
         E, width = anatomy.table_width(base.embeddings), anatomy.states_width(self.backbone.config)
-        narrows = E != width and not self.owns_embeddings
+        narrows = width != E and not self.owns_embeddings
         self.embed_projection = nn.Linear(E, width, bias=False) if narrows else None
         self.projection = nn.Linear(width, D, bias=False) if width != D else None
         self.couplings = Couplings(L, D, config)
@@ -90,6 +97,28 @@ class Shadow(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.projection is None else self.projection(x)
+
+    @property
+    def cache_layers(self) -> range:
+        """The layers of the common cache that hold this shadow's keys."""
+        return range(self.first_cache_layer, self.first_cache_layer + self.backbone.config.num_hidden_layers)
+
+    def place(self, first_cache_layer: int) -> None:
+        """Move to other layers of the common cache."""
+        anatomy.shift_layer_indices(self.backbone, first_cache_layer - self.first_cache_layer)
+        self.first_cache_layer = first_cache_layer
+
+    def rest(self) -> None:
+        """Freeze all weights, until `wake`."""
+        if self.trained is None:
+            self.trained = [name for name, p in self.named_parameters() if p.requires_grad]
+        self.requires_grad_(False)
+
+    def wake(self) -> None:
+        """Train again what was trained before `rest`."""
+        for name in self.trained or ():
+            self.get_parameter(name).requires_grad_()
+        self.trained = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,13 +4,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backbone import Shadow
     from .model import ShadowModel
 
 
-def model_card(values: dict[str, Any], model: "ShadowModel") -> str:
+def model_card(values: dict[str, Any], model: "ShadowModel", shadow: "Shadow") -> str:
     """Markdown with the hub's front matter, from the content of ``adapter_config.json``."""
     base, config = values["base_model_name_or_path"], values["shadow"]
-    parts = "\n".join(f"| {name} | {count:,} |" for name, count in model.shadow.parts().items())
+    parts = "\n".join(f"| {name} | {count:,} |" for name, count in shadow.parts().items())
     pipeline = "text-classification" if values["task_type"] == "SEQ_CLS" else "text-generation"
     return f"""---
 base_model: {json.dumps(base or "unknown", ensure_ascii=False)}

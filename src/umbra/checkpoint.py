@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from . import __version__, anatomy, folder
-from .backbone import saved_config
+from .anatomy import Anatomy
+from .backbone import Shadow, saved_config
 from .bases import load_base
 from .card import model_card
 from .config import ShadowConfig
@@ -35,6 +36,7 @@ def save(
     model: ShadowModel,
     path: str | Path,
     *,
+    adapter_name: str | None = None,
     overwrite: bool = False,
     state_dict: dict[str, torch.Tensor] | None = None,
     is_main_process: bool | None = None,
@@ -43,6 +45,7 @@ def save(
     """Write the adapter folder; the base is not in it.
 
     Args:
+        adapter_name: which of several adapters; by default the active one.
         overwrite: replace another adapter that lies there; the model's own earlier save is always replaced.
         state_dict: gathered weights under this model's names, where a trainer has sharded them.
         is_main_process: passed by transformers' Trainer, which owns its folders and finds the weights there by a
@@ -53,13 +56,13 @@ def save(
     """
     if is_main_process is False:
         return
-    target = Path(path)
+    target, shadow = Path(path), model.adapter(adapter_name)
     if is_main_process is None and not overwrite:
-        refuse_other_adapter(target, model.adapter_id)
-    values = describe(model)
-    source = model.state_dict() if state_dict is None else state_dict
+        refuse_other_adapter(target, shadow.adapter_id)
+    values = describe(model, shadow)
+    source = own_weights(shadow) if state_dict is None else state_dict
     weights = {k: v.detach().cpu().contiguous() for k, v in source.items() if k.startswith(PREFIX)}
-    lost = own_weights(model).keys() - weights.keys()
+    lost = own_weights(shadow).keys() - weights.keys()
     if lost:
         raise CheckpointError(
             f"The state dict to save lacks {len(lost)} tensors of the shadow, {sorted(lost)[0]} first."
@@ -71,7 +74,7 @@ def save(
         except SafetensorError as error:
             raise OSError(str(error)) from error
         folder.write_text(staging / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        folder.write_text(staging / CARD_FILE, model_card(values, model))
+        folder.write_text(staging / CARD_FILE, model_card(values, model, shadow))
         if is_main_process:
             _link(staging / WEIGHTS_FILE, staging / TRAINER_FILE)
 
@@ -97,30 +100,32 @@ def refuse_other_adapter(target: Path, adapter_id: str | None) -> None:
         raise CheckpointError(f"{target} already holds another adapter: choose another folder, or pass overwrite=True.")
 
 
-def describe(model: ShadowModel) -> dict[str, Any]:
+def describe(model: ShadowModel, shadow: Shadow) -> dict[str, Any]:
     """What ``adapter_config.json`` holds."""
     base = anatomy.locate(model.base)
     config = model.base.config
-    labels = {"num_labels": config.num_labels, "id2label": config.id2label, "problem_type": config.problem_type}
+    labels = {
+        name: shadow.classifier.get(name, getattr(config, name)) for name in ("num_labels", "id2label", "problem_type")
+    }
     return {
         "peft_type": "UMBRA",
         "task_type": TASKS[base.is_classifier],
         "base_model_name_or_path": model.base.name_or_path,
         "format_version": FORMAT_VERSION,
         "umbra_version": __version__,
-        "adapter_id": model.adapter_id,
-        "shadow": model.shadow_config.to_dict(),
-        "shadow_model_config": _plain_config(model),
+        "adapter_id": shadow.adapter_id,
+        "shadow": shadow.config.to_dict(),
+        "shadow_model_config": _plain_config(shadow.backbone.config),
         "base": model.base_fingerprint,
         **({"classifier": {**labels, "pad_token_id": anatomy.pad_token_id(config)}} if base.is_classifier else {}),
     }
 
 
-def _plain_config(model: ShadowModel) -> dict[str, Any]:
-    values = json.loads(model.shadow.backbone.config.to_json_string(use_diff=False))
+def _plain_config(config: PretrainedConfig) -> dict[str, Any]:
+    values = json.loads(config.to_json_string(use_diff=False))
     hidden = ("_name_or_path", "architectures", "quantization_config", "transformers_version", "dtype")
     values = {k: v for k, v in values.items() if k not in hidden}
-    return {"model_type": model.shadow.backbone.config.model_type, **values}
+    return {"model_type": config.model_type, **values}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -192,43 +197,80 @@ def load(
         CheckpointError: a missing, damaged or foreign folder, or tensors that do not fit.
         BaseModelError: another base than the adapter's.
     """
-    path = local_folder(path)
-    values, weights = read_config(path), read_weights(path)
-    file = folder.find(path, CONFIG_FILE)
-    try:
-        config, backbone_config = ShadowConfig.from_dict(values["shadow"]), saved_config(values["shadow_model_config"])
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+    saved = _Saved(path)
     if base is None or isinstance(base, str):
-        name = base or values.get("base_model_name_or_path")
+        name = base or saved.values.get("base_model_name_or_path")
         if not name:
-            raise CheckpointError(f"{file} does not name its base: pass base=…")
-        base = load_base(name, classifier=_classifier(values, file), **base_options)
-    located = anatomy.locate(base)
-    task = TASKS[located.is_classifier]
-    if task != values["task_type"]:
-        raise CheckpointError(f"{path} is an adapter for {values['task_type']}, the base given is a model for {task}.")
-    if not allow_other_base:
-        check_same_base(values["base"], located)
-    model = attach(base, config, backbone_config=backbone_config)
+            raise CheckpointError(f"{saved.file} does not name its base: pass base=…")
+        base = load_base(name, classifier=_classifier(saved.values, saved.file), **base_options)
+    saved.check(anatomy.locate(base), allow_other_base)
+    model = attach(base, saved.config, backbone_config=saved.backbone_config)
     try:
-        load_weights(model, weights, folder.find(path, WEIGHTS_FILE))
+        saved.fill(model.shadow)
     except CheckpointError:
         model.unload()
         raise
-    model.adapter_id = values.get("adapter_id") or model.adapter_id
     if not trainable:
         model.requires_grad_(False)
     return model
 
 
-def load_weights(model: ShadowModel, weights: dict[str, torch.Tensor], file: Path) -> None:
+def load_shadow(
+    path: str | Path, base: PreTrainedModel, *, trainable: bool = False, allow_other_base: bool = False
+) -> Shadow:
+    """Read an adapter for a base that carries a shadow already; the base is left alone. See `ShadowModel.load_adapter`.
+
+    Raises:
+        CheckpointError, BaseModelError: as `load`; or a classifier of another number of labels.
+    """
+    saved = _Saved(path)
+    located = anatomy.locate(base)
+    saved.check(located, allow_other_base)
+    classifier, labels = _classifier(saved.values, saved.file), base.config.num_labels
+    if classifier is not None and classifier.get("num_labels") != labels:
+        raise CheckpointError(f"{path} knows {classifier.get('num_labels')} labels, the base's head {labels}.")
+    shadow = Shadow(located, saved.config, saved.backbone_config)
+    saved.fill(shadow)
+    shadow.classifier = classifier or {}
+    if not trainable:
+        shadow.requires_grad_(False)
+    return shadow
+
+
+class _Saved:
+    """An adapter folder, read and checked as far as it can be without its base."""
+
+    def __init__(self, path: str | Path):
+        self.path = local_folder(path)
+        self.values, self.weights = read_config(self.path), read_weights(self.path)
+        self.file = folder.find(self.path, CONFIG_FILE)
+        try:
+            self.config = ShadowConfig.from_dict(self.values["shadow"])
+            self.backbone_config = saved_config(self.values["shadow_model_config"])
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{self.file} is damaged: {error}") from error
+
+    def check(self, base: Anatomy, allow_other_base: bool) -> None:
+        task = TASKS[base.is_classifier]
+        if task != self.values["task_type"]:
+            raise CheckpointError(
+                f"{self.path} is an adapter for {self.values['task_type']}, the base given is a model for {task}."
+            )
+        if not allow_other_base:
+            check_same_base(self.values["base"], base)
+
+    def fill(self, shadow: Shadow) -> None:
+        load_weights(shadow, self.weights, folder.find(self.path, WEIGHTS_FILE))
+        shadow.adapter_id = self.values.get("adapter_id") or shadow.adapter_id
+
+
+def load_weights(shadow: Shadow, weights: dict[str, torch.Tensor], file: Path) -> None:
     """Put the tensors of a file into the shadow, all of them or none.
 
     Raises:
         CheckpointError: a tensor is missing, left over, misshapen or not floating point.
     """
-    own = own_weights(model)
+    own = own_weights(shadow)
     for problem, keys in (("lacks", own.keys() - weights.keys()), ("has unknown", weights.keys() - own.keys())):
         if keys:
             raise CheckpointError(f"{file} {problem} {len(keys)} tensors, {sorted(keys)[0]!r} first.")
@@ -238,12 +280,12 @@ def load_weights(model: ShadowModel, weights: dict[str, torch.Tensor], file: Pat
                 f"{file}: {key!r} is {value.dtype} of shape {tuple(value.shape)}, "
                 f"needed is floating point of shape {tuple(own[key].shape)}."
             )
-    model.load_state_dict(weights, strict=False)
+    shadow.load_state_dict({key.removeprefix(PREFIX): value for key, value in weights.items()})
 
 
-def own_weights(model: ShadowModel) -> dict[str, torch.Tensor]:
+def own_weights(shadow: Shadow) -> dict[str, torch.Tensor]:
     """All that an adapter file holds, by its names there."""
-    return model.shadow.state_dict(prefix=PREFIX)
+    return shadow.state_dict(prefix=PREFIX)
 
 
 def _classifier(values: dict[str, Any], file: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import re
 import sys
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
 from .errors import ConfigError, UmbraError
@@ -152,10 +152,15 @@ def _add_flags(parser: Any, kind: type) -> None:
             )  # fmt: skip
             continue
         kind_of = types[0] if types[0] in (int, float) else str
+        several = get_origin(types[0]) is tuple
         parser.add_argument(
-            f"--{f.name}", *{f"--{f.name.replace('_', '-')}"} - {f"--{f.name}"}, type=kind_of,
-            default=argparse.SUPPRESS, metavar=kind_of.__name__.upper(), help=text + default,
+            f"--{f.name}", *{f"--{f.name.replace('_', '-')}"} - {f"--{f.name}"}, type=_integers if several else kind_of,
+            default=argparse.SUPPRESS, metavar="INT,…" if several else kind_of.__name__.upper(), help=text + default,
         )  # fmt: skip
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _boolean(text: str) -> bool:

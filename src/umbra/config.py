@@ -82,6 +82,9 @@ class ShadowConfig:
     )
 
     first_layer: int | None = option(None, "first block with an injection; paper 1, peft 0")
+    layers: tuple[int, ...] | None = option(
+        None, "the coupled blocks, in place of first_layer, such as 20,22,24; default all from first_layer on"
+    )
     norm: bool | None = option(None, "one shared LayerNorm before gate and transform; paper yes, peft no")
     activation: Literal["silu", "gelu"] | None = option(None, "activation of gate and transform; paper silu, peft gelu")
     bias: bool | None = option(None, "biases in gate and transform; paper no, peft yes")
@@ -99,6 +102,12 @@ class ShadowConfig:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
         if self.first_layer is not None and (not _is_int(self.first_layer) or self.first_layer < 0):
             raise ConfigError(f"first_layer must be an integer of at least 0, got {self.first_layer!r}.")
+        if self.layers is not None:
+            if not isinstance(self.layers, list | tuple) or not all(_is_int(l) and l >= 0 for l in self.layers):
+                raise ConfigError(f"layers must be a list of block numbers from 0 on, got {self.layers!r}.")
+            if not self.layers or sorted(set(self.layers)) != list(self.layers):
+                raise ConfigError(f"layers must be one or more blocks in ascending order, got {self.layers!r}.")
+            object.__setattr__(self, "layers", tuple(self.layers))
         if not _is_finite(self.alpha):
             raise ConfigError(f"alpha must be a finite number, got {self.alpha!r}.")
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
@@ -140,6 +149,20 @@ class ShadowConfig:
         if self.gate_rank is None and filled.get("gate_rank") is None:
             filled["gate_rank"] = self.rank or filled["rank"]
         return dataclasses.replace(self, **filled)
+
+    def coupled(self, num_layers: int) -> tuple[int, ...]:
+        """The blocks of a base of ``num_layers`` that carry an injection; of a resolved configuration.
+
+        Raises:
+            ConfigError: a block that the base does not have.
+        """
+        assert self.first_layer is not None
+        if self.layers is None and self.first_layer >= num_layers:
+            raise ConfigError(f"first_layer={self.first_layer}, but the base's blocks are 0 to {num_layers - 1}.")
+        layers = tuple(range(self.first_layer, num_layers)) if self.layers is None else self.layers
+        if layers[-1] >= num_layers:
+            raise ConfigError(f"layers={list(layers)}, but the base's blocks are 0 to {num_layers - 1}.")
+        return layers
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field name, for JSON and YAML."""

@@ -11,6 +11,7 @@ Letters: B batch, T tokens, D base hidden size, R injection rank, G gate rank, L
 The update after the last block feeds nothing: it is neither computed nor given parameters.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Update(nn.Module):
 
 
 class Couplings(nn.Module):
-    """All that couples L blocks to the state: an `Injection` before each block from ``first`` on, an `Update` between.
+    """All that couples blocks to the state: an `Injection` before each of ``layers``, an `Update` between them.
 
     Args:
         num_layers: L.
@@ -74,9 +75,8 @@ class Couplings(nn.Module):
 
     def __init__(self, num_layers: int, hidden_size: int, config: ShadowConfig):
         super().__init__()
-        assert config.first_layer is not None
-        self.first = config.first_layer
-        layers = range(self.first, num_layers)
+        self.layers = layers = config.coupled(num_layers)
+        self.following = dict(pairwise(layers))
         self.injections = nn.ModuleDict({str(l): Injection(hidden_size, config) for l in layers})
         self.updates = nn.ModuleDict({str(l): Update(hidden_size, config) for l in layers[:-1]})
         self.norm = nn.LayerNorm(hidden_size) if config.norm and len(layers) > 1 else nn.Identity()

@@ -79,10 +79,9 @@ def _stock_config(model: ShadowModel) -> PretrainedConfig:
     config, base = copy.deepcopy(anatomy.text_twin(model.shadow.backbone.config)), model.base.config
     config.__dict__.pop("quantization_config", None)
     config.architectures = None
-    for key in (
-        ("num_labels", "id2label", "label2id", "problem_type") if anatomy.locate(model.base).is_classifier else ()
-    ):
-        setattr(config, key, getattr(base, key))
+    if anatomy.locate(model.base).is_classifier:
+        for key in ("num_labels", "id2label", "label2id", "problem_type"):
+            setattr(config, key, model.shadow.classifier.get(key, getattr(base, key)))
     text = base.get_text_config()
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, key, getattr(text, key))

@@ -1,12 +1,12 @@
 """Hooks on the base's blocks, and the state of one forward in per-layer slots.
 
 Nothing of the state lies on a module: a `Frame` is open for the length of one forward of one thread. Before block l
-its hook reads slot l, after the block it writes slot l + 1. A coupled block that runs while no frame is open raises:
-a hook that quietly does nothing would answer with the bare base.
+its hook reads slot l, after the block it writes the next one. A block that runs while no frame is open raises: a hook
+that quietly does nothing would answer with the bare base.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,40 +30,54 @@ class Attachment:
     """The handle on a base's hooks: `remove` takes every one of them away again.
 
     Args:
-        blocks: the L decoder blocks.
+        blocks: the L decoder blocks, in the very list that the decoder runs.
         head: the task head, whose input rows a frame may choose and whose output a frame may replace.
-        first: the first coupled block.
-        decoder: the blocks' own model, where the state is to start from what that is given; None where a frame
-            brings it along.
+        decoder: the blocks' own model, where the lanes are to start from what that is given; None where a frame
+            brings them along.
         stream: which of the parallel hidden states (N, B, T, D) of its blocks is coupled; None for one (B, T, D).
     """
 
     def __init__(
-        self,
-        blocks: nn.ModuleList,
-        head: nn.Module,
-        first: int,
-        decoder: nn.Module | None = None,
-        stream: int | None = None,
+        self, blocks: nn.ModuleList, head: nn.Module, decoder: nn.Module | None = None, stream: int | None = None
     ):
         if any(isinstance(hook, _Hook) for block in blocks for hook in block._forward_pre_hooks.values()):
             raise BaseModelError("This base already carries a shadow: unload() it first.")
-        last = len(blocks) - 1
-        self.handles, self.stream = [], stream
+        self.blocks, self.hooked, self.stream = blocks, [], stream
+        self.block_handles: list[Any] = []
+        self.head_handles = [
+            head.register_forward_pre_hook(_BeforeHead(self)),
+            head.register_forward_hook(_AfterHead(self)),
+        ]
         if decoder is not None:
-            self.handles.append(decoder.register_forward_pre_hook(_BeforeDecoder(self), with_kwargs=True))
-        for l in range(first, len(blocks)):
-            self.handles.append(blocks[l].register_forward_pre_hook(_BeforeBlock(self, l), with_kwargs=True))
-            if l < last:
-                self.handles.append(blocks[l].register_forward_hook(_AfterBlock(self, l)))
-        self.handles.append(head.register_forward_pre_hook(_BeforeHead(self)))
-        self.handles.append(head.register_forward_hook(_AfterHead(self)))
+            self.head_handles.append(decoder.register_forward_pre_hook(_BeforeDecoder(self), with_kwargs=True))
+        self.settle()
+
+    def settle(self) -> None:
+        """Put the hooks on the modules that stand in the list now.
+
+        A wrapper that was put around a block after `attach` (activation checkpointing, FSDP) has then the hooks outside:
+        it recomputes the block alone, never the coupling.
+        """
+        if self.hooked == list(self.blocks):
+            return
+        for handle in self.block_handles:
+            handle.remove()
+        self.hooked = list(self.blocks)
+        self.block_handles = [
+            handle
+            for l, block in enumerate(self.hooked)
+            for handle in (
+                block.register_forward_pre_hook(_BeforeBlock(self, l), with_kwargs=True),
+                block.register_forward_hook(_AfterBlock(self, l)),
+            )
+        ]
 
     def remove(self) -> None:
         """Take all hooks off the base."""
-        for handle in self.handles:
+        for handle in (*self.block_handles, *self.head_handles):
             handle.remove()
-        self.handles.clear()
+        self.block_handles.clear()
+        self.head_handles.clear()
 
     def current(self) -> "Frame | None":
         """This thread's open frame, if its innermost one is of this attachment."""
@@ -71,46 +85,34 @@ class Attachment:
         return stack[-1] if stack and stack[-1].attachment is self else None
 
 
-class Frame:
-    """The state of one forward; a context manager.
+class Lane:
+    """One adapter's way through one forward: its state in a slot per coupled block.
 
     Args:
-        couplings: the adapter, or None to run the bare base.
-        s0: (B, T, D), the state before the first coupled block; or a function that computes it from what the decoder
-            is given (a dict of its keyword arguments).
-        head: what the task head reads and returns; None leaves it alone.
+        s0: (B, T, D), or (N, T, D) where the adapter has only N rows of the batch.
+        rows: (N,), which rows those are; None for all.
     """
 
-    def __init__(
-        self,
-        attachment: Attachment,
-        couplings: Couplings | None = None,
-        s0: Tensor | Callable[[dict[str, Any]], Tensor] | None = None,
-        head: "HeadPlan | None" = None,
-    ):
-        self.attachment, self.couplings, self.head = attachment, couplings, head
-        self.start = s0 if callable(s0) else None
-        self.slots: dict[int, Tensor] = {} if couplings is None or not torch.is_tensor(s0) else {couplings.first: s0}
-
-    def __enter__(self) -> "Frame":
-        _frames.stack.append(self)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        _frames.stack.pop()
+    def __init__(self, couplings: Couplings, s0: Tensor, rows: Tensor | None = None):
+        self.couplings, self.rows = couplings, rows
+        self.slots: dict[int, Tensor] = {couplings.layers[0]: s0}
 
     def before(self, l: int, h: Tensor) -> Tensor:
-        assert self.couplings is not None
-        stream = self.attachment.stream
-        if stream is None:
+        """The input of block l, (B, T, D), with this adapter's rows corrected."""
+        if l not in self.couplings.layers:
+            return h
+        if self.rows is None:
             return self.couplings.inject(l, h, self._slot(l, h))
-        active = self.couplings.inject(l, h[stream], self._slot(l, h[stream]))
-        return torch.cat([h[:stream], active[None], h[stream + 1 :]])
+        mine = h[self.rows]
+        return h.index_copy(0, self.rows, self.couplings.inject(l, mine, self._slot(l, mine)))
 
     def after(self, l: int, h: Tensor) -> None:
-        assert self.couplings is not None
-        h = h if self.attachment.stream is None else h[self.attachment.stream]
-        self.slots[l + 1] = self.couplings.update(l, h, self._slot(l, h))
+        """Fill the slot of the next coupled block from the output of block l, (B, T, D)."""
+        following = self.couplings.following.get(l)
+        if following is None:
+            return
+        h = h if self.rows is None else h[self.rows]
+        self.slots[following] = self.couplings.update(l, h, self._slot(l, h))
         if not torch.is_grad_enabled():
             del self.slots[l]
 
@@ -122,17 +124,56 @@ class Frame:
         return s
 
 
+class Frame:
+    """One forward of the base; a context manager.
+
+    Args:
+        lanes: the adapters that take part, or what makes them from the keyword arguments that the decoder is given;
+            none for the bare base.
+        head: what the task head reads and returns; None leaves it alone.
+        disabled: whether calls of the model within are of the bare base, too.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        lanes: "Sequence[Lane] | Callable[[dict[str, Any]], Sequence[Lane]]" = (),
+        head: "HeadPlan | None" = None,
+        disabled: bool = False,
+    ):
+        self.attachment, self.head, self.disabled = attachment, head, disabled
+        self.start = lanes if callable(lanes) else None
+        self.lanes: Sequence[Lane] = () if callable(lanes) else lanes
+
+    def __enter__(self) -> "Frame":
+        self.attachment.settle()
+        _frames.stack.append(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _frames.stack.pop()
+
+
 class HeadPlan:
     """Which rows the head reads, and by which weights.
 
     Args:
+        heads: trained copies of the head, "attached" and "shadow", of all rows of the batch (None) or of some (N,);
+            those that are empty leave the base's.
+        flatten: read a list of positions instead of (B, T).
         keep: flat positions (N,) of (B, T) that the head reads; None for all.
         extra: (M, D) rows of s⁰ that the head reads after them.
-        heads: trained copies of the head by path, "attached" and "shadow"; empty to use the base's.
     """
 
-    def __init__(self, keep: Tensor | None, extra: Tensor | None, heads: nn.ModuleDict, flatten: bool = True):
-        self.keep, self.extra, self.heads, self.flatten = keep, extra, heads, flatten
+    def __init__(
+        self,
+        heads: Sequence[tuple[Tensor | None, nn.ModuleDict]],
+        flatten: bool = False,
+        keep: Tensor | None = None,
+        extra: Tensor | None = None,
+    ):
+        self.heads = [(rows, copies) for rows, copies in heads if copies]
+        self.flatten, self.keep, self.extra = flatten, keep, extra
         self.rows: int | None = None  # of the attached path; set once the head has run
 
     def choose(self, h: Tensor) -> Tensor:
@@ -146,13 +187,17 @@ class HeadPlan:
         return rows[None]
 
     def replace(self, h: Tensor, logits: Tensor) -> Tensor:
-        if not self.heads:
-            return logits
-        h = h.to(next(self.heads.parameters()).dtype)
-        attached, shadow = self.heads["attached"], self.heads["shadow"]
-        if self.extra is None:
-            return attached(h)
-        return torch.cat([attached(h[:, : self.rows]), shadow(h[:, self.rows :])], dim=1)
+        for rows, copies in self.heads:
+            mine = (h if rows is None else h[rows]).to(next(copies.parameters()).dtype)
+            if rows is not None:
+                logits = logits.index_copy(0, rows, copies["attached"](mine).to(logits.dtype))
+            elif self.extra is None:
+                logits = copies["attached"](mine)
+            else:
+                logits = torch.cat(
+                    [copies["attached"](mine[:, : self.rows]), copies["shadow"](mine[:, self.rows :])], dim=1
+                )
+        return logits
 
 
 class _Hook:
@@ -163,8 +208,8 @@ class _Hook:
         frame = self.attachment.current()
         if frame is None:
             raise StateError(
-                "A block of the base ran outside the forward of its ShadowModel (the base was called directly, or a "
-                "checkpoint wrapper around the block recomputed it). Call the ShadowModel; for the bare base use "
+                "A block of the base ran outside the forward of its ShadowModel (the base was called directly, or its own "
+                "code recomputed the block with its hooks). Call the ShadowModel; for the bare base use "
                 "`with model.disable_adapter():`, or unload()."
             )
         return frame
@@ -173,25 +218,29 @@ class _Hook:
 class _BeforeDecoder(_Hook):
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         frame = self.attachment.current()
-        if frame is not None and frame.couplings is not None and frame.start is not None:
-            frame.slots[frame.couplings.first] = frame.start(kwargs)
+        if frame is not None and frame.start is not None:
+            frame.lanes = frame.start(kwargs)
 
 
 class _BeforeBlock(_Hook):
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> Any:
-        frame = self.frame()
-        if frame.couplings is None:
+        lanes = self.frame().lanes
+        if not lanes:
             return None
-        if args:
-            return (frame.before(self.l, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": frame.before(self.l, kwargs["hidden_states"])}
+        h = args[0] if args else kwargs["hidden_states"]
+        streams, i = h, self.attachment.stream
+        h = h if i is None else streams[i]
+        for lane in lanes:
+            h = lane.before(self.l, h)
+        h = h if i is None else torch.cat([streams[:i], h[None], streams[i + 1 :]])
+        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
 
 
 class _AfterBlock(_Hook):
     def __call__(self, block: nn.Module, args: tuple, output: Any) -> None:
-        frame = self.frame()
-        if frame.couplings is not None:
-            frame.after(self.l, output[0] if isinstance(output, tuple | list) else output)
+        h, i = output[0] if isinstance(output, tuple | list) else output, self.attachment.stream
+        for lane in self.frame().lanes:
+            lane.after(self.l, h if i is None else h[i])
 
 
 class _BeforeHead(_Hook):

@@ -43,7 +43,7 @@ def inspect(path: str) -> dict[str, Any]:
         "gate_rank": config.gate_rank,
         "alpha": config.alpha,
         "auxiliary_loss_weight": config.auxiliary_loss_weight,
-        "coupled_blocks": [config.first_layer, base["num_hidden_layers"] - 1],
+        "coupled_blocks": list(config.coupled(base["num_hidden_layers"])),
         "shadow": {
             "model_type": shadow["model_type"],
             "num_hidden_layers": shadow.get("num_hidden_layers", shadow.get("n_layer")),
@@ -60,12 +60,14 @@ def inspect(path: str) -> dict[str, Any]:
 
 def explain(found: dict[str, Any]) -> str:
     """The same as lines to read."""
-    shadow, base, first = found["shadow"], found["base"], found["coupled_blocks"][0]
+    shadow, base, blocks = found["shadow"], found["base"], found["coupled_blocks"]
+    whole = blocks == list(range(blocks[0], blocks[-1] + 1))
+    where = f"{blocks[0]} to {blocks[-1]}" if whole else ", ".join(map(str, blocks))
     changed = ", ".join(f"{k}={v}" for k, v in found["changed_from_dialect"].items())
     lines = [
         f"{found['path']}: a shadow for {base['name'] or 'an unnamed base'} ({found['task']})",
         f"  dialect     {found['dialect']}" + (f", but {changed}" if changed else ""),
-        f"  injection   rank {found['rank']}, α {found['alpha']}, before blocks {first} to {found['coupled_blocks'][1]}",
+        f"  injection   rank {found['rank']}, α {found['alpha']}, before blocks {where}",
         f"  update      gate rank {found['gate_rank']}",
         f"  λ           {found['auxiliary_loss_weight']}",
         f"  shadow      {shadow['model_type']}, {shadow['num_hidden_layers']} layers of width {shadow['hidden_size']}",

@@ -2,8 +2,7 @@
 
 import copy
 import inspect
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, Pretra
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from . import anatomy
+from .adapters import DEFAULT, Adapters, group_rows, pick_rows
 from .backbone import BATCH_ARGUMENTS, Shadow
 from .config import ShadowConfig
 from .core import classification_loss, labelled_positions, token_loss
 from .errors import BaseModelError, ConfigError, StateError
 from .fingerprint import fingerprint
-from .hooks import Attachment, Frame, HeadPlan
-
+from .hooks import Attachment, Frame, HeadPlan, Lane
 
 SHADOW_MASK = "shadow_attention_mask"  # (B, T) or None: the padding, where the base was given masks of its own kind
 
@@ -71,7 +70,7 @@ def attach(
     return kind(base, config, backbone_config=backbone_config)
 
 
-class ShadowModel(PreTrainedModel):
+class ShadowModel(Adapters, PreTrainedModel):
     """A frozen ``base`` and the trainable ``shadow`` that corrects it. Made by `attach` and `load`."""
 
     _can_compile_fullgraph = True
@@ -84,74 +83,103 @@ class ShadowModel(PreTrainedModel):
         layers = len(located.blocks)
         if layers < 2:
             raise BaseModelError(f"The base has {layers} block; a shadow needs at least 2 to be coupled to.")
-        if resolved.first_layer is not None and resolved.first_layer >= layers:
-            raise ConfigError(f"first_layer={resolved.first_layer}, but the base's blocks are 0 to {layers - 1}.")
+        resolved.coupled(layers)
         shadow = Shadow(located, resolved, backbone_config)
 
-        composite = anatomy.composite_config(base.config, shadow.backbone.config)
+        composite = anatomy.composite_config(base.config, {shadow.first_cache_layer: shadow.backbone.config})
         composite.keys_to_ignore_at_inference = ["past_key_values", "shadow_loss"]
         super().__init__(composite)
-        self.shadow_config = resolved
-        self.adapter_id = uuid.uuid4().hex
         self.base_fingerprint = fingerprint(located)
         self.base = base
         self.shadow = shadow
+        self.resting = nn.ModuleDict()
+        self.active_adapter = DEFAULT
         self.main_input_name = base.main_input_name
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in base.all_tied_weights_keys.items()}
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._head_name = located.head_name
-        self._shares_masks = anatomy.shares_masks(located.decoder, shadow.backbone)
         self._was_checkpointing = base.is_activation_checkpointing
         self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
         self._merges_embeddings = located.merges_embeddings
-        self._num_blocks = layers
         self._cache_argument = anatomy.cache_argument(base)
-        self._attachment = Attachment(
-            located.blocks, located.head, resolved.first_layer or 0,
-            decoder=located.decoder if located.merges_embeddings else None, stream=located.stream,
-        )  # fmt: skip
+        decoder = located.decoder if located.merges_embeddings else None
+        self._attachment = Attachment(located.blocks, located.head, decoder, located.stream)
         base.requires_grad_(False)
         self.train(base.training)
 
+    @property
+    def shadow_config(self) -> ShadowConfig:
+        """The active shadow's."""
+        return self.shadow.config
+
     # -- the two paths ---------------------------------------------------------------------------------------------
 
-    def _initial_state(self, batch: dict[str, Any]) -> Tensor:
-        batch = {**batch, "attention_mask": batch.get(SHADOW_MASK, batch.get("attention_mask"))}
-        told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
-        return self.shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
+    def _route(self, batch: dict[str, Any], names: Sequence[str | None] | None) -> list[tuple[Shadow, Tensor | None]]:
+        """Each shadow that takes part in a forward, with its rows (N,); None for all."""
+        if names is None:
+            return [(self.shadow, None)]
+        if self.training:
+            raise ConfigError("adapter_names is for inference: train the active adapter, one at a time.")
+        x = batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]
+        groups = group_rows(names, len(x), x.device)
+        return [(self.adapter(name), None if len(rows) == len(x) else rows) for name, rows in groups.items()]
 
-    def _run_base(self, batch: dict[str, Any], head: HeadPlan, use_state: Callable[[Tensor], Any]) -> dict[str, Any]:
-        """The base's output by name; ``use_state`` is told s⁰ (B, T, D) as soon as it is known.
+    def _lane(self, batch: dict[str, Any], given: dict[str, Any], shadow: Shadow, rows: Tensor | None) -> Lane:
+        seen = self._seen_by(shadow, batch, given)
+        if rows is None:
+            return Lane(shadow.couplings, self._initial_state(seen, shadow))
+        if seen["past_key_values"] is None and not given:
+            return Lane(shadow.couplings, self._initial_state(pick_rows(seen, rows), shadow), rows)
+        # A layer of the cache has a row for each of the batch: the shadow runs on all, and its own are picked after.
+        return Lane(shadow.couplings, self._initial_state(seen, shadow)[rows], rows)
 
-        It is computed before the base runs, or once its decoder is given embeddings with those of images among them.
-        """
-
-        def start(given: dict[str, Any]) -> Tensor:
-            s0 = self._initial_state(self._as_decoder_sees_it(batch, given) if given else batch)
-            use_state(s0)
-            return s0
-
-        known = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
-        if "past_key_values" in known:
-            known[self._cache_argument] = known.pop("past_key_values")
-        s0 = start if self._merges_embeddings else start({})
-        with Frame(self._attachment, self.shadow.couplings, s0, head):
-            out = dict(self.base(**known, return_dict=True))
-        if self._cache_argument in out:
-            out["past_key_values"] = out.pop(self._cache_argument)
-        return out
-
-    def _as_decoder_sees_it(self, batch: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        seen = {**batch, **given, "input_ids": None}
-        if not self._shares_masks:
-            seen["attention_mask"] = batch["attention_mask"]
+    def _seen_by(self, shadow: Shadow, batch: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """The batch, where the decoder was given other things (embeddings with images in them), those; padding as (B, T)
+        for a shadow that cannot read the base's masks."""
+        seen = {**batch, **given, **({"input_ids": None} if given else {})}
+        if not shadow.shares_masks:
+            seen["attention_mask"] = batch.get(SHADOW_MASK, batch.get("attention_mask"))
             positions = seen.get("position_ids")
             if positions is not None and positions.ndim == 3:
                 seen["position_ids"] = positions[0]  # of the axes that images have, the one that counts along the text
         return seen
 
-    def _prepare_cache(self, batch: dict[str, Any]) -> None:
+    def _initial_state(self, batch: dict[str, Any], shadow: Shadow | None = None) -> Tensor:
+        told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
+        shadow = self.shadow if shadow is None else shadow
+        return shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
+
+    def _run_base(
+        self,
+        batch: dict[str, Any],
+        route: list[tuple[Shadow, Tensor | None]],
+        head: HeadPlan,
+        use_state: Callable[[Tensor], Any] | None = None,
+    ) -> dict[str, Any]:
+        """The base's output by name.
+
+        Args:
+            use_state: told s⁰ (B, T, D) of the active shadow, before the head runs. It is computed before the base
+                runs, or as soon as its decoder is given embeddings with those of images among them.
+        """
+
+        def start(given: dict[str, Any]) -> list[Lane]:
+            lanes = [self._lane(batch, given, shadow, rows) for shadow, rows in route]
+            if use_state is not None:
+                use_state(lanes[0].slots[self.shadow.couplings.layers[0]])
+            return lanes
+
+        known = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
+        if "past_key_values" in known:
+            known[self._cache_argument] = known.pop("past_key_values")
+        with Frame(self._attachment, start if self._merges_embeddings else start({}), head):
+            out = dict(self.base(**known, return_dict=True))
+        if self._cache_argument in out:
+            out["past_key_values"] = out.pop(self._cache_argument)
+        return out
+
+    def _prepare_cache(self, batch: dict[str, Any], route: list[tuple[Shadow, Tensor | None]]) -> None:
         """One cache of L + S layers for both paths; none in training, where nothing reads it."""
         if not anatomy.takes_cache(self.base):
             batch["use_cache"] = batch["past_key_values"] = None
@@ -162,26 +190,28 @@ class ShadowModel(PreTrainedModel):
         if cache is None and batch["use_cache"]:
             batch["past_key_values"] = anatomy.own_cache(self.base, self.config) or DynamicCache(config=self.config)
         elif cache is not None:
-            built, needed = anatomy.cache_layers(cache), self.config.get_text_config(decoder=True).num_hidden_layers
+            built = anatomy.cache_layers(cache)
+            needed = max((shadow.cache_layers.stop for shadow, _ in route), default=0)
             if built is not None and built < needed:
                 raise StateError(
                     f"The cache has {built} layers, base and shadow need {needed}: build it from this model's config, "
                     "not from the base's."
                 )
-            if SHADOW_MASK not in batch and anatomy.is_measured_by_shadow(cache, self._num_blocks):
+            blocks = len(self._attachment.blocks)
+            if SHADOW_MASK not in batch and anatomy.is_measured_by_shadow(cache, blocks):
                 raise StateError(
-                    f"A static cache cannot serve {type(self.base).__name__} beside a shadow: its layers of attention and "
-                    "recurrence in one are taken for recurrent ones. Leave cache_implementation out, or use a DynamicCache."
+                    f"A static cache cannot serve {type(self.base).__name__} beside a shadow here: its layers of attention "
+                    "and recurrence in one are taken for recurrent ones. Call generate(), or use a DynamicCache."
                 )
 
     def disable_adapter(self) -> Frame:
         """A context in which this thread runs the bare base: ``with model.disable_adapter(): model(...)``."""
-        return Frame(self._attachment)
+        return Frame(self._attachment, disabled=True)
 
     @property
     def _is_disabled(self) -> bool:
         frame = self._attachment.current()
-        return frame is not None and frame.couplings is None
+        return frame is not None and frame.disabled
 
     def _loss(self, task: Tensor, shadow: Tensor | None) -> Tensor:
         """task + λ · shadow in training; evaluation reports the task's loss alone."""
@@ -253,7 +283,7 @@ class ShadowModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
         """As in transformers; blocks below the first coupled one keep nothing for a backward and are left out."""
         super()._set_gradient_checkpointing(enable, *args, **options)
-        anatomy.exempt_from_checkpointing(anatomy.locate(self.base).blocks[: self.shadow.couplings.first])
+        anatomy.exempt_from_checkpointing(anatomy.locate(self.base).blocks[: self.shadow.couplings.layers[0]])
 
     def enable_input_require_grads(self) -> None:
         """Nothing: a gradient of the embeddings would only be carried through every block below the first coupled one."""
@@ -318,8 +348,9 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         prepared["past_key_values"] = prepared.pop(self._cache_argument, None)
-        if not self._shares_masks and not self._is_disabled and (attention_mask is None or attention_mask.ndim == 2):
-            # The base may prepare its masks ahead (for a static cache), or leave them out; a shadow of another kind reads its own.
+        if not self._is_disabled and not all(self.adapter(name).shares_masks for name in self.adapters):
+            # The base may prepare its masks ahead (for a static cache), or leave them out: a shadow of another kind
+            # cannot read them, and is told the padding beside them.
             prepared[SHADOW_MASK] = attention_mask
         return prepared
 
@@ -336,6 +367,7 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         return_dict: bool | None = None,
+        adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The attached forward.
@@ -347,6 +379,7 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
                 the labels of this batch.
             skip_logits: compute logits only where there is a label, and return none; by default in training with
                 labels.
+            adapter_names: the adapter of each of the B rows, None for the bare base; by default the active one for all.
 
         Returns:
             ShadowCausalLMOutput. ``loss`` is the task's plus λ times the shadow's in training, the task's alone in
@@ -368,25 +401,29 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
                 **batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
                 num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
-        self._prepare_cache(batch)
-        if labels is None:
-            plan = HeadPlan(None, None, self.shadow.heads, flatten=False)
+        route = self._route(batch, adapter_names)
+        self._prepare_cache(batch, route)
+        heads = [(rows, shadow.heads) for shadow, rows in route]
+        if labels is None or adapter_names is not None:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
             kept = anatomy.logits_to_keep(self.base.config, logits_to_keep, length)
-            out = self._run_base({**batch, "logits_to_keep": kept}, plan, lambda s0: None)
+            out = self._run_base({**batch, "logits_to_keep": kept}, route, HeadPlan(heads))
             result = _output(ShadowCausalLMOutput, out)
+            if labels is not None:
+                positions, targets = labelled_positions(labels)
+                at_labels = result.logits.flatten(0, 1)[positions.to(result.logits.device)]
+                result.loss = token_loss(at_labels, targets, num_items_in_batch)
             return result.to_tuple() if as_tuple else result
 
         positions, targets = labelled_positions(labels)
         with_shadow = self.shadow_config.auxiliary_loss_weight > 0
-        plan = HeadPlan(positions if skip_logits else None, None, self.shadow.heads)
+        plan = HeadPlan(heads, flatten=True, keep=positions if skip_logits else None)
 
         def use_state(s0: Tensor) -> None:
-            if with_shadow:
-                rows = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)]
-                plan.extra = anatomy.head_input(self.base, rows)
+            rows = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)]
+            plan.extra = anatomy.head_input(self.base, rows)
 
-        out = self._run_base(batch, plan, use_state)
+        out = self._run_base(batch, route, plan, use_state if with_shadow else None)
         if plan.rows is None:
             raise BaseModelError(
                 f"{type(self.base).__name__} does not call its output embeddings as a module; "
@@ -423,6 +460,7 @@ class ShadowForSequenceClassification(ShadowModel):
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         return_dict: bool | None = None,
+        adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The attached forward.
@@ -432,6 +470,7 @@ class ShadowForSequenceClassification(ShadowModel):
             labels: (B,) classes, (B,) or (B, C) values for regression, (B, C) of 0 and 1 for multi label.
             num_items_in_batch: labels of the whole accumulated batch, which both losses are divided by.
             skip_logits: has no effect: class logits are cheap.
+            adapter_names: the adapter of each of the B rows, None for the bare base; by default the active one for all.
 
         Returns:
             ShadowSequenceClassifierOutput with ``logits`` (B, C); losses as in `ShadowForCausalLM`.
@@ -448,21 +487,23 @@ class ShadowForSequenceClassification(ShadowModel):
         if self._is_disabled:
             return self.base(**batch, labels=labels, return_dict=return_dict)
         batch["use_cache"] = bool(use_cache)
-        self._prepare_cache(batch)
-        states: list[Tensor] = []
-        out = self._run_base(batch, HeadPlan(None, None, self.shadow.heads, flatten=False), states.append)
-        s0, result = states[0], _output(ShadowSequenceClassifierOutput, out)
+        route = self._route(batch, adapter_names)
+        self._prepare_cache(batch, route)
+        heads, states = [(rows, shadow.heads) for shadow, rows in route], []
+        out = self._run_base(batch, route, HeadPlan(heads), states.append if adapter_names is None else None)
+        result = _output(ShadowSequenceClassifierOutput, out)
         if labels is not None:
             kind = anatomy.problem_type(self.base.config, labels)
             shadow_loss = None
-            if self.shadow_config.auxiliary_loss_weight > 0:
+            if states and self.shadow_config.auxiliary_loss_weight > 0:
+                s0 = states[0]
                 pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(input_ids, s0)]
                 pooled = anatomy.head_input(self.base, pooled)
                 head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
                 shadow_logits = head(pooled.to(next(head.parameters()).dtype))
                 shadow_loss = classification_loss(shadow_logits, labels, kind, num_items_in_batch)
             result.shadow_loss = shadow_loss
-            result.loss = self._loss(classification_loss(out["logits"], labels, kind, num_items_in_batch), shadow_loss)
+            result.loss = self._loss(classification_loss(result.logits, labels, kind, num_items_in_batch), shadow_loss)
         return result.to_tuple() if return_dict is False else result
 
     def _last_token(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class ShadowTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint)
-        checkpoint.load_weights(self.model, checkpoint.read_weights(path), path / checkpoint.WEIGHTS_FILE)
+        checkpoint.load_weights(self.model.shadow, checkpoint.read_weights(path), path / checkpoint.WEIGHTS_FILE)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

@@ -1,0 +1,186 @@
+"""Several shadows beside one base: named, activated, replaced, deleted; and which row of a batch has which."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from . import anatomy
+from .backbone import Shadow
+from .config import ShadowConfig
+from .errors import ConfigError, StateError
+
+DEFAULT = "default"  # the name of the shadow that `attach` and `load` make
+BASE = "__base__"  # in adapter_names: no adapter, as is None
+
+
+class Adapters:
+    """What a `ShadowModel` can do with more than one shadow.
+
+    The active one is ``model.shadow``; it alone is trained, and runs where a call names none. The others lie frozen in
+    ``model.resting``. Each keeps its keys in layers of its own of the common cache, and these never change while it is
+    loaded: a decode that is under way may go on while others come and go.
+    """
+
+    base: PreTrainedModel
+    config: PretrainedConfig
+    shadow: Shadow
+    resting: nn.ModuleDict
+    active_adapter: str
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of all shadows, the active one first."""
+        return [self.active_adapter, *self.resting]
+
+    def adapter(self, name: str | None = None) -> Shadow:
+        """A shadow by its name, the active one by default.
+
+        Raises:
+            ConfigError: no shadow of that name.
+        """
+        if name is None or name == self.active_adapter:
+            return self.shadow
+        if name not in self.resting:
+            raise ConfigError(f"There is no adapter {name!r}: this model has {', '.join(self.adapters)}.")
+        return self.resting[name]  # type: ignore[return-value]
+
+    def add_adapter(self, config: ShadowConfig, name: str) -> None:
+        """Put a fresh shadow beside the others; `set_adapter` activates it.
+
+        Raises:
+            ConfigError: the name is taken or no name, or sizes that do not fit the base.
+        """
+        self._check_new_name(name)
+        self._seat(name, Shadow(anatomy.locate(self.base), config.resolve()))
+
+    def load_adapter(
+        self,
+        path: str | Path,
+        name: str,
+        *,
+        replace: bool = False,
+        trainable: bool = False,
+        allow_other_base: bool = False,
+    ) -> None:
+        """Read an adapter folder and put its shadow beside the others; `set_adapter` activates it.
+
+        Args:
+            replace: take the place of the adapter of that name, active or not; nothing changes where reading fails.
+            trainable, allow_other_base: as in `umbra.load`.
+
+        Raises:
+            ConfigError: the name is taken and ``replace`` is False, or is no name.
+            CheckpointError, BaseModelError: as in `umbra.load`.
+        """
+        from .checkpoint import load_shadow
+
+        if not (replace and name in self.adapters):
+            self._check_new_name(name)
+        shadow = load_shadow(path, self.base, trainable=trainable, allow_other_base=allow_other_base)
+        self._seat(name, shadow)
+
+    def set_adapter(self, name: str) -> None:
+        """Make an adapter the active one: the one that is trained, saved, detached, and run where a call names none.
+
+        Raises:
+            ConfigError: no shadow of that name.
+        """
+        chosen, before = self.adapter(name), self.shadow
+        if chosen is before:
+            return
+        others = {n: s for n, s in self.resting.items() if n != name}
+        before.rest()
+        chosen.wake()
+        self.resting = nn.ModuleDict({self.active_adapter: before, **others})
+        self.shadow, self.active_adapter = chosen, name
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget a resting adapter and free its weights.
+
+        Raises:
+            ConfigError: no shadow of that name.
+            StateError: it is the active one.
+        """
+        self.adapter(name)
+        if name == self.active_adapter:
+            raise StateError(f"{name!r} is active: set_adapter(…) another one first, or unload() the model.")
+        del self.resting[name]
+        self._lay_out_cache()
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name.
+
+        Raises:
+            ConfigError: no shadow of that name, or the new one is taken or no name.
+        """
+        self.adapter(old)
+        self._check_new_name(new)
+        if old == self.active_adapter:
+            self.active_adapter = new
+        else:
+            self.resting = nn.ModuleDict({new if n == old else n: s for n, s in self.resting.items()})
+
+    def _check_new_name(self, name: Any) -> None:
+        if not isinstance(name, str) or not name or "." in name or name == BASE:
+            raise ConfigError(f"An adapter's name is a text without dots, and not {BASE}; got {name!r}.")
+        if name in self.adapters:
+            raise ConfigError(f"There is an adapter {name!r} already: delete_adapter it, or load with replace=True.")
+
+    def _seat(self, name: str, shadow: Shadow) -> None:
+        before = self.adapter(name) if name in self.adapters else None
+        shadow.place(self._free_cache_layer(len(shadow.cache_layers), before))
+        shadow.train(self.shadow.training)
+        if before is self.shadow:
+            self.shadow = shadow
+        else:
+            shadow.rest()
+            self.resting[name] = shadow
+        self._lay_out_cache()
+
+    def _free_cache_layer(self, count: int, leaving: Shadow | None) -> int:
+        shadows = [s for s in map(self.adapter, self.adapters) if s is not leaving]
+        taken = {l for shadow in shadows for l in shadow.cache_layers}
+        start = anatomy.cache_depth(anatomy.locate(self.base))
+        while not taken.isdisjoint(range(start, start + count)):
+            start += 1
+        return start
+
+    def _lay_out_cache(self) -> None:
+        shadows = {s.first_cache_layer: s.backbone.config for s in map(self.adapter, self.adapters)}
+        anatomy.lay_out(self.config, anatomy.composite_config(self.base.config, shadows))
+
+
+def group_rows(names: Sequence[str | None], rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Which rows of a batch each adapter has: name → (N,) row numbers; rows without an adapter are in none.
+
+    Args:
+        names: one for each sequence; None or `BASE` for the bare base.
+        rows: B, a multiple of ``len(names)`` where beams or several answers stand beside each other.
+
+    Raises:
+        ConfigError: B is no multiple.
+    """
+    names = list(names)
+    if not names or rows % len(names):
+        raise ConfigError(f"adapter_names holds {len(names)} names for a batch of {rows}: give one for each row.")
+    groups: dict[str, list[int]] = {}
+    for row in range(rows):
+        name = names[row // (rows // len(names))]
+        if name is not None and name != BASE:
+            groups.setdefault(name, []).append(row)
+    return {name: torch.tensor(mine, device=device) for name, mine in groups.items()}
+
+
+def pick_rows(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Those rows (N,) of each entry that has one for each sequence.
+
+    Raises:
+        ConfigError: a packed batch, whose rows are no sequences.
+    """
+    if batch.get("cu_seq_lens_q") is not None:
+        raise ConfigError("adapter_names needs one sequence a row: this batch is packed (cu_seq_lens).")
+    return {k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim and len(v) > 1 else v for k, v in batch.items()}
