@@ -52,6 +52,10 @@ NUMBERED = {**EXPERTS, "num_experts": 4}
 ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 MIXED = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 INDEXED = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2}
+INKLING = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 6, "d_rel": 4,
+    "rel_extent": 16, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+}  # fmt: skip
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.7, "attention_multiplier": 0.5}
 BART = {
     **COMMON, "d_model": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
@@ -104,10 +108,15 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family("MoE, latent attention", {**DENSE, **LATENT, **ROUTED, "first_k_dense_replace": 1}, "dense"),
     "deepseek_v3": Family("MoE, latent attention", {**DENSE, **LATENT, **ROUTED, "first_k_dense_replace": 1}, "dense"),
     "deepseek_v32": Family("MoE, indexed latent attention", {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, "dense"),
-    "deepseek_v4": Family("MoE, compressed attention", {**DENSE, **ROUTED}, "dense"),
     "diffllama": Family("differential attention", DENSE),
     "doge": Family("dynamic mask attention", DENSE),
     "dots1": Family("MoE", {**HEAD_DIM, **ROUTED, "first_k_dense_replace": 1}, "dense"),
+    "dots3_note_text": Family(
+        "MoE, indexed latent attention, head counts by layer",
+        {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED, "shared_experts_intermediate_size": 16, "head_dim": 8, "sliding_window": 6,
+         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+         "per_layer_config": {"01": {"num_attention_heads": 2, "num_key_value_heads": 2}}}, "dense",
+    ),  # fmt: skip
     "ernie4_5": Family("dense", HEAD_DIM),
     "ernie4_5_moe": Family(
         "MoE",
@@ -129,6 +138,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma": Family("scaled embeddings", HEAD_DIM),
     "gemma2": Family("capped logits, scaled embeddings", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0}),
+    "gemma4_unified_text": Family(
+        "scaled embeddings, capped logits, head widths by layer", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0}, "dense"
+    ),
     "gemma3_text": Family("scaled embeddings", {**HEAD_DIM, **SLIDING}),
     "glm": Family("dense", HEAD_DIM),
     "glm4": Family("sandwich norm", HEAD_DIM),
@@ -165,8 +177,14 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": Family("dense", HEAD_DIM),
     "hunyuan_v1_moe": Family("MoE", {**HEAD_DIM, "num_experts": 4, "moe_topk": 2}, "dense"),
     "hy_v3": Family("MoE", {**HEAD_DIM, **NUMBERED, **MIXED, "num_shared_experts": 1}, "dense"),
-    "hy_v4": Family("MoE, indexed latent attention", {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, "dense"),
     "hyperclovax": Family("scaled embeddings and logits", {**DENSE, **GRANITE}),
+    "inkling2_text": Family(
+        "MoE, short convolutions, capped logits",
+        {**HEAD_DIM, **INKLING, **EXPERTS, "n_routed_experts": 4, "unpadded_vocab_size": 99}, "dense",
+    ),  # fmt: skip
+    "inkling_text": Family(
+        "MoE, short convolutions, scaled logits", {**HEAD_DIM, **INKLING, **ROUTED, **MIXED}, "dense"
+    ),
     "internlm3": Family("dense", DENSE),
     "iquestcoder": Family("dense", DENSE),
     "jais2": Family("dense", DENSE),
@@ -253,7 +271,7 @@ FAMILIES: dict[str, Family] = {
         {**NO_GROUPS, "local_attention": 12},
         skip={"dense shadow": "it cannot transform its states before the head"},
     ),  # fmt: skip
-    "youtu": Family("latent attention", {**DENSE, **LATENT}),
+    "youtu": Family("latent attention", {**DENSE, **LATENT, "pad_token_id": None}, note="transformers empties the padding row on loading"),
 }
 
 _HALF = {
@@ -270,7 +288,6 @@ FAMILIES |= {
 
 _STREAMS = "several streams at once"
 _SPEECH = "several codebooks"
-_ASSISTANT = "the cache of another model"
 _ENCODER = "an encoder run as a decoder"
 ENCODERS = (
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
@@ -281,14 +298,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "blt": ({}, "patches"),
     "cpmant": ({**NO_GROUPS, "dim_head": 8, "dim_ff": 48}, "a prompt before the tokens"),
     "deepseek_v4": ({**DENSE, **ROUTED}, _STREAMS),
-    "gemma4_assistant": ({}, _ASSISTANT),
-    "gemma4_unified_assistant": ({}, _ASSISTANT),
     "hrm_text": ({**HEAD_DIM, "num_layers_per_stack": 2}, "the same blocks several times"),
     "hy_v4": ({**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, _STREAMS),
     "moshi": ({}, _SPEECH),
-    "musicgen": ({}, _SPEECH),
-    "musicgen_melody": ({}, _SPEECH),
     "prophetnet": ({}, "predicted streams"),
+    "qwen4_exp_text": (
+        {**HEAD_DIM, **NUMBERED, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+         "indexer_compress_ratio": 2, "ple_layer_ids": []}, _STREAMS,
+    ),  # fmt: skip
     "reformer": ({"is_decoder": True}, "reversible blocks"),
     "xlm": ({**COMMON, "emb_dim": 32, "n_layers": 3, "n_heads": 4}, _ENCODER),
     "xlnet": ({**COMMON, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48}, r"\(T, B, D\)"),

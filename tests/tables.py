@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from architectures import FAMILIES, REFUSED, Family
+import architectures
+import architectures_hybrid
+from architectures import ELSEWHERE, Family
 from umbra.anatomy import refusal
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
@@ -21,6 +23,8 @@ Each line is proven by the number of tests beside it. Written by `make tables` f
 The architectures have a page of their own: [architectures.md](architectures.md).
 """
 
+FAMILIES = architectures.FAMILIES | architectures_hybrid.FAMILIES
+REFUSED = architectures.REFUSED | architectures_hybrid.REFUSED
 ARCHITECTURES = PAGE.with_name("architectures.md")
 COLUMNS = {
     "attaches": "equals the base at first; nothing but the shadow's own weights is trainable, no embedding table among them",
@@ -28,7 +32,7 @@ COLUMNS = {
     "generates": "greedy, a left-padded batch: with a cache equal to without",
     "left padding": "a padded row generates as the row alone",
     "hidden states": "plain tensors, as many and as wide as the base's",
-    "saves": "the loaded adapter gives the same logits, bit for bit",
+    "saves": "the adapter, saved and loaded beside another copy of the base, gives the same logits",
     "unloads": "the base gives the same logits as before, bit for bit; no hook is left",
     "detaches": "the stock model's logits are those that the auxiliary loss is computed from",
     "without Umbra": "the same, read from a folder in a process that cannot import Umbra",

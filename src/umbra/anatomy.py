@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer
@@ -23,9 +24,9 @@ ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # logits ← c · tanh(logits / c)
 LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")  # logits ← f · logits
-LOGIT_DIVISORS = ("logits_scaling",)  # logits ← logits / f
+LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # logits ← logits / f
 MULTIPLYING_DIVISORS = {"hyperclovax"}  # families in which LOGIT_DIVISORS multiply
-DIVIDED_STATES = {"minicpm3"}  # families that divide by LOGIT_DIVISORS what the head reads, not what it gives
+DIVIDED_STATES = {"inkling_text", "minicpm3"}  # families that divide by LOGIT_DIVISORS what the head reads, not what it gives
 # Vision-language models that scale or cap their logits as their text tower's own language model would; others do not.
 SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_vision"}
 COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
@@ -53,13 +54,11 @@ UNFIT = {
     "blt": "its tokens are bytes, its blocks work on patches of them, and a shadow's states fit neither alone",
     "cpmant": "it puts a prompt before the tokens, so that its hidden states are longer than its input",
     "deepseek_v4": _STREAMS,
-    "gemma4_assistant": "it reads the hidden states and the cache of another model",
-    "gemma4_unified_assistant": "it reads the hidden states and the cache of another model",
     "hrm_text": "it runs the same blocks several times in one forward",
     "hy_v4": _STREAMS,
     "moshi": "it speaks in several codebooks at once",
-    "musicgen": "it speaks in several codebooks at once",
-    "musicgen_melody": "it speaks in several codebooks at once",
+    "qwen4_exp": _STREAMS,
+    "qwen4_exp_text": _STREAMS,
     "prophetnet": "its hidden states hold several predicted streams behind one another",
     "reformer": "its reversible blocks exchange two streams and hash the sequence into buckets",
     "rwkv": _OWN_CACHE.format("a list of tensors"),
@@ -185,10 +184,12 @@ def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
 
     Not with experts, recurrence, inputs of its own per layer, or the cross-attention of an encoder-decoder's half.
     """
-    has_experts = any((getattr(config, n, None) or 0) > 1 for n in EXPERT_COUNTS)
+    parts = (config, getattr(config, "ffn_config", None))
+    has_experts = any((getattr(part, n, None) or 0) > 1 for part in parts for n in EXPERT_COUNTS)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     reads_more = bool(getattr(config, "hidden_size_per_layer_input", None)) or hasattr(config, "decoder_layers")
-    return not (has_experts and getattr(config, "is_moe", True)) and not reads_more and layer_types <= ATTENTION_TYPES
+    is_plain = not (has_experts and getattr(config, "is_moe", True)) and not config.is_heterogeneous
+    return is_plain and not reads_more and layer_types <= ATTENTION_TYPES
 
 
 def composite_config(base_config: PretrainedConfig, shadows: dict[int, PretrainedConfig]) -> PretrainedConfig:
@@ -414,6 +415,13 @@ def copy_blocks(source: Anatomy, backbone: PreTrainedModel) -> None:
                 f"base {tuple(origin[key].shape) if key in origin else 'no such tensor'}. Leave the shadow's sizes alone."
             )
         value.copy_(origin[key])
+
+
+def embedding_rows(table: Any) -> Tensor:
+    """(V, D): what an embedding module gives for each token, but for its `embedding_scale`."""
+    if type(table).forward is nn.Embedding.forward or hasattr(table, "embed_scale"):
+        return table.weight.detach()
+    return table(torch.arange(vocabulary_size(table), device=table.weight.device))
 
 
 def embedding_scale(table: nn.Module) -> float:

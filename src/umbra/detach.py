@@ -95,7 +95,7 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
         own: Any = shadow.backbone.get_input_embeddings()
         return own.weight.detach()
     source: Any = model.base.get_input_embeddings()
-    table = source.weight.detach().to(shadow.dtype)
+    table = anatomy.embedding_rows(source).to(shadow.dtype)
     if shadow.embed_projection is not None:
         table = table @ shadow.embed_projection.weight.T
     ratio = anatomy.embedding_scale(source) / anatomy.embedding_scale(target)
