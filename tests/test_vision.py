@@ -153,7 +153,11 @@ def test_cached_generation_is_uncached_generation(pair):
     padded = batch_of(pair.name, PADS)
     uncached = pair.generate(padded, use_cache=False)
     assert uncached.shape[1] == padded.ids.shape[1] + GREEDY["max_new_tokens"]
-    assert torch.equal(pair.generate(padded), uncached)
+    cached = pair.generate(padded, return_dict_in_generate=True)
+    assert torch.equal(cached.sequences, uncached)
+    layers = cached.past_key_values.layers
+    assert len(layers) == 4
+    assert layers[-1].get_seq_length() == uncached.shape[1] - 1
     assert torch.equal(pair.generate(padded, cache_implementation="static"), uncached)
 
 
@@ -236,7 +240,7 @@ save_file(logits, sys.argv[3])
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def elsewhere(request, tmp_path_factory) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Of each collected family: the loss in one process that cannot import Umbra, and the shadow's own here."""
     root, expected = tmp_path_factory.mktemp("stock"), {}
@@ -269,7 +273,7 @@ def test_activation_checkpointing(name, reentrant):
     plain = model(batch.ids, labels=batch.ids, **batch.told).loss
     plain.backward()
     expected = gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     loss = model(batch.ids, labels=batch.ids, **batch.told).loss
     loss.backward()
     torch.testing.assert_close(loss, plain)
@@ -285,8 +289,7 @@ def test_logits_in_parts_are_those_at_once(name):
     whole = model(batch.ids, use_cache=False, **batch.told).logits
     told = {k: v[:, :first] if v.shape == batch.ids.shape else v for k, v in batch.told.items()}
     model(batch.ids[:, :first], past_key_values=cache, use_cache=True, **told)
-    mask = batch.told["attention_mask"]
-    rest = model(batch.ids[:, first:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    rest = model(batch.ids[:, first:], past_key_values=cache, use_cache=True).logits
     assert len(cache.layers) == 5
     torch.testing.assert_close(rest, whole[:, first:], rtol=1e-4, atol=1e-4)
 

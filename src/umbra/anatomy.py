@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DummyLayer, StaticLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .errors import BaseModelError, ConfigError
@@ -459,6 +459,15 @@ def cache_layers(cache: Any) -> int | None:
     return None if getattr(cache, "layer_class_to_replicate", None) is not None else len(cache.layers)
 
 
+def hide_others(cache: Any, blocks: int, mine: range) -> Any:
+    """The same cache for one of several shadows, which is not to measure the past by layers that another has filled."""
+    if cache is None or cache_layers(cache) is None:
+        return cache
+    view = copy.copy(cache)
+    view.layers = [layer if l < blocks or l in mine else DummyLayer() for l, layer in enumerate(cache.layers)]
+    return view
+
+
 def is_measured_by_shadow(cache: Any, blocks: int) -> bool:
     """Whether transformers would read from the shadow's layers how long the past of the base's own attention is.
 
@@ -546,7 +555,7 @@ def head_input(model: PreTrainedModel, states: Tensor) -> Tensor:
 
 def takes_cache(model: PreTrainedModel) -> bool:
     """Whether the model can decode with a cache."""
-    return hasattr(model.config, "use_cache")
+    return hasattr(model.config.get_text_config(decoder=True), "use_cache")
 
 
 def states_width(config: PretrainedConfig) -> int:

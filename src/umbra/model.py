@@ -129,7 +129,9 @@ class ShadowModel(Adapters, PreTrainedModel):
         seen = self._seen_by(shadow, batch, given)
         if rows is None:
             return Lane(shadow.couplings, self._initial_state(seen, shadow))
-        if seen["past_key_values"] is None and not given:
+        cache = seen["past_key_values"]
+        seen["past_key_values"] = anatomy.hide_others(cache, len(self._attachment.blocks), shadow.cache_layers)
+        if cache is None and not given:
             return Lane(shadow.couplings, self._initial_state(pick_rows(seen, rows), shadow), rows)
         # A layer of the cache has a row for each of the batch: the shadow runs on all, and its own are picked after.
         return Lane(shadow.couplings, self._initial_state(seen, shadow)[rows], rows)
