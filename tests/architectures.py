@@ -113,9 +113,19 @@ FAMILIES: dict[str, Family] = {
     "dots1": Family("MoE", {**HEAD_DIM, **ROUTED, "first_k_dense_replace": 1}, "dense"),
     "dots3_note_text": Family(
         "MoE, indexed latent attention, head counts by layer",
-        {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED, "shared_experts_intermediate_size": 16, "head_dim": 8, "sliding_window": 6,
-         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
-         "per_layer_config": {"01": {"num_attention_heads": 2, "num_key_value_heads": 2}}}, "dense",
+        {
+            **DENSE,
+            **LATENT,
+            **ROUTED,
+            **MIXED,
+            **INDEXED,
+            "shared_experts_intermediate_size": 16,
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+            "per_layer_config": {"01": {"num_attention_heads": 2, "num_key_value_heads": 2}},
+        },
+        "dense",
     ),  # fmt: skip
     "ernie4_5": Family("dense", HEAD_DIM),
     "ernie4_5_moe": Family(
@@ -139,7 +149,9 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("scaled embeddings", HEAD_DIM),
     "gemma2": Family("capped logits, scaled embeddings", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0}),
     "gemma4_unified_text": Family(
-        "scaled embeddings, capped logits, head widths by layer", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0}, "dense"
+        "scaled embeddings, capped logits, head widths by layer",
+        {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0},
+        "dense",
     ),
     "gemma3_text": Family("scaled embeddings", {**HEAD_DIM, **SLIDING}),
     "glm": Family("dense", HEAD_DIM),
@@ -180,7 +192,8 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": Family("scaled embeddings and logits", {**DENSE, **GRANITE}),
     "inkling2_text": Family(
         "MoE, short convolutions, capped logits",
-        {**HEAD_DIM, **INKLING, **EXPERTS, "n_routed_experts": 4, "unpadded_vocab_size": 99}, "dense",
+        {**HEAD_DIM, **INKLING, **EXPERTS, "n_routed_experts": 4, "unpadded_vocab_size": 99},
+        "dense",
     ),  # fmt: skip
     "inkling_text": Family(
         "MoE, short convolutions, scaled logits", {**HEAD_DIM, **INKLING, **ROUTED, **MIXED}, "dense"
@@ -271,7 +284,11 @@ FAMILIES: dict[str, Family] = {
         {**NO_GROUPS, "local_attention": 12},
         skip={"dense shadow": "it cannot transform its states before the head"},
     ),  # fmt: skip
-    "youtu": Family("latent attention", {**DENSE, **LATENT, "pad_token_id": None}, note="transformers empties the padding row on loading"),
+    "youtu": Family(
+        "latent attention",
+        {**DENSE, **LATENT, "pad_token_id": None},
+        note="transformers empties the padding row on loading",
+    ),
 }
 
 _HALF = {
@@ -303,8 +320,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "moshi": ({}, _SPEECH),
     "prophetnet": ({}, "predicted streams"),
     "qwen4_exp_text": (
-        {**HEAD_DIM, **NUMBERED, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
-         "indexer_compress_ratio": 2, "ple_layer_ids": []}, _STREAMS,
+        {
+            **HEAD_DIM,
+            **NUMBERED,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+            "ple_layer_ids": [],
+        },
+        _STREAMS,
     ),  # fmt: skip
     "reformer": ({"is_decoder": True}, "reversible blocks"),
     "xlm": ({**COMMON, "emb_dim": 32, "n_layers": 3, "n_heads": 4}, _ENCODER),

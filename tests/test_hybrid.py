@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 import umbra
 from architectures_hybrid import FAMILIES
 from test_architectures import build, cast
-from tiny import scramble, tokens
+from tiny import assert_same, gradients, scramble, tokens
 from umbra import anatomy
 
 IDS = tokens(2, 9)
@@ -29,6 +29,12 @@ def model(name):
 @pytest.mark.parametrize("form", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_cached_generation_is_uncached_generation(name, model, form):
     """With the base's own kinds of cache layers, and one of keys behind them that the shadow has filled."""
+    if name == "recurrent_gemma" and form:
+        base = build(name)
+        assert not torch.equal(
+            base.generate(IDS, **GREEDY, **form), base.generate(IDS, **GREEDY, **form, use_cache=False)
+        )
+        pytest.skip("the bare base's own state does not follow its beams")
     cached = model.generate(IDS, **GREEDY, **form, return_dict_in_generate=True)
     assert torch.equal(cached.sequences, model.generate(IDS, **GREEDY, **form, use_cache=False))
     layers, blocks = cached.past_key_values.layers, len(anatomy.locate(model.base).blocks)
@@ -53,12 +59,25 @@ def test_static_cache(name, model):
 @families
 @torch.no_grad()
 def test_logits_one_by_one_are_those_at_once(name, model):
-    cache, found = None, []
-    for part in IDS.split([5, 1, 1, 1, 1], dim=1):
-        out = model(part, past_key_values=cache, use_cache=True)
+    """Positions are given: without them Bamba itself counts wrongly."""
+    cache, found, places = None, [], torch.arange(IDS.shape[1])[None]
+    for part, at in zip(IDS.split([5, 1, 1, 1, 1], dim=1), places.split([5, 1, 1, 1, 1], dim=1), strict=True):
+        out = model(part, position_ids=at, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         found.append(out.logits)
     torch.testing.assert_close(torch.cat(found, dim=1), model(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+@families
+def test_gradients_of_a_second_step_are_those_of_the_first(name, model):
+    """No step leaves anything behind in the base."""
+    losses, steps = [], []
+    for _ in range(2):
+        losses.append(model.train()(IDS, labels=IDS).loss)
+        losses[-1].backward()
+        steps.append(gradients(model.eval()))
+    assert torch.equal(*losses)
+    assert_same(*steps)
 
 
 @families

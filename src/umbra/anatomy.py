@@ -25,7 +25,10 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # logits ← c · ta
 LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")  # logits ← f · logits
 LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # logits ← logits / f
 MULTIPLYING_DIVISORS = {"hyperclovax"}  # families in which LOGIT_DIVISORS multiply
-DIVIDED_STATES = {"inkling_text", "minicpm3"}  # families that divide by LOGIT_DIVISORS what the head reads, not what it gives
+DIVIDED_STATES = {
+    "inkling_text",
+    "minicpm3",
+}  # families that divide by LOGIT_DIVISORS what the head reads, not what it gives
 # Vision-language models that scale or cap their logits as their text tower's own language model would; others do not.
 SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_vision"}
 COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
@@ -457,6 +460,19 @@ def own_cache(model: PreTrainedModel, composite: PretrainedConfig) -> Any:
 def cache_layers(cache: Any) -> int | None:
     """How many layers a cache was built for; None where it grows on demand."""
     return None if getattr(cache, "layer_class_to_replicate", None) is not None else len(cache.layers)
+
+
+def forget(model: PreTrainedModel, cache: Any) -> None:
+    """Start a sequence without what an earlier one left behind.
+
+    RecurrentGemma keeps the state of its recurrence on its modules, with its graph, instead of in the cache (until 5.23 at
+    least): a second training step would go back through the first.
+    """
+    if model.config.model_type != "recurrent_gemma" or (cache is not None and cache.get_seq_length() > 0):
+        return
+    for module in model.modules():
+        if hasattr(module, "recurrent_states"):
+            module.recurrent_states = None  # type: ignore[assignment]
 
 
 def hide_others(cache: Any, blocks: int, mine: range) -> Any:

@@ -177,6 +177,7 @@ class ShadowModel(Adapters, PreTrainedModel):
 
     def _call_base(self, batch: dict[str, Any], **options: Any) -> Any:
         given = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
+        anatomy.forget(self.base, batch.get("past_key_values"))
         if "past_key_values" in given:
             given[self._cache_argument] = given.pop("past_key_values")
         out = self.base(**given, **options)
