@@ -23,7 +23,7 @@ Each line is proven by the number of tests beside it. Written by `make tables` f
 The architectures have a page of their own: [architectures.md](architectures.md).
 """
 
-FAMILIES = architectures.FAMILIES | architectures_hybrid.FAMILIES
+FAMILIES = architectures.FAMILIES | architectures_hybrid.HYBRID
 REFUSED = architectures.REFUSED | architectures_hybrid.REFUSED
 ARCHITECTURES = PAGE.with_name("architectures.md")
 COLUMNS = {

@@ -77,13 +77,15 @@ def check(column: str):
 
 def shadow_path(model: umbra.ShadowModel, ids: torch.Tensor) -> torch.Tensor:
     """(B, T, V): what training's one call of the head gives for s⁰."""
-    plan = HeadPlan(torch.arange(1), None, model.shadow.heads)
+    plan = HeadPlan([(None, model.shadow.heads)], flatten=True, keep=torch.arange(1))
 
     def use_state(s0: torch.Tensor) -> None:
         plan.extra = anatomy.head_input(model.base, s0.reshape(-1, s0.shape[-1]))
 
-    use_cache = False if anatomy.takes_cache(model.base) else None
-    out = model._run_base({"input_ids": ids, "inputs_embeds": None, "use_cache": use_cache}, plan, use_state)
+    batch = {"input_ids": ids, "inputs_embeds": None, "past_key_values": None}
+    if anatomy.takes_cache(model.base):
+        batch["use_cache"] = False
+    out = model._run_base(batch, [(model.shadow, None)], plan, use_state)
     return out["logits"][0, plan.rows :].view(*ids.shape, -1)
 
 
