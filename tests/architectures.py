@@ -52,6 +52,7 @@ NUMBERED = {**EXPERTS, "num_experts": 4}
 ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 MIXED = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 INDEXED = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2}
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 INKLING = {
     "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 6, "d_rel": 4,
     "rel_extent": 16, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
@@ -117,6 +118,7 @@ FAMILIES: dict[str, Family] = {
          "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
          "per_layer_config": {"01": {"num_attention_heads": 2, "num_key_value_heads": 2}}}, "dense",
     ),  # fmt: skip
+    "emu3": Family("dense", {"text_config": DENSE}, note="text alone"),
     "ernie4_5": Family("dense", HEAD_DIM),
     "ernie4_5_moe": Family(
         "MoE",
@@ -135,6 +137,9 @@ FAMILIES: dict[str, Family] = {
     "flex_olmo": Family("MoE, post-norm", {**DENSE, "num_experts": 4, "num_experts_per_tok": 2}, "dense"),
     "flint": Family(
         "MoE", {**HEAD_DIM, **NUMBERED, "sliding_window": 6, "shared_expert_intermediate_size": 16}, "dense"
+    ),
+    "fuyu": Family(
+        "dense", {**NO_GROUPS, "text_config": {**NO_GROUPS, "model_type": "persimmon"}, "patch_size": 4}, note="text alone"
     ),
     "gemma": Family("scaled embeddings", HEAD_DIM),
     "gemma2": Family("capped logits, scaled embeddings", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0}),
@@ -251,6 +256,12 @@ FAMILIES: dict[str, Family] = {
     "persimmon": Family("dense", NO_GROUPS),
     "phi": Family("parallel blocks", DENSE),
     "phi3": Family("dense", DENSE),
+    "phi4_multimodal": Family(
+        "dense",
+        {**DENSE, "vision_config": {**TOWER, "crop_size": 8, "image_size": 8, "patch_size": 4},
+         "audio_config": {**TOWER, "num_blocks": 1, "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16,
+                          "nemo_conv_channels": 16, "bias_max_distance": 10}}, "dense", note="text alone",
+    ),  # fmt: skip
     "phimoe": Family("MoE", {**DENSE, "num_local_experts": 4}, "dense"),
     "qwen2": Family("dense", DENSE),
     "qwen2_moe": Family("MoE", {**DENSE, **NUMBERED, "shared_expert_intermediate_size": 16}, "dense"),
@@ -266,6 +277,12 @@ FAMILIES: dict[str, Family] = {
         "sinusoidal positions, scaled embeddings",
         {**COMMON, "d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4, "max_position_embeddings": 64},
     ),
+    "qwen3_5_moe_text": Family(
+        "MoE, gated delta net",
+        {**HEAD_DIM, **NUMBERED, "shared_expert_intermediate_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+         "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+         "layer_types": ["linear_attention", "full_attention", "linear_attention"]}, "dense",
+    ),  # fmt: skip
     "modernbert-decoder": Family(
         "alternating windows, transformed states before the head",
         {**NO_GROUPS, "local_attention": 12},
@@ -298,8 +315,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "blt": ({}, "patches"),
     "cpmant": ({**NO_GROUPS, "dim_head": 8, "dim_ff": 48}, "a prompt before the tokens"),
     "deepseek_v4": ({**DENSE, **ROUTED}, _STREAMS),
+    "git": (
+        {**NO_GROUPS, "vision_config": {**TOWER, "image_size": 8, "patch_size": 4}}, "features of images before the tokens",
+    ),  # fmt: skip
     "hrm_text": ({**HEAD_DIM, "num_layers_per_stack": 2}, "the same blocks several times"),
     "hy_v4": ({**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, _STREAMS),
+    "mllama": ({"text_config": {**DENSE, "cross_attention_layers": [1]}}, "cross-attention where there is no image"),
     "moshi": ({}, _SPEECH),
     "prophetnet": ({}, "predicted streams"),
     "qwen4_exp_text": (
@@ -312,5 +333,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     **{name: ({**NO_GROUPS, "is_decoder": True}, _ENCODER) for name in ENCODERS},
 }
 
-# Model types of AutoModelForCausalLM whose place is another line: what they are.
-ELSEWHERE: dict[str, str] = {}
+_UNBUILT = "AutoModelForCausalLM of transformers 5.23 cannot build it from its own configuration"
+# Model types of AutoModelForCausalLM that are no line of their own, and why.
+ELSEWHERE: dict[str, str] = {
+    "dots3_note": "the vision-language model around `dots3_note_text`",
+    "gemma3n": "the vision-language model around `gemma3n_text`, whose towers need timm",
+    "gemma4": "the vision-language model around `gemma4_text`",
+    "gemma4_assistant": _UNBUILT,
+    "gemma4_unified": "the vision-language model around `gemma4_unified_text`",
+    "gemma4_unified_assistant": _UNBUILT,
+    "got_ocr2": "a vision-language model around `qwen2`",
+    "moss_transcribe_diarize": "an audio model around `qwen3`",
+    "musicgen": _UNBUILT,
+    "musicgen_melody": _UNBUILT,
+    "qwen3_5_moe": "the vision-language model around `qwen3_5_moe_text`",
+    "qwen4_exp": "the vision-language model around `qwen4_exp_text`, which cannot carry a shadow",
+}

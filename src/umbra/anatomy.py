@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer
@@ -38,7 +37,9 @@ PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types", "layer_rope_t
 EMBEDDING_WIDTH = "word_embed_proj_dim"  # columns of the table and of the head, where they are not the blocks' width
 # What stands between the decoder's states and the head, wherever one of these is there.
 BEFORE_HEAD = {"opt": ("model.decoder.project_out",), "modernbert-decoder": ("lm_head", "head")}
+OTHER_INPUTS = ("decoder_layers", "vision_config")  # a decoder with cross-attention, one with towers inside
 _STREAMS = "its blocks exchange several streams at once, where a shadow corrects one hidden state (B, T, D)"
+_SKIPS = "it skips its blocks of cross-attention where there is no image"
 _OWN_CACHE = (
     "it keeps its state in {} instead of a Cache of transformers, in which the shadow's keys would have no place"
 )
@@ -54,8 +55,11 @@ UNFIT = {
     "blt": "its tokens are bytes, its blocks work on patches of them, and a shadow's states fit neither alone",
     "cpmant": "it puts a prompt before the tokens, so that its hidden states are longer than its input",
     "deepseek_v4": _STREAMS,
+    "git": "it puts features of images before the tokens, so that its hidden states are longer than its input",
     "hrm_text": "it runs the same blocks several times in one forward",
     "hy_v4": _STREAMS,
+    "mllama": _SKIPS,
+    "mllama_text_model": _SKIPS,
     "moshi": "it speaks in several codebooks at once",
     "qwen4_exp": _STREAMS,
     "qwen4_exp_text": _STREAMS,
@@ -187,7 +191,7 @@ def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
     parts = (config, getattr(config, "ffn_config", None))
     has_experts = any((getattr(part, n, None) or 0) > 1 for part in parts for n in EXPERT_COUNTS)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    reads_more = bool(getattr(config, "hidden_size_per_layer_input", None)) or hasattr(config, "decoder_layers")
+    reads_more = getattr(config, "hidden_size_per_layer_input", None) or any(hasattr(config, n) for n in OTHER_INPUTS)
     is_plain = not (has_experts and getattr(config, "is_moe", True)) and not config.is_heterogeneous
     return is_plain and not reads_more and layer_types <= ATTENTION_TYPES
 
