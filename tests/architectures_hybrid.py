@@ -24,7 +24,7 @@ PER_LAYER = {
 }  # fmt: skip
 STATE_SPACE = {**COMMON, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4}
 
-HYBRID: dict[str, Family] = {
+FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         "hybrid",
         {
@@ -210,6 +210,7 @@ HYBRID: dict[str, Family] = {
         },
         "dense",
         "RG-LRU and local attention",
+        skip={"left padding": "the base itself lets padding into its recurrent state"},
     ),
     "minimax": Family(
         "hybrid",

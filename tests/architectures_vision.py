@@ -35,7 +35,7 @@ def qwen(model: str, tower: dict, **text) -> dict:
 
 MERGED_TOWER = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32}
 
-VISION: dict[str, Family] = {
+FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family("vision-language", qwen("qwen2_vl", {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2})),
     "qwen2_5_vl": Family(
         "vision-language", qwen("qwen2_5_vl", {**MERGED_TOWER, "fullatt_block_indexes": [2], "window_size": 16})

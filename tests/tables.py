@@ -12,6 +12,7 @@ import pytest
 
 import architectures
 import architectures_hybrid
+import architectures_vision
 from architectures import ELSEWHERE, Family
 from umbra.anatomy import refusal
 
@@ -23,7 +24,8 @@ Each line is proven by the number of tests beside it. Written by `make tables` f
 The architectures have a page of their own: [architectures.md](architectures.md).
 """
 
-FAMILIES = architectures.FAMILIES | architectures_hybrid.HYBRID
+FAMILIES = architectures.FAMILIES | architectures_hybrid.FAMILIES
+LISTED = FAMILIES | architectures_vision.FAMILIES
 REFUSED = architectures.REFUSED | architectures_hybrid.REFUSED
 ARCHITECTURES = PAGE.with_name("architectures.md")
 COLUMNS = {
@@ -116,9 +118,9 @@ def cells(item: pytest.Item) -> list[tuple[str, str]]:
 def render_architectures(outcomes: dict[tuple[str, str], list[bool]]) -> str:
     """The page, from the outcomes of each family's checks."""
     page = [ARCHITECTURES_HEADER, *(f"- **{column}**: {what}" for column, what in COLUMNS.items()), ""]
-    page += [f"{len(FAMILIES)} families.\n", f"| family | kind | shadow | {' | '.join(COLUMNS)} | note |"]
+    page += [f"{len(LISTED)} families.\n", f"| family | kind | shadow | {' | '.join(COLUMNS)} | note |"]
     page.append(f"|---|---|---|{':---:|' * len(COLUMNS)}---|")
-    for name, family in sorted(FAMILIES.items()):
+    for name, family in sorted(LISTED.items()):
         marks = [_mark(outcomes.get((name, column))) for column in COLUMNS]
         page.append(f"| `{name}` | {family.kind} | {family.shadow} | {' | '.join(marks)} | {_note(family)} |")
     page += ["\n## What cannot carry a shadow\n", "`umbra.attach` says so in one error.\n"]

@@ -30,7 +30,7 @@ DIVIDED_STATES = {"inkling_text", "minicpm3"}  # families that divide by LOGIT_D
 SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_vision"}
 COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
 # Text towers of vision-language models that have no language model of their own, and whose blocks on text alone are these.
-TEXT_TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+TEXT_TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3", "emu3_text_model": "llama"}
 BLOCK_COUNTS = ("decoder_layers", "num_layers", "num_hidden_layers")  # the first that a configuration has
 LAYER_INDICES = ("layer_idx", "layer_id")  # what attention modules call their place in the cache
 PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types", "layer_rope_theta", "no_rope_layers")

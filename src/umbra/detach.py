@@ -34,8 +34,8 @@ def detach(model: ShadowModel) -> PreTrainedModel:
             cannot do.
     """
     base, shadow = anatomy.locate(model.base), model.shadow
-    mirrored = type(shadow.backbone) is type(base.decoder) and not base.merges_embeddings
     config = _stock_config(model)
+    mirrored = type(shadow.backbone) is type(base.decoder) and type(config) is type(base.model.config)
     cap = None if base.is_classifier else anatomy.soft_cap(model.base.config)
     anatomy.set_soft_cap(config, cap)
     if not base.is_classifier and anatomy.soft_cap(config) != cap:

@@ -170,13 +170,16 @@ class ShadowModel(Adapters, PreTrainedModel):
                 use_state(lanes[0].slots[self.shadow.couplings.layers[0]])
             return lanes
 
-        known = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
-        if "past_key_values" in known:
-            known[self._cache_argument] = known.pop("past_key_values")
         with Frame(self._attachment, start if self._merges_embeddings else start({}), head):
-            out = dict(self.base(**known, return_dict=True))
-        if self._cache_argument in out:
-            out["past_key_values"] = out.pop(self._cache_argument)
+            return dict(self._call_base(batch, return_dict=True))
+
+    def _call_base(self, batch: dict[str, Any], **options: Any) -> Any:
+        given = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
+        if "past_key_values" in given:
+            given[self._cache_argument] = given.pop("past_key_values")
+        out = self.base(**given, **options)
+        if not isinstance(out, tuple) and self._cache_argument in out:
+            out["past_key_values"] = out[self._cache_argument]
         return out
 
     def _prepare_cache(self, batch: dict[str, Any], route: list[tuple[Shadow, Tensor | None]]) -> None:
@@ -397,8 +400,8 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         }
         skip_logits = (self.training if skip_logits is None else skip_logits) and labels is not None
         if self._is_disabled:
-            return self.base(
-                **batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
+            return self._call_base(
+                batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
                 num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
         route = self._route(batch, adapter_names)
@@ -485,7 +488,7 @@ class ShadowForSequenceClassification(ShadowModel):
             **kwargs,
         }
         if self._is_disabled:
-            return self.base(**batch, labels=labels, return_dict=return_dict)
+            return self._call_base(batch, labels=labels, return_dict=return_dict)
         batch["use_cache"] = bool(use_cache)
         route = self._route(batch, adapter_names)
         self._prepare_cache(batch, route)
