@@ -90,7 +90,7 @@ FAMILIES: dict[str, Family] = {
                 k: {"rope_type": "default", "rope_theta": 1e4} for k in ("sliding_attention", "full_attention")
             },
         },
-    ),  # fmt: skip
+    ),
     "ctrl": Family("sinusoidal positions", {**GPT2, "dff": 48}),
     "cwm": Family("dense", {**HEAD_DIM, **SLIDING}),
     "dbrx": Family(
@@ -105,7 +105,7 @@ FAMILIES: dict[str, Family] = {
             "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
         },
         "dense",
-    ),  # fmt: skip
+    ),
     "deepseek_v2": Family("MoE, latent attention", {**DENSE, **LATENT, **ROUTED, "first_k_dense_replace": 1}, "dense"),
     "deepseek_v3": Family("MoE, latent attention", {**DENSE, **LATENT, **ROUTED, "first_k_dense_replace": 1}, "dense"),
     "deepseek_v32": Family("MoE, indexed latent attention", {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, "dense"),
@@ -114,10 +114,20 @@ FAMILIES: dict[str, Family] = {
     "dots1": Family("MoE", {**HEAD_DIM, **ROUTED, "first_k_dense_replace": 1}, "dense"),
     "dots3_note_text": Family(
         "MoE, indexed latent attention, head counts by layer",
-        {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED, "shared_experts_intermediate_size": 16, "head_dim": 8, "sliding_window": 6,
-         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
-         "per_layer_config": {"01": {"num_attention_heads": 2, "num_key_value_heads": 2}}}, "dense",
-    ),  # fmt: skip
+        {
+            **DENSE,
+            **LATENT,
+            **ROUTED,
+            **MIXED,
+            **INDEXED,
+            "shared_experts_intermediate_size": 16,
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+            "per_layer_config": {"01": {"num_attention_heads": 2, "num_key_value_heads": 2}},
+        },
+        "dense",
+    ),
     "emu3": Family("dense", {"text_config": DENSE}, note="text alone"),
     "ernie4_5": Family("dense", HEAD_DIM),
     "ernie4_5_moe": Family(
@@ -139,12 +149,16 @@ FAMILIES: dict[str, Family] = {
         "MoE", {**HEAD_DIM, **NUMBERED, "sliding_window": 6, "shared_expert_intermediate_size": 16}, "dense"
     ),
     "fuyu": Family(
-        "dense", {**NO_GROUPS, "text_config": {**NO_GROUPS, "model_type": "persimmon"}, "patch_size": 4}, note="text alone"
+        "dense",
+        {**NO_GROUPS, "text_config": {**NO_GROUPS, "model_type": "persimmon"}, "patch_size": 4},
+        note="text alone",
     ),
     "gemma": Family("scaled embeddings", HEAD_DIM),
     "gemma2": Family("capped logits, scaled embeddings", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0}),
     "gemma4_unified_text": Family(
-        "scaled embeddings, capped logits, head widths by layer", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0}, "dense"
+        "scaled embeddings, capped logits, head widths by layer",
+        {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0},
+        "dense",
     ),
     "gemma3_text": Family("scaled embeddings", {**HEAD_DIM, **SLIDING}),
     "glm": Family("dense", HEAD_DIM),
@@ -166,7 +180,7 @@ FAMILIES: dict[str, Family] = {
             "window_size": 6,
             "max_position_embeddings": 64,
         },
-    ),  # fmt: skip
+    ),
     "gpt_neox": Family("parallel blocks", NO_GROUPS),
     "gpt_neox_japanese": Family("dense", NO_GROUPS),
     "gpt_oss": Family(
@@ -185,8 +199,9 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": Family("scaled embeddings and logits", {**DENSE, **GRANITE}),
     "inkling2_text": Family(
         "MoE, short convolutions, capped logits",
-        {**HEAD_DIM, **INKLING, **EXPERTS, "n_routed_experts": 4, "unpadded_vocab_size": 99}, "dense",
-    ),  # fmt: skip
+        {**HEAD_DIM, **INKLING, **EXPERTS, "n_routed_experts": 4, "unpadded_vocab_size": 99},
+        "dense",
+    ),
     "inkling_text": Family(
         "MoE, short convolutions, scaled logits", {**HEAD_DIM, **INKLING, **ROUTED, **MIXED}, "dense"
     ),
@@ -234,7 +249,7 @@ FAMILIES: dict[str, Family] = {
             "rotary_dim": 4,
         },
         "dense",
-    ),  # fmt: skip
+    ),
     "ministral": Family("dense", {**HEAD_DIM, **SLIDING}),
     "ministral3": Family("dense", HEAD_DIM),
     "mistral": Family("dense, sliding windows", {**DENSE, "sliding_window": 6}),
@@ -252,16 +267,27 @@ FAMILIES: dict[str, Family] = {
         "learned positions, post-norm, embeddings of another width",
         {**NO_GROUPS, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
         model_type="opt",
-    ),  # fmt: skip
+    ),
     "persimmon": Family("dense", NO_GROUPS),
     "phi": Family("parallel blocks", DENSE),
     "phi3": Family("dense", DENSE),
     "phi4_multimodal": Family(
         "dense",
-        {**DENSE, "vision_config": {**TOWER, "crop_size": 8, "image_size": 8, "patch_size": 4},
-         "audio_config": {**TOWER, "num_blocks": 1, "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16,
-                          "nemo_conv_channels": 16, "bias_max_distance": 10}}, "dense", note="text alone",
-    ),  # fmt: skip
+        {
+            **DENSE,
+            "vision_config": {**TOWER, "crop_size": 8, "image_size": 8, "patch_size": 4},
+            "audio_config": {
+                **TOWER,
+                "num_blocks": 1,
+                "ext_pw_out_channel": 16,
+                "depthwise_separable_out_channel": 16,
+                "nemo_conv_channels": 16,
+                "bias_max_distance": 10,
+            },
+        },
+        "dense",
+        note="text alone",
+    ),
     "phimoe": Family("MoE", {**DENSE, "num_local_experts": 4}, "dense"),
     "qwen2": Family("dense", DENSE),
     "qwen2_moe": Family("MoE", {**DENSE, **NUMBERED, "shared_expert_intermediate_size": 16}, "dense"),
@@ -279,16 +305,28 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_5_moe_text": Family(
         "MoE, gated delta net",
-        {**HEAD_DIM, **NUMBERED, "shared_expert_intermediate_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-         "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-         "layer_types": ["linear_attention", "full_attention", "linear_attention"]}, "dense",
-    ),  # fmt: skip
+        {
+            **HEAD_DIM,
+            **NUMBERED,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+        "dense",
+    ),
     "modernbert-decoder": Family(
         "alternating windows, transformed states before the head",
         {**NO_GROUPS, "local_attention": 12},
         skip={"dense shadow": "it cannot transform its states before the head"},
-    ),  # fmt: skip
-    "youtu": Family("latent attention", {**DENSE, **LATENT, "pad_token_id": None}, note="transformers empties the padding row on loading"),
+    ),
+    "youtu": Family(
+        "latent attention",
+        {**DENSE, **LATENT, "pad_token_id": None},
+        note="transformers empties the padding row on loading",
+    ),
 }
 
 _HALF = {
@@ -316,17 +354,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "cpmant": ({**NO_GROUPS, "dim_head": 8, "dim_ff": 48}, "a prompt before the tokens"),
     "deepseek_v4": ({**DENSE, **ROUTED}, _STREAMS),
     "git": (
-        {**NO_GROUPS, "vision_config": {**TOWER, "image_size": 8, "patch_size": 4}}, "features of images before the tokens",
-    ),  # fmt: skip
+        {**NO_GROUPS, "vision_config": {**TOWER, "image_size": 8, "patch_size": 4}},
+        "features of images before the tokens",
+    ),
     "hrm_text": ({**HEAD_DIM, "num_layers_per_stack": 2}, "the same blocks several times"),
     "hy_v4": ({**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, _STREAMS),
     "mllama": ({"text_config": {**DENSE, "cross_attention_layers": [1]}}, "cross-attention where there is no image"),
     "moshi": ({}, _SPEECH),
     "prophetnet": ({}, "predicted streams"),
     "qwen4_exp_text": (
-        {**HEAD_DIM, **NUMBERED, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
-         "indexer_compress_ratio": 2, "ple_layer_ids": []}, _STREAMS,
-    ),  # fmt: skip
+        {
+            **HEAD_DIM,
+            **NUMBERED,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+            "ple_layer_ids": [],
+        },
+        _STREAMS,
+    ),
     "reformer": ({"is_decoder": True}, "reversible blocks"),
     "xlm": ({**COMMON, "emb_dim": 32, "n_layers": 3, "n_heads": 4}, _ENCODER),
     "xlnet": ({**COMMON, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48}, r"\(T, B, D\)"),

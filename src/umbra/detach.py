@@ -106,8 +106,8 @@ def _maps_before_head(model: ShadowModel, stock: PreTrainedModel) -> list[nn.Lin
     """The linear maps from the backbone's states to the head, last first; what is not linear moves into ``stock``."""
     between, twin = anatomy.before_head(model.base), anatomy.before_head(stock)
     maps = [m for m in (between, model.shadow.projection) if isinstance(m, nn.Linear)]
-    moved = None if between in maps else between
-    if twin in stock.base_model.modules():
+    moved = None if isinstance(between, nn.Linear) else between
+    if any(twin is module for module in stock.base_model.modules()):
         twin = None
     if (moved is None) != (twin is None) or (moved is not None and maps):
         raise DetachError(
