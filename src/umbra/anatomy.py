@@ -420,8 +420,10 @@ def own_cache(model: PreTrainedModel, composite: PretrainedConfig) -> Any:
 
         def reorder_cache(self, beam_idx: Any) -> None:
             super().reorder_cache(beam_idx)
-            states: list[Any] = self.linear_cache
-            self.linear_cache = [s if s is None or isinstance(s, list) else s[beam_idx.to(s.device)] for s in states]
+            states: Any = self.linear_cache
+            self.linear_cache: Any = [
+                s if s is None or isinstance(s, list) else s[beam_idx.to(s.device)] for s in states
+            ]
 
     cache: Any = ReorderedCache()
     cache.linear_cache = [None if kind == "linear_attention" else [] for kind in layer_types(composite)]
