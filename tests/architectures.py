@@ -52,6 +52,7 @@ NUMBERED = {**EXPERTS, "num_experts": 4}
 ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 MIXED = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 INDEXED = {"index_topk": 64, "index_head_dim": 8, "index_n_heads": 2}
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 INKLING = {
     "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 6, "d_rel": 4,
     "rel_extent": 16, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
@@ -89,7 +90,7 @@ FAMILIES: dict[str, Family] = {
                 k: {"rope_type": "default", "rope_theta": 1e4} for k in ("sliding_attention", "full_attention")
             },
         },
-    ),  # fmt: skip
+    ),
     "ctrl": Family("sinusoidal positions", {**GPT2, "dff": 48}),
     "cwm": Family("dense", {**HEAD_DIM, **SLIDING}),
     "dbrx": Family(
@@ -104,7 +105,7 @@ FAMILIES: dict[str, Family] = {
             "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
         },
         "dense",
-    ),  # fmt: skip
+    ),
     "deepseek_v2": Family("MoE, latent attention", {**DENSE, **LATENT, **ROUTED, "first_k_dense_replace": 1}, "dense"),
     "deepseek_v3": Family("MoE, latent attention", {**DENSE, **LATENT, **ROUTED, "first_k_dense_replace": 1}, "dense"),
     "deepseek_v32": Family("MoE, indexed latent attention", {**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, "dense"),
@@ -126,7 +127,8 @@ FAMILIES: dict[str, Family] = {
             "per_layer_config": {"01": {"num_attention_heads": 2, "num_key_value_heads": 2}},
         },
         "dense",
-    ),  # fmt: skip
+    ),
+    "emu3": Family("dense", {"text_config": DENSE}, note="text alone"),
     "ernie4_5": Family("dense", HEAD_DIM),
     "ernie4_5_moe": Family(
         "MoE",
@@ -145,6 +147,11 @@ FAMILIES: dict[str, Family] = {
     "flex_olmo": Family("MoE, post-norm", {**DENSE, "num_experts": 4, "num_experts_per_tok": 2}, "dense"),
     "flint": Family(
         "MoE", {**HEAD_DIM, **NUMBERED, "sliding_window": 6, "shared_expert_intermediate_size": 16}, "dense"
+    ),
+    "fuyu": Family(
+        "dense",
+        {**NO_GROUPS, "text_config": {**NO_GROUPS, "model_type": "persimmon"}, "patch_size": 4},
+        note="text alone",
     ),
     "gemma": Family("scaled embeddings", HEAD_DIM),
     "gemma2": Family("capped logits, scaled embeddings", {**HEAD_DIM, **SLIDING, "final_logit_softcapping": 3.0}),
@@ -173,7 +180,7 @@ FAMILIES: dict[str, Family] = {
             "window_size": 6,
             "max_position_embeddings": 64,
         },
-    ),  # fmt: skip
+    ),
     "gpt_neox": Family("parallel blocks", NO_GROUPS),
     "gpt_neox_japanese": Family("dense", NO_GROUPS),
     "gpt_oss": Family(
@@ -194,7 +201,7 @@ FAMILIES: dict[str, Family] = {
         "MoE, short convolutions, capped logits",
         {**HEAD_DIM, **INKLING, **EXPERTS, "n_routed_experts": 4, "unpadded_vocab_size": 99},
         "dense",
-    ),  # fmt: skip
+    ),
     "inkling_text": Family(
         "MoE, short convolutions, scaled logits", {**HEAD_DIM, **INKLING, **ROUTED, **MIXED}, "dense"
     ),
@@ -242,7 +249,7 @@ FAMILIES: dict[str, Family] = {
             "rotary_dim": 4,
         },
         "dense",
-    ),  # fmt: skip
+    ),
     "ministral": Family("dense", {**HEAD_DIM, **SLIDING}),
     "ministral3": Family("dense", HEAD_DIM),
     "mistral": Family("dense, sliding windows", {**DENSE, "sliding_window": 6}),
@@ -260,10 +267,27 @@ FAMILIES: dict[str, Family] = {
         "learned positions, post-norm, embeddings of another width",
         {**NO_GROUPS, "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
         model_type="opt",
-    ),  # fmt: skip
+    ),
     "persimmon": Family("dense", NO_GROUPS),
     "phi": Family("parallel blocks", DENSE),
     "phi3": Family("dense", DENSE),
+    "phi4_multimodal": Family(
+        "dense",
+        {
+            **DENSE,
+            "vision_config": {**TOWER, "crop_size": 8, "image_size": 8, "patch_size": 4},
+            "audio_config": {
+                **TOWER,
+                "num_blocks": 1,
+                "ext_pw_out_channel": 16,
+                "depthwise_separable_out_channel": 16,
+                "nemo_conv_channels": 16,
+                "bias_max_distance": 10,
+            },
+        },
+        "dense",
+        note="text alone",
+    ),
     "phimoe": Family("MoE", {**DENSE, "num_local_experts": 4}, "dense"),
     "qwen2": Family("dense", DENSE),
     "qwen2_moe": Family("MoE", {**DENSE, **NUMBERED, "shared_expert_intermediate_size": 16}, "dense"),
@@ -279,11 +303,25 @@ FAMILIES: dict[str, Family] = {
         "sinusoidal positions, scaled embeddings",
         {**COMMON, "d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4, "max_position_embeddings": 64},
     ),
+    "qwen3_5_moe_text": Family(
+        "MoE, gated delta net",
+        {
+            **HEAD_DIM,
+            **NUMBERED,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+        "dense",
+    ),
     "modernbert-decoder": Family(
         "alternating windows, transformed states before the head",
         {**NO_GROUPS, "local_attention": 12},
         skip={"dense shadow": "it cannot transform its states before the head"},
-    ),  # fmt: skip
+    ),
     "youtu": Family(
         "latent attention",
         {**DENSE, **LATENT, "pad_token_id": None},
@@ -315,8 +353,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "blt": ({}, "patches"),
     "cpmant": ({**NO_GROUPS, "dim_head": 8, "dim_ff": 48}, "a prompt before the tokens"),
     "deepseek_v4": ({**DENSE, **ROUTED}, _STREAMS),
+    "git": (
+        {**NO_GROUPS, "vision_config": {**TOWER, "image_size": 8, "patch_size": 4}},
+        "features of images before the tokens",
+    ),
     "hrm_text": ({**HEAD_DIM, "num_layers_per_stack": 2}, "the same blocks several times"),
     "hy_v4": ({**DENSE, **LATENT, **ROUTED, **MIXED, **INDEXED}, _STREAMS),
+    "mllama": ({"text_config": {**DENSE, "cross_attention_layers": [1]}}, "cross-attention where there is no image"),
     "moshi": ({}, _SPEECH),
     "prophetnet": ({}, "predicted streams"),
     "qwen4_exp_text": (
@@ -331,12 +374,26 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "ple_layer_ids": [],
         },
         _STREAMS,
-    ),  # fmt: skip
+    ),
     "reformer": ({"is_decoder": True}, "reversible blocks"),
     "xlm": ({**COMMON, "emb_dim": 32, "n_layers": 3, "n_heads": 4}, _ENCODER),
     "xlnet": ({**COMMON, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48}, r"\(T, B, D\)"),
     **{name: ({**NO_GROUPS, "is_decoder": True}, _ENCODER) for name in ENCODERS},
 }
 
-# Model types of AutoModelForCausalLM whose place is another line: what they are.
-ELSEWHERE: dict[str, str] = {}
+_UNBUILT = "AutoModelForCausalLM of transformers 5.23 cannot build it from its own configuration"
+# Model types of AutoModelForCausalLM that are no line of their own, and why.
+ELSEWHERE: dict[str, str] = {
+    "dots3_note": "the vision-language model around `dots3_note_text`",
+    "gemma3n": "the vision-language model around `gemma3n_text`, whose towers need timm",
+    "gemma4": "the vision-language model around `gemma4_text`",
+    "gemma4_assistant": _UNBUILT,
+    "gemma4_unified": "the vision-language model around `gemma4_unified_text`",
+    "gemma4_unified_assistant": _UNBUILT,
+    "got_ocr2": "a vision-language model around `qwen2`",
+    "moss_transcribe_diarize": "an audio model around `qwen3`",
+    "musicgen": _UNBUILT,
+    "musicgen_melody": _UNBUILT,
+    "qwen3_5_moe": "the vision-language model around `qwen3_5_moe_text`",
+    "qwen4_exp": "the vision-language model around `qwen4_exp_text`, which cannot carry a shadow",
+}

@@ -125,6 +125,7 @@ def render_architectures(outcomes: dict[tuple[str, str], list[bool]]) -> str:
         page.append(f"| `{name}` | {family.kind} | {family.shadow} | {' | '.join(marks)} | {_note(family)} |")
     page += ["\n## What cannot carry a shadow\n", "`umbra.attach` says so in one error.\n"]
     page += [f"- `{name}`: {refusal(name)}" for name in sorted(REFUSED)]
+    page += ["\n## Not tried\n"] + [f"- {name}: {reason}" for name, reason in sorted(ELSEWHERE.items())]
     return "\n".join(page) + "\n"
 
 

@@ -82,8 +82,9 @@ def shadow_path(model: umbra.ShadowModel, ids: torch.Tensor) -> torch.Tensor:
     def use_state(s0: torch.Tensor) -> None:
         plan.extra = anatomy.head_input(model.base, s0.reshape(-1, s0.shape[-1]))
 
-    use_cache = False if anatomy.takes_cache(model.base) else None
-    batch = {"input_ids": ids, "inputs_embeds": None, "use_cache": use_cache}
+    batch = {"input_ids": ids, "inputs_embeds": None, "past_key_values": None}
+    if anatomy.takes_cache(model.base):
+        batch["use_cache"] = False
     out = model._run_base(batch, [(model.shadow, None)], plan, use_state)
     return out["logits"][0, plan.rows :].view(*ids.shape, -1)
 
@@ -243,8 +244,9 @@ def test_a_family_that_cannot_carry_a_shadow_says_why(name):
 
 def test_every_causal_family_is_accounted_for():
     """Those of AutoModelForCausalLM: tested, refused, or tested elsewhere."""
-    known = {family.model_type or name for name, family in FAMILIES.items()} | REFUSED.keys() | ELSEWHERE.keys()
+    known = {family.model_type or name for name, family in tables.LISTED.items()} | REFUSED.keys() | ELSEWHERE.keys()
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - known == set()
+    assert not {*REFUSED, *ELSEWHERE} & tables.LISTED.keys()
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ ORDER = [
     "config",
     "core",
     "folder",
+    "families",
     "anatomy",
     "bases",
     "fingerprint",

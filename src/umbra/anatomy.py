@@ -13,60 +13,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer, StaticLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .errors import BaseModelError, ConfigError
-
-CLASSIFIER_NAMES = ("score", "classifier")
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # logits ← c · tanh(logits / c)
-LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")  # logits ← f · logits
-LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # logits ← logits / f
-MULTIPLYING_DIVISORS = {"hyperclovax"}  # families in which LOGIT_DIVISORS multiply
-DIVIDED_STATES = {
-    "inkling_text",
-    "minicpm3",
-}  # families that divide by LOGIT_DIVISORS what the head reads, not what it gives
-# Vision-language models that scale or cap their logits as their text tower's own language model would; others do not.
-SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_vision"}
-COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
-# Text towers of vision-language models that have no language model of their own, and whose blocks on text alone are these.
-TEXT_TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-BLOCK_COUNTS = ("decoder_layers", "num_layers", "num_hidden_layers")  # the first that a configuration has
-LAYER_INDICES = ("layer_idx", "layer_id")  # what attention modules call their place in the cache
-PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types", "layer_rope_theta", "no_rope_layers")
-EMBEDDING_WIDTH = "word_embed_proj_dim"  # columns of the table and of the head, where they are not the blocks' width
-# What stands between the decoder's states and the head, wherever one of these is there.
-BEFORE_HEAD = {"opt": ("model.decoder.project_out",), "modernbert-decoder": ("lm_head", "head")}
-_STREAMS = "its blocks exchange several streams at once, where a shadow corrects one hidden state (B, T, D)"
-_OWN_CACHE = (
-    "it keeps its state in {} instead of a Cache of transformers, in which the shadow's keys would have no place"
+from .families import (
+    ATTENTION_TYPES,
+    BEFORE_HEAD,
+    BLOCK_COUNTS,
+    CLASSIFIER_NAMES,
+    COMPUTED,
+    DIVIDED_STATES,
+    EMBEDDING_WIDTH,
+    ENCODER,
+    EXPERT_COUNTS,
+    INTERMEDIATE_NAMES,
+    LAYER_INDICES,
+    LOGIT_DIVISORS,
+    LOGIT_FACTORS,
+    MULTIPLYING_DIVISORS,
+    OTHER_INPUTS,
+    PER_LAYER,
+    SCALING_TOWERS,
+    SOFT_CAPS,
+    TEXT_TWINS,
+    UNFIT,
 )
-_ENCODER = (
-    "it is encoder-only, or an encoder run as a decoder; a shadow rides beside a causal decoder, such as Llama, Qwen3, "
-    "Gemma 3, Mistral or GPT-2"
-)
-DECODER_HALVES = {"bart", "mbart", "mvp"}  # which AutoModelForMaskedLM knows as well
-# Families to which the method does not apply, and why.
-UNFIT = {
-    **{name: _ENCODER for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES if name not in DECODER_HALVES},
-    "bert-generation": _ENCODER,
-    "blt": "its tokens are bytes, its blocks work on patches of them, and a shadow's states fit neither alone",
-    "cpmant": "it puts a prompt before the tokens, so that its hidden states are longer than its input",
-    "deepseek_v4": _STREAMS,
-    "hrm_text": "it runs the same blocks several times in one forward",
-    "hy_v4": _STREAMS,
-    "moshi": "it speaks in several codebooks at once",
-    "qwen4_exp": _STREAMS,
-    "qwen4_exp_text": _STREAMS,
-    "prophetnet": "its hidden states hold several predicted streams behind one another",
-    "reformer": "its reversible blocks exchange two streams and hash the sequence into buckets",
-    "rwkv": _OWN_CACHE.format("a list of tensors"),
-    "xlnet": "its hidden states are (T, B, D), and see what follows them",
-    "xlstm": _OWN_CACHE.format("an xLSTMCache"),
-}
 
 
 @dataclass
@@ -128,7 +98,7 @@ def locate(model: nn.Module) -> Anatomy:
 
 def is_causal(config: PretrainedConfig) -> bool:
     """Whether no position sees what follows it: neither an encoder nor an encoder-decoder."""
-    return refusal(config.model_type) != _ENCODER and not config.is_encoder_decoder
+    return refusal(config.model_type) != ENCODER and not config.is_encoder_decoder
 
 
 def refusal(model_type: str) -> str | None:
@@ -189,7 +159,7 @@ def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
     parts = (config, getattr(config, "ffn_config", None))
     has_experts = any((getattr(part, n, None) or 0) > 1 for part in parts for n in EXPERT_COUNTS)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    reads_more = bool(getattr(config, "hidden_size_per_layer_input", None)) or hasattr(config, "decoder_layers")
+    reads_more = getattr(config, "hidden_size_per_layer_input", None) or any(hasattr(config, n) for n in OTHER_INPUTS)
     is_plain = not (has_experts and getattr(config, "is_moe", True)) and not config.is_heterogeneous
     return is_plain and not reads_more and layer_types <= ATTENTION_TYPES
 
@@ -327,7 +297,8 @@ def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
         "rope_parameters": None,
     }
     inner = getattr(base, "intermediate_size", None) or 4 * hidden
-    config = (LlamaConfig if cap is None else Gemma3TextConfig)(
+    kind: Any = LlamaConfig if cap is None else Gemma3TextConfig
+    config = kind(
         vocab_size=base.vocab_size,
         hidden_size=hidden,
         intermediate_size=sizes.get("intermediate_size", inner[0] if isinstance(inner, list) else inner),
@@ -449,11 +420,13 @@ def own_cache(model: PreTrainedModel, composite: PretrainedConfig) -> Any:
 
         def reorder_cache(self, beam_idx: Any) -> None:
             super().reorder_cache(beam_idx)
-            states: list[Any] = self.linear_cache
-            self.linear_cache = [s if s is None or isinstance(s, list) else s[beam_idx.to(s.device)] for s in states]
+            states: Any = self.linear_cache
+            self.linear_cache: Any = [
+                s if s is None or isinstance(s, list) else s[beam_idx.to(s.device)] for s in states
+            ]
 
-    cache = ReorderedCache()
-    cache.linear_cache = [None if kind == "linear_attention" else [] for kind in layer_types(composite)]  # type: ignore
+    cache: Any = ReorderedCache()
+    cache.linear_cache = [None if kind == "linear_attention" else [] for kind in layer_types(composite)]
     return cache
 
 

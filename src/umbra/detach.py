@@ -34,8 +34,8 @@ def detach(model: ShadowModel) -> PreTrainedModel:
             cannot do.
     """
     base, shadow = anatomy.locate(model.base), model.shadow
-    mirrored = type(shadow.backbone) is type(base.decoder) and not base.merges_embeddings
     config = _stock_config(model)
+    mirrored = type(shadow.backbone) is type(base.decoder) and type(config) is type(base.model.config)
     cap = None if base.is_classifier else anatomy.soft_cap(model.base.config)
     anatomy.set_soft_cap(config, cap)
     if not base.is_classifier and anatomy.soft_cap(config) != cap:
@@ -106,8 +106,8 @@ def _maps_before_head(model: ShadowModel, stock: PreTrainedModel) -> list[nn.Lin
     """The linear maps from the backbone's states to the head, last first; what is not linear moves into ``stock``."""
     between, twin = anatomy.before_head(model.base), anatomy.before_head(stock)
     maps = [m for m in (between, model.shadow.projection) if isinstance(m, nn.Linear)]
-    moved = None if between in maps else between
-    if twin in stock.base_model.modules():
+    moved = None if isinstance(between, nn.Linear) else between
+    if any(twin is module for module in stock.base_model.modules()):
         twin = None
     if (moved is None) != (twin is None) or (moved is not None and maps):
         raise DetachError(

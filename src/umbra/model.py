@@ -181,8 +181,11 @@ class ShadowModel(Adapters, PreTrainedModel):
         if "past_key_values" in given:
             given[self._cache_argument] = given.pop("past_key_values")
         out = self.base(**given, **options)
-        if not isinstance(out, tuple) and self._cache_argument in out:
-            out["past_key_values"] = out[self._cache_argument]
+        if (
+            not isinstance(out, tuple)
+            and (cache := out.get(self._cache_argument, batch.get("past_key_values"))) is not None
+        ):
+            out["past_key_values"] = cache  # which some return under another name, and RecurrentGemma not at all
         return out
 
     def _prepare_cache(self, batch: dict[str, Any], route: list[tuple[Shadow, Tensor | None]]) -> None:
