@@ -51,9 +51,13 @@ CONFIGS = {
 
 def make_base(name: str = "llama", seed: int = 0, classifier: bool = False, **options):
     """A tiny random base in eval mode, without dropout, with weights large enough to matter."""
+    return randomise(AutoConfig.for_model(name, **{**CONFIGS[name], **options}), seed, classifier)
+
+
+def randomise(config, seed: int = 0, classifier: bool = False):
+    """A random model of this configuration, as `make_base` makes them."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(name, **{**CONFIGS[name], **options})
-    for key in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "attention_dropout", "resid_pdrop"):
+    for key in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "attention_dropout", "dropout"):
         if hasattr(config, key):
             setattr(config, key, 0.0)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM

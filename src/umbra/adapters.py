@@ -165,7 +165,7 @@ class Adapters:
     def _free_cache_layer(self, count: int, leaving: Shadow | None) -> int:
         shadows = [s for s in map(self.adapter, self.adapters) if s is not leaving]
         taken = {l for shadow in shadows for l in shadow.cache_layers}
-        start = len(anatomy.locate(self.base).blocks)
+        start = anatomy.cache_depth(anatomy.locate(self.base))
         while not taken.isdisjoint(range(start, start + count)):
             start += 1
         return start

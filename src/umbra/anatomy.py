@@ -4,6 +4,7 @@ A change that wants ``if model_type == …`` is data for this file.
 """
 
 import copy
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DummyLayer, StaticLayer
 from transformers.configuration_utils import get_head_shapes
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from . import dense
 from .errors import BaseModelError, ConfigError
-
-CLASSIFIER_NAMES = ("score", "classifier")
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+from .families import (
+    ATTENTION_TYPES,
+    BEFORE_HEAD,
+    BLOCK_COUNTS,
+    CLASSIFIER_NAMES,
+    COMPUTED,
+    DIVIDED_STATES,
+    EMBEDDING_WIDTH,
+    ENCODER,
+    EXPERT_COUNTS,
+    INTERMEDIATE_NAMES,
+    LAYER_INDICES,
+    LOGIT_DIVISORS,
+    LOGIT_FACTORS,
+    MULTIPLYING_DIVISORS,
+    OTHER_INPUTS,
+    PER_LAYER,
+    SCALING_TOWERS,
+    SOFT_CAPS,
+    TEXT_TWINS,
+    UNFIT,
+)
 
 
 @dataclass
@@ -47,6 +65,16 @@ class Anatomy:
     def embeddings(self) -> Any:
         return self.model.get_input_embeddings()
 
+    @property
+    def merges_embeddings(self) -> bool:
+        """Whether the decoder is fed embeddings into which those of images have been put (vision-language models)."""
+        return not is_text_only(self.model.config)
+
+    @property
+    def stream(self) -> int | None:
+        """Which of the N parallel hidden states (N, B, T, D) its blocks work on (AltUp of Gemma 3n); None for one (B, T, D)."""
+        return getattr(self.config, "altup_active_idx", None)
+
 
 def locate(model: nn.Module) -> Anatomy:
     """Find the decoder, its blocks and its task head.
@@ -59,14 +87,11 @@ def locate(model: nn.Module) -> Anatomy:
         raise BaseModelError(f"The base must be a transformers PreTrainedModel, got {name}.")
     if model.config.is_encoder_decoder:
         raise BaseModelError(f"{name} is an encoder-decoder; a shadow rides beside a decoder-only model.")
-    kind = model.config.model_type
-    if not is_causal(model.config):
-        raise BaseModelError(
-            f"{name} ({kind}) is encoder-only; a shadow rides beside a causal decoder, "
-            "such as Llama, Qwen3, Gemma 3, Mistral or GPT-2."
-        )
+    reason = refusal(model.config.model_type)
+    if reason is not None:
+        raise BaseModelError(f"{name} ({model.config.model_type}) cannot carry a shadow: {reason}.")
     text_config = model.config.get_text_config(decoder=True)
-    block_name, blocks = _find_blocks(model, text_config.num_hidden_layers)
+    block_name, blocks = _find_blocks(model, _num_blocks(text_config))
     decoder = model.get_submodule(block_name.rpartition(".")[0])
     head_name, head = _find_head(model)
     if not isinstance(decoder, PreTrainedModel) or decoder is model:
@@ -79,12 +104,31 @@ def locate(model: nn.Module) -> Anatomy:
 
 def is_causal(config: PretrainedConfig) -> bool:
     """Whether no position sees what follows it: neither an encoder nor an encoder-decoder."""
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return not encoder and not config.is_encoder_decoder
+    return refusal(config.model_type) != ENCODER and not config.is_encoder_decoder
 
 
-def _find_blocks(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+def refusal(model_type: str) -> str | None:
+    """Why no model of this type can carry a shadow; None where it can."""
+    return UNFIT.get(model_type)
+
+
+def _num_blocks(config: PretrainedConfig) -> int:
+    return next(getattr(config, name) for name in BLOCK_COUNTS if hasattr(config, name))
+
+
+def is_text_only(config: PretrainedConfig) -> bool:
+    """Whether the model is its text decoder, with no tower for images beside it."""
+    return config.get_text_config(decoder=True) is config
+
+
+def _find_blocks(model: PreTrainedModel, num_layers: int) -> tuple[str, nn.ModuleList]:
+    tower = model if is_text_only(model.config) else model.get_decoder()
+    inside = set(tower.modules())
+    lists = [
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == num_layers and m in inside
+    ]
     if not lists:
         raise BaseModelError(f"{type(model).__name__} has no list of {num_layers} decoder blocks to couple to.")
     return min(lists, key=lambda item: item[0].count("."))
@@ -117,16 +161,28 @@ def device_of(module: Any) -> torch.device:
     """Where a module with a weight computes: between calls, accelerate keeps offloaded weights on the meta device."""
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
-        if module.weight.is_meta and getattr(one, "execution_device", None) is not None:
-            return torch.device(one.execution_device)
+        device = getattr(one, "execution_device", None)
+        if module.weight.is_meta and device is not None:
+            return torch.device(device)
     return module.weight.device
 
 
+def table_width(module: Any) -> int:
+    """Columns of an embedding table."""
+    return module.weight.shape[1]
+
+
 def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
-    """Whether one block of this architecture is a plain dense attention block (no experts, no recurrence)."""
-    has_experts = any((getattr(config, n, None) or 0) > 1 for n in EXPERT_COUNTS)
+    """Whether one block of this architecture is a plain dense attention block.
+
+    Not with experts, recurrence, inputs of its own per layer, or the cross-attention of an encoder-decoder's half.
+    """
+    parts = (config, getattr(config, "ffn_config", None))
+    has_experts = any((getattr(part, n, None) or 0) > 1 for part in parts for n in EXPERT_COUNTS)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return not has_experts and layer_types <= ATTENTION_TYPES
+    reads_more = getattr(config, "hidden_size_per_layer_input", None) or any(hasattr(config, n) for n in OTHER_INPUTS)
+    is_plain = not (has_experts and getattr(config, "is_moe", True)) and not config.is_heterogeneous
+    return is_plain and not reads_more and layer_types <= ATTENTION_TYPES
 
 
 def composite_config(base_config: PretrainedConfig, shadows: dict[int, PretrainedConfig]) -> PretrainedConfig:
@@ -135,24 +191,44 @@ def composite_config(base_config: PretrainedConfig, shadows: dict[int, Pretraine
     Args:
         shadows: the configuration of each shadow by its first layer in the cache, L or more.
     """
-    config = unquantised(base_config)
+    config = _with_plain_layers(unquantised(base_config))
     text = config.get_text_config(decoder=True)
-    types = layer_types(text)
+    types, sharing = layer_types(text), getattr(text, "kv_sharing_modes", None)
     for first, shadow in sorted(shadows.items()):
         types += ["full_attention"] * (first - len(types)) + layer_types(shadow)
+    if sharing is not None:
+        text.kv_sharing_modes = [*sharing, *[None] * (len(types) - len(sharing))]
     windows = [w for w in map(window, (text, *shadows.values())) if w is not None]
     text.num_hidden_layers = len(types)
-    if any(t != types[0] for t in types) or getattr(text, "layer_types", None) is not None:
+    if windows or any(t != types[0] for t in types) or getattr(text, "layer_types", None) is not None:
         text.layer_types = types
     if windows:
         text.sliding_window = max(windows)  # of the cache's layers; the masks of either model narrow it to its own
     return config
 
 
+def _with_plain_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration with a text part whose layers can be set, where its class computes them from other fields."""
+    text = config.get_text_config(decoder=True)
+    if not any(isinstance(getattr(type(text), name, None), property) for name in COMPUTED):
+        return config
+    plain = PretrainedConfig()
+    plain.__dict__.update(text.__dict__)
+    plain.model_type = text.model_type  # type: ignore[misc]
+    for name in (*COMPUTED, *text.attribute_map):
+        if hasattr(text, name):
+            setattr(plain, name, copy.deepcopy(getattr(text, name)))
+    if text is config:
+        return plain
+    name = next(name for name, value in config.__dict__.items() if value is text)
+    setattr(config, name, plain)
+    return config
+
+
 def lay_out(config: PretrainedConfig, layers: PretrainedConfig) -> None:
     """Give a configuration the layers of another one, and leave the rest of it alone."""
     target, source = config.get_text_config(decoder=True), layers.get_text_config(decoder=True)
-    for name in ("num_hidden_layers", "layer_types", "sliding_window"):
+    for name in ("num_hidden_layers", "layer_types", "sliding_window", "kv_sharing_modes"):
         if name in source.__dict__ or name in source.attribute_map:
             setattr(target, name, getattr(source, name))
 
@@ -176,7 +252,13 @@ def layer_types(config: PretrainedConfig) -> list[str]:
     given = getattr(config, "layer_types", None)
     if given is not None:
         return list(given)
-    return ["sliding_attention" if window(config) is not None else "full_attention"] * config.num_hidden_layers
+    depth = getattr(config, "decoder_layers", config.num_hidden_layers)
+    return ["sliding_attention" if window(config) is not None else "full_attention"] * depth
+
+
+def cache_depth(base: Anatomy) -> int:
+    """How many layers a cache of the base has, and so the first that is free for a shadow."""
+    return len(layer_types(base.config))
 
 
 def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
@@ -189,7 +271,7 @@ def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedCo
     Raises:
         ConfigError: a size that this architecture does not have, or sizes that do not fit together.
     """
-    config = copy.deepcopy(base)
+    config = copy.deepcopy(base.per_layer_config[0])
     for name, value in sizes.items():
         names = INTERMEDIATE_NAMES if name == "intermediate_size" else (name,)
         target = next((n for n in names if n in config.attribute_map or hasattr(config, n)), None)
@@ -202,6 +284,8 @@ def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedCo
     # With a layer index shifted behind the base's, this GPT-2 option would scale the shadow by the wrong depth.
     if scales_by_depth(config):
         config.scale_attn_by_inverse_layer_idx = False
+    if hasattr(config, EMBEDDING_WIDTH):
+        setattr(config, EMBEDDING_WIDTH, config.hidden_size)
     _check_heads(config)
     config.use_cache = True
     return config
@@ -213,40 +297,77 @@ def scales_by_depth(config: PretrainedConfig) -> bool:
 
 
 def _set_depth(config: PretrainedConfig, depth: int) -> None:
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        config.layer_types = [*types, *[types[-1]] * depth][:depth]
+    for name in PER_LAYER:
+        values = getattr(config, name, None)
+        if values is not None:
+            setattr(config, name, [*values, *[values[-1]] * depth][:depth])
+    if hasattr(config, "attention_types"):  # GPT-Neo's attention_layers in short
+        config.attention_types = [[list(config.attention_layers), 1]]
     config.num_hidden_layers = depth
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, depth)
 
 
 def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
-    """A Llama configuration of the base's sizes, for bases whose block is not one to mirror."""
-    from transformers import LlamaConfig
+    """A Llama configuration of the base's sizes, for bases whose block is not one to mirror.
 
+    Gemma 3's where the base soft-caps its logits, since a detached Llama could not.
+    """
+    from transformers import Gemma3TextConfig, LlamaConfig
+
+    base = base.per_layer_config[0]
     hidden = sizes.get("hidden_size") or base.hidden_size
     heads: int = sizes.get("num_attention_heads", getattr(base, "num_attention_heads", None) or max(1, hidden // 64))
-    rope = getattr(base, "rope_parameters", None)
-    config = LlamaConfig(
+    cap, depth = soft_cap(base), sizes["num_hidden_layers"]
+    head_dim = sizes.get("head_dim", getattr(base, "head_dim", None))
+    capped: dict[str, Any] = {
+        "final_logit_softcapping": cap,
+        "layer_types": ["full_attention"] * depth,
+        "sliding_window": window(base) or getattr(base, "max_position_embeddings", 2048),
+        "query_pre_attn_scalar": head_dim or hidden // heads,
+        "rope_parameters": None,
+    }
+    inner = getattr(base, "intermediate_size", None) or 4 * hidden
+    kind: Any = LlamaConfig if cap is None else Gemma3TextConfig
+    config = kind(
         vocab_size=base.vocab_size,
         hidden_size=hidden,
-        intermediate_size=sizes.get("intermediate_size", getattr(base, "intermediate_size", None) or 4 * hidden),
-        num_hidden_layers=sizes["num_hidden_layers"],
+        intermediate_size=sizes.get("intermediate_size", inner[0] if isinstance(inner, list) else inner),
+        num_hidden_layers=depth,
         num_attention_heads=heads,
         num_key_value_heads=sizes.get("num_key_value_heads", getattr(base, "num_key_value_heads", None) or heads),
-        head_dim=sizes.get("head_dim", getattr(base, "head_dim", None)),
-        max_position_embeddings=base.max_position_embeddings,
-        rms_norm_eps=getattr(base, "rms_norm_eps", 1e-6),
-        rope_parameters=copy.deepcopy(rope) if rope and rope.get("rope_type") == "default" else None,
+        head_dim=head_dim or hidden // heads,
+        max_position_embeddings=getattr(base, "max_position_embeddings", 2048),
+        rms_norm_eps=getattr(base, "rms_norm_eps", None) or 1e-6,
         pad_token_id=base.pad_token_id,
         bos_token_id=base.bos_token_id,
         eos_token_id=base.eos_token_id,
         tie_word_embeddings=False,
+        **({"rope_parameters": _plain_rope(base)} if cap is None else capped),
     )
     config._attn_implementation = base._attn_implementation
     _check_heads(config)
     return config
+
+
+def _plain_rope(base: PretrainedConfig) -> dict[str, Any] | None:
+    """θ of the base where its rotary positions are the plain ones (on text, those of three axes are); else None."""
+    rope = getattr(base, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "default":
+        return None
+    return {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10_000.0)}
+
+
+def text_twin(config: PretrainedConfig) -> PretrainedConfig:
+    """A text tower's configuration as that of a language model: of its own family, or of the one that it is on text alone."""
+    from transformers import AutoConfig
+
+    if config.model_type not in TEXT_TWINS:
+        return config
+    values = config.to_dict()
+    del values["model_type"]
+    values["rope_parameters"] = {k: v for k, v in config.rope_parameters.items() if not k.startswith("mrope")}
+    return AutoConfig.for_model(TEXT_TWINS[config.model_type], **values)
 
 
 def _check_heads(config: PretrainedConfig) -> None:
@@ -269,8 +390,9 @@ def shift_layer_indices(backbone: nn.Module, offset: int) -> None:
     """Give the shadow's attention layers the cache slots behind the base's."""
     module: Any
     for module in backbone.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx += offset
+        for name in LAYER_INDICES:
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, getattr(module, name) + offset)
 
 
 def remove_embeddings(backbone: PreTrainedModel) -> None:
@@ -315,11 +437,42 @@ def embedding_scale(table: nn.Module) -> float:
 
 @torch.no_grad()
 def embedding_rows(table: Any, tokens: Tensor | None = None) -> Tensor:
-    """(N, D): what an embedding table holds for ``tokens`` (N,), for all by default; a quantised one is read off."""
-    if not dense.is_packed(table):
+    """(N, D): what an embedding module gives for ``tokens`` (N,), for all by default, but for its `embedding_scale`.
+
+    A quantised table, and one with more behind it than a lookup, is read off.
+    """
+    looks_up = type(table).forward is nn.Embedding.forward or hasattr(table, "embed_scale")
+    if looks_up and not dense.is_packed(table):
         return table.weight.detach() if tokens is None else table.weight[tokens.to(table.weight.device)]
     tokens = torch.arange(vocabulary_size(table)) if tokens is None else tokens
     return table(tokens.to(table.weight.device)) / embedding_scale(table)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which the model's forward takes and returns its cache."""
+    names = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in names else "past_key_values"
+
+
+def own_cache(model: PreTrainedModel, composite: PretrainedConfig) -> Any:
+    """An empty cache of the model's own class with a place for every layer of ``composite``; None for nearly all models."""
+    if model.config.model_type != "minimax":
+        return None
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    class ReorderedCache(MiniMaxCache):
+        """With its linear states following the beams, which transformers leaves where they were (until 5.23 at least)."""
+
+        def reorder_cache(self, beam_idx: Any) -> None:
+            super().reorder_cache(beam_idx)
+            states: Any = self.linear_cache
+            self.linear_cache: Any = [
+                s if s is None or isinstance(s, list) else s[beam_idx.to(s.device)] for s in states
+            ]
+
+    cache: Any = ReorderedCache()
+    cache.linear_cache = [None if kind == "linear_attention" else [] for kind in layer_types(composite)]
+    return cache
 
 
 def cache_layers(cache: Any) -> int | None:
@@ -347,6 +500,51 @@ def window(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(decoder=True), "sliding_window", None)
 
 
+def forget(model: PreTrainedModel, cache: Any) -> None:
+    """Start a sequence without what an earlier one left behind.
+
+    RecurrentGemma keeps the state of its recurrence on its modules, with its graph, instead of in the cache (until 5.23 at
+    least): a second training step would go back through the first.
+    """
+    if model.config.model_type != "recurrent_gemma" or (cache is not None and cache.get_seq_length() > 0):
+        return
+    for module in model.modules():
+        if hasattr(module, "recurrent_states"):
+            module.recurrent_states = None  # type: ignore[assignment]
+
+
+def hide_others(cache: Any, blocks: int, mine: range) -> Any:
+    """The same cache for one of several shadows, which is not to measure the past by layers that another has filled."""
+    if cache is None or cache_layers(cache) is None:
+        return cache
+    view = copy.copy(cache)
+    view.layers = [layer if l < blocks or l in mine else DummyLayer() for l, layer in enumerate(cache.layers)]
+    return view
+
+
+def is_measured_by_shadow(cache: Any, blocks: int) -> bool:
+    """Whether transformers would read from the shadow's layers how long the past of the base's own attention is.
+
+    It takes the first layer of full attention for that, and static layers that also hold a recurrent state for none
+    (until 5.23 at least); the shadow has then read the step's tokens already, the base not yet.
+    """
+    full = [not any(kinds) for kinds in zip(cache.is_sliding, cache.is_linear, cache.is_dummy, strict=True)]
+    hidden = [
+        isinstance(layer, StaticLayer) and linear for layer, linear in zip(cache.layers, cache.is_linear, strict=True)
+    ]
+    return any(hidden[:blocks]) and not any(full[:blocks])
+
+
+def logits_to_keep(config: PretrainedConfig, kept: Any, length: int) -> Any:
+    """How a forward over ``length`` tokens is told which logits to compute, so that its blocks still see every token.
+
+    Gemma 4 drops the other rows before its last blocks where ``kept`` is a number, not where it is a tensor of places.
+    """
+    if isinstance(kept, int) and kept and getattr(config.get_text_config(), "num_kv_shared_layers", 0):
+        return torch.arange(max(length - kept, 0), length)
+    return kept
+
+
 def problem_type(config: PretrainedConfig, labels: Any) -> str:
     """Which classification loss applies, by the rule of transformers where the configuration is silent."""
     if config.problem_type is not None:
@@ -361,11 +559,62 @@ def pad_token_id(config: PretrainedConfig) -> int | None:
     return config.get_text_config().pad_token_id
 
 
-def caps_logits(config: PretrainedConfig) -> bool:
-    """Whether a language-model head is followed by soft-capping or scaling that only its own class applies."""
+def soft_cap(config: PretrainedConfig) -> float | None:
+    """c where a language-model head is followed by c · tanh(logits / c)."""
     text = config.get_text_config(decoder=True)
-    capped = getattr(text, "final_logit_softcapping", None) is not None
-    return capped or any(getattr(text, n, 1.0) != 1.0 for n in ("logit_scale", "logits_scaling"))
+    if text is not config and config.model_type not in SCALING_TOWERS:
+        return None
+    return next((c for n in SOFT_CAPS if (c := getattr(text, n, None)) is not None), None)
+
+
+def set_soft_cap(config: PretrainedConfig, cap: float | None) -> None:
+    """Let a language model cap its logits at ``cap``, where its class can."""
+    for name in SOFT_CAPS:
+        if hasattr(config, name):
+            setattr(config, name, cap)
+
+
+def logit_factor(config: PretrainedConfig) -> float:
+    """What a language-model head's logits are multiplied by after it, 1 for nearly all."""
+    text, factor = config.get_text_config(decoder=True), 1.0
+    if text is not config and config.model_type not in SCALING_TOWERS:
+        return factor
+    for name in LOGIT_FACTORS:
+        factor *= getattr(text, name, None) or 1.0
+    for name in LOGIT_DIVISORS:
+        value = getattr(text, name, 1.0)
+        factor *= value if text.model_type in MULTIPLYING_DIVISORS else 1 / value
+    return factor
+
+
+def before_head(model: Any) -> nn.Module | None:
+    """What stands between the decoder's states and the head; None for nearly all."""
+    for path in BEFORE_HEAD.get(model.config.model_type, ()):
+        module = model
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        if module is not None:
+            return module
+    return None
+
+
+def head_input(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """(…, D) as the decoder's blocks have it → what the head reads, (…, D) for nearly all."""
+    between: Any = before_head(model)
+    if between is not None:
+        return between(states.to(next(between.parameters()).dtype))
+    divides = model.config.model_type in DIVIDED_STATES and model.can_generate()
+    return states * logit_factor(model.config) if divides else states
+
+
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether the model can decode with a cache."""
+    return hasattr(model.config.get_text_config(decoder=True), "use_cache")
+
+
+def states_width(config: PretrainedConfig) -> int:
+    """The width of the states that a decoder gives."""
+    return getattr(config, EMBEDDING_WIDTH, config.hidden_size)
 
 
 def announce(causal_lm: type, classifier: type) -> None:

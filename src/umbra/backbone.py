@@ -49,7 +49,7 @@ class Shadow(nn.Module):
         self.classifier: dict[str, Any] = {}  # label names, where they are not those of the base's configuration
         self.first_cache_layer = 0
         self.trained: list[str] | None = None  # while it rests: what to train again
-        self.owns_embeddings = _owns_embeddings(config)
+        self.owns_embeddings = _owns_embeddings(base, config)
         if backbone_config is not None and not self.owns_embeddings:
             backbone_config.vocab_size = anatomy.vocabulary_size(base.embeddings)
         self.backbone, projection = build_backbone(base, config, backbone_config)
@@ -58,13 +58,13 @@ class Shadow(nn.Module):
             self.backbone.config.vocab_size = anatomy.vocabulary_size(base.embeddings)
         elif config.is_pretrained:
             self.backbone.get_input_embeddings().requires_grad_(False)
-        self.place(L)
+        self.place(anatomy.cache_depth(base))
         self.shares_masks = anatomy.shares_masks(base.decoder, self.backbone)
 
-        width = self.backbone.config.hidden_size
-        widen = width != D
-        self.embed_projection = nn.Linear(D, width, bias=False) if widen and not self.owns_embeddings else None
-        self.projection = nn.Linear(width, D, bias=False) if widen else None
+        E, width = anatomy.table_width(base.embeddings), anatomy.states_width(self.backbone.config)
+        narrows = width != E and not self.owns_embeddings
+        self.embed_projection = nn.Linear(E, width, bias=False) if narrows else None
+        self.projection = nn.Linear(width, D, bias=False) if width != D else None
         if projection is not None:
             self._start_from(projection)
         self.couplings = Couplings(L, D, config)
@@ -195,6 +195,8 @@ def build_backbone(
     if backbone_config is None and config.is_pretrained:
         return _pretrained(base, config.shadow)
     chosen = anatomy.unquantised(backbone_config or fresh_config(base, config))
+    if not config.is_pretrained:
+        chosen._attn_implementation = base.config._attn_implementation
     build = type(base.decoder)._from_config if chosen.model_type == base.config.model_type else AutoModel.from_config
     try:
         backbone = build(chosen, dtype=torch.float32)
@@ -236,7 +238,11 @@ def _pretrained(base: Anatomy, path: str) -> tuple[PreTrainedModel, Tensor | Non
     return backbone, projection
 
 
-def _owns_embeddings(config: ShadowConfig) -> bool:
-    if config.embeddings == "auto":
-        return config.is_pretrained
-    return config.embeddings == "own"
+def _owns_embeddings(base: Anatomy, config: ShadowConfig) -> bool:
+    own = config.is_pretrained if config.embeddings == "auto" else config.embeddings == "own"
+    if own and base.merges_embeddings:
+        raise BaseModelError(
+            f"A shadow with embeddings of its own cannot see the images that {type(base.model).__name__} puts among its "
+            "embeddings: set embeddings='base'."
+        )
+    return own

@@ -8,12 +8,14 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from .anatomy import is_text_only
 from .errors import BaseModelError
 from .options import EMBEDDED
 
@@ -34,12 +36,13 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
     """
     if options.pop("trust_remote_code", False):
         raise BaseModelError(f"Umbra runs no code of a checkpoint: load the base {name!r} yourself and pass the model.")
-    kind = AutoModelForCausalLM if classifier is None else AutoModelForSequenceClassification
     path, extra = _resolve(name)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **extra)
         for key, value in (classifier or {}).items():
             setattr(config, key, value)
+        language = AutoModelForCausalLM if is_text_only(config) else AutoModelForImageTextToText
+        kind = language if classifier is None else AutoModelForSequenceClassification
         if extra:
             from transformers import GgufConfig
 

@@ -1,4 +1,4 @@
-"""What base and shadow need of a cache, and generating with it.
+"""What base and shadow need of a cache.
 
 They share one cache of transformers: its first L layers are the base's, then each shadow has its own. Continuous
 batching has pages in place of a cache, all of one shape and dtype, and says by arguments of the forward where they are.
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from . import anatomy
-from .errors import BaseModelError, ConfigError, StateError
+from .errors import BaseModelError, StateError
 
 
 def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -> None:
@@ -68,81 +68,13 @@ def _check_bare(cache: Any, L: int) -> None:
 
 
 def _depth(config: PretrainedConfig) -> int:
-    return config.get_text_config(decoder=True).num_hidden_layers
-
-
-class SharedCacheGeneration(GenerationMixin):
-    """Generating as in transformers, for a ``base`` and shadows whose keys and values lie in one cache."""
-
-    base: Any
-    shadow: Any
-    adapters: list[str]
-    adapter: Any
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The base's own preparation, so that its peculiarities hold."""
-        prepared = self.base.prepare_inputs_for_generation(
-            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-        if not all(shadow.shares_masks for shadow in self._shadows()) and (
-            attention_mask is None or attention_mask.ndim == 2
-        ):
-            # For a static cache the base prepares its masks ahead; a shadow of another kind cannot read them.
-            prepared["attention_mask"] = attention_mask
-        return prepared
-
-    @torch.no_grad()
-    def generate(self, *args: Any, **options: Any) -> Any:
-        """As in transformers, with one cache for base and shadow."""
-        return super().generate(*args, **options)  # type: ignore[misc]
-
-    def generate_batch(self, *args: Any, adapter_names: Any = None, **options: Any) -> Any:
-        """As in transformers, with the active adapter for all requests.
-
-        Raises:
-            ConfigError: adapter_names were given, which transformers would drop without a word.
-        """
-        if adapter_names is not None:
-            raise ConfigError("generate_batch() runs one adapter: set_adapter(…) it, or generate(adapter_names=…).")
-        return super().generate_batch(*args, **options)  # type: ignore[misc]
-
-    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
-        """As in transformers, for `generate_batch` and servers, with the active adapter; base and shadow share the pages.
-
-        Raises:
-            BaseModelError: a shadow whose heads of keys and values, or whose window, have another size than the base's.
-            StateError: the adapter is disabled, which holds for this thread and not for the batching's own.
-        """
-        if self._is_disabled:  # type: ignore[attr-defined]
-            raise StateError("disable_adapter() holds for one thread, continuous batching runs in another: unload().")
-        for shadow in self._shadows():
-            _check_pages(self.base.config, shadow.backbone.config)
-        return super().init_continuous_batching(*args, **options)  # type: ignore[misc]
-
-    def _get_static_cache_init_shape(self) -> Any:
-        # Layers that are made ahead have one shape and dtype; None lets each be made when it is first used.
-        shapes = {str(anatomy.head_shape(part.config)) for part in (self.base, *(s.backbone for s in self._shadows()))}
-        alike = len(shapes) == 1 and self.shadow.dtype == self.dtype  # type: ignore[attr-defined]
-        return super()._get_static_cache_init_shape() if alike else None  # type: ignore[misc]
-
-    def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **options: Any) -> Any:
-        if generation_config.assistant_early_exit is not None:
-            raise BaseModelError(
-                "assistant_early_exit would leave the base before blocks that the shadow corrects: let the shadow draft, "
-                "by assistant_model=model.detached()."
-            )
-        return super()._get_candidate_generator(generation_config, *args, **options)  # type: ignore[misc]
-
-    def _shadows(self) -> list[Any]:
-        return [self.adapter(name) for name in self.adapters]
+    return len(anatomy.layer_types(config.get_text_config(decoder=True)))
 
 
 # -- continuous batching -------------------------------------------------------------------------------------------
 
 
-def _check_pages(base: PretrainedConfig, shadow: PretrainedConfig) -> None:
+def check_pages(base: PretrainedConfig, shadow: PretrainedConfig) -> None:
     for what, size in (("key and value heads (number, width)", anatomy.head_shape), ("window", anatomy.window)):
         ours, theirs = size(shadow), size(base)
         if ours != theirs and None not in (ours, theirs):

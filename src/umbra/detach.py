@@ -1,6 +1,6 @@
 """The shadow as a stock transformers model: nothing of Umbra is needed to load it.
 
-    embeddings  E' = E · P_in / scale       head  W' = W_head · P_out
+    embeddings  E' = E · P_in / scale       head  W' = W_head · P_out · factor
 
 Both products are exact, since each projection is one bias-free linear map next to the table or the head.
 """
@@ -30,16 +30,19 @@ def detach(model: ShadowModel) -> PreTrainedModel:
     """A stock model, with weights of its own, whose logits are those of the shadow path: head(s⁰).
 
     Raises:
-        DetachError: the base caps or scales its logits in a way that the shadow's own class does not.
+        DetachError: the base caps its logits, or transforms its states before the head, which the shadow's own class
+            cannot do.
     """
     base, shadow = anatomy.locate(model.base), model.shadow
-    mirrored = type(shadow.backbone) is type(base.decoder)
-    if not mirrored and not base.is_classifier and anatomy.caps_logits(model.base.config):
-        raise DetachError(
-            f"The base ({base.config.model_type}) caps or scales its logits, which a detached "
-            f"{shadow.backbone.config.model_type} cannot do. Use shadow='mirror'."
-        )
     config = _stock_config(model)
+    mirrored = type(shadow.backbone) is type(base.decoder) and type(config) is type(base.model.config)
+    cap = None if base.is_classifier else anatomy.soft_cap(model.base.config)
+    anatomy.set_soft_cap(config, cap)
+    if not base.is_classifier and anatomy.soft_cap(config) != cap:
+        raise DetachError(
+            f"The base ({base.config.model_type}) caps its logits, which a detached "
+            f"{shadow.backbone.config.model_type} cannot do. Use shadow='mirror' or shadow='dense'."
+        )
     stock: Any
     dtype = shadow.dtype
     if mirrored:
@@ -51,18 +54,23 @@ def detach(model: ShadowModel) -> PreTrainedModel:
 
     table = _embedding_table(model, parts.embeddings)
     head: Any = shadow.heads["shadow"] if shadow.heads else model.base_head
-    weight = _folded_head(dense.linear_weight(head, model.base.dtype), shadow.projection)
+    factor = 1.0
+    if not base.is_classifier:
+        factor = anatomy.logit_factor(model.base.config) / anatomy.logit_factor(stock.config)
+    weight = _folded_head(dense.linear_weight(head, model.base.dtype), _maps_before_head(model, stock), factor)
     tied = weight.shape == table.shape and torch.equal(weight, table)
     _settle_tying(stock, parts, tied)
     own: Any = shadow.backbone.get_input_embeddings() if shadow.owns_embeddings else None
     copied_below = {k for k, p in shadow.backbone.named_parameters() if own is not None and p is own.weight}
     state = {k: v for k, v in shadow.backbone.state_dict().items() if k not in copied_below}
-    missing = parts.decoder.load_state_dict(state, strict=False)
+    whole: Any = stock.base_model
+    decoder = whole if type(whole) is type(shadow.backbone) else parts.decoder
+    missing = decoder.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys, missing
     parts.embeddings.weight.copy_(table)
     parts.head.weight.copy_(weight)
     if getattr(head, "bias", None) is not None:
-        parts.head.bias = nn.Parameter(head.bias.detach().to(dtype).clone())
+        parts.head.bias = nn.Parameter(head.bias.detach().to(dtype, copy=True) * factor)
     stock.tie_weights()
     if stock.can_generate():
         stock.generation_config = copy.deepcopy(model.base.generation_config)
@@ -70,7 +78,7 @@ def detach(model: ShadowModel) -> PreTrainedModel:
 
 
 def _stock_config(model: ShadowModel) -> PretrainedConfig:
-    config, base = copy.deepcopy(model.shadow.backbone.config), model.base.config
+    config, base = copy.deepcopy(anatomy.text_twin(model.shadow.backbone.config)), model.base.config
     config.architectures = None
     if anatomy.locate(model.base).is_classifier:
         for key in ("num_labels", "id2label", "label2id", "problem_type"):
@@ -96,8 +104,27 @@ def _embedding_table(model: ShadowModel, target: nn.Module) -> Tensor:
     return table if ratio == 1 else table * ratio
 
 
-def _folded_head(weight: Tensor, projection: nn.Linear | None) -> Tensor:
-    return weight if projection is None else weight.to(projection.weight.dtype) @ projection.weight
+def _maps_before_head(model: ShadowModel, stock: PreTrainedModel) -> list[nn.Linear]:
+    """The linear maps from the backbone's states to the head, last first; what is not linear moves into ``stock``."""
+    between, twin = anatomy.before_head(model.base), anatomy.before_head(stock)
+    maps = [m for m in (between, model.shadow.projection) if isinstance(m, nn.Linear)]
+    moved = None if isinstance(between, nn.Linear) else between
+    if any(twin is module for module in stock.base_model.modules()):
+        twin = None
+    if (moved is None) != (twin is None) or (moved is not None and maps):
+        raise DetachError(
+            f"The base ({model.base.config.model_type}) and a detached {stock.config.model_type} of these sizes transform "
+            "their states differently before the head. Use shadow='mirror' with the base's hidden size."
+        )
+    if moved is not None and twin is not None:
+        twin.load_state_dict(moved.state_dict())
+    return maps
+
+
+def _folded_head(weight: Tensor, maps: list[nn.Linear], factor: float) -> Tensor:
+    for linear in maps:
+        weight = weight.to(linear.weight.dtype) @ linear.weight.detach()
+    return weight if factor == 1 else weight.float() * factor
 
 
 def _settle_tying(stock: PreTrainedModel, parts: anatomy.Anatomy, tied: bool) -> None:

@@ -6,7 +6,7 @@ that quietly does nothing would answer with the bare base.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,16 +32,24 @@ class Attachment:
     Args:
         blocks: the L decoder blocks, in the very list that the decoder runs.
         head: the task head, whose input rows a frame may choose and whose output a frame may replace.
+        decoder: the blocks' own model, where the lanes are to start from what that is given; None where a frame
+            brings them along.
+        stream: which of the parallel hidden states (N, B, T, D) of its blocks is coupled; None for one (B, T, D).
     """
 
-    def __init__(self, blocks: nn.ModuleList, head: nn.Module):
+    def __init__(
+        self, blocks: nn.ModuleList, head: nn.Module, decoder: nn.Module | None = None, stream: int | None = None
+    ):
         if any(isinstance(hook, _Hook) for block in blocks for hook in block._forward_pre_hooks.values()):
             raise BaseModelError("This base already carries a shadow: unload() it first.")
-        self.blocks, self.hooked = blocks, []
+        self.blocks, self.hooked, self.stream = blocks, [], stream
         self.block_handles: list[Any] = []
         self.head_handles: list[Any] = []
+        self.decoder_handles: list[Any] = []
         self.settle_head(head)
         self.settle()
+        if decoder is not None:
+            self.decoder_handles.append(decoder.register_forward_pre_hook(_BeforeDecoder(self), with_kwargs=True))
 
     def settle_head(self, head: nn.Module) -> None:
         """Move the hooks of the head to the module that is the head now."""
@@ -74,10 +82,10 @@ class Attachment:
 
     def remove(self) -> None:
         """Take all hooks off the base."""
-        for handle in (*self.block_handles, *self.head_handles):
-            handle.remove()
-        self.block_handles.clear()
-        self.head_handles.clear()
+        for handles in (self.block_handles, self.head_handles, self.decoder_handles):
+            for handle in handles:
+                handle.remove()
+            handles.clear()
 
     def current(self) -> "Frame | None":
         """This thread's open frame, if its innermost one is of this attachment."""
@@ -128,7 +136,8 @@ class Frame:
     """One forward of the base; a context manager.
 
     Args:
-        lanes: the adapters that take part; none for the bare base.
+        lanes: the adapters that take part, or what makes them from the keyword arguments that the decoder is given;
+            none for the bare base.
         head: what the task head reads and returns; None leaves it alone.
         disabled: whether calls of the model within are of the bare base, too.
         only: "attached" or "shadow", the one path that calls of the model within take; the base itself must not be called.
@@ -137,12 +146,14 @@ class Frame:
     def __init__(
         self,
         attachment: Attachment,
-        lanes: Sequence[Lane] = (),
+        lanes: "Sequence[Lane] | Callable[[dict[str, Any]], Sequence[Lane]]" = (),
         head: "HeadPlan | None" = None,
         disabled: bool = False,
         only: str | None = None,
     ):
-        self.attachment, self.lanes, self.head, self.disabled, self.only = attachment, lanes, head, disabled, only
+        self.attachment, self.head, self.disabled, self.only = attachment, head, disabled, only
+        self.start = lanes if callable(lanes) else None
+        self.lanes: Sequence[Lane] = () if callable(lanes) else lanes
 
     def __enter__(self) -> "Frame":
         self.attachment.settle()
@@ -214,21 +225,32 @@ class _Hook:
         return frame
 
 
+class _BeforeDecoder(_Hook):
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        frame = self.attachment.current()
+        if frame is not None and frame.start is not None:
+            frame.lanes = frame.start(kwargs)
+
+
 class _BeforeBlock(_Hook):
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict) -> Any:
         lanes = self.frame().lanes
         if not lanes:
             return None
         h = args[0] if args else kwargs["hidden_states"]
+        streams, i = h, self.attachment.stream
+        h = h if i is None else streams[i]
         for lane in lanes:
             h = lane.before(self.l, h)
+        h = h if i is None else torch.cat([streams[:i], h[None], streams[i + 1 :]])
         return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
 
 
 class _AfterBlock(_Hook):
     def __call__(self, block: nn.Module, args: tuple, output: Any) -> None:
+        h, i = output[0] if isinstance(output, tuple | list) else output, self.attachment.stream
         for lane in self.frame().lanes:
-            lane.after(self.l, output[0] if isinstance(output, tuple) else output)
+            lane.after(self.l, h if i is None else h[i])
 
 
 class _BeforeHead(_Hook):

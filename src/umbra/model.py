@@ -1,14 +1,14 @@
 """`ShadowModel`: the base and its shadow as one transformers model."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from . import anatomy, caches, dense
@@ -16,7 +16,8 @@ from .adapters import DEFAULT, Adapters, group_rows, pick_rows
 from .backbone import BATCH_ARGUMENTS, Shadow
 from .config import ShadowConfig
 from .core import classification_loss, labelled_positions, token_loss
-from .errors import BaseModelError, ConfigError
+from .decoding import SHADOW_MASK, Decoding
+from .errors import BaseModelError, ConfigError, StateError
 from .fingerprint import fingerprint
 from .hooks import Attachment, Frame, HeadPlan, Lane
 from .paths import CausalPaths, Paths
@@ -34,6 +35,15 @@ class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     """As its parent, and ``shadow_loss``: the shadow's own loss, not multiplied by λ."""
 
     shadow_loss: Tensor | None = None
+
+
+def _output(kind: type, values: dict[str, Any]) -> Any:
+    """An output of this kind; what only the base's own class has (image states, router logits) stands in it as well."""
+    known = {f.name for f in fields(kind)}
+    result = kind(**{k: v for k, v in values.items() if k in known})
+    for name in values.keys() - known:
+        result[name] = values[name]
+    return result
 
 
 def attach(
@@ -76,7 +86,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         resolved.coupled(layers)
         shadow = Shadow(located, resolved, backbone_config)
 
-        composite = anatomy.composite_config(base.config, {layers: shadow.backbone.config})
+        composite = anatomy.composite_config(base.config, {shadow.first_cache_layer: shadow.backbone.config})
         composite.keys_to_ignore_at_inference = ["past_key_values", "shadow_loss"]
         super().__init__(composite)
         self.base_fingerprint = fingerprint(located)
@@ -92,7 +102,10 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self._repacking = repacking
         self._was_checkpointing = base.is_activation_checkpointing
         self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
-        self._attachment = Attachment(located.blocks, located.head)
+        self._merges_embeddings = located.merges_embeddings
+        self._cache_argument = anatomy.cache_argument(base)
+        decoder = located.decoder if located.merges_embeddings else None
+        self._attachment = Attachment(located.blocks, located.head, decoder, located.stream)
         base.requires_grad_(False)
         self.train(base.training)
 
@@ -113,13 +126,27 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         groups = group_rows(names, len(x), x.device)
         return [(self.adapter(name), None if len(rows) == len(x) else rows) for name, rows in groups.items()]
 
-    def _lane(self, batch: dict[str, Any], shadow: Shadow, rows: Tensor | None) -> Lane:
+    def _lane(self, batch: dict[str, Any], given: dict[str, Any], shadow: Shadow, rows: Tensor | None) -> Lane:
+        seen = self._seen_by(shadow, batch, given)
         if rows is None:
-            return Lane(shadow.couplings, self._initial_state(batch, shadow))
-        if batch["past_key_values"] is None:
-            return Lane(shadow.couplings, self._initial_state(pick_rows(batch, rows), shadow), rows)
+            return Lane(shadow.couplings, self._initial_state(seen, shadow))
+        cache = seen["past_key_values"]
+        seen["past_key_values"] = anatomy.hide_others(cache, len(self._attachment.blocks), shadow.cache_layers)
+        if cache is None and not given:
+            return Lane(shadow.couplings, self._initial_state(pick_rows(seen, rows), shadow), rows)
         # A layer of the cache has a row for each of the batch: the shadow runs on all, and its own are picked after.
-        return Lane(shadow.couplings, self._initial_state(batch, shadow)[rows], rows)
+        return Lane(shadow.couplings, self._initial_state(seen, shadow)[rows], rows)
+
+    def _seen_by(self, shadow: Shadow, batch: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """The batch, where the decoder was given other things (embeddings with images in them), those; padding as (B, T)
+        for a shadow that cannot read the base's masks."""
+        seen = {**batch, **given, **({"input_ids": None} if given else {})}
+        if not shadow.shares_masks:
+            seen["attention_mask"] = batch.get(SHADOW_MASK, batch.get("attention_mask"))
+            positions = seen.get("position_ids")
+            if positions is not None and positions.ndim == 3:
+                seen["position_ids"] = positions[0]  # of the axes that images have, the one that counts along the text
+        return seen
 
     def _initial_state(self, batch: dict[str, Any], shadow: Shadow | None = None) -> Tensor:
         shadow = self.shadow if shadow is None else shadow
@@ -127,21 +154,71 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
         return shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
 
-    def _run_base(self, batch: dict[str, Any], lanes: list[Lane], head: HeadPlan) -> Any:
+    def _frame(
+        self,
+        batch: dict[str, Any],
+        route: list[tuple[Shadow, Tensor | None]],
+        head: HeadPlan | None = None,
+        use_state: Callable[[Tensor], Any] | None = None,
+    ) -> Frame:
+        """The frame of a forward.
+
+        Args:
+            use_state: told s⁰ (B, T, D) of the active shadow, before the head runs. It is computed before the base
+                runs, or as soon as its decoder is given embeddings with those of images among them.
+        """
+
+        def start(given: dict[str, Any]) -> list[Lane]:
+            lanes = [self._lane(batch, given, shadow, rows) for shadow, rows in route]
+            if use_state is not None:
+                use_state(lanes[0].slots[self.shadow.couplings.layers[0]])
+            return lanes
+
+        return Frame(self._attachment, start if self._merges_embeddings else start({}), head)
+
+    def _run_base(
+        self,
+        batch: dict[str, Any],
+        route: list[tuple[Shadow, Tensor | None]],
+        head: HeadPlan,
+        use_state: Callable[[Tensor], Any] | None = None,
+    ) -> dict[str, Any]:
+        """The base's output by name; see `_frame`."""
+        with self._frame(batch, route, head, use_state):
+            return dict(self._call_base(batch, return_dict=True))
+
+    def _call_base(self, batch: dict[str, Any], part: Any = None, **options: Any) -> Any:
+        """The base, or ``part`` of it, with the batch as it names things; its cache comes back under the usual name."""
         batch = caches.for_path(batch, self.base.config)
-        given = {k: v for k, v in batch.items() if v is not None}
-        with Frame(self._attachment, lanes, head):
-            return self.base(**given, return_dict=True)
+        given = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
+        anatomy.forget(self.base, batch.get("past_key_values"))
+        if "past_key_values" in given:
+            given[self._cache_argument] = given.pop("past_key_values")
+        out = (self.base if part is None else part)(**given, **options)
+        if isinstance(out, tuple):
+            return out
+        cache = out.get(self._cache_argument, batch.get("past_key_values"))
+        if cache is not None:
+            out["past_key_values"] = cache  # which some return under another name, and RecurrentGemma not at all
+        return out
 
     def _prepare_cache(self, batch: dict[str, Any], route: list[tuple[Shadow, Tensor | None]]) -> None:
         """One cache of L + S layers for both paths; none in training, where nothing reads it."""
+        if not anatomy.takes_cache(self.base):
+            batch["use_cache"] = batch["past_key_values"] = None
+            return
         if batch["use_cache"] is None:
-            batch["use_cache"] = bool(self.base.config.use_cache) and not self.training
+            batch["use_cache"] = bool(self.base.config.get_text_config(decoder=True).use_cache) and not self.training
         cache = batch["past_key_values"]
         if cache is None and batch["use_cache"]:
-            batch["past_key_values"] = DynamicCache(config=self.config)
+            batch["past_key_values"] = anatomy.own_cache(self.base, self.config) or DynamicCache(config=self.config)
         elif cache is not None:
             caches.check_shared(cache, self.base.config, [shadow.cache_layers for shadow, _ in route])
+            if SHADOW_MASK not in batch and anatomy.is_measured_by_shadow(cache, len(self._attachment.blocks)):
+                raise StateError(
+                    f"A static cache cannot serve {type(self.base).__name__} beside a shadow here: its layers of attention "
+                    "and recurrence in one are taken for recurrent ones. Call generate(), or use a DynamicCache."
+                )
 
     def disable_adapter(self) -> Frame:
         """A context in which this thread runs the bare base: ``with model.disable_adapter(): model(...)``."""
@@ -242,12 +319,14 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         """Nothing: base and shadow arrive initialised."""
 
 
-class ShadowForCausalLM(CausalPaths, ShadowModel, caches.SharedCacheGeneration, GenerationMixin):
+class ShadowForCausalLM(CausalPaths, ShadowModel, Decoding):
     """A language model and its shadow."""
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         super().__init__(base, config, backbone_config=backbone_config)
         self.generation_config = copy.deepcopy(base.generation_config) or GenerationConfig()
+        if not anatomy.takes_cache(base):
+            self.generation_config.use_cache = False
 
     def forward(
         self,
@@ -294,8 +373,8 @@ class ShadowForCausalLM(CausalPaths, ShadowModel, caches.SharedCacheGeneration, 
         skip_logits = (by_default if skip_logits is None else skip_logits) and labels is not None
         if self._is_disabled:
             caches.check_bare(past_key_values, self.base.config)
-            return self.base(
-                **batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
+            return self._call_base(
+                batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
                 num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
         if self._only == "shadow":
@@ -310,36 +389,40 @@ class ShadowForCausalLM(CausalPaths, ShadowModel, caches.SharedCacheGeneration, 
             self._warn_if_untrained()
         route = self._route(batch, adapter_names)
         self._prepare_cache(batch, route)
-        lanes = [self._lane(batch, shadow, rows) for shadow, rows in route]
         heads = [(rows, shadow.heads) for shadow, rows in route]
         if labels is None or adapter_names is not None:
-            out = self._run_base({**batch, "logits_to_keep": logits_to_keep}, lanes, HeadPlan(heads))
-            result = ShadowCausalLMOutput(**out)
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+            kept = anatomy.logits_to_keep(self.base.config, logits_to_keep, length)
+            out = self._run_base({**batch, "logits_to_keep": kept}, route, HeadPlan(heads))
+            result = _output(ShadowCausalLMOutput, out)
             if labels is not None:
                 positions, targets = labelled_positions(labels)
-                at_labels = out.logits.flatten(0, 1)[positions.to(out.logits.device)]
+                at_labels = result.logits.flatten(0, 1)[positions.to(result.logits.device)]
                 result.loss = token_loss(at_labels, targets, num_items_in_batch)
             return result.to_tuple() if as_tuple else result
 
-        s0 = lanes[0].slots[self.shadow.couplings.layers[0]]
         positions, targets = labelled_positions(labels)
         with_shadow = self._weight > 0
-        extra = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)] if with_shadow else None
-        plan = HeadPlan(heads, flatten=True, keep=positions if skip_logits else None, extra=extra)
-        out = self._run_base(batch, lanes, plan)
+        plan = HeadPlan(heads, flatten=True, keep=positions if skip_logits else None)
+
+        def use_state(s0: Tensor) -> None:
+            rows = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)]
+            plan.extra = anatomy.head_input(self.base, rows)
+
+        out = self._run_base(batch, route, plan, use_state if with_shadow else None)
         if plan.rows is None:
             raise BaseModelError(
                 f"{type(self.base).__name__} does not call its output embeddings as a module; "
                 "its labelled positions cannot be chosen."
             )
-        attached, shadow = out.logits[0, : plan.rows], out.logits[0, plan.rows :]
+        attached, shadow = out["logits"][0, : plan.rows], out["logits"][0, plan.rows :]
         at_labels = attached if skip_logits else attached[positions.to(attached.device)]
         shadow_loss = token_loss(shadow, targets, num_items_in_batch) if with_shadow else None
         loss = self._loss(token_loss(at_labels, targets, num_items_in_batch), shadow_loss)
         logits = None if skip_logits else attached.view(*labels.shape, -1)
         if logits is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             logits = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
-        result = ShadowCausalLMOutput(**{**out, "loss": loss, "logits": logits, "shadow_loss": shadow_loss})
+        result = _output(ShadowCausalLMOutput, {**out, "loss": loss, "logits": logits, "shadow_loss": shadow_loss})
         return result.to_tuple() if as_tuple else result
 
 
@@ -384,7 +467,7 @@ class ShadowForSequenceClassification(ShadowModel):
         }
         if self._is_disabled:
             caches.check_bare(past_key_values, self.base.config)
-            return self.base(**batch, labels=labels, return_dict=return_dict)
+            return self._call_base(batch, labels=labels, return_dict=return_dict)
         kind = None if labels is None else anatomy.problem_type(self.base.config, labels)
         if self._only == "shadow":
             logits = self._shadow_logits(input_ids, self._state_alone(batch))
@@ -396,26 +479,25 @@ class ShadowForSequenceClassification(ShadowModel):
         batch["use_cache"] = bool(use_cache)
         route = self._route(batch, adapter_names)
         self._prepare_cache(batch, route)
-        lanes = [self._lane(batch, shadow, rows) for shadow, rows in route]
-        heads = [(rows, shadow.heads) for shadow, rows in route]
-        s0 = None if adapter_names is not None else lanes[0].slots[self.shadow.couplings.layers[0]]
-        out = self._run_base(batch, lanes, HeadPlan(heads))
-        result = ShadowSequenceClassifierOutput(**out)
+        heads, states = [(rows, shadow.heads) for shadow, rows in route], []
+        out = self._run_base(batch, route, HeadPlan(heads), states.append if adapter_names is None else None)
+        result = _output(ShadowSequenceClassifierOutput, out)
         if kind is not None:
             assert labels is not None
             shadow_loss = None
-            if s0 is not None and self._weight > 0:
-                shadow_logits = self._shadow_logits(input_ids, s0)
+            if states and self._weight > 0:
+                shadow_logits = self._shadow_logits(input_ids, states[0])
                 shadow_loss = classification_loss(shadow_logits, labels, kind, num_items_in_batch)
             result.shadow_loss = shadow_loss
-            result.loss = self._loss(classification_loss(out.logits, labels, kind, num_items_in_batch), shadow_loss)
+            result.loss = self._loss(classification_loss(result.logits, labels, kind, num_items_in_batch), shadow_loss)
         return result.to_tuple() if return_dict is False else result
 
     def _shadow_logits(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:
         """(B, C) from the last token's row of s⁰."""
         pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(input_ids, s0)]
         head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
-        return head(pooled.to(self.shadow.dtype if self.shadow.heads else self.base.dtype))
+        dtype = self.shadow.dtype if self.shadow.heads else self.base.dtype
+        return head(anatomy.head_input(self.base, pooled).to(dtype))
 
     def _last_token(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:
         """(B,) the rightmost token that is not padding, by the rule of transformers' classifiers."""

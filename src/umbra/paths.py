@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from . import anatomy
 from .backbone import Shadow
 from .errors import StateError
-from .hooks import Attachment, Frame, HeadPlan, Lane
+from .hooks import Attachment, Frame, HeadPlan
 
 
 class Paths:
@@ -64,7 +65,11 @@ class Paths:
             raise StateError(
                 "Within shadow_only() nothing is cached; to generate with the shadow alone use detached()."
             )
-        return self._initial_state({**batch, "use_cache": False})
+        if self._merges_embeddings:
+            raise StateError(
+                "Within shadow_only() nobody merges images into the embeddings: use labels and the model's own loss."
+            )
+        return self._initial_state(self._seen_by(self.shadow, {**batch, "use_cache": False}, {}))
 
 
 class CausalPaths(Paths):
@@ -84,15 +89,15 @@ class CausalPaths(Paths):
         batch = {"inputs_embeds": None, "past_key_values": None, "use_cache": None, **batch, "input_ids": input_ids}
         dtype = self.get_output_embeddings().weight.dtype
         if self._only == "shadow":
-            return MoeModelOutputWithPast(last_hidden_state=self._state_alone(batch).to(dtype))  # type: ignore[arg-type]
+            states = anatomy.head_input(self.base, self._state_alone(batch))
+            return MoeModelOutputWithPast(last_hidden_state=states.to(dtype))  # type: ignore[arg-type]
         if problem := self._untrained():
             raise StateError(f"Hidden states were asked for in training: {problem}")
-        lanes: list[Lane] = []
-        if not self._is_disabled:
-            self._prepare_cache(batch, [(self.shadow, None)])
-            lanes = [self._lane(batch, self.shadow, None)]
-        with Frame(self._attachment, lanes):
-            out = self.base.base_model(**{k: v for k, v in batch.items() if v is not None}, return_dict=True)
+        route = [] if self._is_disabled else [(self.shadow, None)]
+        if route:
+            self._prepare_cache(batch, route)
+        with self._frame(batch, route):
+            out = self._call_base(batch, self.base.base_model, return_dict=True)
         out.last_hidden_state = out.last_hidden_state.to(dtype)
         return out
 
@@ -105,6 +110,7 @@ class CausalPaths(Paths):
     def _logits_alone(self: Any, s0: Tensor) -> Tensor:
         """(B · T, V) from s⁰, by the head within a forward of the base on one token, which scales and caps them too."""
         nothing = torch.zeros(1, 1, dtype=torch.long, device=s0.device)
-        plan = HeadPlan([(None, self.shadow.heads)], flatten=True, keep=nothing[0, :0], extra=s0.flatten(0, 1))
+        rows = anatomy.head_input(self.base, s0.flatten(0, 1))
+        plan = HeadPlan([(None, self.shadow.heads)], flatten=True, keep=nothing[0, :0], extra=rows)
         with Frame(self._attachment, head=plan):
             return self.base(input_ids=nothing, use_cache=False, return_dict=True).logits[0]

@@ -1,0 +1,67 @@
+"""What is peculiar to which family of other people's models: data alone, by the names that transformers gives.
+
+`anatomy` reads it; a family that needs a line of code elsewhere needs a line here instead.
+"""
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+CLASSIFIER_NAMES = ("score", "classifier")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # logits ← c · tanh(logits / c)
+LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")  # logits ← f · logits
+LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # logits ← logits / f
+MULTIPLYING_DIVISORS = {"hyperclovax"}  # families in which LOGIT_DIVISORS multiply
+DIVIDED_STATES = {
+    "inkling_text",
+    "minicpm3",
+}  # families that divide by LOGIT_DIVISORS what the head reads, not what it gives
+# Vision-language models that scale or cap their logits as their text tower's own language model would; others do not.
+SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_vision"}
+COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
+# Text towers of vision-language models that have no language model of their own, and whose blocks on text alone are these.
+TEXT_TWINS = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "emu3_text_model": "llama",
+}
+BLOCK_COUNTS = ("decoder_layers", "num_layers", "num_hidden_layers")  # the first that a configuration has
+LAYER_INDICES = ("layer_idx", "layer_id")  # what attention modules call their place in the cache
+PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types", "layer_rope_theta", "no_rope_layers")
+EMBEDDING_WIDTH = "word_embed_proj_dim"  # columns of the table and of the head, where they are not the blocks' width
+# What stands between the decoder's states and the head, wherever one of these is there.
+BEFORE_HEAD = {"opt": ("model.decoder.project_out",), "modernbert-decoder": ("lm_head", "head")}
+OTHER_INPUTS = ("decoder_layers", "vision_config")  # a decoder with cross-attention, one with towers inside
+STREAMS = "its blocks exchange several streams at once, where a shadow corrects one hidden state (B, T, D)"
+SKIPS = "it skips its blocks of cross-attention where there is no image"
+OWN_CACHE = (
+    "it keeps its state in {} instead of a Cache of transformers, in which the shadow's keys would have no place"
+)
+ENCODER = (
+    "it is encoder-only, or an encoder run as a decoder; a shadow rides beside a causal decoder, such as Llama, Qwen3, "
+    "Gemma 3, Mistral or GPT-2"
+)
+DECODER_HALVES = {"bart", "mbart", "mvp"}  # which AutoModelForMaskedLM knows as well
+# Families to which the method does not apply, and why.
+UNFIT = {
+    **{name: ENCODER for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES if name not in DECODER_HALVES},
+    "bert-generation": ENCODER,
+    "blt": "its tokens are bytes, its blocks work on patches of them, and a shadow's states fit neither alone",
+    "cpmant": "it puts a prompt before the tokens, so that its hidden states are longer than its input",
+    "deepseek_v4": STREAMS,
+    "git": "it puts features of images before the tokens, so that its hidden states are longer than its input",
+    "hrm_text": "it runs the same blocks several times in one forward",
+    "hy_v4": STREAMS,
+    "mllama": SKIPS,
+    "mllama_text_model": SKIPS,
+    "moshi": "it speaks in several codebooks at once",
+    "prophetnet": "its hidden states hold several predicted streams behind one another",
+    "qwen4_exp": STREAMS,
+    "qwen4_exp_text": STREAMS,
+    "reformer": "its reversible blocks exchange two streams and hash the sequence into buckets",
+    "rwkv": OWN_CACHE.format("a list of tensors"),
+    "xlnet": "its hidden states are (T, B, D), and see what follows them",
+    "xlstm": OWN_CACHE.format("an xLSTMCache"),
+}
