@@ -121,7 +121,7 @@ def is_text_only(config: PretrainedConfig) -> bool:
     return config.get_text_config(decoder=True) is config
 
 
-def _find_blocks(model: PreTrainedModel, num_layers: int) -> tuple[str, nn.ModuleList]:
+def _find_blocks(model: Any, num_layers: int) -> tuple[str, nn.ModuleList]:
     tower = model if is_text_only(model.config) else model.get_decoder()
     inside = set(tower.modules())
     lists = [
