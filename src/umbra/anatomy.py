@@ -105,6 +105,7 @@ def vocabulary_size(module: Any) -> int:
 def device_of(module: Any) -> torch.device:
     """Where a module with a weight computes: between calls, accelerate keeps offloaded weights on the meta device."""
     hook = getattr(module, "_hf_hook", None)
+    one: Any
     for one in getattr(hook, "hooks", (hook,)):
         if module.weight.is_meta and getattr(one, "execution_device", None) is not None:
             return torch.device(one.execution_device)
