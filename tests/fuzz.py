@@ -60,8 +60,10 @@ def mutate(folder: Path, seed: int) -> Damage:
     rng = random.Random(seed)
     done, expected = [], []
     for mutation, becomes in rng.sample(MUTATIONS, rng.choice([1, 1, 1, 2])):
-        if done and not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
-            break
+        if done and not all(
+            file.is_file() and file.stat().st_size < 2**24 for file in (folder / CONFIG, folder / WEIGHTS)
+        ):
+            break  # a pipe cannot be read, nor a sparse giant copied
         try:
             done.append(f"{mutation.__name__} ({mutation(folder, rng) or ''})")
         except Exception:

@@ -160,6 +160,7 @@ def vocabulary_size(module: Any) -> int:
 def device_of(module: Any) -> torch.device:
     """Where a module with a weight computes: between calls, accelerate keeps offloaded weights on the meta device."""
     hook = getattr(module, "_hf_hook", None)
+    one: Any
     for one in getattr(hook, "hooks", (hook,)):
         device = getattr(one, "execution_device", None)
         if module.weight.is_meta and device is not None:
