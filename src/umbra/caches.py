@@ -75,6 +75,7 @@ def _depth(config: PretrainedConfig) -> int:
 
 
 def check_pages(base: PretrainedConfig, shadow: PretrainedConfig) -> None:
+    """Raise a BaseModelError where a shadow's keys and values do not fit the pages that continuous batching makes."""
     for what, size in (("key and value heads (number, width)", anatomy.head_shape), ("window", anatomy.window)):
         ours, theirs = size(shadow), size(base)
         if ours != theirs and None not in (ours, theirs):

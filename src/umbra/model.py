@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from . import anatomy, caches, dense
@@ -319,7 +319,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         """Nothing: base and shadow arrive initialised."""
 
 
-class ShadowForCausalLM(CausalPaths, ShadowModel, Decoding):
+class ShadowForCausalLM(CausalPaths, ShadowModel, Decoding, GenerationMixin):
     """A language model and its shadow."""
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
