@@ -18,6 +18,7 @@ from .errors import CheckpointError, ConfigError
 
 DIGEST = "sha256"  # the entry of the configuration that vouches for these others, and for all tensors
 VOUCHED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
+LENGTHS = ("n_positions", "n_ctx")  # tokens, which nobody counts one by one
 MOST_BUFFERED = 2**27  # values in a shadow's buffers, which no tensor of the file bounds
 Tensors = dict[str, torch.Tensor]
 
@@ -49,11 +50,11 @@ def check_counts(values: dict[str, Any], weights: Tensors, file: Path) -> None:
         CheckpointError: the first such entry.
     """
     depth = max(256, len(weights))
-    width = max(1024, *(size for tensor in weights.values() for size in tensor.shape), 0)
+    width = max(2**15, *(size for tensor in weights.values() for size in tensor.shape), 0)
     for key, value in values.items():
         if isinstance(value, dict):
             check_counts(value, weights, file)
-        elif isinstance(value, int) and (key.startswith(("num_", "n_")) or "layers" in key):
+        elif isinstance(value, int) and (key.startswith(("num_", "n_")) or "layers" in key) and key not in LENGTHS:
             most = depth if "layer" in key else width
             if value > most:
                 raise CheckpointError(f"{file} is damaged: {key} is {value!s:.20}, its tensors allow at most {most}.")
@@ -72,9 +73,9 @@ def check_sizes(
         CheckpointError: the tensors differ, or no model can be built.
     """
     try:
-        kind = None if config.is_pretrained else fresh_config(base, config).model_type
-        if kind not in (None, backbone_config.model_type):
-            raise ConfigError(f"a {backbone_config.model_type} is no {config.shadow} shadow of this base, a {kind} is.")
+        kinds = {fresh_config(base, config).model_type, base.config.model_type}
+        if not config.is_pretrained and backbone_config.model_type not in kinds:
+            raise ConfigError(f"a {backbone_config.model_type} is no {config.shadow} shadow of a {base.config.model_type}.")
         with torch.device("meta"):
             shadow = Shadow(base, config.resolve(), backbone_config, device="meta")
     except ConfigError as error:
