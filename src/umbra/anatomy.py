@@ -153,8 +153,17 @@ def name_of(root: nn.Module, module: nn.Module) -> str:
 
 
 def vocabulary_size(module: Any) -> int:
-    """Rows of an embedding table; ZeRO-3 keeps the shape of a partitioned one beside it."""
-    return getattr(module.weight, "ds_shape", module.weight.shape)[0]
+    """Rows of an embedding table."""
+    return _table_shape(module)[0]
+
+
+def table_width(module: Any) -> int:
+    """Columns of an embedding table."""
+    return _table_shape(module)[1]
+
+
+def _table_shape(module: Any) -> torch.Size:
+    return getattr(module.weight, "ds_shape", module.weight.shape)  # ZeRO-3 keeps that of a partitioned one beside it
 
 
 def device_of(module: Any) -> torch.device:
@@ -166,11 +175,6 @@ def device_of(module: Any) -> torch.device:
         if module.weight.is_meta and device is not None:
             return torch.device(device)
     return module.weight.device
-
-
-def table_width(module: Any) -> int:
-    """Columns of an embedding table."""
-    return module.weight.shape[1]
 
 
 def is_cheap_to_mirror(config: PretrainedConfig) -> bool:

@@ -26,7 +26,7 @@ def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -
         StateError: too few layers, or a shadow's layers hold other tokens than the base's.
     """
     L, built = _depth(base), anatomy.cache_layers(cache)
-    needed = max((layers.stop for layers in shadows), default=L)
+    needed = max([L, *[layers.stop for layers in shadows]])  # torch.compile knows no default=
     if built is not None and built < needed:
         raise StateError(
             f"The cache ({type(cache).__name__}) has {built} layers, base and shadow need {needed}: build it from this "

@@ -75,7 +75,9 @@ def check_sizes(
     try:
         kinds = {fresh_config(base, config).model_type, base.config.model_type}
         if not config.is_pretrained and backbone_config.model_type not in kinds:
-            raise ConfigError(f"a {backbone_config.model_type} is no {config.shadow} shadow of a {base.config.model_type}.")
+            raise ConfigError(
+                f"a {backbone_config.model_type} is no {config.shadow} shadow of a {base.config.model_type}."
+            )
         with torch.device("meta"):
             shadow = Shadow(base, config.resolve(), backbone_config, device="meta")
     except ConfigError as error:

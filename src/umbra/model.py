@@ -37,12 +37,16 @@ class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     shadow_loss: Tensor | None = None
 
 
+FIELDS = {kind: [f.name for f in fields(kind)] for kind in (ShadowCausalLMOutput, ShadowSequenceClassifierOutput)}
+
+
 def _output(kind: type, values: dict[str, Any]) -> Any:
     """An output of this kind; what only the base's own class has (image states, router logits) stands in it as well."""
-    known = {f.name for f in fields(kind)}
+    known = FIELDS[kind]
     result = kind(**{k: v for k, v in values.items() if k in known})
-    for name in values.keys() - known:
-        result[name] = values[name]
+    for name, value in values.items():
+        if name not in known:
+            result[name] = value
     return result
 
 
