@@ -26,7 +26,6 @@ ORDER = [
     "folder",
     "dense",
     "shards",
-    "families",
     "anatomy",
     "caches",
     "decoding",
@@ -200,7 +199,7 @@ def foreign_lookups(tree: ast.Module) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("room", [room for room in MODULES if room != "anatomy"])
+@pytest.mark.parametrize("room", [room for room in MODULES if room.partition("/")[0] != "anatomy"])
 def test_only_anatomy_guesses_at_attributes(room):
     found = foreign_lookups(MODULES[room])
     assert len(found) <= 3, "\n".join(found)

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from .. import anatomy
 from ..anatomy import Anatomy
+from ..anatomy.families import ATTENTION_TYPES
 from ..backbone import Shadow
 from ..checkpoint import read_json, read_weights
 from ..config import ShadowConfig
@@ -131,7 +132,7 @@ def mirror(base: Anatomy, form: str, sizes: dict[str, Any]) -> PretrainedConfig:
         ConfigError: sizes that this architecture does not have.
     """
     given = {"num_hidden_layers": 1, **{k: v for k, v in sizes.items() if v is not None}}
-    if not set(anatomy.layer_types(base.config)) <= anatomy.ATTENTION_TYPES:
+    if not set(anatomy.layer_types(base.config)) <= ATTENTION_TYPES:
         raise BaseModelError(
             f"{form} mirrors the recurrent blocks of {base.config.model_type}; Umbra cannot run those."
         )

@@ -1,0 +1,226 @@
+"""Decoder, blocks, embeddings and head of a base."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from .. import dense
+from ..errors import BaseModelError, ConfigError
+from .families import BLOCK_COUNTS, CLASSIFIER_NAMES, ENCODER, LAYER_INDICES, UNFIT
+
+
+@dataclass
+class Anatomy:
+    """The parts of a decoder-only model that a shadow is coupled to."""
+
+    model: PreTrainedModel
+    decoder: PreTrainedModel
+    blocks: nn.ModuleList
+    head: Any
+    head_name: str
+    is_classifier: bool
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The decoder's own (text) configuration."""
+        return self.decoder.config
+
+    @property
+    def embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    @property
+    def merges_embeddings(self) -> bool:
+        """Whether the decoder is fed embeddings into which those of images have been put (vision-language models)."""
+        return not is_text_only(self.model.config)
+
+    @property
+    def stream(self) -> int | None:
+        """Which of the N parallel hidden states (N, B, T, D) its blocks work on (AltUp of Gemma 3n); None for one (B, T, D)."""
+        return getattr(self.config, "altup_active_idx", None)
+
+
+def locate(model: nn.Module) -> Anatomy:
+    """Find the decoder, its blocks and its task head.
+
+    Raises:
+        BaseModelError: not a transformers decoder with a language-model or classification head.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise BaseModelError(f"The base must be a transformers PreTrainedModel, got {name}.")
+    if model.config.is_encoder_decoder:
+        raise BaseModelError(f"{name} is an encoder-decoder; a shadow rides beside a decoder-only model.")
+    reason = refusal(model.config.model_type)
+    if reason is not None:
+        raise BaseModelError(f"{name} ({model.config.model_type}) cannot carry a shadow: {reason}.")
+    text_config = model.config.get_text_config(decoder=True)
+    block_name, blocks = _find_blocks(model, _num_blocks(text_config))
+    decoder = model.get_submodule(block_name.rpartition(".")[0])
+    head_name, head = _find_head(model)
+    if not isinstance(decoder, PreTrainedModel) or decoder is model:
+        raise BaseModelError(
+            f"{name} has no task head around its decoder: load the base with AutoModelForCausalLM "
+            "or AutoModelForSequenceClassification."
+        )
+    return Anatomy(model, decoder, blocks, head, head_name, is_classifier=model.get_output_embeddings() is None)
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether no position sees what follows it: neither an encoder nor an encoder-decoder."""
+    return refusal(config.model_type) != ENCODER and not config.is_encoder_decoder
+
+
+def refusal(model_type: str) -> str | None:
+    """Why no model of this type can carry a shadow; None where it can."""
+    return UNFIT.get(model_type)
+
+
+def _num_blocks(config: PretrainedConfig) -> int:
+    return next(getattr(config, name) for name in BLOCK_COUNTS if hasattr(config, name))
+
+
+def is_text_only(config: PretrainedConfig) -> bool:
+    """Whether the model is its text decoder, with no tower for images beside it."""
+    return config.get_text_config(decoder=True) is config
+
+
+def _find_blocks(model: Any, num_layers: int) -> tuple[str, nn.ModuleList]:
+    tower = model if is_text_only(model.config) else model.get_decoder()
+    inside = set(tower.modules())
+    lists = [
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == num_layers and m in inside
+    ]
+    if not lists:
+        raise BaseModelError(f"{type(model).__name__} has no list of {num_layers} decoder blocks to couple to.")
+    return min(lists, key=lambda item: item[0].count("."))
+
+
+def _find_head(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    head = model.get_output_embeddings()
+    if head is not None:
+        return next(n for n, m in model.named_modules() if m is head), head
+    for name in CLASSIFIER_NAMES:
+        if isinstance(getattr(model, name, None), nn.Module):
+            return name, getattr(model, name)
+    raise BaseModelError(
+        f"{type(model).__name__} has neither a language-model head nor one of {', '.join(CLASSIFIER_NAMES)}: load the "
+        "base with AutoModelForCausalLM or AutoModelForSequenceClassification."
+    )
+
+
+def name_of(root: nn.Module, module: nn.Module) -> str:
+    """The name of a module within another."""
+    return next(name for name, m in root.named_modules() if m is module)
+
+
+def vocabulary_size(module: Any) -> int:
+    """Rows of an embedding table."""
+    return _table_shape(module)[0]
+
+
+def table_width(module: Any) -> int:
+    """Columns of an embedding table."""
+    return _table_shape(module)[1]
+
+
+def _table_shape(module: Any) -> torch.Size:
+    return getattr(module.weight, "ds_shape", module.weight.shape)  # ZeRO-3 keeps that of a partitioned one beside it
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module with a weight computes: between calls, accelerate keeps offloaded weights on the meta device."""
+    hook = getattr(module, "_hf_hook", None)
+    one: Any
+    for one in getattr(hook, "hooks", (hook,)):
+        device = getattr(one, "execution_device", None)
+        if module.weight.is_meta and device is not None:
+            return torch.device(device)
+    return module.weight.device
+
+
+def shift_layer_indices(backbone: nn.Module, offset: int) -> None:
+    """Give the shadow's attention layers the cache slots behind the base's."""
+    module: Any
+    for module in backbone.modules():
+        for name in LAYER_INDICES:
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, getattr(module, name) + offset)
+
+
+def remove_embeddings(backbone: PreTrainedModel) -> None:
+    """Take the input embeddings out of a backbone that is fed ``inputs_embeds``, whatever they are called."""
+    table = backbone.get_input_embeddings()
+    for module in list(backbone.modules()):
+        for name, child in list(module.named_children()):
+            if child is table:
+                setattr(module, name, None)
+
+
+def copy_blocks(source: Anatomy, backbone: PreTrainedModel) -> None:
+    """Start the shadow from the base's first blocks and its final norm.
+
+    Raises:
+        ConfigError: the shadow's shapes differ from the base's.
+    """
+    modules, origin = dict(source.decoder.named_modules()), source.decoder.state_dict()
+    for key, value in backbone.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        found, (owner, _, name) = origin.get(key), key.rpartition(".")
+        module = modules.get(owner)
+        if name == "weight" and dense.is_packed_linear(module):
+            found = dense.linear_weight(module, source.model.dtype)
+            found = found if isinstance(backbone.get_submodule(owner), nn.Linear) else found.T  # GPT-2's Conv1D
+        elif name == "weight" and isinstance(module, nn.Embedding):
+            found = embedding_rows(module)
+        if found is None or found.shape != value.shape:
+            raise ConfigError(
+                f"init='base' copies blocks of the base, but {key} does not fit: the shadow has {tuple(value.shape)}, the "
+                f"base {'no such tensor' if found is None else tuple(found.shape)}. Leave the shadow's sizes alone."
+            )
+        value.copy_(found)
+
+
+def embedding_scale(table: nn.Module) -> float:
+    """What an embedding module multiplies its rows by (Gemma's √D), 1 for nearly all."""
+    scale = getattr(table, "embed_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+@torch.no_grad()
+def embedding_rows(table: Any, tokens: Tensor | None = None) -> Tensor:
+    """(N, D): what an embedding module gives for ``tokens`` (N,), for all by default, but for its `embedding_scale`.
+
+    A quantised table, and one with more behind it than a lookup, is read off.
+    """
+    looks_up = type(table).forward is nn.Embedding.forward or hasattr(table, "embed_scale")
+    if looks_up and not dense.is_packed(table):
+        return table.weight.detach() if tokens is None else table.weight[tokens.to(table.weight.device)]
+    tokens = torch.arange(vocabulary_size(table)) if tokens is None else tokens
+    return table(tokens.to(table.weight.device)) / embedding_scale(table)
+
+
+def announce(causal_lm: type, classifier: type) -> None:
+    """Enter our classes where transformers looks a class up by name: Trainer before it shifts labels for label
+    smoothing (of an unknown class it would not, and train every token to predict itself), pipelines before they warn.
+    """
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["umbra"] = causal_lm.__name__
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["umbra"] = classifier.__name__
+
+
+def exempt_from_checkpointing(blocks: Iterable[Any]) -> None:
+    """Switch gradient checkpointing off for these blocks."""
+    for block in blocks:
+        if hasattr(block, "gradient_checkpointing"):
+            block.gradient_checkpointing = False
