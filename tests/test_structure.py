@@ -36,6 +36,7 @@ ORDER = [
     "backbone",
     "integrity",
     "adapters",
+    "forward",
     "paths",
     "card",
     "model",

@@ -1,25 +1,25 @@
 """`ShadowModel`: the base and its shadow as one transformers model."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from . import anatomy, caches, dense
-from .adapters import DEFAULT, Adapters, group_rows, pick_rows
-from .backbone import BATCH_ARGUMENTS, Shadow
+from .adapters import DEFAULT, Adapters
+from .backbone import Shadow
 from .config import ShadowConfig
 from .core import classification_loss, labelled_positions, token_loss
-from .decoding import SHADOW_MASK, Decoding
-from .errors import BaseModelError, ConfigError, StateError
+from .decoding import Decoding
+from .errors import BaseModelError
 from .fingerprint import fingerprint
-from .hooks import Attachment, Frame, HeadPlan, Lane
+from .hooks import Attachment, HeadPlan
 from .paths import CausalPaths, Paths
 
 
@@ -117,121 +117,6 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     def shadow_config(self) -> ShadowConfig:
         """The active shadow's."""
         return self.shadow.config
-
-    # -- the two paths ---------------------------------------------------------------------------------------------
-
-    def _route(self, batch: dict[str, Any], names: Sequence[str | None] | None) -> list[tuple[Shadow, Tensor | None]]:
-        """Each shadow that takes part in a forward, with its rows (N,); None for all."""
-        if names is None:
-            return [(self.shadow, None)]
-        if self.training:
-            raise ConfigError("adapter_names is for inference: train the active adapter, one at a time.")
-        x = batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]
-        groups = group_rows(names, len(x), x.device)
-        return [(self.adapter(name), None if len(rows) == len(x) else rows) for name, rows in groups.items()]
-
-    def _lane(self, batch: dict[str, Any], given: dict[str, Any], shadow: Shadow, rows: Tensor | None) -> Lane:
-        seen = self._seen_by(shadow, batch, given)
-        if rows is None:
-            return Lane(shadow.couplings, self._initial_state(seen, shadow))
-        cache = seen["past_key_values"]
-        seen["past_key_values"] = anatomy.hide_others(cache, len(self._attachment.blocks), shadow.cache_layers)
-        if cache is None and not given:
-            return Lane(shadow.couplings, self._initial_state(pick_rows(seen, rows), shadow), rows)
-        # A layer of the cache has a row for each of the batch: the shadow runs on all, and its own are picked after.
-        return Lane(shadow.couplings, self._initial_state(seen, shadow)[rows], rows)
-
-    def _seen_by(self, shadow: Shadow, batch: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        """The batch, where the decoder was given other things (embeddings with images in them), those; padding as (B, T)
-        for a shadow that cannot read the base's masks."""
-        seen = {**batch, **given, **({"input_ids": None} if given else {})}
-        if not shadow.shares_masks:
-            seen["attention_mask"] = batch.get(SHADOW_MASK, batch.get("attention_mask"))
-            positions = seen.get("position_ids")
-            if positions is not None and positions.ndim == 3:
-                seen["position_ids"] = positions[0]  # of the axes that images have, the one that counts along the text
-        return seen
-
-    def _initial_state(self, batch: dict[str, Any], shadow: Shadow | None = None) -> Tensor:
-        shadow = self.shadow if shadow is None else shadow
-        batch = caches.for_shadow(batch, shadow.backbone.config, shadow.dtype)
-        told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
-        return shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
-
-    def _frame(
-        self,
-        batch: dict[str, Any],
-        route: list[tuple[Shadow, Tensor | None]],
-        head: HeadPlan | None = None,
-        use_state: Callable[[Tensor], Any] | None = None,
-    ) -> Frame:
-        """The frame of a forward.
-
-        Args:
-            use_state: told s⁰ (B, T, D) of the active shadow, before the head runs. It is computed before the base
-                runs, or as soon as its decoder is given embeddings with those of images among them.
-        """
-
-        def start(given: dict[str, Any]) -> list[Lane]:
-            lanes = [self._lane(batch, given, shadow, rows) for shadow, rows in route]
-            if use_state is not None:
-                use_state(lanes[0].slots[self.shadow.couplings.layers[0]])
-            return lanes
-
-        return Frame(self._attachment, start if self._merges_embeddings else start({}), head)
-
-    def _run_base(
-        self,
-        batch: dict[str, Any],
-        route: list[tuple[Shadow, Tensor | None]],
-        head: HeadPlan,
-        use_state: Callable[[Tensor], Any] | None = None,
-    ) -> dict[str, Any]:
-        """The base's output by name; see `_frame`."""
-        with self._frame(batch, route, head, use_state):
-            return dict(self._call_base(batch, return_dict=True))
-
-    def _call_base(self, batch: dict[str, Any], part: Any = None, **options: Any) -> Any:
-        """The base, or ``part`` of it, with the batch as it names things; its cache comes back under the usual name."""
-        batch = caches.for_path(batch, self.base.config)
-        given = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
-        anatomy.forget(self.base, batch.get("past_key_values"))
-        if "past_key_values" in given:
-            given[self._cache_argument] = given.pop("past_key_values")
-        out = (self.base if part is None else part)(**given, **options)
-        if isinstance(out, tuple):
-            return out
-        cache = out.get(self._cache_argument, batch.get("past_key_values"))
-        if cache is not None:
-            out["past_key_values"] = cache  # which some return under another name, and RecurrentGemma not at all
-        return out
-
-    def _prepare_cache(self, batch: dict[str, Any], route: list[tuple[Shadow, Tensor | None]]) -> None:
-        """One cache of L + S layers for both paths; none in training, where nothing reads it."""
-        if not anatomy.takes_cache(self.base):
-            batch["use_cache"] = batch["past_key_values"] = None
-            return
-        if batch["use_cache"] is None:
-            batch["use_cache"] = bool(self.base.config.get_text_config(decoder=True).use_cache) and not self.training
-        cache = batch["past_key_values"]
-        if cache is None and batch["use_cache"]:
-            batch["past_key_values"] = anatomy.own_cache(self.base, self.config) or DynamicCache(config=self.config)
-        elif cache is not None:
-            caches.check_shared(cache, self.base.config, [shadow.cache_layers for shadow, _ in route])
-            if SHADOW_MASK not in batch and anatomy.is_measured_by_shadow(cache, len(self._attachment.blocks)):
-                raise StateError(
-                    f"A static cache cannot serve {type(self.base).__name__} beside a shadow here: its layers of attention "
-                    "and recurrence in one are taken for recurrent ones. Call generate(), or use a DynamicCache."
-                )
-
-    def disable_adapter(self) -> Frame:
-        """A context in which this thread runs the bare base: ``with model.disable_adapter(): model(...)``."""
-        return Frame(self._attachment, disabled=True)
-
-    @property
-    def _is_disabled(self) -> bool:
-        frame = self._attachment.current()
-        return frame is not None and frame.disabled
 
     def _loss(self, task: Tensor, shadow: Tensor | None) -> Tensor:
         """task + λ · shadow in training; evaluation reports the task's loss alone."""

@@ -9,22 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from . import anatomy
-from .backbone import Shadow
 from .errors import StateError
-from .hooks import Attachment, Frame, HeadPlan
+from .forward import Forward
+from .hooks import Frame, HeadPlan
 
 
-class Paths:
+class Paths(Forward):
     """The contexts that choose a path, and what λ is within them."""
 
-    base: PreTrainedModel
-    shadow: Shadow
-    training: bool
-    _attachment: Attachment
+    @property
+    def _is_disabled(self) -> bool:
+        frame = self._attachment.current()
+        return frame is not None and frame.disabled
+
+    def disable_adapter(self) -> Frame:
+        """A context in which this thread runs the bare base: ``with model.disable_adapter(): model(...)``."""
+        return Frame(self._attachment, disabled=True)
 
     def attached_only(self) -> Frame:
         """A context in which losses are the task's alone: for a trainer that adds the shadow's by itself."""
