@@ -15,11 +15,14 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(BIN)/python -m demo.run
 
+# Two processes of one thread each: tiny models gain nothing from more threads.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 tables: $(VENV)/ready
-	$(BIN)/python -m pytest --write-tables
+	$(PYTEST) --write-tables
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ from .pretrained import saved_config
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 SHADOW_PEFT_FILES = ["shadow_config.json", "shadow_adapter.safetensors", "shadow_modules.safetensors"]  # see interop
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1, of 2026-11, had neither a digest nor samples that quantised bases could be held to
 PREFIX = "shadow."  # of the tensors in WEIGHTS_FILE: their names in the model's own state dict
 TRAINER_FILE = "model.safetensors"  # the name by which transformers' Trainer finds what it resumes from
 TASKS = {False: "CAUSAL_LM", True: "SEQ_CLS"}
@@ -171,7 +171,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{file} has format {values.get('format_version')!r}, this is Umbra {__version__} with format {FORMAT_VERSION}: "
-            "install the version that wrote it, or a later one."
+            f"load it with the version that wrote it ({values.get('umbra_version')!r:.40})."
         )
     kinds = {
         "shadow": dict, "shadow_model_config": dict, "base": dict, "task_type": str,
