@@ -382,7 +382,7 @@ def policy_loss(model, reference, batches, beta=0.1):
     return total
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, 8])
 @pytest.mark.compat(
     "Trainers", "TRL GRPOTrainer, `with_shadow_loss`", "the reference is the bare base, without a second copy"
 )
