@@ -167,6 +167,15 @@ def test_a_taken_name():
         model.rename_adapter("a", "b")
 
 
+def test_a_trainer_is_told_what_its_checkpoints_leave_out():
+    """transformers' Trainer warns of every other tensor that it misses in resuming."""
+    model = make_three()
+    for change in (lambda: None, lambda: model.set_adapter("b"), lambda: model.rename_adapter("c", "d")):
+        change()
+        kept = {key for key in model.state_dict() if key.startswith("shadow.")}
+        assert model._keys_to_ignore_on_save == model.state_dict().keys() - kept
+
+
 # -- mixed batches ---------------------------------------------------------------------------------------------------
 
 

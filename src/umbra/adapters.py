@@ -32,6 +32,7 @@ class Adapters:
     shadow: Shadow
     resting: nn.ModuleDict
     active_adapter: str
+    _keys_to_ignore_on_save: set[str]
     base_fingerprint: dict[str, Any]
     all_tied_weights_keys: dict[str, str]
     _attachment: Attachment
@@ -102,6 +103,7 @@ class Adapters:
         chosen.wake()
         self.resting = nn.ModuleDict({self.active_adapter: before, **others})
         self.shadow, self.active_adapter = chosen, name
+        self._settle()
 
     def delete_adapter(self, name: str) -> None:
         """Forget a resting adapter and free its weights.
@@ -114,7 +116,7 @@ class Adapters:
         if name == self.active_adapter:
             raise StateError(f"{name!r} is active: set_adapter(…) another one first, or unload() the model.")
         del self.resting[name]
-        self._lay_out_cache()
+        self._settle()
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name.
@@ -128,6 +130,7 @@ class Adapters:
             self.active_adapter = new
         else:
             self.resting = nn.ModuleDict({new if n == old else n: s for n, s in self.resting.items()})
+        self._settle()
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
         """As in transformers, for the base and for what its shadows have of the vocabulary.
@@ -160,7 +163,7 @@ class Adapters:
         else:
             shadow.rest()
             self.resting[name] = shadow
-        self._lay_out_cache()
+        self._settle()
 
     def _free_cache_layer(self, count: int, leaving: Shadow | None) -> int:
         shadows = [s for s in map(self.adapter, self.adapters) if s is not leaving]
@@ -170,9 +173,12 @@ class Adapters:
             start += 1
         return start
 
-    def _lay_out_cache(self) -> None:
+    def _settle(self) -> None:
+        """Bring up to date what depends on which adapters there are: the cache's layers, and what no checkpoint holds."""
         shadows = {s.first_cache_layer: s.backbone.config for s in map(self.adapter, self.adapters)}
         anatomy.lay_out(self.config, anatomy.composite_config(self.base.config, shadows))
+        elsewhere = {key for key in self._keys_to_ignore_on_save if not key.startswith("resting.")}
+        self._keys_to_ignore_on_save = elsewhere | set(self.resting.state_dict(prefix="resting."))
 
 
 def group_rows(names: Sequence[str | None], rows: int, device: torch.device) -> dict[str, Tensor]:
