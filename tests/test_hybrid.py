@@ -29,12 +29,12 @@ def model(name):
 @pytest.mark.parametrize("form", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_cached_generation_is_uncached_generation(name, model, form):
     """With the base's own kinds of cache layers, and one of keys behind them that the shadow has filled."""
-    if name == "recurrent_gemma" and form:
+    if name == "recurrent_gemma" and form:  # whose own state does not follow its beams
         base = build(name)
         assert not torch.equal(
             base.generate(IDS, **GREEDY, **form), base.generate(IDS, **GREEDY, **form, use_cache=False)
         )
-        pytest.skip("the bare base's own state does not follow its beams")
+        return
     cached = model.generate(IDS, **GREEDY, **form, return_dict_in_generate=True)
     assert torch.equal(cached.sequences, model.generate(IDS, **GREEDY, **form, use_cache=False))
     layers, blocks = cached.past_key_values.layers, len(anatomy.locate(model.base).blocks)
