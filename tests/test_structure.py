@@ -38,6 +38,8 @@ ORDER = [
     "adapters",
     "forward",
     "paths",
+    "speculation",
+    "drafting",
     "card",
     "model",
     "detach",

@@ -17,7 +17,7 @@ from . import anatomy, dense, shards
 from .anatomy import Anatomy
 from .config import ShadowConfig
 from .core import Couplings
-from .errors import BaseModelError, ConfigError
+from .errors import BaseModelError, ConfigError, shown
 from .pretrained import load_pretrained
 
 # What the shadow's backbone may be told about a batch, of all that a forward is given.
@@ -49,6 +49,7 @@ class Shadow(nn.Module):
         self.classifier: dict[str, Any] = {}  # label names, where they are not those of the base's configuration
         self.first_cache_layer = 0
         self.trained: list[str] | None = None  # while it rests: what to train again
+        self.draft_tokens: list[int] | None = None  # those that it drafts; None for the whole vocabulary
         self.owns_embeddings = _owns_embeddings(base, config)
         if backbone_config is not None and not self.owns_embeddings:
             backbone_config.vocab_size = anatomy.vocabulary_size(base.embeddings)
@@ -144,6 +145,8 @@ class Shadow(nn.Module):
         New rows of trained heads begin as the base's, new rows of an own table as transformers begins them.
         """
         rows = anatomy.vocabulary_size(base.embeddings)
+        if self.draft_tokens is not None:
+            self.draft_tokens = [token for token in self.draft_tokens if token < rows] or None
         if not self.owns_embeddings:
             self.backbone.config.vocab_size = rows
         elif not self.config.is_pretrained or anatomy.vocabulary_size(self.backbone.get_input_embeddings()) < rows:
@@ -181,6 +184,19 @@ class Shadow(nn.Module):
         """Parameters of each part; parts without any are left out."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {name: n for name, n in counts.items() if n}
+
+
+def check_draft_tokens(tokens: list[Any], rows: int) -> None:
+    """Hold a draft vocabulary to a base of ``rows`` tokens.
+
+    Raises:
+        ConfigError: empty, one that is there twice, or one that is no token.
+    """
+    wrong = [t for t in tokens if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < rows]
+    if wrong:
+        raise ConfigError(f"A draft vocabulary holds tokens from 0 to {rows - 1}, got {shown(wrong[0])}.")
+    if not tokens or len(set(tokens)) < len(tokens):
+        raise ConfigError("A draft vocabulary holds one token or more, each once.")
 
 
 def build_backbone(

@@ -24,7 +24,17 @@ from .card import model_card
 from .config import ShadowConfig
 from .errors import CheckpointError, ConfigError, UmbraError
 from .fingerprint import check_same_base
-from .integrity import DIGEST, check_counts, check_digest, check_numbers, check_sizes, check_tensors, digest
+from .integrity import (
+    DIGEST,
+    DRAFT_TOKENS,
+    check_counts,
+    check_digest,
+    check_numbers,
+    check_sizes,
+    check_tensors,
+    digest,
+    draft_tokens,
+)  # fmt: skip
 from .model import ShadowModel, attach
 from .pretrained import saved_config
 
@@ -126,6 +136,7 @@ def describe(model: ShadowModel, shadow: Shadow) -> dict[str, Any]:
         "shadow_model_config": _plain_config(shadow.backbone.config),
         "base": model.base_fingerprint,
         **({"classifier": {**labels, "pad_token_id": anatomy.pad_token_id(config)}} if base.is_classifier else {}),
+        **({} if shadow.draft_tokens is None else {DRAFT_TOKENS: shadow.draft_tokens}),
     }
 
 
@@ -176,6 +187,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     kinds = {
         "shadow": dict, "shadow_model_config": dict, "base": dict, "task_type": str,
         "base_model_name_or_path": str | None, "adapter_id": str | None, "classifier": dict | None,
+        DRAFT_TOKENS: list | None,
     }  # fmt: skip
     wrong = [k for k, kind in kinds.items() if not isinstance(values.get(k), kind)]
     if wrong:
@@ -314,11 +326,19 @@ class _Saved:
             except UmbraError as error:
                 raise type(error)(f"{self.path}: {error}") from error
         check_sizes(base, self.config, self.backbone_config, self.weights, self.file, self.source)
+        self.draft_tokens = draft_tokens(self.values, anatomy.vocabulary_size(base.embeddings), self.file)
         check_digest(self.values, self.weights, self.file)
 
     def fill(self, shadow: Shadow) -> None:
         load_weights(shadow, self.weights, self.source)
         shadow.adapter_id = self.values.get("adapter_id") or shadow.adapter_id
+        shadow.draft_tokens = self.draft_tokens
+
+
+def load_draft_tokens(model: ShadowModel, path: Path) -> None:
+    """Take the draft vocabulary of an adapter folder, if it has one; a CheckpointError where it is none of this base."""
+    rows, file = anatomy.vocabulary_size(model.get_input_embeddings()), folder.find(path, CONFIG_FILE)
+    model.shadow.draft_tokens = draft_tokens(read_config(path), rows, file) or model.shadow.draft_tokens
 
 
 def load_weights(shadow: Shadow, weights: dict[str, torch.Tensor], file: Path) -> None:

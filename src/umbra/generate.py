@@ -19,7 +19,8 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
     """Run ``umbra generate``: prints the answer as it comes, unless JSON was asked for.
 
     Raises:
-        ConfigError: an unknown mode, a negative temperature, or an adapter that classifies.
+        ConfigError: an unknown mode, a negative temperature, drafts in another mode than attached, or an adapter that
+            classifies.
     """
     if options.mode not in MODES:
         raise ConfigError(f"Unknown mode {options.mode!r}: choose from {', '.join(MODES)}.")
@@ -27,6 +28,12 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
         raise ConfigError(f"temperature must be at least 0, got {options.temperature}.")
     if options.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}.")
+    drafting: dict[str, Any] = {}
+    if options.draft is not None:
+        if options.mode != "attached":
+            raise ConfigError(f"--draft needs shadow and base: --mode attached, not {options.mode}.")
+        draft = int(options.draft) if options.draft.isdecimal() else options.draft
+        drafting = {"draft": draft, "return_dict_in_generate": True}
     check_dtype(options.dtype)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt.strip():
@@ -46,13 +53,22 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
         began = time.perf_counter()
         out = runner.generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id, streamer=streamer, **sampling,
+            pad_token_id=tokenizer.pad_token_id, streamer=streamer, **sampling, **drafting,
         )  # fmt: skip
         seconds = time.perf_counter() - began
-    new = out[0, ids.shape[1] :]
-    return {
+    new = (out.sequences if drafting else out)[0, ids.shape[1] :]
+    answer = {
         "mode": options.mode,
         "answer": tokenizer.decode(new, skip_special_tokens=True),
         "tokens": len(new),
         "seconds": seconds,
     }
+    if drafting:
+        answer |= {k: getattr(out, k) for k in ("drafted", "accepted", "verified", "acceptance_length")}
+        if not options.json:
+            print(
+                f"{len(new)} tokens, {len(new) / seconds:.1f} per second; {out.accepted} of {out.drafted} drafted tokens "
+                f"accepted, {out.acceptance_length or 0:.2f} tokens per forward of the base",
+                file=sys.stderr,
+            )
+    return answer

@@ -8,6 +8,7 @@ from . import folder
 from .checkpoint import CONFIG_FILE, PREFIX, WEIGHTS_FILE, local_folder, read_config
 from .config import DIALECTS, ShadowConfig
 from .errors import CheckpointError, ConfigError
+from .integrity import DRAFT_TOKENS
 from .interop import recognise
 
 
@@ -61,6 +62,7 @@ def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
             "num_hidden_layers": shadow.get("num_hidden_layers", shadow.get("n_layer")),
             "hidden_size": shadow.get("hidden_size", shadow.get("n_embd")),
         },
+        "draft_vocabulary": None if values.get(DRAFT_TOKENS) is None else len(values[DRAFT_TOKENS]),
         "parameters": {**parts, "total": sum(parts.values())},
         "base": {
             "name": values.get("base_model_name_or_path"),
@@ -85,6 +87,7 @@ def explain(found: dict[str, Any]) -> str:
         f"  shadow      {shadow['model_type']}, {shadow['num_hidden_layers']} layers of width {shadow['hidden_size']}",
         f"  base        {base['model_type']}, {base['num_hidden_layers']} layers of width {base['hidden_size']}, "
         f"{base['vocab_size']} tokens",
+        *([f"  drafts      from {found['draft_vocabulary']} of them"] if found["draft_vocabulary"] else []),
         "  parameters",
     ]
     lines += [f"    {part:<18}{count:>14,}" for part, count in found["parameters"].items()]

@@ -12,12 +12,13 @@ import torch
 from transformers import PretrainedConfig
 
 from .anatomy import Anatomy
-from .backbone import Shadow, fresh_config
+from .backbone import Shadow, check_draft_tokens, fresh_config
 from .config import ShadowConfig
 from .errors import CheckpointError, ConfigError
 
 DIGEST = "sha256"  # the entry of the configuration that vouches for these others, and for all tensors
 VOUCHED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
+DRAFT_TOKENS = "draft_tokens"  # vouched for where there are any
 LENGTHS = ("n_positions", "n_ctx")  # tokens, which nobody counts one by one
 MOST_BUFFERED = 2**27  # values in a shadow's buffers, which no tensor of the file bounds
 Tensors = dict[str, torch.Tensor]
@@ -25,7 +26,8 @@ Tensors = dict[str, torch.Tensor]
 
 def digest(values: dict[str, Any], weights: Tensors) -> str:
     """SHA-256 of what decides an adapter's answers: the `VOUCHED` entries, in any order and spacing, and all tensors."""
-    plain = json.loads(json.dumps({k: values.get(k) for k in VOUCHED}))
+    drafts = {k: v for k, v in values.items() if k == DRAFT_TOKENS and v is not None}
+    plain = json.loads(json.dumps({**{k: values.get(k) for k in VOUCHED}, **drafts}))
     sha = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for key in sorted(weights):
         tensor = weights[key]
@@ -41,6 +43,24 @@ def check_digest(values: dict[str, Any], weights: Tensors, file: Path) -> None:
             f"{file} or the tensors beside it were changed after they were saved: they do not match {DIGEST!r}. Restore "
             f'the folder from its source; if the change was intended, set "{DIGEST}": null.'
         )
+
+
+def draft_tokens(values: dict[str, Any], rows: int, file: Path) -> list[int] | None:
+    """The draft vocabulary, if there is one.
+
+    Args:
+        rows: tokens of the base.
+
+    Raises:
+        CheckpointError: it holds what is no token of the base, or a token twice, or nothing.
+    """
+    tokens = values.get(DRAFT_TOKENS)
+    try:
+        if tokens is not None:
+            check_draft_tokens(tokens, rows)
+    except ConfigError as error:
+        raise CheckpointError(f"{file} is damaged: {DRAFT_TOKENS}: {error}") from error
+    return tokens
 
 
 def check_counts(values: dict[str, Any], weights: Tensors, file: Path) -> None:

@@ -16,7 +16,7 @@ from .adapters import DEFAULT, Adapters
 from .backbone import Shadow
 from .config import ShadowConfig
 from .core import classification_loss, labelled_positions, token_loss
-from .decoding import Decoding
+from .drafting import Drafting
 from .errors import BaseModelError
 from .fingerprint import fingerprint
 from .hooks import Attachment, HeadPlan
@@ -208,7 +208,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         """Nothing: base and shadow arrive initialised."""
 
 
-class ShadowForCausalLM(CausalPaths, ShadowModel, Decoding, GenerationMixin):
+class ShadowForCausalLM(CausalPaths, ShadowModel, Drafting, GenerationMixin):
     """A language model and its shadow."""
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):

@@ -70,6 +70,7 @@ class GenerateOptions:
     mode: str = flag("attached", "attached, detached or base")
     max_new_tokens: int = flag(256, "tokens of the answer")
     temperature: float = flag(0.0, "0 is greedy")
+    draft: str | None = flag(None, "tokens that the shadow drafts at most before the base verifies them, or auto")
     seed: int = flag(0, "seed of the sampling")
     chat_template: bool = flag(True, "put the prompt into the tokenizer's chat template, if it has one")
     json: bool = flag(False, "print JSON, not streaming")

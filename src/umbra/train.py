@@ -15,6 +15,7 @@ from . import checkpoint, folder
 from .bases import load_base, load_tokenizer
 from .config import ShadowConfig
 from .data import Collator, Labels, Record, encode_all, read_records, record_kind
+from .drafting import frequent_tokens
 from .errors import CheckpointError, ConfigError, DataError, unknown_key
 from .model import attach
 from .options import TrainOptions, check_dtype, check_types, names, speaks
@@ -108,6 +109,9 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
 
     torch.manual_seed(arguments.seed)
     model = attach(base, shadow)
+    if labels is None:
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        model.set_draft_vocabulary(frequent_tokens([e["labels"] for e in train_set], also=ends))
     if arguments.should_save:
         _record(out, options, shadow, rest)
     trainer = ShadowTrainer(

@@ -131,6 +131,7 @@ class _ShadowLoss:
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint)
         checkpoint.load_weights(self.model.shadow, checkpoint.read_weights(path), path / checkpoint.WEIGHTS_FILE)
+        checkpoint.load_draft_tokens(self.model, path)
 
     def _load_best_model(self: Any) -> None:
         if self.is_deepspeed_enabled:

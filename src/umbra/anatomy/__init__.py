@@ -4,15 +4,19 @@ A change that wants ``if model_type == …`` is data for families.py.
 """
 
 from .caches import (
+    ahead,
     cache_argument,
     cache_layers,
     cached_tokens,
+    cannot_go_back,
     forget,
     hide_others,
     is_cache_in_use,
     is_measured_by_shadow,
     logits_to_keep,
     own_cache,
+    record_past,
+    roll_back,
     takes_cache,
 )
 from .configs import (
@@ -31,7 +35,16 @@ from .configs import (
     unquantised,
     window,
 )
-from .heads import before_head, head_input, logit_factor, pad_token_id, problem_type, set_soft_cap, soft_cap
+from .heads import (
+    before_head,
+    finished_logits,
+    head_input,
+    logit_factor,
+    pad_token_id,
+    problem_type,
+    set_soft_cap,
+    soft_cap,
+)
 from .parts import (
     Anatomy,
     announce,
@@ -53,12 +66,14 @@ from .parts import (
 
 __all__ = [
     "Anatomy",
+    "ahead",
     "announce",
     "before_head",
     "cache_argument",
     "cache_depth",
     "cache_layers",
     "cached_tokens",
+    "cannot_go_back",
     "composite_config",
     "copy_blocks",
     "dense_config",
@@ -66,6 +81,7 @@ __all__ = [
     "embedding_rows",
     "embedding_scale",
     "exempt_from_checkpointing",
+    "finished_logits",
     "forget",
     "head_input",
     "head_shape",
@@ -85,8 +101,10 @@ __all__ = [
     "own_cache",
     "pad_token_id",
     "problem_type",
+    "record_past",
     "refusal",
     "remove_embeddings",
+    "roll_back",
     "scales_by_depth",
     "set_soft_cap",
     "shares_masks",

@@ -6,9 +6,22 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DummyLayer, StaticLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticCache,
+    StaticLayer,
+)
 
 from .configs import layer_types
+
+# Layers that hold every token, and those that hold what a window or a convolution needs, or more if they are told to.
+PLAIN_LAYERS = (DynamicLayer, DynamicIndexedLayer, StaticLayer, DummyLayer)
+RECORDING_LAYERS = (DynamicSlidingWindowLayer, LinearAttentionLayer)
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -73,6 +86,44 @@ def hide_others(cache: Any, blocks: int, mine: range) -> Any:
     view = copy.copy(cache)
     view.layers = [layer if l < blocks or l in mine else DummyLayer() for l, layer in enumerate(cache.layers)]
     return view
+
+
+def ahead(cache: Any, mine: range) -> Any:
+    """The same cache for a shadow that runs ahead of the base, and is to measure the past by its own layers alone."""
+    view = copy.copy(cache)
+    view.layers = [cache.layers[l if l in mine else mine.start] for l in range(mine.stop)]
+    return view
+
+
+def cannot_go_back(model: PreTrainedModel, cache: Any) -> str | None:
+    """Why the last tokens cannot be taken out of this cache of the model again; None where `roll_back` can."""
+    recurrent = set(layer_types(model.config.get_text_config(decoder=True))) - {
+        "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "conv", "dummy",
+    }  # fmt: skip
+    if model._is_stateful or recurrent or model.config.model_type == "minimax":
+        return f"{type(model).__name__} has a recurrent state, from which a rejected token cannot be taken out again"
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
+        return f"it cannot take rejected tokens out of {'an offloaded' if cache.offloading else 'this kind of'} cache"
+    kinds = {type(layer) for layer in cache.layers} - {*PLAIN_LAYERS, *RECORDING_LAYERS}
+    if kinds:
+        return f"its cache has layers ({kinds.pop().__name__}) that forget what a rejected token pushes out"
+    return None
+
+
+def record_past(layers: list[Any], on: bool) -> None:
+    """Let these layers of a cache keep what tokens push out of their windows, until `roll_back`."""
+    for layer in layers:
+        if isinstance(layer, RECORDING_LAYERS):
+            layer.record_past = on
+
+
+def roll_back(layers: list[Any], tokens: int) -> None:
+    """Take the last ``tokens`` out of these layers of a cache, and what they still keep beyond their windows."""
+    for layer in layers:
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.sub_(tokens)
+        elif isinstance(layer, LinearAttentionLayer) or layer.is_initialized:
+            layer.crop(-tokens)
 
 
 def is_measured_by_shadow(cache: Any, blocks: int) -> bool:

@@ -74,5 +74,16 @@ def head_input(model: PreTrainedModel, states: Tensor) -> Tensor:
     between: Any = before_head(model)
     if between is not None:
         return between(states.to(next(between.parameters()).dtype))
-    divides = model.config.model_type in DIVIDED_STATES and model.can_generate()
-    return states * logit_factor(model.config) if divides else states
+    return states * logit_factor(model.config) if _divides_states(model) else states
+
+
+def finished_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What the head gives, (…, V) → the logits that a language model returns, scaled and capped."""
+    factor, cap = logit_factor(model.config), soft_cap(model.config)
+    if factor != 1 and not _divides_states(model):
+        logits = logits * factor
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def _divides_states(model: PreTrainedModel) -> bool:
+    return model.config.model_type in DIVIDED_STATES and model.can_generate()
