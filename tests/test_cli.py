@@ -86,6 +86,20 @@ def test_generate_streams_what_it_would_return(run, capsys, mode):
     assert json.loads(output(capsys, *arguments, "--json"))["answer"].strip() == streamed.strip()
 
 
+@pytest.mark.parametrize("draft", ["3", "auto"])
+def test_generate_drafts_and_says_how_it_went(run, capsys, draft):
+    arguments = ["generate", run / "out", "say a", "--max-new-tokens", 6]
+    expected = json.loads(output(capsys, *arguments, "--json"))
+    found = json.loads(output(capsys, *arguments, "--draft", draft, "--json"))
+    assert {k: found[k] for k in ("answer", "tokens")} == {k: expected[k] for k in ("answer", "tokens")}
+    assert 0 <= found["accepted"] <= found["drafted"]
+    assert found["verified"] < found["tokens"]
+    assert main([*map(str, arguments), "--draft", draft]) == 0
+    streamed, told = capsys.readouterr()
+    assert streamed.strip() == expected["answer"].strip()
+    assert "tokens per forward of the base" in told
+
+
 def test_sampling_is_seeded(run, capsys):
     arguments = ["generate", run / "out", "say a", "--temperature", 5, "--max-new-tokens", 12, "--json"]
     first, again = (json.loads(output(capsys, *arguments))["answer"] for _ in range(2))
@@ -100,6 +114,8 @@ def test_inspect_explains_an_adapter_without_its_base(run, capsys):
     found = json.loads(output(capsys, "inspect", run / "out", "--json"))
     assert found["parameters"]["total"] == sum(v for k, v in found["parameters"].items() if k != "total")
     assert found["coupled_blocks"] == [1, 2, 3]
+    assert found["draft_vocabulary"] == 5, "a, b, c, d and the end of the text"
+    assert "drafts      from 5 of them" in text
 
 
 def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
@@ -135,6 +151,9 @@ def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
         (["generate", "{out}", " "], "prompt is empty"),
         (["generate", "{out}", "a", "--mode", "both"], "Unknown mode"),
         (["generate", "{out}", "a", "--temperature=-1"], "temperature"),
+        (["generate", "{out}", "a", "--draft", "0"], "draft must be an integer of at least 1"),
+        (["generate", "{out}", "a", "--draft", "many"], "draft must be an integer of at least 1"),
+        (["generate", "{out}", "a", "--draft", "2", "--mode", "base"], "--draft needs shadow and base"),
         (["inspect", "{data}"], "no adapter folder"),
         (["detach", "{out}", "{out}"], "is not empty"),
         (["detach", "{out}", "/tmp/x", "--dtype", "int8"], "Unknown dtype 'int8'"),

@@ -98,8 +98,7 @@ class Drafting(Decoding):
         """
         if draft is None:
             return super().generate(*args, **options)
-        if draft != "auto" and (not isinstance(draft, int) or isinstance(draft, bool) or draft < 1):
-            raise ConfigError(f"draft must be an integer of at least 1, or 'auto', got {shown(draft)}.")
+        check_draft(draft)
         if options.get("custom_generate") is not None:
             raise ConfigError("draft=… is a way of generating of its own: leave custom_generate out.")
         config = args[1] if len(args) > 1 else options.get("generation_config")
@@ -137,6 +136,12 @@ class Drafting(Decoding):
             if not anatomy.takes_cache(self.base):
                 raise BaseModelError(f"draft=… needs a cache; {type(self.base).__name__} has none. Leave draft out.")
             _check_request(mode, config, given)
+
+
+def check_draft(draft: Any) -> None:
+    """Raise a ConfigError where this is neither a K nor "auto"."""
+    if draft != "auto" and (not isinstance(draft, int) or isinstance(draft, bool) or draft < 1):
+        raise ConfigError(f"draft must be an integer of at least 1, or 'auto', got {shown(draft)}.")
 
 
 def _check_request(mode: Any, config: GenerationConfig, given: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from transformers import TextStreamer
 from .bases import load_tokenizer
 from .checkpoint import load
 from .data import Writer
+from .drafting import check_draft
 from .errors import ConfigError
 from .evaluate import MODES, in_mode
 from .options import GenerateOptions, check_dtype
@@ -33,6 +34,7 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
         if options.mode != "attached":
             raise ConfigError(f"--draft needs shadow and base: --mode attached, not {options.mode}.")
         draft = int(options.draft) if options.draft.isdecimal() else options.draft
+        check_draft(draft)
         drafting = {"draft": draft, "return_dict_in_generate": True}
     check_dtype(options.dtype)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
