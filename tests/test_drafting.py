@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, LogitsProcessor, StoppingCriteria, TrainingArguments
 
+import test_vision
 import umbra
 from architectures_hybrid import FAMILIES as HYBRIDS
+from architectures_vision import batch_of
 from conftest import make_tokenizer
-from test_architectures import build, cast
+from tables import FAMILIES
+from test_architectures import MASK, PADDED, build, cast
 from tiny import ARCHITECTURES, CONFIGS, LAYERS, VOCAB, make, tokens
 from umbra import anatomy, drafting, speculation
 from umbra.checkpoint import read_config
@@ -130,6 +133,21 @@ def test_trained_heads_draft_and_verify():
     assert opposite.accepted == 0 < alike.accepted
 
 
+@torch.no_grad()
+def test_a_bf16_base():
+    """The same tokens, or another one of two between which bf16 cannot tell."""
+    model, ids = agreeing(), tokens(1)
+    model.base.bfloat16()
+    expected, out = plain(model, ids)[0], drafted(model, ids)
+    found = out.sequences[0]
+    assert out.accepted > 0
+    differing = (found != expected).nonzero()
+    if len(differing):
+        at = int(differing[0])
+        one, other = model(found[None, :at]).logits[0, -1, [found[at], expected[at]]].tolist()
+        assert abs(one - other) <= 2**-6 * abs(one)
+
+
 def test_of_several_adapters_the_active_one_drafts():
     model, ids = agreeing(), tokens(2)
     model.add_adapter(umbra.ShadowConfig(rank=2, shadow_num_hidden_layers=2), "second")
@@ -155,19 +173,33 @@ def test_other_caches(name, options):
     assert torch.equal(drafted(model, ids, **options).sequences, plain(model, ids))
 
 
-NOT_RECURRENT = ("lfm2", "lfm2_moe", "lfm3", "gemma3n_text", "gemma4_text")
+RECURRENT = set(HYBRIDS) - {"lfm2", "lfm2_moe", "lfm3", "gemma3n_text", "gemma4_text"}
+REFUSING = RECURRENT | {
+    "qwen3_5_moe_text",
+    "inkling_text",
+    "inkling2_text",
+    "mpt",
+    "openai-gpt",
+}  # without a cache, or by default
 
 
-@pytest.mark.parametrize("name", HYBRIDS, scope="module")
-def test_hybrid_bases(name):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_right_or_refused(name):
     """Short convolutions and shared keys can be rolled back, a recurrence cannot."""
-    model, ids = cast(build(name)), tokens(2)
-    model.generation_config.eos_token_id = None
-    if name in NOT_RECURRENT:
-        assert torch.equal(drafted(model, ids).sequences, plain(model, ids))
+    model, ids, mask = cast(build(name)), PADDED, MASK
+    options = {"attention_mask": mask, "max_new_tokens": 8, "eos_token_id": None}
+    if name in REFUSING:
+        with pytest.raises((umbra.BaseModelError, umbra.ConfigError), match="draft"):
+            drafted(model, ids, 3, **options)
         return
-    with pytest.raises(umbra.BaseModelError, match="draft"):
-        drafted(model, ids)
+    assert torch.equal(drafted(model, ids, 3, **options).sequences, plain(model, ids, **options))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "paligemma", "llava", "lfm2_vl"])
+def test_after_an_image(name):
+    model, batch = test_vision.cast(test_vision.build(name)), batch_of(name, 4)
+    options = {**batch.told, "eos_token_id": None, "suppress_tokens": test_vision.SPECIAL, "max_new_tokens": 8}
+    assert torch.equal(drafted(model, batch.ids, 3, **options).sequences, plain(model, batch.ids, **options))
 
 
 # -- where it stops ------------------------------------------------------------------------------------------------
@@ -196,6 +228,11 @@ def test_the_last_token_wherever_it_falls(new):
     assert expected.shape[1] == 9 + new
     assert torch.equal(drafted(model, ids, 8, max_new_tokens=None, max_length=9 + new).sequences, expected)
     assert {layer.get_seq_length() for layer in out.past_key_values.layers} == {9 + new - 1}
+
+
+def test_the_time_is_up():
+    model, ids = agreeing(), tokens(2)
+    assert drafted(model, ids, max_time=1e-9).sequences.shape == (2, 10)
 
 
 def test_stop_strings():
@@ -397,6 +434,7 @@ def test_what_is_often_rejected_is_trusted_less_until_it_is_tried_again():
         pace.learn([0.9], [False])
         pace.cycle(1, 1, 0.0, 0.0)
     assert not pace.goes_on([0.9])
+    assert not pace.may_go_on(1), "not even the drafter's head needs to run"
     waited = 0
     while not pace.goes_on([0.9]):
         pace.cycle(0, 1, 0.0, 0.0)
@@ -498,6 +536,12 @@ def test_sampling_has_the_distribution_of_decoding_without_drafts(form, rows, ti
         assert_some_of_both(*outputs)
 
 
+def test_several_samples_of_one_prompt():
+    out = drafted(small_model(), torch.tensor([[3, 4, 5]]), do_sample=True, num_return_sequences=5)
+    assert out.sequences.shape == (5, 3 + NEW)
+    assert len({tuple(row) for row in out.sequences.tolist()}) == 5
+
+
 def test_the_statistics_would_notice_another_rule(monkeypatch):
     model, ids = small_model(), torch.tensor([[3, 4, 2, 5, 1]])
     odds = joint(model, ids)
@@ -557,7 +601,7 @@ def test_the_draft_head_gives_the_logits_of_the_detached_shadow(name):
     state = model._initial_state({"input_ids": ids, "inputs_embeds": None})[:, -1]
     for part in (None, [7, 3, 90]):
         model.set_draft_vocabulary(part)
-        found = drafting.DraftHead(model, model.shadow)(state)
+        found = drafting.DraftHead(model, model.shadow, ids.device)(state)
         torch.testing.assert_close(found, expected if part is None else expected[:, part], rtol=1e-4, atol=1e-4)
 
 
@@ -640,6 +684,7 @@ REFUSED = {
     "hidden states": (umbra.ConfigError, {"output_hidden_states": True}),
     "attentions": (umbra.ConfigError, {"output_attentions": True}),
     "another recipe": (umbra.ConfigError, {"custom_generate": lambda **_: None}),
+    "paged cache": (umbra.ConfigError, {"cache_implementation": "paged"}),
     "ranks in step": (umbra.ConfigError, {"synced_gpus": True}),
     "adapters by row": (umbra.ConfigError, {"adapter_names": ["default"]}),
 }
@@ -666,6 +711,11 @@ def test_refused_where_the_shadow_or_the_base_is_left_out():
     for context in (model.disable_adapter, model.shadow_only):
         with context(), pytest.raises(umbra.StateError, match="draft"):
             drafted(model, tokens(1))
+
+
+def test_refused_in_continuous_batching():
+    with pytest.raises(umbra.ConfigError, match="draft"):
+        agreeing().generate_batch([[5, 6, 7]], draft=2)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text"])

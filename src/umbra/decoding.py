@@ -51,10 +51,12 @@ class Decoding(GenerationMixin):
         """As in transformers, with the active adapter for all requests.
 
         Raises:
-            ConfigError: adapter_names were given, which transformers would drop without a word.
+            ConfigError: adapter_names or draft were given, which transformers would drop without a word.
         """
         if adapter_names is not None:
             raise ConfigError("generate_batch() runs one adapter: set_adapter(…) it, or generate(adapter_names=…).")
+        if options.get("draft") is not None:
+            raise ConfigError("generate_batch() does not draft: generate(draft=…), or leave draft out.")
         return super().generate_batch(*args, **options)  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **options: Any) -> Any:

@@ -99,8 +99,8 @@ class Drafting(Decoding):
         if draft is None:
             return super().generate(*args, **options)
         check_draft(draft)
-        if options.get("custom_generate") is not None:
-            raise ConfigError("draft=… is a way of generating of its own: leave custom_generate out.")
+        if options.get("custom_generate") is not None or options.get("cache_implementation") == "paged":
+            raise ConfigError("draft=… is a way of generating of its own: leave custom_generate and a paged cache out.")
         config = args[1] if len(args) > 1 else options.get("generation_config")
         configs: Any = (config, self.generation_config)  # type: ignore[attr-defined]
         thresholds = [options.get(THRESHOLD), *(vars(c).get(THRESHOLD) for c in configs if c is not None)]
@@ -146,9 +146,9 @@ def check_draft(draft: Any) -> None:
 
 def _check_request(mode: Any, config: GenerationConfig, given: dict[str, Any]) -> None:
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ConfigError(f"draft=… is for greedy decoding and sampling, not for {mode}: leave one of them out.")
+        raise ConfigError(f"draft=… is for greedy decoding and sampling, not for {mode.value}: leave one of them out.")
     if config.use_cache is False:
-        raise ConfigError("draft=… needs the cache: leave use_cache=False out.")
+        raise ConfigError("draft=… needs the cache: set use_cache=True.")
     if config.output_attentions or config.output_hidden_states:
         raise ConfigError("draft=… gives no attentions and no hidden states: leave them, or draft, out.")
     if given.get("synced_gpus"):
@@ -205,7 +205,8 @@ class Drafter:
         text.add(out.logits[:, -1])
         told = model._update_model_kwargs_for_generation(out, told)
         cache, mine = told["past_key_values"], self.shadow.cache_layers
-        layers = [*cache.layers[: len(model._attachment.blocks)], *cache.layers[mine.start : mine.stop]]
+        depth = len(anatomy.layer_types(model.base.config.get_text_config(decoder=True)))
+        layers = [*cache.layers[:depth], *cache.layers[mine.start : mine.stop]]
         anatomy.record_past(layers, True)
         draft = _Draft(model, self.shadow, anatomy.ahead(cache, mine), text, out.logits.shape[-1])
         del out
@@ -237,9 +238,8 @@ class Drafter:
         self, model: Any, ids: Tensor, states: list[Tensor], drafted: list[Drafted], told: dict[str, Any]
     ) -> Tensor:
         """(B, k + 1, V): the attached logits after the last token of the text and after each of the k drafted ones."""
-        told = model._update_model_kwargs_for_generation({}, dict(told), num_new_tokens=len(drafted))
         ids = torch.cat([ids, *(one.tokens[:, None] for one in drafted)], 1)
-        batch = model.prepare_inputs_for_generation(ids, next_sequence_length=len(states), **told)
+        batch, _ = _prepare(model, ids, told, len(drafted))
         batch.pop("logits_to_keep", None)
         lane = Lane(self.shadow.couplings, torch.cat(states, 1))
         with Frame(model._attachment, [lane], HeadPlan([(None, self.shadow.heads)])):
@@ -257,7 +257,7 @@ class _Draft:
 
     def __init__(self, model: Any, shadow: Shadow, cache: Any, text: Text, width: int):
         self.model, self.shadow, self.cache, self.text, self.width = model, shadow, cache, text, width
-        self.head = DraftHead(model, shadow)
+        self.head = DraftHead(model, shadow, text.ids.device)
         # A processor of somebody else may remember its calls, and must not see what may never be in the text.
         own = [p for p in text.processors if type(p).__module__ == logits_process.__name__]
         self.processors = [p for p in own if not isinstance(p, REMEMBERING)]
@@ -266,14 +266,14 @@ class _Draft:
     def run(self, limit: int, told: dict[str, Any]) -> tuple[list[Tensor], list[Drafted]]:
         """s⁰ (B, 1, D) of the text's last token and of each drafted one, and these, ``limit`` at most."""
         ids, states, drafted = self.text.ids, [], []
-        whole = self.model._update_model_kwargs_for_generation({}, dict(told), num_new_tokens=limit)
-        mask, positions = whole.get("attention_mask"), whole.get("position_ids")
+        whole, mask = _prepare(self.model, torch.cat([ids, ids[:, -1:].expand(-1, limit)], 1), told, limit)
+        positions = whole.get("position_ids")
         while True:
             ahead = limit - len(drafted)  # tokens beyond this one
             batch = {
                 "input_ids": ids[:, -1:], "inputs_embeds": None, "past_key_values": self.cache, "use_cache": True,
                 "attention_mask": mask if mask is None else mask[:, : mask.shape[1] - ahead],
-                "position_ids": positions if positions is None else positions[..., -1 - ahead :][..., :1],
+                "position_ids": positions if positions is None else positions[..., len(drafted) : len(drafted) + 1],
             }  # fmt: skip
             states.append(self.model._initial_state(self.model._seen_by(self.shadow, batch, {}), self.shadow))
             next_one = self._propose(ids, states[-1][:, -1]) if ahead else None
@@ -284,7 +284,10 @@ class _Draft:
 
     def _propose(self, ids: Tensor, s0: Tensor) -> Drafted | None:
         """The token after ``ids`` (B, T), from s⁰ (B, D) of their last; None where it is not worth it."""
-        text, pace, scores = self.text, self.text.pace, self.head(s0)
+        text, pace = self.text, self.text.pace
+        if not pace.may_go_on(len(text.rows)):
+            return None
+        scores = self.head(s0).to(ids.device)
         is_part = self.head.tokens is not None
         if is_part and self.processors and not self.on_part:
             scores, is_part = self._spread(scores, -torch.inf), False
@@ -320,23 +323,35 @@ class DraftHead:
     Args:
         model: whose base's head it is, where the shadow has none of its own.
         shadow: what drafts.
+        device: of the text.
     """
 
-    def __init__(self, model: Any, shadow: Shadow):
+    def __init__(self, model: Any, shadow: Shadow, device: torch.device):
         self.base = model.base
         self.head: Any = shadow.heads["shadow"] if shadow.heads else model.base_head
         self.dtype = next(shadow.heads.parameters()).dtype if shadow.heads else model.base.dtype
         self.tokens: Any = None
         if shadow.draft_tokens is not None:
             weight, bias = dense.linear_weight(self.head, self.dtype), self.head.bias
-            self.tokens = torch.tensor(shadow.draft_tokens, device=weight.device)
-            self.weight, self.bias = weight[self.tokens], None if bias is None else bias[self.tokens]
+            rows = torch.tensor(shadow.draft_tokens, device=weight.device)
+            self.weight, self.bias = weight[rows], None if bias is None else bias[rows]
+            self.tokens = rows.to(device)
 
     def __call__(self, s0: Tensor) -> Tensor:
         """(B, D) → logits (B, N) in float32."""
         x = anatomy.head_input(self.base, s0).to(self.dtype)
-        logits = self.head(x) if self.tokens is None else F.linear(x, self.weight, self.bias)
+        logits = self.head(x) if self.tokens is None else F.linear(x.to(self.weight.device), self.weight, self.bias)
         return anatomy.finished_logits(self.base, logits.float())
+
+
+def _prepare(model: Any, ids: Tensor, told: dict[str, Any], ahead: int) -> tuple[dict[str, Any], Tensor | None]:
+    """What a forward over the last ``ahead`` + 1 tokens of ``ids`` (B, T) is given, and the mask (B, T) of all.
+
+    Args:
+        told: of a text that ends ``ahead`` tokens before.
+    """
+    told = model._update_model_kwargs_for_generation({}, dict(told), num_new_tokens=ahead)
+    return model.prepare_inputs_for_generation(ids, next_sequence_length=ahead + 1, **told), told.get("attention_mask")
 
 
 def _check_cache(model: Any, told: dict[str, Any]) -> None:

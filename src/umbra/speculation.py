@@ -84,8 +84,18 @@ class Pace:
         """
         if self.threshold is not None:
             return all(one >= self.threshold for one in sure)
-        self.odds *= prod(min(1.0, self.accepted / self.expected * one) for one in sure)
-        return self.odds * self.spent / self.gained > self.draft + self.extra
+        self.odds = self._odds(sure)
+        return self._pays(self.odds)
+
+    def may_go_on(self, rows: int) -> bool:
+        """Whether it could be worth to ask the drafter, if it were wholly sure in so many rows."""
+        return self.threshold is not None or self._pays(self._odds([1.0] * rows))
+
+    def _odds(self, sure: Sequence[float]) -> float:
+        return self.odds * prod(min(1.0, self.accepted / self.expected * one) for one in sure)
+
+    def _pays(self, odds: float) -> bool:
+        return odds * self.spent / self.gained > self.draft + self.extra
 
     def learn(self, sure: Sequence[float], accepted: Sequence[bool]) -> None:
         """What became of one drafted token in each row."""
