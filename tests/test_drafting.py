@@ -357,6 +357,7 @@ def test_the_cache_is_that_of_decoding_without_drafts_and_goes_on(name):
         assert found.get_seq_length() == layer.get_seq_length() == 9 + 12 - 1
         for one, other in ((found.keys, layer.keys), (found.values, layer.values)):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert not vars(found).get("record_past"), "it would grow beyond its window in decoding without drafts"
     whole = plain(model, ids, max_new_tokens=12 + NEW)
     further = drafted(model, out.sequences, max_new_tokens=NEW // 2, past_key_values=out.past_key_values)
     further = plain(model, further.sequences, max_new_tokens=NEW // 2, past_key_values=further.past_key_values)
