@@ -332,7 +332,7 @@ class DraftHead:
         self.dtype = next(shadow.heads.parameters()).dtype if shadow.heads else model.base.dtype
         self.tokens: Any = None
         if shadow.draft_tokens is not None:
-            weight, bias = dense.linear_weight(self.head, self.dtype), self.head.bias
+            weight, bias = dense.linear_weight(self.head, self.dtype), getattr(self.head, "bias", None)
             rows = torch.tensor(shadow.draft_tokens, device=weight.device)
             self.weight, self.bias = weight[rows], None if bias is None else bias[rows]
             self.tokens = rows.to(device)
