@@ -336,15 +336,29 @@ def test_a_streamer_is_given_accepted_tokens_in_order():
 
 
 def test_scores_and_logits_are_those_of_decoding_without_drafts():
+    """Also of a row that has finished, which reads padding from there on."""
     model, ids = agreeing(), tokens(2)
+    end = plain(model, ids, repetition_penalty=1.5)[0, 9 + 3]
     options = {
         "output_scores": True, "output_logits": True, "repetition_penalty": 1.5, "return_dict_in_generate": True,
-        "eos_token_id": 98,
+        "eos_token_id": int(end),
     }  # fmt: skip
     expected, out = plain(model, ids, **options), drafted(model, ids, **options)
     assert torch.equal(out.sequences, expected.sequences)
+    assert out.sequences[0, -1] == 0, "padding"
     for kind in ("scores", "logits"):
         torch.testing.assert_close(torch.stack(out[kind]), torch.stack(expected[kind]), rtol=1e-4, atol=1e-4)
+    for found, layer in zip(out.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(found.keys, layer.keys, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_by_a_second_prompt():
+    """A processor of transformers that runs the model itself, with a cache of its own."""
+    model, ids = agreeing(), tokens(1)
+    options = {"guidance_scale": 1.5, "negative_prompt_ids": tokens(1, 5, seed=9)}
+    expected = plain(model, ids, **options)
+    assert not torch.equal(expected, plain(model, ids))
+    assert torch.equal(drafted(model, ids, **options).sequences, expected)
 
 
 @architectures
