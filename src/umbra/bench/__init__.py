@@ -108,10 +108,18 @@ def _is_default(case: Case, name: str) -> bool:
 def _lacking(
     case: Case, names: list[str], methods: list[Method], records: Records, options: BenchOptions
 ) -> list[Method]:
-    """The methods of a case that are still to be measured, and the references that they are measured beside."""
-    lacking = [n for n in names if options.anew or records.lacks(case.name, n, options.rounds)]
-    lacking = [m.name for m in methods if m.name in lacking]
-    return [m for m in methods if m.name in lacking or (lacking and m.name in REFERENCES)]
+    """The methods of a case that are still to be measured, and the references that they are measured beside.
+
+    What a case cannot do at all is noted down at once.
+    """
+    asked = [m for m in methods if m.name in names]
+    unable = {m.name: {"absent": why} for m in asked if (why := case.absent(m)) is not None}
+    records.note(case.name, unable)
+    able = [m.name for m in asked if m.name not in unable]
+    lacking = [n for n in able if options.anew or records.lacks(case.name, n, options.rounds)]
+    if unable and set(able) <= set(REFERENCES):
+        return []
+    return [m for m in methods if m.name in lacking or (lacking and m.name in REFERENCES and case.absent(m) is None)]
 
 
 # -- running -------------------------------------------------------------------------------------------------------
@@ -204,7 +212,8 @@ def _write(records: Records, about: dict[str, str], options: BenchOptions) -> No
         axes = {a: {p.case.name: p.value for p in scaling.POINTS if p.axis == a} for a in scaling.AXES}
         files[f"{stem}.png"] = lambda path: plot.growth(report, axes, path)
     else:
-        files[f"{stem}.png"] = lambda path: plot.dots(report, path)
+        sizes = {c.name: c.rows for c in CASES if c.name == "step-masked" or c.name.startswith("batch-")}
+        files[f"{stem}.png"] = lambda path: plot.dots(report, sizes, path)
     records.write(files)
     if not options.json:
         print(text)

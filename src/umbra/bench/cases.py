@@ -147,6 +147,9 @@ class Step(Case):
 class Memory(Step):
     """The peak memory of such a step, in a process of its own; see memory.py."""
 
+    def absent(self, method: Method) -> str | None:
+        return "the bare base has no training step" if method.name == BASE else None
+
     def cost(self, forward: float, token: float) -> float:
         return 10 + super().cost(forward, token)
 

@@ -41,9 +41,6 @@ def measure(
 
 def prepare(case: Case, method: Method, model: Any, base: Base) -> Run | Row:
     """What is to be timed, warmed up; or the row that says why nothing is."""
-    why = case.absent(method)
-    if why is not None:
-        return {"absent": why}
     try:
         check_logits(model, base)
         run = case.ready(method, model, base)

@@ -21,7 +21,7 @@ from .base import Base
 from .cases import Memory, Step
 from .machine import Device
 from .measure import Row, prepare
-from .methods import BASE, METHODS, Method, build
+from .methods import METHODS, Method, build
 
 LONGEST = 1800  # seconds until a process that weighs is given up
 
@@ -30,8 +30,6 @@ def weigh(
     cases: Sequence[Memory], method: Method, base: Base, device: Device, *, rank: int, width: int, seed: int
 ) -> dict[str, Row]:  # fmt: skip
     """A row {"peak": bytes, "before": bytes} of each case, or one that says why not (see measure.py)."""
-    if method.name == BASE:
-        return {case.name: {"absent": "the bare base has no training step"} for case in cases}
     with tempfile.TemporaryDirectory() as folder:
         base.model.config.save_pretrained(folder)
         task = {

@@ -45,17 +45,21 @@ class Records:
     def lacks(self, case: str, method: str, rounds: int) -> bool:
         """Whether a row is still to be measured, in so many rounds."""
         row = self.cases.get(case, {}).get(method)
-        if row is None or "failed" in row or "refused" in row:
-            return True
-        return "seconds" in row and len(row["seconds"]) < rounds
+        return row is None or not ("peak" in row or len(row.get("seconds", ())) >= rounds)
 
     def put(self, case: str, rows: dict[str, Row]) -> None:
         """Take in the rows of a case, and write the file."""
+        self.note(case, rows)
+        self.write({})
+
+    def note(self, case: str, rows: dict[str, Row]) -> None:
+        """Take in the rows of a case."""
+        if not rows:
+            return
         if self.session not in self.sessions:
             self.sessions.append(self.session)
         number = self.sessions.index(self.session)
         self.cases.setdefault(case, {}).update({name: {**row, "session": number} for name, row in rows.items()})
-        self.write({self.path.name: lambda path: folder.write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")})
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, as in the file."""
@@ -66,13 +70,14 @@ class Records:
         }  # fmt: skip
 
     def write(self, files: dict[str, Callable[[Path], Any]]) -> None:
-        """Write files beside the JSON file, all or none of them.
+        """Write the JSON file and others beside it, all or none of them.
 
         Args:
             files: by name, what writes each to a path.
         """
 
         def write_all(staging: Path) -> None:
+            folder.write_text(staging / self.path.name, json.dumps(self.as_dict(), indent=1) + "\n")
             for name, write in files.items():
                 write(staging / name)
 

@@ -67,14 +67,25 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def _origin(self) -> str:
-        header, sessions = self.held["header"], [s for s in self.held["sessions"] if s]
+        header = self.held["header"]
         lines = [f"# {header['base']}, {header['dtype']}, on {header['device']}", ""]
         lines += [f"- {key}: {value}" for key, value in header["machine"].items()]
         lines += [f"- {key}: {header[key]}" for key in header if key not in ("base", "dtype", "device", "machine")]
-        for i, s in enumerate(sessions):
-            versions = ", ".join(f"{k} {v or 'not installed'}" for k, v in s["versions"].items())
-            lines.append(f"- session {i}: {s['date']}, commit {s['commit']}, {versions}")
+        for i, s in enumerate(self.held["sessions"]):
+            if s is not None:
+                versions = ", ".join(f"{k} {v or 'not installed'}" for k, v in s["versions"].items())
+                lines.append(f"- measured {s['date']} at commit {s['commit']} with {versions}: {self._part(i)}")
         return "\n".join(lines)
+
+    def _part(self, session: int) -> str:
+        """What stems from a session."""
+        rows = self.held["cases"]
+        mine = {c: [n for n, row in rows[c].items() if row["session"] == session] for c in self.cases}
+        mine = {c: names for c, names in mine.items() if names}
+        if all(len(mine.get(c, ())) == len(rows[c]) for c in self.cases):
+            return "everything"
+        names = order({n for names in mine.values() for n in names}, self.methods)
+        return f"{', '.join(names)} in {', '.join(mine)}"
 
     def _cells(self, cell: Any) -> str:
         rows = self.held["cases"]
