@@ -3,6 +3,7 @@
 A row is a line of `METHODS`. Shadows are fitted by the width of their feed-forward.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -121,6 +122,12 @@ class Method:
     loss: Callable[[Any, Batch], Tensor] = total_loss
     task: Callable[[Any, Batch], Tensor] | None = None
 
+    def on(self, base: Any, rank: int, width: int) -> Any:
+        """The model, on a copy of the base."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # a peer's use of transformers is not the user's to mend
+            return self.build(base, rank, width)
+
     @property
     def is_installed(self) -> bool:
         return self.package is None or find_spec(self.package) is not None
@@ -201,7 +208,7 @@ def fit(base: Base, methods: Sequence[Method], rank: int) -> tuple[int, dict[str
     with torch.device("meta"):
         for method in methods:
             if method.is_fitted:
-                small, large = (trainable(method.build(base.skeleton(), rank, w)) for w in (NARROWEST, 2 * NARROWEST))
+                small, large = (trainable(method.on(base.skeleton(), rank, w)) for w in (NARROWEST, 2 * NARROWEST))
                 lines[method.name] = small, (large - small) / NARROWEST
     while any(small > lora_size(base, rank) for small, _ in lines.values()):
         rank *= 2
@@ -218,7 +225,7 @@ def build(base: Base, methods: Sequence[Method], rank: int, widths: dict[str, in
     models, target = {}, lora_size(base, rank)
     for method in methods:
         torch.manual_seed(seed)
-        model = models[method.name] = method.build(base.copy(), rank, widths.get(method.name, 0)).to(base.device)
+        model = models[method.name] = method.on(base.copy(), rank, widths.get(method.name, 0)).to(base.device)
         count = trainable(model)
         if method.is_fitted and abs(count - target) > FIT * target:
             sizes = f"{method.name} has {count:,} trainable parameters, LoRA {target:,}"
