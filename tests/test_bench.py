@@ -62,7 +62,7 @@ def built(base, *names, rank=8):
 def tamper(model: torch.nn.Module) -> torch.nn.Module:
     """The model with all that it trains randomised."""
     trained = {n.replace(".", "_"): p for n, p in model.named_parameters() if p.requires_grad}
-    scramble(torch.nn.ParameterDict(trained))
+    scramble(torch.nn.ParameterDict(trained), std=1.0)
     return model
 
 
@@ -71,7 +71,7 @@ def tamper(model: torch.nn.Module) -> torch.nn.Module:
 
 def test_every_row_of_every_case_is_measured(whole):
     held = json.loads((whole / "t.json").read_text())
-    assert list(held["cases"]) == QUICK.split(",")
+    assert set(held["cases"]) == set(QUICK.split(","))
     for case in CASES:
         if case.name in held["cases"]:
             rows, expected = held["cases"][case.name], case.methods or NAMES
