@@ -13,8 +13,8 @@ from umbra.bench import cases, memory, methods, scaling
 from umbra.bench.base import Base, random_config
 from umbra.bench.cases import CASES, Decode, Detached, Disagreement, Prefill, Step
 from umbra.bench.machine import Device
-from umbra.bench.measure import interleave, prepare
 from umbra.bench.methods import BASE, LORA, METHODS
+from umbra.bench.timing import interleave, prepare
 from umbra.cli import main
 from umbra.decoding import Decoding
 from umbra.errors import CheckpointError
@@ -346,11 +346,11 @@ def test_what_nothing_can_do_is_not_measured(tmp_path, monkeypatch):
     assert "no-such" not in (tmp_path / "t.md").read_text()
 
 
-def test_drafting_is_measured_where_there_is_any(monkeypatch):
+def test_drafting_is_measured_where_there_is_any(base, monkeypatch):
     case = next(c for c in CASES if c.name == "decode-drafted")
     monkeypatch.setattr(Decoding, "generate", lambda self, *args, draft=0, **options: None)
     assert case.absent(ROWS["Umbra"]) is None
-    assert case.options(ROWS["Umbra"]) == {"draft": cases.DRAFT} and case.options(ROWS[LORA]) == {}
+    assert case.options(ROWS["Umbra"], base) == {"draft": cases.DRAFT} and case.options(ROWS[LORA], base) == {}
     monkeypatch.setattr(Decoding, "generate", lambda self, *args, **options: None)
     assert "draft" not in inspect.signature(Decoding.generate).parameters
     assert case.absent(ROWS["Umbra"]) and case.absent(ROWS[LORA]) is None

@@ -3,7 +3,7 @@
     base.py      the base, in memory once
     methods.py   the rows
     cases.py     the columns, and what each must equal before it is timed
-    measure.py   timing side by side
+    timing.py    side by side, turn by turn
     memory.py    the peak memory of a step, in a process of its own
     scaling.py   how cost grows with layers, batch, context and rank
     machine.py   the device: its clock, its memory, its name
@@ -29,11 +29,11 @@ from . import plot, scaling
 from .base import RANDOM, Base, random_config
 from .cases import CASES, Case, Memory, make_batch, unlabelled
 from .machine import Device, session
-from .measure import measure
 from .memory import weigh
 from .methods import METHODS, REFERENCES, Method, build, chosen, fit, trainable
 from .records import Records
 from .report import Report
+from .timing import measure
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Plan = dict[Case, list[Method]]  # what is still to be measured

@@ -1,10 +1,11 @@
 """The base: in memory once, whatever the number of methods; from disk, or of a published shape with random weights."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from .. import anatomy
@@ -50,6 +51,7 @@ class Base:
         self.model = model.requires_grad_(False).eval()
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
+        self.answers: dict[Any, Any] = {}
         parts = anatomy.locate(model)
         self.blocks, self.vocabulary = len(parts.blocks), anatomy.vocabulary_size(parts.embeddings)
         self.linears = [m for m in parts.decoder.modules() if isinstance(m, nn.Linear) and m is not parts.head]
@@ -86,6 +88,13 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    @torch.no_grad()
+    def answer(self, question: Any, find: Callable[[Any], Tensor]) -> Tensor:
+        """``find(model)``, found once for each question."""
+        if question not in self.answers:
+            self.answers[question] = find(self.model)
+        return self.answers[question]
 
     def copy(self) -> Any:
         """The base in modules of its own, with the weights that all copies share."""

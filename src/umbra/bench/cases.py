@@ -60,7 +60,8 @@ def unlabelled(batch: Batch) -> Batch:
 def check_logits(model: Any, base: Base) -> None:
     """Raise a Disagreement unless a method's logits (2, 16, V) at initialisation are the base's."""
     batch = unlabelled(make_batch(base, 2, 16))
-    check_close("logits", model.eval()(**batch).logits, base.model(**batch).logits, TOLERANCE[base.dtype])
+    expected = base.answer("logits", lambda bare: bare(**batch).logits)
+    check_close("logits", model.eval()(**batch).logits, expected, TOLERANCE[base.dtype])
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Case:
         return "differs from its plain form only in training" if method.only_trains else None
 
     def ready(self, method: Method, model: Any, base: Base) -> Run:
-        """What is to be timed, found to do what the base does.
+        """What is to be timed, run once and found to do what the base does.
 
         Raises:
             Disagreement: it does not.
@@ -112,11 +113,16 @@ class Step(Case):
     def ready(self, method: Method, model: Any, base: Base) -> Run:
         if method.name != BASE:
             batch = make_batch(base, self.rows, self.length, self.labelled)
+            expected = base.answer(
+                ("loss", self.rows, self.length, self.labelled),
+                lambda bare: naive_loss(bare(**unlabelled(batch)).logits, batch["labels"]),
+            )
             with torch.no_grad():
-                expected = naive_loss(base.model(**unlabelled(batch)).logits, batch["labels"])
                 found = (method.task or method.loss)(model.train(), batch)
             check_close("task losses", found, expected, LOSS_TOLERANCE[base.dtype])
-        return self.unchecked(method, model, base)
+        run = self.unchecked(method, model, base)
+        run()
+        return run
 
     def unchecked(self, method: Method, model: Any, base: Base) -> Run:
         """What is to be timed or weighed."""
@@ -151,7 +157,7 @@ class Memory(Step):
         return "the bare base has no training step" if method.name == BASE else None
 
     def cost(self, forward: float, token: float) -> float:
-        return 10 + super().cost(forward, token)
+        return 8 + super().cost(forward, token)
 
 
 @dataclass(frozen=True)
@@ -168,8 +174,7 @@ class Prefill(Case):
             return model(**batch, **last, use_cache=True).logits[:, -1]
 
         model.eval()
-        with torch.no_grad():
-            expected = base.model(**batch, logits_to_keep=1).logits[:, -1]
+        expected = base.answer(("prefill", self), lambda bare: bare(**batch, logits_to_keep=1).logits[:, -1])
         check_close("last logits", run(), expected, TOLERANCE[base.dtype])
         return run
 
@@ -183,13 +188,15 @@ class Decode(Case):
 
     new: int = 32
 
-    def options(self, method: Method) -> dict[str, Any]:
+    def options(self, method: Method, base: Base) -> dict[str, Any]:
         """Of `generate`, beside the common ones."""
         return {}
 
     def ready(self, method: Method, model: Any, base: Base) -> Run:
-        run = self._generation(model, base, **self.options(method))
-        self._check_tokens(run(), self._generation(base.model, base)(), base)
+        run = self._generation(model, base, **self.options(method, base))
+        question = ("tokens", self.rows, self.length, self.new)
+        expected = base.answer(question, lambda bare: self._generation(bare, base)())
+        self._check_tokens(run(), expected, base)
         return run
 
     def _generation(self, model: Any, base: Base, **options: Any) -> Run:
@@ -232,8 +239,8 @@ class Compiled(Decode):
             return "torch.compile needs a C++ compiler (g++), which is not here"
         return super().absent(method)
 
-    def options(self, method: Method) -> dict[str, Any]:
-        mode: Any = "reduce-overhead" if torch.cuda.is_available() else None
+    def options(self, method: Method, base: Base) -> dict[str, Any]:
+        mode: Any = "reduce-overhead" if base.device.type == "cuda" else None
         config: Any = CompileConfig(mode=mode)
         config._compile_all_devices = True  # transformers compiles by itself on accelerators only
         return {"cache_implementation": "static", "compile_config": config}
@@ -262,7 +269,9 @@ class Detached(Decode):
         with torch.no_grad():
             check_close("the detached model's logits", edge(**batch).logits, expected, TOLERANCE[base.dtype])
         edge.generation_config.eos_token_id = None
-        return self._generation(edge.to(base.dtype), base)
+        run = self._generation(edge.to(base.dtype), base)
+        run()
+        return run
 
     def cost(self, forward: float, token: float) -> float:
         return 0.7 * super().cost(forward, token)
@@ -280,7 +289,7 @@ class Drafted(Decode):
         knows = "draft" in inspect.signature(Decoding.generate).parameters
         return super().absent(method) if knows else "generate(draft=…) is not part of this version"
 
-    def options(self, method: Method) -> dict[str, Any]:
+    def options(self, method: Method, base: Base) -> dict[str, Any]:
         return {"draft": DRAFT} if method.is_umbra else {}
 
 

@@ -20,8 +20,8 @@ from transformers import AutoConfig
 from .base import Base
 from .cases import Memory, Step
 from .machine import Device
-from .measure import Row, prepare
 from .methods import METHODS, Method, build
+from .timing import Row, prepare
 
 LONGEST = 1800  # seconds until a process that weighs is given up
 
@@ -29,7 +29,7 @@ LONGEST = 1800  # seconds until a process that weighs is given up
 def weigh(
     cases: Sequence[Memory], method: Method, base: Base, device: Device, *, rank: int, width: int, seed: int
 ) -> dict[str, Row]:  # fmt: skip
-    """A row {"peak": bytes, "before": bytes} of each case, or one that says why not (see measure.py)."""
+    """A row {"peak": bytes, "before": bytes} of each case, or one that says why not (see timing.py)."""
     with tempfile.TemporaryDirectory() as folder:
         base.model.config.save_pretrained(folder)
         task = {

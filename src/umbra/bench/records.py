@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import folder
 from ..errors import CheckpointError
-from .measure import Row
+from .timing import Row
 
 SHAPE = {"header": dict, "trainable": dict, "fitted": dict, "cases": dict, "sessions": list}
 

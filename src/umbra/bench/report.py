@@ -3,8 +3,8 @@
 from statistics import median
 from typing import Any
 
-from .measure import Row
 from .methods import BASE, LORA, METHODS
+from .timing import Row
 
 WAYS = {"absent": "–", "refused": "**refused**", "failed": "fails"}
 

@@ -43,13 +43,11 @@ def prepare(case: Case, method: Method, model: Any, base: Base) -> Run | Row:
     """What is to be timed, warmed up; or the row that says why nothing is."""
     try:
         check_logits(model, base)
-        run = case.ready(method, model, base)
-        run()
+        return case.ready(method, model, base)
     except Disagreement as error:
         return {"refused": str(error)}
     except Exception as error:  # a method that cannot do this, in whatever way it says so
         return {"failed": f"{type(error).__name__}: {' '.join(str(error).split()):.160}"}
-    return run
 
 
 def interleave(
