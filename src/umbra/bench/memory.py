@@ -48,8 +48,8 @@ def weigh(
         except subprocess.TimeoutExpired:
             return {case.name: {"failed": f"no answer within {LONGEST} s"} for case in cases}
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        return {case.name: {"failed": f"{said:.160}"} for case in cases}
+        said = "".join(done.stderr.strip().splitlines()[-1:])
+        return {case.name: {"failed": f"ended with {done.returncode}: {said:.160}"} for case in cases}
     return json.loads(done.stdout.splitlines()[-1])
 
 
