@@ -22,6 +22,7 @@ ORDER = [
     "errors",
     "options",
     "config",
+    "kernels",
     "core",
     "folder",
     "dense",

@@ -1,0 +1,32 @@
+"""The fast forms of what core.py says plainly, and the one switch between the two.
+
+`couple` is the seam between two blocks (couple.py, on CUDA triton.py), `linear_loss` the heads and their losses
+(loss.py). ``UMBRA_KERNELS=reference`` in the environment, or ``with kernels.reference():``, runs core.py instead: the same
+numbers to 1e-6 in fp32, gradients included, more slowly. Within torch.compile core.py runs too: the compiler fuses it.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .couple import couple as couple
+
+_plain = os.environ.get("UMBRA_KERNELS") == "reference"
+
+
+def in_use() -> bool:
+    """Whether the fast forms run."""
+    return not _plain and not torch.compiler.is_compiling()
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """A context in which every thread runs the plain forms."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before

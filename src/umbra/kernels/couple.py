@@ -1,0 +1,166 @@
+"""One seam: the update after block l and the injection before the next, which read the same h and s.
+
+    n  = norm(h);  a = n · G₁ᵀ;  b = n · T₁ᵀ
+    s' = s + σ(act(a) · G₂ᵀ) ⊙ (act(b) · T₂ᵀ − s)
+    h' = h + α · ((h − s') · Downᵀ) · Upᵀ
+
+Autograd keeps h, s and s' alone (s' is the s of the next seam) and computes the rest again in the backward: of the
+state, D numbers per token and seam instead of about six times D.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Seam(NamedTuple):
+    """Weights of one seam, all of one dtype; a seam has an update, an injection, or both.
+
+    norm (D,) twice; gate and transform: in (G, D), (G,), out (D, G), (D,); down (R, D), up (D, R).
+    """
+
+    norm: tuple[Tensor, Tensor, float] | None  # weight, bias, ε
+    gate: tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None
+    transform: tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None
+    activation: str  # "silu" or "gelu"
+    down: Tensor | None
+    up: Tensor | None
+    alpha: float
+
+
+class Masks(NamedTuple):
+    """Dropout: factors 0 or 1 / (1 − p) on the transform's G, on the R of the injection, and on its D; None for none."""
+
+    transform: Tensor | None = None
+    rank: Tensor | None = None
+    delta: Tensor | None = None
+
+
+NO_MASKS = Masks()
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+GRADIENTS = {"silu": torch.ops.aten.silu_backward, "gelu": torch.ops.aten.gelu_backward}
+
+
+def couple(h: Tensor, s: Tensor, seam: Seam, masks: Masks = NO_MASKS) -> tuple[Tensor, Tensor]:
+    """(h', s') of one seam; ``h`` where there is no injection, ``s`` where there is no update.
+
+    Args:
+        h: (…, D), of any floating dtype; h' has the same.
+        s: (…, D), in the dtype of the weights.
+    """
+    if not torch.is_grad_enabled():
+        return forward(h, s, seam, masks)
+    out, state = _Couple.apply(h, s, seam, masks, *_weights(seam))  # type: ignore[misc]
+    return h if out is None else out, s if state is None else state
+
+
+def forward(h: Tensor, s: Tensor, seam: Seam, masks: Masks) -> tuple[Tensor, Tensor]:
+    """The equations at the top."""
+    x = h.to(s.dtype)
+    if seam.gate is not None and seam.transform is not None:
+        n = x if seam.norm is None else F.layer_norm(x, x.shape[-1:], *seam.norm)
+        act = ACTIVATIONS[seam.activation]
+        in_gate, in_gate_bias, out_gate, out_gate_bias = seam.gate
+        in_transform, in_transform_bias, out_transform, out_transform_bias = seam.transform
+        gate = F.linear(act(F.linear(n, in_gate, in_gate_bias)), out_gate, out_gate_bias).sigmoid_()
+        inner = act(F.linear(n, in_transform, in_transform_bias))
+        inner = inner if masks.transform is None else inner.mul_(masks.transform)
+        s = torch.lerp(s, F.linear(inner, out_transform, out_transform_bias), gate)
+    if seam.down is not None and seam.up is not None:
+        delta = x - s
+        delta = delta if masks.delta is None else delta.mul_(masks.delta)
+        r = F.linear(delta, seam.down)
+        r = r if masks.rank is None else r.mul_(masks.rank)
+        if h.dtype == s.dtype:
+            h = torch.addmm(h.flatten(0, -2), r.flatten(0, -2), seam.up.T, alpha=seam.alpha).view(h.shape)
+        else:
+            h = h + F.linear(r, seam.up).mul_(seam.alpha).to(h.dtype)
+    return h, s
+
+
+def _weights(seam: Seam) -> tuple[Tensor | None, ...]:
+    norm = (None, None) if seam.norm is None else seam.norm[:2]
+    none = (None,) * 4
+    return (*norm, *(seam.gate or none), *(seam.transform or none), seam.down, seam.up)
+
+
+class _Couple(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, s: Tensor, seam: Seam, masks: Masks, *weights: Tensor | None) -> Any:  # type: ignore[override]
+        out, state = forward(h, s, seam, masks)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, s, state, *masks, *weights)
+        ctx.epsilon, ctx.activation, ctx.alpha = seam.norm and seam.norm[2], seam.activation, seam.alpha
+        return None if seam.down is None else out, None if seam.gate is None else state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> Any:  # type: ignore[override]
+        h, s, state, in_transform, in_rank, in_delta, *weights = ctx.saved_tensors
+        d_h, d_s, d_down, d_up = None, d_state, None, None
+        D, x = h.shape[-1], h.to(s.dtype).reshape(-1, h.shape[-1])
+        if d_out is not None:
+            d_s, d_delta, d_down, d_up = _inject_backward(ctx, d_out, d_state, x, state, in_rank, in_delta)
+            d_h = d_out + d_delta.view(h.shape).to(h.dtype)
+        d_weights = (None,) * 10
+        if weights[2] is not None and d_s is not None:
+            d_n, d_s, *d_weights = _update_backward(ctx, d_s, x, s.reshape(-1, D), in_transform)
+            d_n = d_n.view(h.shape).to(h.dtype)
+            d_h = d_n if d_h is None else d_h.add_(d_n)
+        d_s = None if d_s is None else d_s.view(s.shape)
+        return d_h, d_s, None, None, *d_weights, d_down, d_up
+
+
+def _inject_backward(
+    ctx: Any, d_out: Tensor, d_state: Tensor | None, x: Tensor, state: Tensor, in_rank: Tensor | None,
+    in_delta: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of s', h − s' (both (N, D)), down and up."""
+    down, up = ctx.saved_tensors[-2:]
+    d = d_out.reshape(x.shape).to(x.dtype)
+    delta = x - state.reshape(x.shape)
+    delta = delta if in_delta is None else delta.mul_(in_delta.reshape(x.shape))
+    r, d_r = delta @ down.T, (d @ up).mul_(ctx.alpha)
+    if in_rank is not None:
+        factors = in_rank.reshape(r.shape)
+        r, d_r = r.mul_(factors), d_r.mul_(factors)
+    d_down, d_up = d_r.T @ delta, (d.T @ r).mul_(ctx.alpha)
+    d_delta = d_r @ down
+    d_delta = d_delta if in_delta is None else d_delta.mul_(in_delta.reshape(x.shape))
+    d_s = -d_delta if d_state is None else d_state.reshape(x.shape) - d_delta
+    return d_s, d_delta, d_down, d_up
+
+
+def _update_backward(ctx: Any, d_s: Tensor, x: Tensor, s: Tensor, in_transform: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of h and s (both (N, D)), and of the weights of norm, gate and transform."""
+    norm, norm_bias, g1, g1_bias, g2, g2_bias, t1, t1_bias, t2, t2_bias = ctx.saved_tensors[6:-2]
+    d_s, act, act_backward = d_s.reshape(x.shape), ACTIVATIONS[ctx.activation], GRADIENTS[ctx.activation]
+    n, mean, scale = x, None, None
+    if norm is not None:
+        n, mean, scale = torch.native_layer_norm(x, x.shape[-1:], norm, norm_bias, ctx.epsilon)
+    a, b = F.linear(n, g1, g1_bias), F.linear(n, t1, t1_bias)
+    act_a, act_b = act(a), act(b)
+    act_b = act_b if in_transform is None else act_b.mul_(in_transform.reshape(b.shape))
+    gate, t = F.linear(act_a, g2, g2_bias).sigmoid_(), F.linear(act_b, t2, t2_bias)
+
+    d_t = d_s * gate
+    d_z = torch.ops.aten.sigmoid_backward(t.sub_(s).mul_(d_s), gate)
+    d_s = d_s - d_t
+    d_act_b = d_t @ t2
+    d_act_b = d_act_b if in_transform is None else d_act_b.mul_(in_transform.reshape(b.shape))
+    d_a, d_b = act_backward(d_z @ g2, a), act_backward(d_act_b, b)
+    d_n = torch.addmm(d_a @ g1, d_b, t1)
+    weights = (*_linear(d_a, n, g1_bias), *_linear(d_z, act_a, g2_bias))
+    weights += (*_linear(d_b, n, t1_bias), *_linear(d_t, act_b, t2_bias))
+    if norm is None:
+        return d_n, d_s, None, None, *weights
+    d_n, d_norm, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
+        d_n, x, x.shape[-1:], mean, scale, norm, norm_bias, [True, True, True]
+    )
+    return d_n, d_s, d_norm, d_norm_bias, *weights
+
+
+def _linear(d_out: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return d_out.T @ x, None if bias is None else d_out.sum(0)
