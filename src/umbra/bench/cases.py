@@ -20,9 +20,9 @@ from .methods import BASE, LORA, REFERENCES, Batch, Method, naive_loss
 
 Run = Callable[[], Tensor]
 FEW = (BASE, LORA, "LoRA label-only", "Umbra")  # the rows of the costlier columns, unless rows are asked for
-# |a − b| ≤ tolerance · max |b|: rounding of fp32 through some dozens of blocks; bf16 keeps 8 bits, and DoRA and fp32
-# adapters round elsewhere than the base does.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# |a − b| ≤ tolerance · max |b|: rounding of fp32 through some dozens of blocks. bf16 keeps 8 bits, and DoRA, which divides
+# by the norms of weights, rounds elsewhere than the base does: 5 % of the largest logit on SmolLM2-135M.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 ALONE = "measured for Umbra only"
 DRAFT = 4  # tokens that the shadow drafts at once

@@ -15,7 +15,7 @@ the peak less what it held before the step."""
 RULES = """\
 No dropout anywhere. Shadows have as many trainable parameters as LoRA (within 5 %), fitted by the width of their
 feed-forward. Before a method is timed, its logits, task loss and tokens at initialisation are compared with the base's
-(fp32: 1e-4 of the largest entry; bf16: 5e-2, losses 1e-2); one that differs is refused. Rounds are interleaved, in
+(fp32: 1e-4 of the largest entry; bf16: 1e-1, losses 1e-2); one that differs is refused. Rounds are interleaved, in
 shuffled order."""
 
 
