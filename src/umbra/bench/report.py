@@ -11,7 +11,8 @@ WAYS = {"absent": "–", "refused": "**refused**", "failed": "fails"}
 MEMORY = """\
 Each method in a process of its own, on a base made in place, after a small first step. *Peak* is all that the process
 (on a GPU: its tensors) held at its highest during the step, Python, torch and the base's weights included; *increase* is
-the peak less what it held before the step."""
+the peak less what it held before the step. Tensors of 256 KiB or more have pages of their own (MALLOC_MMAP_THRESHOLD_),
+so that the heap's history has no say."""
 RULES = """\
 No dropout anywhere. Shadows have as many trainable parameters as LoRA (within 5 %), fitted by the width of their
 feed-forward. Before a method is timed, its logits, task loss and tokens at initialisation are compared with the base's
