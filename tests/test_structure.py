@@ -52,6 +52,7 @@ ORDER = [
     "evaluate",
     "generate",
     "lm_eval",
+    "bench",
     "cli",
 ]
 # What a model does for its user's convenience, looked up only when it is called.
