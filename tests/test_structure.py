@@ -29,11 +29,11 @@ ORDER = [
     "shards",
     "anatomy",
     "caches",
+    "hooks",
     "decoding",
     "bases",
     "fingerprint",
     "pretrained",
-    "hooks",
     "backbone",
     "integrity",
     "adapters",
@@ -41,6 +41,7 @@ ORDER = [
     "paths",
     "speculation",
     "drafting",
+    "losses",
     "card",
     "model",
     "detach",
@@ -53,6 +54,7 @@ ORDER = [
     "evaluate",
     "generate",
     "lm_eval",
+    "bench",
     "cli",
 ]
 # What a model does for its user's convenience, looked up only when it is called.

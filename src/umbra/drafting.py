@@ -105,7 +105,7 @@ class Drafting(Decoding):
         configs: Any = (config, self.generation_config)  # type: ignore[attr-defined]
         thresholds = [options.get(THRESHOLD), *(vars(c).get(THRESHOLD) for c in configs if c is not None)]
         threshold = next((value for value in thresholds if value is not None), None)
-        drafter = Drafter(self, AUTO if draft == "auto" else draft, threshold)
+        drafter = Drafter(self, AUTO if draft == "auto" else int(draft), threshold)
         return super().generate(*args, custom_generate=drafter, **options)
 
     def set_draft_vocabulary(self, token_ids: Iterable[int] | None, adapter_name: str | None = None) -> None:
@@ -229,10 +229,11 @@ class Drafter:
         if not generation_config.return_dict_in_generate:
             return text.ids
         return DraftedOutput(
-            sequences=text.ids, scores=text.scores, logits=text.logits, past_key_values=cache,
+            sequences=text.ids,  # type: ignore[arg-type]
+            scores=text.scores, logits=text.logits, past_key_values=cache,
             drafted=pace.drafted, accepted=text.accepted, verified=pace.cycles,
             acceptance_length=pace.written / pace.cycles if pace.cycles else None,
-        )  # type: ignore[arg-type] # fmt: skip
+        )  # fmt: skip
 
     def _verify(
         self, model: Any, ids: Tensor, states: list[Tensor], drafted: list[Drafted], told: dict[str, Any]
@@ -293,9 +294,10 @@ class _Draft:
             scores, is_part = self._spread(scores, -torch.inf), False
         for processor in self.processors:
             scores = processor(ids, scores)
+        q: Any = None
         sure = [1.0] * len(text.rows)
         if not text.samples and pace.is_blind:
-            tokens, q = scores.argmax(-1), None
+            tokens = scores.argmax(-1)
         else:
             q = scores.softmax(-1).nan_to_num(1 / scores.shape[-1])  # where the processors left nothing
             likeliest, tokens = q.max(-1)
@@ -307,10 +309,8 @@ class _Draft:
         if text.samples:
             tokens = torch.multinomial(q, 1).squeeze(1)
             q = self._spread(q, 0.0) if is_part else q
-        else:
-            q = None
         tokens = self.head.tokens[tokens] if is_part else tokens
-        return Drafted(text.pad_finished(tokens), q, sure)
+        return Drafted(text.pad_finished(tokens), q if text.samples else None, sure)
 
     def _spread(self, part: Tensor, fill: float) -> Tensor:
         """(B, N) of the draft vocabulary → (B, V)."""
@@ -330,6 +330,7 @@ class DraftHead:
         self.base = model.base
         self.head: Any = shadow.heads["shadow"] if shadow.heads else model.base_head
         self.dtype = next(shadow.heads.parameters()).dtype if shadow.heads else model.base.dtype
+        self.factor, self.cap = anatomy.after_head(model.base.config)
         self.tokens: Any = None
         if shadow.draft_tokens is not None:
             weight, bias = dense.linear_weight(self.head, self.dtype), getattr(self.head, "bias", None)
@@ -341,7 +342,8 @@ class DraftHead:
         """(B, D) → logits (B, N) in float32."""
         x = anatomy.head_input(self.base, s0).to(self.dtype)
         logits = self.head(x) if self.tokens is None else F.linear(x.to(self.weight.device), self.weight, self.bias)
-        return anatomy.finished_logits(self.base, logits.float())
+        logits = logits.float() * self.factor
+        return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 
 
 def _prepare(model: Any, ids: Tensor, told: dict[str, Any], ahead: int) -> tuple[dict[str, Any], Tensor | None]:

@@ -174,7 +174,7 @@ class Text:
             tokens, accepted = accept(scores.softmax(-1), drafted)
         tokens = self.pad_finished(tokens)
         self.ids = torch.cat([self.ids, tokens[:, None]], 1)
-        ended = self.unfinished & self.criteria(self.ids, self.scores)
+        ended = self.unfinished & self.criteria(self.ids, self.scores)  # type: ignore[arg-type]
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
         goes_on = False

@@ -108,9 +108,9 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     eval_set = encode_all(eval_records, tokenizer, name="eval_data", **encode) if eval_records else None
 
     torch.manual_seed(arguments.seed)
-    model = attach(base, shadow)
+    model: Any = attach(base, shadow)
     if labels is None:
-        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ends: Any = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         model.set_draft_vocabulary(frequent_tokens([e["labels"] for e in train_set], also=ends))
     if arguments.should_save:
         _record(out, options, shadow, rest)

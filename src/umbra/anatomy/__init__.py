@@ -35,16 +35,7 @@ from .configs import (
     unquantised,
     window,
 )
-from .heads import (
-    before_head,
-    finished_logits,
-    head_input,
-    logit_factor,
-    pad_token_id,
-    problem_type,
-    set_soft_cap,
-    soft_cap,
-)
+from .heads import after_head, before_head, head_input, logit_factor, pad_token_id, problem_type, set_soft_cap, soft_cap
 from .parts import (
     Anatomy,
     announce,
@@ -66,6 +57,7 @@ from .parts import (
 
 __all__ = [
     "Anatomy",
+    "after_head",
     "ahead",
     "announce",
     "before_head",
@@ -81,7 +73,6 @@ __all__ = [
     "embedding_rows",
     "embedding_scale",
     "exempt_from_checkpointing",
-    "finished_logits",
     "forget",
     "head_input",
     "head_shape",

@@ -74,16 +74,10 @@ def head_input(model: PreTrainedModel, states: Tensor) -> Tensor:
     between: Any = before_head(model)
     if between is not None:
         return between(states.to(next(between.parameters()).dtype))
-    return states * logit_factor(model.config) if _divides_states(model) else states
+    divides = model.config.model_type in DIVIDED_STATES and model.can_generate()
+    return states * logit_factor(model.config) if divides else states
 
 
-def finished_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """What the head gives, (…, V) → the logits that a language model returns, scaled and capped."""
-    factor, cap = logit_factor(model.config), soft_cap(model.config)
-    if factor != 1 and not _divides_states(model):
-        logits = logits * factor
-    return logits if cap is None else cap * (logits / cap).tanh()
-
-
-def _divides_states(model: PreTrainedModel) -> bool:
-    return model.config.model_type in DIVIDED_STATES and model.can_generate()
+def after_head(config: PretrainedConfig) -> tuple[float, float | None]:
+    """What a language model does to its logits: times a factor, capped at a value or None."""
+    return 1.0 if config.model_type in DIVIDED_STATES else logit_factor(config), soft_cap(config)
