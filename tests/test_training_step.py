@@ -1,5 +1,7 @@
 """One training step: every gradient, against the equations of core.py written out, and however the step is cut up."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,8 @@ from tiny import (
     shadow_logits,
     tokens,
 )
+from umbra import kernels
+from umbra.core import labelled_positions
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
@@ -201,7 +205,8 @@ def test_the_head_reads_labelled_rows_only(name, weight):
     """Once for both paths; without an auxiliary loss there are no rows of the shadow's."""
     model, ids = make(name, auxiliary_loss_weight=weight).train(), tokens(3, 11)
     labels, rows = partly_labelled(ids), HeadRows(model)
-    out = model(ids, labels=labels)
+    with kernels.reference():
+        out = model(ids, labels=labels)
     count = label_count(labels)
     assert rows.counts == [2 * count if weight else count]
     assert out.logits is None
@@ -213,10 +218,81 @@ def test_the_head_reads_labelled_rows_only(name, weight):
 def test_the_head_reads_labelled_rows_only_in_evaluation_too(name):
     model, ids = make(name).eval(), tokens(3, 11)
     labels, rows = partly_labelled(ids), HeadRows(model)
-    out = model(ids, labels=labels, skip_logits=True)
+    with kernels.reference():
+        out = model(ids, labels=labels, skip_logits=True)
     assert rows.counts == [2 * label_count(labels)]
     assert out.logits is None
     torch.testing.assert_close(out.loss, model(ids, labels=labels).loss)
+
+
+@architectures
+def test_no_logits_are_made_at_all(name):
+    """Once the head was seen to be a product, with one row, losses are computed from its weights."""
+    model, ids = make(name).train(), tokens(3, 11)
+    rows = HeadRows(model)
+    for _ in range(2):
+        model(ids, labels=partly_labelled(ids))
+    assert rows.counts == [1, 0, 0]
+
+
+LOSSES = {
+    "published": {},
+    "distilled": {"distillation_weight": 0.7},
+    "trained heads": {"train_heads": True, "distillation_weight": 0.3},
+    "every third": {"auxiliary_loss_every": 3, "distillation_weight": 0.3},
+    "dropout": {"dropout": 0.3},
+    "peft": {"dialect": "peft", "dropout": 0.3},
+    "some blocks": {"layers": (0, 2)},
+}
+
+
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "qwen3_moe"])  # whose experts know no float64
+@pytest.mark.parametrize("fields", LOSSES.values(), ids=LOSSES)
+def test_the_fast_forms_are_the_plain_ones(name, fields):
+    """Losses and every gradient, in float64 to the last digits: the same random numbers are drawn in the same order."""
+    model, ids = make(name, **{"dropout": 0.0, **fields}).double().train(), tokens(3, 11)
+    labels = partly_labelled(ids)
+    model(ids, labels=labels)
+    found = []
+    for form in (kernels.reference, nullcontext):
+        with form():
+            torch.manual_seed(0)
+            model.zero_grad()
+            out = model(ids, labels=labels)
+            out.loss.backward()
+            found.append((out, gradients(model)))
+    (plain, expected), (fast, given) = found
+    for loss in ("loss", "shadow_loss", "distillation_loss"):
+        if getattr(plain, loss) is not None:
+            torch.testing.assert_close(getattr(fast, loss), getattr(plain, loss), rtol=1e-6, atol=0)
+    for key, gradient in expected.items():
+        assert (given[key] - gradient).norm() <= 1e-6 * gradient.norm(), key
+
+
+@architectures
+def test_distillation_is_a_divergence_from_the_attached_model(name):
+    """By hand: KL over the labelled tokens, its gradient in the shadow's path alone."""
+    model, ids = make(name, distillation_weight=0.5, auxiliary_loss_weight=0.0, dropout=0.0).train(), tokens(3, 11)
+    labels = partly_labelled(ids)
+    out = model(ids, labels=labels)
+    positions, _ = labelled_positions(labels)
+    with torch.no_grad():
+        teacher = model(ids).logits.flatten(0, 1)[positions].log_softmax(-1)
+        student = shadow_logits(model, ids).flatten(0, 1)[positions].log_softmax(-1)
+    expected = (teacher.exp() * (teacher - student)).sum() / len(positions)
+    torch.testing.assert_close(out.distillation_loss, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(out.loss, next_token_loss(model(ids).logits, labels) + 0.5 * out.distillation_loss)
+
+
+def test_every_kth_token_is_the_whole_on_average():
+    model, ids = make("llama", auxiliary_loss_every=4, dropout=0.0), tokens(3, 11)
+    labels = partly_labelled(ids)
+    whole = model.eval()(ids, labels=labels).shadow_loss
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = [float(model.train()(ids, labels=labels).shadow_loss) for _ in range(200)]
+    assert len(set(drawn)) == 4
+    assert abs(sum(drawn) / 200 - float(whole)) < 3 * torch.tensor(drawn).std() / 200**0.5
 
 
 @architectures

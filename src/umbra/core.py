@@ -172,7 +172,8 @@ def token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None) -> T
 
     Without ``items`` it is the mean over N. With N = 0 it is 0 and still connected to the graph.
     """
-    total = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
     return total / (max(targets.numel(), 1) if items is None else items)
 
 

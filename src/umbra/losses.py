@@ -95,8 +95,9 @@ class Labelled(CausalPaths):
         loss = factor * token_loss(shadow, targets[chosen], count)
         if not self._distils:
             return out, Losses(task, loss)
-        teacher = F.log_softmax(at_labels.detach()[chosen.to(at_labels.device)].float(), -1)
-        kl = F.kl_div(F.log_softmax(shadow.float(), -1), teacher, log_target=True, reduction="sum")
+        wide = torch.promote_types(shadow.dtype, torch.float32)
+        teacher = F.log_softmax(at_labels.detach()[chosen.to(at_labels.device)], -1, dtype=wide)
+        kl = F.kl_div(F.log_softmax(shadow, -1, dtype=wide), teacher, log_target=True, reduction="sum")
         return out, Losses(task, loss, factor * kl / count)
 
     @property
