@@ -52,7 +52,7 @@ def couple(h: Tensor, s: Tensor, seam: Seam, masks: Masks = NO_MASKS) -> tuple[T
     """
     if not torch.is_grad_enabled():
         return forward(h, s, seam, masks)
-    out, state = _Couple.apply(h, s, seam, masks, *_weights(seam))  # type: ignore[misc]
+    out, state = _Couple.apply(h, s, seam, masks, *weights_of(seam))  # type: ignore[misc]
     return h if out is None else out, s if state is None else state
 
 
@@ -80,7 +80,8 @@ def forward(h: Tensor, s: Tensor, seam: Seam, masks: Masks) -> tuple[Tensor, Ten
     return h, s
 
 
-def _weights(seam: Seam) -> tuple[Tensor | None, ...]:
+def weights_of(seam: Seam) -> tuple[Tensor | None, ...]:
+    """norm, gate, transform, down and up in a row: 12 tensors, None for those that the seam lacks."""
     norm = (None, None) if seam.norm is None else seam.norm[:2]
     none = (None,) * 4
     return (*norm, *(seam.gate or none), *(seam.transform or none), seam.down, seam.up)
