@@ -12,6 +12,7 @@ from transformers import CompileConfig
 
 import umbra
 from tiny import assert_same, gradients, make, make_base, partly_labelled, scramble, tokens
+from umbra import kernels
 
 logging.getLogger("torch.__trace").propagate = False  # pytest would keep and format all that the compiler notes down
 
@@ -34,8 +35,11 @@ def small(name: str, **fields):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    """And the plain form outside the compiler too, so that "the same" means every bit."""
     torch._dynamo.reset()
     counters.clear()
+    with kernels.reference():
+        yield
 
 
 def graphs() -> int:

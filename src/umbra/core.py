@@ -11,14 +11,15 @@ Letters: B batch, T tokens, D base hidden size, R injection rank, G gate rank, L
 The update after the last block feeds nothing: it is neither computed nor given parameters.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
 from .config import ShadowConfig
+from .kernels.couple import NO_MASKS, Masks, Seam
 
 IGNORED = -100  # the label of a position that carries no loss
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU}
@@ -67,6 +68,9 @@ class Update(nn.Module):
 class Couplings(nn.Module):
     """All that couples blocks to the state: an `Injection` before each of ``layers``, an `Update` between them.
 
+    Both happen at the seams between blocks: before block l the state is updated from the output of block l − 1, if that
+    is coupled, and then injected, if l is.
+
     Args:
         num_layers: L.
         hidden_size: D.
@@ -75,11 +79,12 @@ class Couplings(nn.Module):
 
     def __init__(self, num_layers: int, hidden_size: int, config: ShadowConfig):
         super().__init__()
+        self.config = config
         self.layers = layers = config.coupled(num_layers)
-        self.following = dict(pairwise(layers))
         self.injections = nn.ModuleDict({str(l): Injection(hidden_size, config) for l in layers})
         self.updates = nn.ModuleDict({str(l): Update(hidden_size, config) for l in layers[:-1]})
         self.norm = nn.LayerNorm(hidden_size) if config.norm and len(layers) > 1 else nn.Identity()
+        self.seams = sorted({*layers, *(l + 1 for l in layers[:-1])})
 
     def inject(self, l: int, h: Tensor, s: Tensor) -> Tensor:
         """The input of block l: h corrected towards what the state knows."""
@@ -90,6 +95,53 @@ class Couplings(nn.Module):
         update: Any = self.updates[str(l)]
         n = self.norm(h.to(update.gate[0].weight.dtype))
         return update(n, s)
+
+    def couple(self, l: int, h: Tensor, s: Tensor, fast: bool = True) -> tuple[Tensor, Tensor]:
+        """(h', s') of the seam before block l.
+
+        Args:
+            h, s: (B, T, D).
+            fast: whether the weights may be read outside their own modules, by the kernels.
+        """
+        before, here = str(l - 1), str(l)
+        if fast and kernels.in_use() and not torch.is_autocast_enabled(h.device.type):
+            return kernels.couple(h, s, self._seam(before, here), self._masks(before, here, h))
+        s = self.update(l - 1, h, s) if before in self.updates else s
+        return self.inject(l, h, s) if here in self.injections else h, s
+
+    def _seam(self, before: str, here: str) -> Seam:
+        update: Any = self.updates._modules.get(before)
+        injection: Any = self.injections._modules.get(here)
+        norm: Any = self.norm
+        return Seam(
+            (norm.weight, norm.bias, norm.eps) if update and self.config.norm else None,
+            _pair(update.gate) if update else None,
+            _pair(update.transform) if update else None,
+            self.config.activation or "",
+            injection.down.weight if injection else None,
+            injection.up.weight if injection else None,
+            self.config.alpha,
+        )
+
+    def _masks(self, before: str, here: str, h: Tensor) -> Masks:
+        """As `nn.Dropout` would draw them in turn."""
+        p = self.config.dropout
+        if not self.training or p == 0:
+            return NO_MASKS
+
+        def mask(size: int | None) -> Tensor:
+            weight: Any = next(self.parameters())
+            return torch.empty(*h.shape[:-1], size, dtype=weight.dtype, device=h.device).bernoulli_(1 - p).div_(1 - p)
+
+        at_rank, config, injects = self.config.dropout_position == "rank", self.config, here in self.injections
+        transform = mask(config.gate_rank) if at_rank and before in self.updates else None
+        rank = mask(config.rank) if at_rank and injects else None
+        return Masks(transform, rank, mask(h.shape[-1]) if injects and not at_rank else None)
+
+
+def _pair(inner: nn.Sequential) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    first, last = inner[0], inner[-1]
+    return first.weight, first.bias, last.weight, last.bias  # type: ignore[return-value]
 
 
 def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Hooks on the base's blocks, and the state of one forward in per-layer slots.
 
-Nothing of the state lies on a module: a `Frame` is open for the length of one forward of one thread. Before block l
-its hook reads slot l, after the block it writes the next one. A block that runs while no frame is open raises: a hook
+Nothing of the state lies on a module: a `Frame` is open for the length of one forward of one thread. The hook before
+block l reads slot l and writes that of the next seam. A block that runs while no frame is open raises: a hook
 that quietly does nothing would answer with the bare base.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import shards
 from .core import Couplings
 from .errors import BaseModelError, StateError
 
@@ -72,12 +73,8 @@ class Attachment:
             handle.remove()
         self.hooked = list(self.blocks)
         self.block_handles = [
-            handle
+            block.register_forward_pre_hook(_BeforeBlock(self, l), with_kwargs=True)
             for l, block in enumerate(self.hooked)
-            for handle in (
-                block.register_forward_pre_hook(_BeforeBlock(self, l), with_kwargs=True),
-                block.register_forward_hook(_AfterBlock(self, l)),
-            )
         ]
 
     def remove(self) -> None:
@@ -94,7 +91,7 @@ class Attachment:
 
 
 class Lane:
-    """One adapter's way through one forward: its state in a slot per coupled block.
+    """One adapter's way through one forward: its state in a slot per seam.
 
     Args:
         s0: (B, T, D), or (N, T, D) where the adapter has only N rows of the batch.
@@ -103,26 +100,21 @@ class Lane:
 
     def __init__(self, couplings: Couplings, s0: Tensor, rows: Tensor | None = None):
         self.couplings, self.rows = couplings, rows
-        self.slots: dict[int, Tensor] = {couplings.layers[0]: s0}
+        self.slots: dict[int, Tensor] = {couplings.seams[0]: s0}
+        self.fast = shards.is_whole(next(couplings.parameters()))
 
     def before(self, l: int, h: Tensor) -> Tensor:
         """The input of block l, (B, T, D), with this adapter's rows corrected."""
-        if l not in self.couplings.layers:
+        seams = self.couplings.seams
+        if l not in seams:
             return h
-        if self.rows is None:
-            return self.couplings.inject(l, h, self._slot(l, h))
-        mine = h[self.rows]
-        return h.index_copy(0, self.rows, self.couplings.inject(l, mine, self._slot(l, mine)))
-
-    def after(self, l: int, h: Tensor) -> None:
-        """Fill the slot of the next coupled block from the output of block l, (B, T, D)."""
-        following = self.couplings.following.get(l)
-        if following is None:
-            return
-        h = h if self.rows is None else h[self.rows]
-        self.slots[following] = self.couplings.update(l, h, self._slot(l, h))
+        mine = h if self.rows is None else h[self.rows]
+        corrected, s = self.couplings.couple(l, mine, self._slot(l, mine), self.fast)
         if not torch.is_grad_enabled():
             del self.slots[l]
+        if l < seams[-1]:
+            self.slots[seams[seams.index(l) + 1]] = s
+        return corrected if self.rows is None else h.index_copy(0, self.rows, corrected)
 
     def _slot(self, l: int, h: Tensor) -> Tensor:
         s = self.slots.get(l)
@@ -244,13 +236,6 @@ class _BeforeBlock(_Hook):
             h = lane.before(self.l, h)
         h = h if i is None else torch.cat([streams[:i], h[None], streams[i + 1 :]])
         return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
-
-
-class _AfterBlock(_Hook):
-    def __call__(self, block: nn.Module, args: tuple, output: Any) -> None:
-        h, i = output[0] if isinstance(output, tuple | list) else output, self.attachment.stream
-        for lane in self.frame().lanes:
-            lane.after(self.l, h if i is None else h[i])
 
 
 class _BeforeHead(_Hook):

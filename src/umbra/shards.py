@@ -35,6 +35,11 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[bool]:
         yield False
 
 
+def is_whole(tensor: Tensor) -> bool:
+    """Whether this process holds all of a tensor and may compute with it at any time."""
+    return not is_partitioned(tensor) and not isinstance(tensor, DTensor)
+
+
 def is_partitioned(tensor: Tensor) -> bool:
     """Whether ZeRO-3 has taken this tensor's content away, so that only `gathered` can read it."""
     return hasattr(tensor, "ds_id")

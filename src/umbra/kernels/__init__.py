@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .couple import couple as couple
+
 _plain = os.environ.get("UMBRA_KERNELS") == "reference"
 
 
