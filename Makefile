@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test tables check format clean
+.PHONY: demo test bench tables check format clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,9 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(VENV)/ready
 	$(PYTEST)
+
+bench: $(VENV)/ready
+	$(BIN)/python -m bench
 
 tables: $(VENV)/ready
 	$(PYTEST) --write-tables

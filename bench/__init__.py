@@ -1,1 +1,1 @@
-"""The referee: Umbra beside its peers in one process, interleaved. ``python -m bench --help``."""
+"""``python -m bench``: `umbra bench`, with its results in bench/results."""

@@ -114,11 +114,9 @@ class Shadow(nn.Module):
         else:
             x = (table(input_ids) if inputs_embeds is None else inputs_embeds).to(self.dtype)
             x = x if self.embed_projection is None else self.embed_projection(x)
-        is_checkpointing = self.backbone.is_activation_checkpointing and not torch.compiler.is_compiling()
-        if is_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
-            x = (
-                x.detach().requires_grad_()
-            )  # reentrant checkpointing, which is not compiled, needs an input with a gradient
+        starts_graph = torch.is_grad_enabled() and not x.requires_grad and not torch.compiler.is_compiling()
+        if starts_graph and self.backbone.is_activation_checkpointing:
+            x = x.detach().requires_grad_()  # which reentrant checkpointing needs; it is never compiled
         return self._project(self.backbone(inputs_embeds=x, **batch).last_hidden_state)
 
     def _start_from(self, projection: Tensor) -> None:

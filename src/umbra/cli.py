@@ -11,7 +11,16 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
 from .errors import ConfigError, UmbraError, shown
-from .options import ConvertOptions, DetachOptions, EvalOptions, GenerateOptions, InspectOptions, TrainOptions, speaks
+from .options import (
+    BenchOptions,
+    ConvertOptions,
+    DetachOptions,
+    EvalOptions,
+    GenerateOptions,
+    InspectOptions,
+    TrainOptions,
+    speaks,
+)
 
 COMMANDS = {
     "train": "train a shadow: umbra train config.yaml [--field value …]",
@@ -20,6 +29,7 @@ COMMANDS = {
     "detach": "write the shadow alone, as a stock transformers checkpoint",
     "convert": "write an adapter for PEFT or shadow-peft, or make theirs Umbra's",
     "inspect": "explain an adapter folder",
+    "bench": "time and weigh Umbra beside LoRA, DoRA and the published Shadows",
     "lm_eval": "lm-eval's command line, with --model umbra: umbra lm_eval run --model umbra --model_args adapter=…",
 }
 LARGEST_YAML = 2**17  # bytes
@@ -149,6 +159,16 @@ def _inspect(arguments: list[str]) -> int:
     found = inspect(options.path)
     print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else explain(found))
     return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    options = _parse("umbra bench", BenchOptions, arguments)
+    from .bench import bench
+
+    found = bench(options)
+    if options.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    return 1 if any("refused" in row for rows in found["cases"].values() for row in rows.values()) else 0
 
 
 def _lm_eval(arguments: list[str]) -> int:

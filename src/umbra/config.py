@@ -57,6 +57,12 @@ class ShadowConfig:
     alpha: float = option(0.1, "α, the strength of the injection")
     dropout: float = option(0.2, "dropout probability of the injection, in [0, 1)")
     auxiliary_loss_weight: float = option(0.05, "λ, the weight of the shadow's own loss; 0 runs no second head")
+    auxiliary_loss_every: int = option(
+        1, "k: the shadow's own losses read every k-th labelled token, from a random one on, and weigh it k times"
+    )
+    distillation_weight: float = option(
+        0.0, "μ, the weight of KL(attached ‖ shadow) at the labelled tokens: a shadow that agrees drafts well"
+    )
 
     shadow: str = option(
         "mirror",
@@ -97,7 +103,7 @@ class ShadowConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("rank", "gate_rank", *(n for n in self.keys() if n.startswith("shadow_"))):
+        for name in ("rank", "gate_rank", "auxiliary_loss_every", *(n for n in self.keys() if n.startswith("shadow_"))):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or not 1 <= value <= LARGEST):
                 raise ConfigError(f"{name} must be an integer of at least 1 and at most {LARGEST}, got {shown(value)}.")
@@ -113,10 +119,9 @@ class ShadowConfig:
             raise ConfigError(f"alpha must be a finite number, got {shown(self.alpha)}.")
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must lie in [0, 1), got {shown(self.dropout)}.")
-        if not _is_finite(self.auxiliary_loss_weight) or self.auxiliary_loss_weight < 0:
-            raise ConfigError(
-                f"auxiliary_loss_weight must be a finite number ≥ 0, got {shown(self.auxiliary_loss_weight)}."
-            )
+        for name in ("auxiliary_loss_weight", "distillation_weight"):
+            if not _is_finite(getattr(self, name)) or getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be a finite number ≥ 0, got {shown(getattr(self, name))}.")
         for name in ("train_heads", "norm", "bias"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ConfigError(f"{name} must be true, false or null, got {shown(getattr(self, name))}.")

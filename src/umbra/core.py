@@ -104,10 +104,22 @@ class Couplings(nn.Module):
             fast: whether the weights may be read outside their own modules, by the kernels.
         """
         before, here = str(l - 1), str(l)
-        if fast and kernels.in_use() and not torch.is_autocast_enabled(h.device.type):
+        if fast and self._may_fuse(h):
             return kernels.couple(h, s, self._seam(before, here), self._masks(before, here, h))
         s = self.update(l - 1, h, s) if before in self.updates else s
         return self.inject(l, h, s) if here in self.injections else h, s
+
+    def decodes(self, s: Tensor) -> bool:
+        """Whether a forward with this state is one that `kernels.couple_few` is for."""
+        few = s.shape[0] * s.shape[1] <= kernels.FEW and s.device.type == "cpu"
+        return few and not self.training and not torch.is_grad_enabled() and self._may_fuse(s)
+
+    def _may_fuse(self, x: Tensor) -> bool:
+        return kernels.in_use() and not torch.is_autocast_enabled(x.device.type)
+
+    def packs(self) -> "dict[int, kernels.Pack]":
+        """Each seam for `kernels.couple_few`; to be thrown away before the weights change."""
+        return {l: kernels.pack(self._seam(str(l - 1), str(l))) for l in self.seams}
 
     def _seam(self, before: str, here: str) -> Seam:
         update: Any = self.updates._modules.get(before)
@@ -129,7 +141,7 @@ class Couplings(nn.Module):
         if not self.training or p == 0:
             return NO_MASKS
 
-        def mask(size: int | None) -> Tensor:
+        def mask(size: Any) -> Tensor:
             weight: Any = next(self.parameters())
             return torch.empty(*h.shape[:-1], size, dtype=weight.dtype, device=h.device).bernoulli_(1 - p).div_(1 - p)
 

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from . import anatomy
 from .caches import check_pages
 from .errors import BaseModelError, ConfigError, StateError
+from .hooks import packed
 
 SHADOW_MASK = "shadow_attention_mask"  # (B, T) or None: the padding, where the base was given masks of its own kind
 
@@ -45,7 +46,8 @@ class Decoding(GenerationMixin):
     @torch.no_grad()
     def generate(self, *args: Any, **options: Any) -> Any:
         """As in transformers, with one cache for base and shadow."""
-        return super().generate(*args, **options)  # type: ignore[misc]
+        with packed(shadow.couplings for shadow in self._shadows()):
+            return super().generate(*args, **options)  # type: ignore[misc]
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **options: Any) -> Any:
         """As in transformers, with the active adapter for all requests.

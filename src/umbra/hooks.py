@@ -6,25 +6,38 @@ that quietly does nothing would answer with the bare base.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import shards
+from . import kernels, shards
 from .core import Couplings
 from .errors import BaseModelError, StateError
 
 
 class _Frames(threading.local):
-    """The stack of open frames of one thread; nested calls push."""
+    """The stack of open frames of one thread; nested calls push. And the couplings that are packed within it."""
 
     def __init__(self) -> None:
         self.stack: list[Frame] = []
+        self.packs: dict[Couplings, dict[int, kernels.Pack]] = {}
 
 
 _frames = _Frames()
+
+
+@contextmanager
+def packed(couplings: Iterable[Couplings]) -> Iterator[None]:
+    """A context in which this thread decodes with packed weights, which must not change meanwhile."""
+    before = _frames.packs
+    _frames.packs = {c: c.packs() for c in couplings if shards.is_whole(next(c.parameters()))}
+    try:
+        yield
+    finally:
+        _frames.packs = before
 
 
 class Attachment:
@@ -54,6 +67,7 @@ class Attachment:
 
     def settle_head(self, head: nn.Module) -> None:
         """Move the hooks of the head to the module that is the head now."""
+        self.head_is_linear: bool | None = None  # whether its logits are the base's; not known yet
         for handle in self.head_handles:
             handle.remove()
         self.head_handles = [
@@ -102,6 +116,7 @@ class Lane:
         self.couplings, self.rows = couplings, rows
         self.slots: dict[int, Tensor] = {couplings.seams[0]: s0}
         self.fast = shards.is_whole(next(couplings.parameters()))
+        self.packs = _frames.packs.get(couplings) if couplings.decodes(s0) else None
 
     def before(self, l: int, h: Tensor) -> Tensor:
         """The input of block l, (B, T, D), with this adapter's rows corrected."""
@@ -109,7 +124,11 @@ class Lane:
         if l not in seams:
             return h
         mine = h if self.rows is None else h[self.rows]
-        corrected, s = self.couplings.couple(l, mine, self._slot(l, mine), self.fast)
+        s = self._slot(l, mine)
+        if self.packs is None:
+            corrected, s = self.couplings.couple(l, mine, s, self.fast)
+        else:
+            corrected, s = kernels.couple_few(mine, s, self.packs[l])
         if not torch.is_grad_enabled():
             del self.slots[l]
         if l < seams[-1]:
@@ -165,6 +184,7 @@ class HeadPlan:
         flatten: read a list of positions instead of (B, T).
         keep: flat positions (N,) of (B, T) that the head reads; None for all.
         extra: (M, D) rows of s⁰ that the head reads after them.
+        use: told the rows (N, D) instead of the head, which then has nothing to do.
     """
 
     def __init__(
@@ -173,9 +193,10 @@ class HeadPlan:
         flatten: bool = False,
         keep: Tensor | None = None,
         extra: Tensor | None = None,
+        use: Callable[[Tensor], None] | None = None,
     ):
         self.heads = [(rows, copies) for rows, copies in heads if copies]
-        self.flatten, self.keep, self.extra = flatten, keep, extra
+        self.flatten, self.keep, self.extra, self.use = flatten, keep, extra, use
         self.rows: int | None = None  # of the attached path; set once the head has run
 
     def choose(self, h: Tensor) -> Tensor:
@@ -184,6 +205,9 @@ class HeadPlan:
         rows = h.reshape(-1, h.shape[-1])
         rows = rows if self.keep is None else rows[self.keep.to(rows.device)]
         self.rows = len(rows)
+        if self.use is not None:
+            self.use(rows)
+            return rows[None, :0]
         if self.extra is not None:
             rows = torch.cat([rows, self.extra.to(rows.dtype)])
         return rows[None]

@@ -17,17 +17,19 @@ from .backbone import Shadow
 from .config import ShadowConfig
 from .core import classification_loss, labelled_positions, token_loss
 from .decoding import Decoding
-from .errors import BaseModelError
+from .errors import BaseModelError, ConfigError
 from .fingerprint import fingerprint
 from .hooks import Attachment, HeadPlan
-from .paths import CausalPaths, Paths
+from .losses import Labelled, Losses
+from .paths import Paths
 
 
 @dataclass
 class ShadowCausalLMOutput(CausalLMOutputWithPast):
-    """As its parent, and ``shadow_loss``: the shadow's own loss, not multiplied by λ."""
+    """As its parent, and not multiplied by their weights: ``shadow_loss``, the shadow's own, and ``distillation_loss``."""
 
     shadow_loss: Tensor | None = None
+    distillation_loss: Tensor | None = None
 
 
 @dataclass
@@ -88,6 +90,10 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         if layers < 2:
             raise BaseModelError(f"The base has {layers} block; a shadow needs at least 2 to be coupled to.")
         resolved.coupled(layers)
+        if located.is_classifier and resolved.distillation_weight > 0:
+            raise ConfigError(
+                "distillation_weight is for language models: a classifier's shadow learns the labels alone."
+            )
         shadow = Shadow(located, resolved, backbone_config)
 
         composite = anatomy.composite_config(base.config, {shadow.first_cache_layer: shadow.backbone.config})
@@ -118,11 +124,14 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         """The active shadow's."""
         return self.shadow.config
 
-    def _loss(self, task: Tensor, shadow: Tensor | None) -> Tensor:
-        """task + λ · shadow in training; evaluation reports the task's loss alone."""
-        if shadow is None or not self.training:
-            return task
-        return task + self._weight * shadow
+    def _total(self, losses: Losses) -> Tensor:
+        """task + λ · shadow + μ · distillation in training; evaluation reports the task's loss alone."""
+        total = losses.task
+        if self.training and losses.shadow is not None:
+            total = total + self._weight * losses.shadow
+        if self.training and losses.distillation is not None:
+            total = total + self.shadow.config.distillation_weight * losses.distillation
+        return total
 
     @property
     def base_head(self) -> nn.Module:
@@ -208,7 +217,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         """Nothing: base and shadow arrive initialised."""
 
 
-class ShadowForCausalLM(CausalPaths, ShadowModel, Decoding, GenerationMixin):
+class ShadowForCausalLM(Labelled, ShadowModel, Decoding, GenerationMixin):
     """A language model and its shadow."""
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
@@ -290,28 +299,12 @@ class ShadowForCausalLM(CausalPaths, ShadowModel, Decoding, GenerationMixin):
                 result.loss = token_loss(at_labels, targets, num_items_in_batch)
             return result.to_tuple() if as_tuple else result
 
-        positions, targets = labelled_positions(labels)
-        with_shadow = self._weight > 0
-        plan = HeadPlan(heads, flatten=True, keep=positions if skip_logits else None)
-
-        def use_state(s0: Tensor) -> None:
-            rows = s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)]
-            plan.extra = anatomy.head_input(self.base, rows)
-
-        out = self._run_base(batch, route, plan, use_state if with_shadow else None)
-        if plan.rows is None:
-            raise BaseModelError(
-                f"{type(self.base).__name__} does not call its output embeddings as a module; "
-                "its labelled positions cannot be chosen."
-            )
-        attached, shadow = out["logits"][0, : plan.rows], out["logits"][0, plan.rows :]
-        at_labels = attached if skip_logits else attached[positions.to(attached.device)]
-        shadow_loss = token_loss(shadow, targets, num_items_in_batch) if with_shadow else None
-        loss = self._loss(token_loss(at_labels, targets, num_items_in_batch), shadow_loss)
-        logits = None if skip_logits else attached.view(*labels.shape, -1)
+        out, losses = self._run_labelled(batch, route, labels, num_items_in_batch, skip_logits)
+        logits = None if skip_logits else out["logits"]
         if logits is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             logits = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
-        result = _output(ShadowCausalLMOutput, {**out, "loss": loss, "logits": logits, "shadow_loss": shadow_loss})
+        told = {"loss": self._total(losses), "shadow_loss": losses.shadow, "distillation_loss": losses.distillation}
+        result = _output(ShadowCausalLMOutput, {**out, "logits": logits, **told})
         return result.to_tuple() if as_tuple else result
 
 
@@ -378,7 +371,8 @@ class ShadowForSequenceClassification(ShadowModel):
                 shadow_logits = self._shadow_logits(input_ids, states[0])
                 shadow_loss = classification_loss(shadow_logits, labels, kind, num_items_in_batch)
             result.shadow_loss = shadow_loss
-            result.loss = self._loss(classification_loss(result.logits, labels, kind, num_items_in_batch), shadow_loss)
+            task = classification_loss(result.logits, labels, kind, num_items_in_batch)
+            result.loss = self._total(Losses(task, shadow_loss))
         return result.to_tuple() if return_dict is False else result
 
     def _shadow_logits(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:

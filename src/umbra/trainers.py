@@ -51,6 +51,11 @@ class _ShadowLoss:
             super().__init__(**given)
         reads_the_models = super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[misc]
         self._one_pass = reads_the_models and self.label_smoother is None and self.compute_loss_func is None
+        if not self._one_pass and self.model.shadow_config.distillation_weight > 0:
+            raise ConfigError(
+                "distillation_weight is part of the model's own loss, which this trainer does not read (it computes another, "
+                "or smooths the labels): use ShadowTrainer with plain labels, or set distillation_weight=0."
+            )
 
     # -- the loss --------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from .configs import (
     unquantised,
     window,
 )
-from .heads import before_head, head_input, logit_factor, pad_token_id, problem_type, set_soft_cap, soft_cap
+from .heads import after_head, before_head, head_input, logit_factor, pad_token_id, problem_type, set_soft_cap, soft_cap
 from .parts import (
     Anatomy,
     announce,
@@ -53,6 +53,7 @@ from .parts import (
 
 __all__ = [
     "Anatomy",
+    "after_head",
     "announce",
     "before_head",
     "cache_argument",

@@ -76,3 +76,8 @@ def head_input(model: PreTrainedModel, states: Tensor) -> Tensor:
         return between(states.to(next(between.parameters()).dtype))
     divides = model.config.model_type in DIVIDED_STATES and model.can_generate()
     return states * logit_factor(model.config) if divides else states
+
+
+def after_head(config: PretrainedConfig) -> tuple[float, float | None]:
+    """What a language model does to its logits: times a factor, capped at a value or None."""
+    return 1.0 if config.model_type in DIVIDED_STATES else logit_factor(config), soft_cap(config)

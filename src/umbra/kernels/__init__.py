@@ -11,7 +11,13 @@ from contextlib import contextmanager
 
 import torch
 
+from .couple import FEW as FEW
+from .couple import Pack as Pack
 from .couple import couple as couple
+from .couple import couple_few as couple_few
+from .couple import pack as pack
+from .loss import Head as Head
+from .loss import linear_loss as linear_loss
 
 _plain = os.environ.get("UMBRA_KERNELS") == "reference"
 

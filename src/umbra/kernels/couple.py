@@ -110,6 +110,54 @@ def weights_of(seam: Seam) -> tuple[Tensor | None, ...]:
     return (*norm, *(seam.gate or none), *(seam.transform or none), seam.down, seam.up)
 
 
+# -- decoding: a few rows, where each operation costs more to start than to do ------------------------------------------
+
+FEW = 16  # rows (tokens) up to which the packed form is the faster one
+
+
+class Pack(NamedTuple):
+    """A seam with its matrices put together: gate and transform in one product, α in ``up``."""
+
+    norm: tuple[Tensor, Tensor, float] | None
+    inner: Tensor | None  # (2G, D)
+    inner_bias: Tensor | None
+    outer: Tensor | None  # (2D, 2G), the blocks of gate and transform on its diagonal
+    outer_bias: Tensor | None
+    activation: str
+    down: Tensor | None
+    up: Tensor | None
+
+
+@torch.no_grad()
+def pack(seam: Seam) -> Pack:
+    """Copies of the weights, to be thrown away before these change."""
+    inner = inner_bias = outer = outer_bias = None
+    if seam.gate is not None and seam.transform is not None:
+        (g1, g1_bias, g2, g2_bias), (t1, t1_bias, t2, t2_bias) = seam.gate, seam.transform
+        inner, outer = torch.cat([g1, t1]), torch.block_diag(g2, t2)
+        if g1_bias is not None and t1_bias is not None and g2_bias is not None and t2_bias is not None:
+            inner_bias, outer_bias = torch.cat([g1_bias, t1_bias]), torch.cat([g2_bias, t2_bias])
+    up = None if seam.up is None else seam.alpha * seam.up
+    return Pack(seam.norm, inner, inner_bias, outer, outer_bias, seam.activation, seam.down, up)
+
+
+def couple_few(h: Tensor, s: Tensor, seam: Pack) -> tuple[Tensor, Tensor]:
+    """`couple` without gradients or dropout."""
+    x = h if h.dtype == s.dtype else h.to(s.dtype)
+    if seam.inner is not None and seam.outer is not None:
+        n = x if seam.norm is None else F.layer_norm(x, x.shape[-1:], *seam.norm)
+        a = ACTIVATIONS[seam.activation](F.linear(n, seam.inner, seam.inner_bias))
+        gate, transform = F.linear(a, seam.outer, seam.outer_bias).chunk(2, -1)
+        s = torch.lerp(s, transform, gate.sigmoid())
+    if seam.down is not None and seam.up is not None:
+        correction = F.linear(F.linear(x - s, seam.down), seam.up)
+        h = h + (correction if h.dtype == s.dtype else correction.to(h.dtype))
+    return h, s
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
 class _Couple(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, s: Tensor, seam: Seam, masks: Masks, *weights: Tensor | None) -> Any:  # type: ignore[override]

@@ -1,0 +1,233 @@
+"""The rows: each method as its users run it, without dropout, with about as many trainable parameters as PEFT's LoRA.
+
+A row is a line of `METHODS`. Shadows are fitted by the width of their feed-forward.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import anatomy
+from ..config import ShadowConfig
+from ..core import IGNORED, labelled_positions, token_loss
+from ..errors import ConfigError
+from ..model import attach
+from .base import Base
+
+Batch = dict[str, Tensor]
+BASE, LORA = "bare base", "PEFT LoRA"
+REFERENCES = (LORA, BASE)  # what every other row is measured beside
+NARROWEST = 16  # width of a fitted feed-forward
+FIT = 0.05  # by which trainable parameters may differ from LoRA's
+
+
+# -- losses --------------------------------------------------------------------------------------------------------
+
+
+def naive_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean next-token cross-entropy of all logits (B, T, V) in fp32: what every method's task loss must be."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def total_loss(model: Any, batch: Batch) -> Tensor:
+    """The loss that the model itself computes from labels."""
+    return model(**batch).loss
+
+
+def label_only_loss(model: Any, batch: Batch) -> Tensor:
+    """A PEFT model's loss with logits only where there is a label, as Umbra computes its own."""
+    parts = anatomy.locate(model.get_base_model())
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    positions, targets = labelled_positions(batch["labels"])
+    states = parts.decoder(**inputs, use_cache=False).last_hidden_state
+    return token_loss(parts.head(states.flatten(0, 1)[positions]), targets, None)
+
+
+def _task_of_umbra(model: Any, batch: Batch) -> Tensor:
+    out, weight = model(**batch), model.shadow_config.auxiliary_loss_weight
+    return out.loss - weight * out.shadow_loss if weight else out.loss
+
+
+def _task_of_peft_shadow(model: Any, batch: Batch) -> Tensor:
+    out = model(**batch)
+    return out.loss - model.active_peft_config.auxiliary_loss_weight * out.shadow_loss
+
+
+def _task_of_shadow_peft(model: Any, batch: Batch) -> Tensor:
+    out = model(**batch)
+    return out.loss - model.shadow_loss_weight * naive_loss(out.shadow_logits, batch["labels"])
+
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+def _bare(base: Any, rank: int, width: int) -> Any:
+    return base
+
+
+def _lora(base: Any, rank: int, width: int, dora: bool = False) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
+
+
+def _dora(base: Any, rank: int, width: int) -> Any:
+    return _lora(base, rank, width, dora=True)
+
+
+def _peft_shadow(base: Any, rank: int, width: int) -> Any:
+    import peft
+
+    config = peft.ShadowConfig(shadow_intermediate_size=width, shadow_dropout=0.0, task_type="CAUSAL_LM")
+    return peft.get_peft_model(base, config)
+
+
+def _shadow_peft(base: Any, rank: int, width: int) -> Any:
+    from shadow_peft import ShadowConfig as TheirConfig
+    from shadow_peft import get_shadow_model
+    from shadow_peft.task_models import ShadowForCausalLM
+
+    inner = get_shadow_model(base, TheirConfig(shadow_intermediate_size=width, dropout=0.0))
+    return ShadowForCausalLM(inner.to(base.dtype))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row.
+
+    Args:
+        build: from (a copy of the base, LoRA's rank, the shadow's feed-forward width) to a model.
+        package: what must be installed; None for none.
+        loss: what a training step goes backward from.
+        only_trains: whether it differs from the row above it only in training.
+        task: the task's part of it, which at initialisation is the base's own loss; None where it is all of it.
+        about: what it is, in one line.
+    """
+
+    name: str
+    about: str
+    build: Callable[[Any, int, int], Any]
+    package: str | None = None
+    is_fitted: bool = False
+    is_umbra: bool = False
+    only_trains: bool = False
+    loss: Callable[[Any, Batch], Tensor] = total_loss
+    task: Callable[[Any, Batch], Tensor] | None = None
+
+    def on(self, base: Any, rank: int, width: int) -> Any:
+        """The model, on a copy of the base."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # a peer's use of transformers is not the user's to mend
+            return self.build(base, rank, width)
+
+    @property
+    def is_installed(self) -> bool:
+        return self.package is None or find_spec(self.package) is not None
+
+
+def umbra(name: str, about: str, only_trains: bool = False, **fields: Any) -> Method:
+    """A row of Umbra: fields of `ShadowConfig`; what is callable is told the number of the base's blocks."""
+
+    def build(base: Any, rank: int, width: int) -> Any:
+        L = len(anatomy.locate(base).blocks)
+        given = {k: v(L) if callable(v) else v for k, v in fields.items()}
+        return attach(base, ShadowConfig(**{"shadow_intermediate_size": width, "dropout": 0.0, **given}))
+
+    return Method(name, about, build, None, True, True, only_trains, task=_task_of_umbra)
+
+
+def half(L: int) -> int:
+    """The first of the upper half of L blocks."""
+    return L // 2
+
+
+METHODS = (
+    Method(BASE, "frozen; in training its forward alone, all logits", _bare),
+    Method(LORA, "peft's LoRA on all linear layers, alpha twice the rank, unmerged", _lora, "peft"),
+    Method(
+        "LoRA label-only", "the same LoRA with Umbra's loss: logits only at labels", _lora, "peft",
+        only_trains=True, loss=label_only_loss,
+    ),
+    Method("PEFT DoRA", "peft's LoRA with use_dora", _dora, "peft"),
+    Method("PEFT Shadow", "peft's ShadowConfig at its defaults", _peft_shadow, "peft", True, task=_task_of_peft_shadow),
+    Method(
+        "shadow-peft", "the authors' package at its defaults", _shadow_peft, "shadow_peft", True, task=_task_of_shadow_peft
+    ),
+    umbra("Umbra", "at its defaults"),
+    umbra("Umbra λ=0", "no loss of the shadow's own", only_trains=True, auxiliary_loss_weight=0.0),
+    umbra("Umbra upper half", "only the upper half of the blocks is coupled", first_layer=half),
+)  # fmt: skip
+
+
+# -- choosing ------------------------------------------------------------------------------------------------------
+
+
+def chosen(patterns: str, known: Sequence[str], what: str) -> list[str]:
+    """The names that match one of the comma-separated shell patterns, in their own order, whatever their case.
+
+    Raises:
+        ConfigError: a pattern that matches none.
+    """
+    wanted = [p.strip().casefold() for p in patterns.split(",") if p.strip()]
+    for pattern in wanted:
+        if not any(fnmatchcase(name.casefold(), pattern) for name in known):
+            raise ConfigError(f"{what}={pattern!r} matches none of: {', '.join(known)}.")
+    if not wanted:
+        raise ConfigError(f"{what} is empty: choose from {', '.join(known)}, or * for all.")
+    return [name for name in known if any(fnmatchcase(name.casefold(), pattern) for pattern in wanted)]
+
+
+# -- equal sizes ---------------------------------------------------------------------------------------------------
+
+
+def trainable(model: torch.nn.Module) -> int:
+    """Parameters that an optimizer would be given."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def lora_size(base: Base, rank: int) -> int:
+    """Trainable parameters of LoRA on all linear layers but the head: rank · Σ (in + out)."""
+    return rank * sum(m.in_features + m.out_features for m in base.linears)
+
+
+def fit(base: Base, methods: Sequence[Method], rank: int) -> tuple[int, dict[str, int]]:
+    """LoRA's rank, and the feed-forward width of each shadow at which it has as many trainable parameters as LoRA.
+
+    Parameters grow linearly with the width, so two builds without weights tell all. Where a shadow's attention and
+    couplings alone are larger than LoRA, its rank is doubled until they fit.
+    """
+    lines = {}
+    with torch.device("meta"):
+        for method in methods:
+            if method.is_fitted:
+                small, large = (trainable(method.on(base.skeleton(), rank, w)) for w in (NARROWEST, 2 * NARROWEST))
+                lines[method.name] = small, (large - small) / NARROWEST
+    while any(small > lora_size(base, rank) for small, _ in lines.values()):
+        rank *= 2
+    target = lora_size(base, rank)
+    return rank, {name: NARROWEST + round((target - small) / slope) for name, (small, slope) in lines.items()}
+
+
+def build(base: Base, methods: Sequence[Method], rank: int, widths: dict[str, int], seed: int) -> dict[str, Any]:
+    """Every method's model, by name, on its own copy of the base.
+
+    Raises:
+        ConfigError: a shadow could not be fitted to LoRA's size within `FIT`.
+    """
+    models, target = {}, lora_size(base, rank)
+    for method in methods:
+        torch.manual_seed(seed)
+        model = models[method.name] = method.on(base.copy(), rank, widths.get(method.name, 0)).to(base.device)
+        count = trainable(model)
+        if method.is_fitted and abs(count - target) > FIT * target:
+            sizes = f"{method.name} has {count:,} trainable parameters, LoRA {target:,}"
+            raise ConfigError(f"{sizes}: choose another lora_rank.")
+    return models

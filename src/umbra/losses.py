@@ -1,0 +1,149 @@
+"""The losses of a language model and its shadow, where there are labels.
+
+    loss = CE(attached, y) + λ · CE(shadow, y) + μ · KL(attached ‖ shadow)
+
+All are sums over labelled tokens divided by the same number of items. The shadow's two may read every k-th of these
+tokens, from a random one on, and weigh it k times: the same in expectation.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import anatomy, dense, kernels
+from .core import labelled_positions, token_loss
+from .errors import BaseModelError
+from .forward import Route
+from .hooks import HeadPlan
+from .kernels import Head, linear_loss
+from .paths import CausalPaths
+
+
+class Losses(NamedTuple):
+    """Scalars, each divided by the number of items and not multiplied by its weight; None where it is not computed."""
+
+    task: Tensor
+    shadow: Tensor | None = None
+    distillation: Tensor | None = None
+
+
+class Labelled(CausalPaths):
+    """Forwards with labels."""
+
+    def _run_labelled(
+        self: Any, batch: dict[str, Any], route: Route, labels: Tensor, items: Any, skip_logits: bool
+    ) -> tuple[dict[str, Any], Losses]:
+        """The base's output by name, without ``logits`` (B, T, V) if they are skipped, and the losses."""
+        fused = self._fused_heads() if skip_logits else None
+        run = self._run_plain if fused is None else self._run_fused
+        return run(batch, route, labels, items, skip_logits if fused is None else fused)
+
+    def _run_fused(
+        self: Any, batch: dict[str, Any], route: Route, labels: Tensor, items: Any, heads: tuple[Head, Head]
+    ) -> tuple[dict[str, Any], Losses]:
+        positions, targets = labelled_positions(labels)
+        count = max(targets.numel(), 1) if items is None else items
+        found: dict[str, Tensor] = {}
+
+        def use_state(s0: Tensor) -> None:
+            found["s0"] = s0.reshape(-1, s0.shape[-1])
+
+        def use_rows(rows: Tensor) -> None:
+            attached, shadow = heads
+            on = targets.to(rows.device)
+            found["task"] = linear_loss(rows, attached, on)[0] / count
+            if "s0" not in found:
+                return
+            chosen, factor = self._every(positions)
+            states = anatomy.head_input(self.base, found["s0"][positions[chosen].to(found["s0"].device)])
+            mine = chosen.to(rows.device)
+            teacher = (rows.detach()[mine], attached) if self._distils else None
+            ce, kl = linear_loss(states.to(rows.device), shadow, on[mine], teacher)
+            found["shadow"] = factor * ce / count
+            if teacher is not None:
+                found["distillation"] = factor * kl / count
+
+        plan = HeadPlan((), flatten=True, keep=positions, use=use_rows)
+        out = self._run_base(batch, route, plan, use_state if self._reads_s0 else None)
+        _check_read(plan, self.base)
+        return out, Losses(found["task"], found.get("shadow"), found.get("distillation"))
+
+    def _run_plain(
+        self: Any, batch: dict[str, Any], route: Route, labels: Tensor, items: Any, skip_logits: bool
+    ) -> tuple[dict[str, Any], Losses]:
+        positions, targets = labelled_positions(labels)
+        chosen, factor = self._every(positions)
+        plan = HeadPlan(
+            [(rows, shadow.heads) for shadow, rows in route], flatten=True, keep=positions if skip_logits else None
+        )
+
+        def use_state(s0: Tensor) -> None:
+            rows = s0.reshape(-1, s0.shape[-1])[positions[chosen].to(s0.device)]
+            plan.extra = anatomy.head_input(self.base, rows)
+
+        out = self._run_base(batch, route, plan, use_state if self._reads_s0 else None)
+        _check_read(plan, self.base)
+        logits, shadow = out["logits"][0, : plan.rows], out["logits"][0, plan.rows :]
+        at_labels = logits if skip_logits else logits[positions.to(logits.device)]
+        out["logits"] = logits.view(*labels.shape, -1) if not skip_logits else None
+        count = max(targets.numel(), 1) if items is None else items
+        task = token_loss(at_labels, targets, count)
+        if not self._reads_s0:
+            return out, Losses(task)
+        loss = factor * token_loss(shadow, targets[chosen], count)
+        if not self._distils:
+            return out, Losses(task, loss)
+        teacher = F.log_softmax(at_labels.detach()[chosen.to(at_labels.device)].float(), -1)
+        kl = F.kl_div(F.log_softmax(shadow.float(), -1), teacher, log_target=True, reduction="sum")
+        return out, Losses(task, loss, factor * kl / count)
+
+    @property
+    def _distils(self: Any) -> bool:
+        return self.training and self._only is None and self.shadow.config.distillation_weight > 0
+
+    @property
+    def _reads_s0(self: Any) -> bool:
+        return self._weight > 0 or self._distils
+
+    def _every(self: Any, positions: Tensor) -> tuple[Tensor, int]:
+        """Which (n,) of the labelled positions the shadow's losses read, and what each then counts for."""
+        k, indices = self.shadow.config.auxiliary_loss_every, torch.arange(len(positions), device=positions.device)
+        if k == 1 or not self.training:
+            return indices, 1
+        return indices[(indices + torch.randint(k, (), device=indices.device)) % k == 0], k
+
+    def _fused_heads(self: Any) -> tuple[Head, Head] | None:
+        """The heads of the two paths, if a product with their weights is all there is to them."""
+        if not kernels.in_use():
+            return None
+        modules = self.shadow.heads.values() if self.shadow.heads else [self.base_head] * 2
+        if not all(type(m) is nn.Linear and dense.is_plain(m.weight) for m in modules):
+            return None
+        factor, cap = anatomy.after_head(self.base.config)
+        attached, shadow = (Head(m.weight, m.bias, factor, cap) for m in modules)
+        if self._attachment.head_is_linear is None:
+            self._attachment.head_is_linear = self._agrees(shadow)
+        return (attached, shadow) if self._attachment.head_is_linear else None
+
+    @torch.no_grad()
+    def _agrees(self: Any, head: Head) -> bool:
+        """Whether the base gives the same logits for a state as ``head``: some mask or shift them in ways of their own."""
+        weight = head.weight
+        generator = torch.Generator().manual_seed(0)
+        state = torch.randn(1, 1, anatomy.locate(self.base).config.hidden_size, generator=generator).to(
+            weight.device, weight.dtype
+        )
+        expected = self._logits_alone(state).double()
+        found = head.logits(anatomy.head_input(self.base, state[0])).double()
+        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
+        return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+def _check_read(plan: HeadPlan, base: Any) -> None:
+    if plan.rows is None:
+        raise BaseModelError(
+            f"{type(base).__name__} does not call its output embeddings as a module; its labelled positions cannot be "
+            "chosen."
+        )
