@@ -4,11 +4,12 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from . import couple_kernels as kernels
+from . import couple_kernels
 from .couple import Masks, Seam, weights_of
+
+kernels: Any = couple_kernels  # typed as the plain functions that they are before they are compiled
 
 # Chosen from what the compiler reports for sm_80, sm_86 and sm_90: larger tiles spill registers.
 TILE = {"BN": 32, "BD": 32, "num_warps": 4}
@@ -25,7 +26,7 @@ def couple(h: Tensor, s: Tensor, seam: Seam, masks: Masks) -> tuple[Tensor, Tens
 
 
 def _sizes(D: int, G: int, R: int) -> dict[str, int]:
-    return {"D": D, "G": G, "R": R, "BG": max(16, triton.next_power_of_2(G)), "BR": max(16, triton.next_power_of_2(R))}
+    return {"D": D, "G": G, "R": R, "BG": _padded(G), "BR": _padded(R)}
 
 
 def _numbers(activation: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -37,7 +38,15 @@ def _numbers(activation: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"GELU": activation == "gelu", "DOT": "tf32" if one else "tf32x3"}
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
+def _cdiv(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _flat(x: Tensor | None) -> Any:
     return None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
 
 
@@ -46,12 +55,11 @@ def _run_forward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """h' and s', None for what the seam does not change, and what the backward needs of each row if ``keep``."""
     x, y, D = _flat(h), _flat(s), h.shape[-1]
-    assert x is not None and y is not None
     N, G, R = len(x), 0 if seam.gate is None else len(seam.gate[0]), 0 if seam.down is None else len(seam.down)
-    tiles, part, parts, phases = triton.cdiv(N, TILE["BN"]), D, 1, (0,)
+    tiles, part, parts, phases = _cdiv(N, TILE["BN"]), D, 1, (0,)
     if not keep and TILE["BD"] < D and 4 * tiles <= _processors(h.device):
-        part = triton.cdiv(D, PARTS * TILE["BD"]) * TILE["BD"]
-        parts, phases = triton.cdiv(D, part), (1,) * (G > 0) + (2,) + (3,) * (R > 0)
+        part = _cdiv(D, PARTS * TILE["BD"]) * TILE["BD"]
+        parts, phases = _cdiv(D, part), (1,) * (G > 0) + (2,) + (3,) * (R > 0)
     out = torch.empty_like(x) if R else None
     state = torch.empty_like(y) if G else None
     kept = None
@@ -83,11 +91,11 @@ class _Couple(torch.autograd.Function):
         masks, weights = Masks(*map(_flat, rest[:3])), [w if w is None else w.contiguous() for w in rest[3:]]
         norm, _, g1, _, g2, g2_bias, t1, _, t2, t2_bias, down, up = weights
         x, y, new, d_out, d_state = map(_flat, (h, s, s if state is None else state, d_out, d_state))
-        G, R = 0 if g1 is None else len(g1), 0 if d_out is None else len(down)
+        G, R = 0 if g1 is None else len(g1), 0 if d_out is None or down is None else len(down)
         N, D = x.shape
         d_h, d_s = torch.empty_like(x), torch.empty_like(y)
         d_small = torch.empty(N * (2 * G + R), dtype=torch.float32, device=h.device)
-        tiles, strips = triton.cdiv(N, TILE["BN"]), triton.cdiv(D, TILE["BD"])
+        tiles, strips = _cdiv(N, TILE["BN"]), _cdiv(D, TILE["BD"])
         shares = max(1, min(tiles, 2 * _processors(h.device) // strips))
         sizes = [D * G] * 4 + [D] * 2 + [D * R] * 2
         d_weights = torch.empty(shares, sum(sizes), dtype=torch.float32, device=h.device)
@@ -100,7 +108,7 @@ class _Couple(torch.autograd.Function):
             kernels.columns_backward[(strips, shares)](
                 x, y, new, d_out, d_state, norm, g2, g2_bias, t2, t2_bias, down,
                 masks.transform, masks.delta, kept, d_small, d_weights, N,
-                triton.cdiv(tiles, shares) * TILE["BN"], ctx.alpha, **options, num_stages=2,
+                _cdiv(tiles, shares) * TILE["BN"], ctx.alpha, **options, num_stages=2,
             )  # fmt: skip
         total = d_weights[0] if shares == 1 else d_weights.sum(0)
         d_g1, d_t1, d_g2, d_t2, d_g2_bias, d_t2_bias, d_down, d_up = total.split(sizes)
