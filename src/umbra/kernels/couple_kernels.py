@@ -17,7 +17,7 @@ nothing of size (N, D) is stored in between and no atomics make the sums vary. B
 kept them: 2 + 2 G + R numbers a row.
 """
 
-# pyright: reportUnboundVariable=false, reportPossiblyUnbound=false
+# pyright: reportUnboundVariable=false, reportPossiblyUnboundVariable=false
 # (Branches on G, R and PHASE are taken when a kernel is compiled.)
 
 import triton
