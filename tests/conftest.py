@@ -1,9 +1,15 @@
 """A tiny base with a tokenizer, and an adapter, as folders on disk."""
 
+import os
+
+import torch
+
+# Read when triton is first imported, as much of transformers does: without a GPU, test_kernels.py has kernels run in numpy.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
+
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 

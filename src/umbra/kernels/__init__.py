@@ -1,6 +1,6 @@
 """The fast forms of what core.py says plainly, and the one switch between the two.
 
-`couple` is the seam between two blocks (couple.py, on CUDA triton.py), `linear_loss` the heads and their losses
+`couple` is the seam between two blocks (couple.py; on a GPU couple_triton.py), `linear_loss` the heads and their losses
 (loss.py). ``UMBRA_KERNELS=reference`` in the environment, or ``with kernels.reference():``, runs core.py instead: the same
 numbers to 1e-6 in fp32, gradients included, more slowly. Within torch.compile core.py runs too: the compiler fuses it.
 """

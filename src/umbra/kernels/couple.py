@@ -8,6 +8,8 @@ Autograd keeps h, s and s' alone (s' is the s of the next seam) and computes the
 state, D numbers per token and seam instead of about six times D.
 """
 
+import functools
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,8 @@ class Masks(NamedTuple):
 
 NO_MASKS = Masks()
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+FLOATS = {torch.float32, torch.bfloat16, torch.float16}
+WIDEST = 32
 GRADIENTS = {"silu": torch.ops.aten.silu_backward, "gelu": torch.ops.aten.gelu_backward}
 
 
@@ -50,9 +54,13 @@ def couple(h: Tensor, s: Tensor, seam: Seam, masks: Masks = NO_MASKS) -> tuple[T
         h: (…, D), of any floating dtype; h' has the same.
         s: (…, D), in the dtype of the weights.
     """
+    if _on_triton(h, s, seam):
+        from . import couple_triton
+
+        return couple_triton.couple(h, s, seam, masks)
     if not torch.is_grad_enabled():
         return forward(h, s, seam, masks)
-    out, state = _Couple.apply(h, s, seam, masks, *_weights(seam))  # type: ignore[misc]
+    out, state = _Couple.apply(h, s, seam, masks, *weights_of(seam))  # type: ignore[misc]
     return h if out is None else out, s if state is None else state
 
 
@@ -80,7 +88,23 @@ def forward(h: Tensor, s: Tensor, seam: Seam, masks: Masks) -> tuple[Tensor, Ten
     return h, s
 
 
-def _weights(seam: Seam) -> tuple[Tensor | None, ...]:
+def _on_triton(h: Tensor, s: Tensor, seam: Seam) -> bool:
+    """Whether couple_triton.py takes this seam: on a GPU, with G and R of at most 32, which bounds registers."""
+    if not h.is_cuda or not _has_triton(h.device):
+        return False
+    G, R = 0 if seam.gate is None else len(seam.gate[0]), 0 if seam.down is None else len(seam.down)
+    return max(G, R) <= WIDEST and {h.dtype, s.dtype} <= FLOATS
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and its kernels fit this GPU: NVIDIA's, from compute capability 8 (A100) on."""
+    installed = importlib.util.find_spec("triton") is not None
+    return installed and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def weights_of(seam: Seam) -> tuple[Tensor | None, ...]:
+    """norm, gate, transform, down and up in a row: 12 tensors, None for those that the seam lacks."""
     norm = (None, None) if seam.norm is None else seam.norm[:2]
     none = (None,) * 4
     return (*norm, *(seam.gate or none), *(seam.transform or none), seam.down, seam.up)
