@@ -389,4 +389,4 @@ def test_checkpointing_sends_no_gradient_below_the_first_coupled_block():
     blocks = locate(model.base).blocks
     blocks[1].register_forward_hook(lambda block, args, output: seen.append(output.requires_grad))
     model(tokens(), labels=tokens()).loss.backward()
-    assert seen == [False]
+    assert seen and not any(seen)

@@ -111,11 +111,12 @@ class Couplings(nn.Module):
 
     def decodes(self, s: Tensor) -> bool:
         """Whether a forward with this state is one that `kernels.couple_few` is for."""
-        few = s.shape[0] * s.shape[1] <= kernels.FEW and s.device.type == "cpu"
-        return few and not self.training and not torch.is_grad_enabled() and self._may_fuse(s)
+        if self.training or torch.is_grad_enabled() or not self._may_fuse(s):
+            return False
+        return s.device.type == "cpu" and s.shape[0] * s.shape[1] <= kernels.FEW
 
     def _may_fuse(self, x: Tensor) -> bool:
-        return kernels.in_use() and not torch.is_autocast_enabled(x.device.type)
+        return kernels.in_use() and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
 
     def packs(self) -> "dict[int, kernels.Pack]":
         """Each seam for `kernels.couple_few`; to be thrown away before the weights change."""
@@ -132,7 +133,7 @@ class Couplings(nn.Module):
             self.config.activation or "",
             injection.down.weight if injection else None,
             injection.up.weight if injection else None,
-            self.config.alpha,
+            injection.alpha if injection else 0.0,
         )
 
     def _masks(self, before: str, here: str, h: Tensor) -> Masks:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import anatomy, dense, kernels
+from . import anatomy, dense, kernels, shards
 from .core import labelled_positions, token_loss
 from .errors import BaseModelError
 from .forward import Route
@@ -120,7 +120,7 @@ class Labelled(CausalPaths):
         if not kernels.in_use():
             return None
         modules = self.shadow.heads.values() if self.shadow.heads else [self.base_head] * 2
-        if not all(type(m) is nn.Linear and dense.is_plain(m.weight) for m in modules):
+        if not all(type(m) is nn.Linear and dense.is_plain(m.weight) and shards.is_whole(m.weight) for m in modules):
             return None
         factor, cap = anatomy.after_head(self.base.config)
         attached, shadow = (Head(m.weight, m.bias, factor, cap) for m in modules)

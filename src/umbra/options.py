@@ -126,7 +126,8 @@ class BenchOptions:
     methods: str = flag(
         "*",
         "rows, shell patterns separated by commas: bare base, PEFT LoRA (these two always run), LoRA label-only, "
-        "PEFT DoRA, PEFT Shadow, shadow-peft, Umbra, Umbra λ=0, Umbra upper half",
+        "PEFT DoRA, PEFT Shadow, shadow-peft, Umbra, Umbra λ=0, Umbra 4th, "
+        "Umbra upper half, Umbra upper half 4th",
     )
     cases: str = flag(
         "*",

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .. import anatomy
 from ..config import ShadowConfig
-from ..core import IGNORED, labelled_positions, token_loss
+from ..core import IGNORED, labelled_positions
 from ..errors import ConfigError
+from ..kernels import Head, linear_loss
 from ..model import attach
 from .base import Base
 
@@ -42,12 +43,14 @@ def total_loss(model: Any, batch: Batch) -> Tensor:
 
 
 def label_only_loss(model: Any, batch: Batch) -> Tensor:
-    """A PEFT model's loss with logits only where there is a label, as Umbra computes its own."""
+    """A PEFT model's loss from the hidden states where there is a label alone, as Umbra computes its own."""
     parts = anatomy.locate(model.get_base_model())
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     positions, targets = labelled_positions(batch["labels"])
     states = parts.decoder(**inputs, use_cache=False).last_hidden_state
-    return token_loss(parts.head(states.flatten(0, 1)[positions]), targets, None)
+    return linear_loss(states.flatten(0, 1)[positions], Head(parts.head.weight, parts.head.bias), targets)[0] / len(
+        targets
+    )
 
 
 def _task_of_umbra(model: Any, batch: Batch) -> Tensor:
@@ -163,7 +166,9 @@ METHODS = (
     ),
     umbra("Umbra", "at its defaults"),
     umbra("Umbra λ=0", "no loss of the shadow's own", only_trains=True, auxiliary_loss_weight=0.0),
+    umbra("Umbra 4th", "the shadow's own loss on every 4th label", only_trains=True, auxiliary_loss_every=4),
     umbra("Umbra upper half", "only the upper half of the blocks is coupled", first_layer=half),
+    umbra("Umbra upper half 4th", "both of these", only_trains=True, first_layer=half, auxiliary_loss_every=4),
 )  # fmt: skip
 
 
