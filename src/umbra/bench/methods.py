@@ -152,6 +152,11 @@ def half(L: int) -> int:
     return L // 2
 
 
+def upper_third(L: int) -> int:
+    """The first of the upper third of L blocks."""
+    return L - L // 3
+
+
 METHODS = (
     Method(BASE, "frozen; in training its forward alone, all logits", _bare),
     Method(LORA, "peft's LoRA on all linear layers, alpha twice the rank, unmerged", _lora, "peft"),
@@ -168,6 +173,7 @@ METHODS = (
     umbra("Umbra λ=0", "no loss of the shadow's own", only_trains=True, auxiliary_loss_weight=0.0),
     umbra("Umbra 4th", "the shadow's own loss on every 4th label", only_trains=True, auxiliary_loss_every=4),
     umbra("Umbra upper half", "only the upper half of the blocks is coupled", first_layer=half),
+    umbra("Umbra upper third", "only the upper third of them", first_layer=upper_third),
     umbra("Umbra upper half 4th", "both of these", only_trains=True, first_layer=half, auxiliary_loss_every=4),
 )  # fmt: skip
 

@@ -1,0 +1,50 @@
+"""What autograd need not keep of the frozen base, because it is quickly computed again.
+
+A gated feed-forward multiplies act(gate) with up: autograd keeps gate, act(gate) and up, the three widest tensors of a block,
+though the second follows from the first.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AGAIN: dict[str, Callable[[Any], Tensor]] = {
+    "SiluBackward0": lambda node: F.silu(node._saved_self),
+    "GeluBackward0": lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate),
+}
+
+
+class Again:
+    """In place of an activation's output: its node, which keeps the input.
+
+    Args:
+        node: of autograd, one of `AGAIN`.
+    """
+
+    def __init__(self, node: Any):
+        self.node = node
+
+    def compute(self) -> Tensor:
+        """The output, bit for bit."""
+        return AGAIN[self.node.name()](self.node)
+
+
+def sparing() -> AbstractContextManager[Any]:
+    """A context in which forwards keep no outputs of activations; nothing where somebody else sees to what is kept."""
+    hooks_are_set = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
+    if not torch.is_grad_enabled() or hooks_are_set:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_keep, _give_back)
+
+
+def _keep(x: Tensor) -> Tensor | Again:
+    node = x.grad_fn
+    return Again(node) if node is not None and node.name() in AGAIN else x
+
+
+def _give_back(kept: Tensor | Again) -> Tensor:
+    return kept.compute() if isinstance(kept, Again) else kept
