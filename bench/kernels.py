@@ -29,7 +29,7 @@ def forms(made: Couplings) -> dict[str, Callable[[Tensor, Tensor], Any]]:
     def plain(h: Tensor, s: Tensor) -> Any:
         if torch.is_grad_enabled():
             return _Couple.apply(h, s, seam, NO_MASKS, *weights_of(seam))  # type: ignore[misc]
-        return forward(h, s, seam, NO_MASKS)
+        return forward(h, s, seam, NO_MASKS)[:2]
 
     return {"core": core, "plain": plain, "triton": lambda h, s: couple_triton.couple(h, s, seam, NO_MASKS)}
 
@@ -72,7 +72,7 @@ def main() -> None:
     print(torch.cuda.get_device_name(), torch.__version__)
     config = ShadowConfig(rank=16, gate_rank=10, first_layer=0).resolve()
     for D in (1024, 2560, 4096):
-        made = Couplings(2, D, config).cuda().eval()
+        made: Any = Couplings(2, D, config).cuda().eval()
         torch.nn.init.normal_(made.injections["1"].up.weight, std=0.02)
         for N in (1, 8, 64, 512, 4096):
             h = torch.randn(N, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -17,7 +17,7 @@ from architectures import ELSEWHERE, Family
 from umbra.anatomy import refusal
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
-SECTIONS = ["Adapters of others", "Trainers", "Distributed", "Bases", "Caches", "Compiled", "Many adapters"]
+SECTIONS = ["Adapters of others", "Trainers", "Distributed", "Bases", "Caches", "Drafting", "Compiled", "Many adapters"]
 HEADER = """# What Umbra works with
 
 Each line is proven by the number of tests beside it. Written by `make tables` from their outcomes: do not edit by hand.

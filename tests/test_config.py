@@ -41,7 +41,7 @@ BAD = [
     *[("alpha", value) for value in (NAN, INFINITY, -INFINITY, "0.1", None, True, [0.1], 10**400)],
     *[("dropout", value) for value in (-0.1, 1, 1.0, 1.5, NAN, "0.2", None, False)],
     *[("auxiliary_loss_weight", value) for value in (-0.05, NAN, INFINITY, "0", None, True, 10**400)],
-    *[("first_layer", value) for value in (-1, 1.0, "1", True)],
+    *[("first_layer", value) for value in (-1, 0.0, -0.5, 1.0, NAN, "1", True)],
     *[(name, value) for name in ("train_heads", "norm", "bias") for value in (0, 1, "true", [])],
     *[("dialect", value) for value in ("Paper", "lora", "", None, 1)],
     *[("init", value) for value in ("copy", None, True)],
@@ -68,6 +68,7 @@ def test_a_value_outside_its_range_is_named(name, value):
         {"dropout": 0.99},
         {"auxiliary_loss_weight": 0},
         {"first_layer": 0},
+        {"first_layer": 0.01},
         *({name: 1} for name in COUNTS),
     ],
 )
@@ -311,6 +312,16 @@ def test_any_block_may_be_the_first_to_be_coupled(first_layer):
     model = umbra.attach(make_base(), ShadowConfig(first_layer=first_layer))
     assert list(model.shadow.couplings.injections) == [str(l) for l in range(first_layer, LAYERS)]
     assert model(tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("share", "first"), [(0.01, 0), (0.25, 1), (0.5, 2), (0.7, 3)])
+def test_the_blocks_below_the_first_coupled_one_may_be_told_as_a_share(share, first, tmp_path):
+    model = umbra.attach(make_base(), ShadowConfig(first_layer=share))
+    assert model.shadow.couplings.layers == tuple(range(first, LAYERS))
+    model.save_pretrained(tmp_path)
+    assert umbra.load(tmp_path, model.unload()).shadow_config.first_layer == share
+    with pytest.raises(ConfigError, match=r"first_layer=0\.99"):
+        umbra.attach(make_base(), ShadowConfig(first_layer=0.99))
 
 
 # -- pretrained shadows --------------------------------------------------------------------------------------------

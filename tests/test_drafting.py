@@ -68,6 +68,7 @@ def assert_some_of_both(*outputs) -> None:
 
 
 @architectures
+@pytest.mark.compat("Drafting", "greedy: the tokens of decoding without drafts")
 def test_greedy_is_decoding_without_drafts(name):
     model, ids = agreeing(name), tokens(1)
     expected = plain(model, ids)
@@ -82,6 +83,7 @@ def test_greedy_is_decoding_without_drafts(name):
 
 
 @architectures
+@pytest.mark.compat("Drafting", "batches with left padding, some rows finished before others")
 def test_left_padded_rows(name):
     model, ids, pads = agreeing(name), tokens(3, 12), (0, 4, 9)
     mask = torch.ones_like(ids)
@@ -168,6 +170,7 @@ def test_inputs_embeds():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str)
+@pytest.mark.compat("Drafting", "static caches and chunked prefill")
 def test_other_caches(name, options):
     model, ids = agreeing(name), tokens(2)
     assert torch.equal(drafted(model, ids, **options).sequences, plain(model, ids))
@@ -184,6 +187,7 @@ REFUSING = RECURRENT | {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.compat("Drafting", "every family of docs/architectures.md: right, or refused with a reason")
 def test_every_family_is_right_or_refused(name):
     """Short convolutions and shared keys can be rolled back, a recurrence cannot."""
     model, ids, mask = cast(build(name)), PADDED, MASK
@@ -196,6 +200,7 @@ def test_every_family_is_right_or_refused(name):
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "paligemma", "llava", "lfm2_vl"])
+@pytest.mark.compat("Drafting", "after an image")
 def test_after_an_image(name):
     model, batch = test_vision.cast(test_vision.build(name)), batch_of(name, 4)
     options = {**batch.told, "eos_token_id": None, "suppress_tokens": test_vision.SPECIAL, "max_new_tokens": 8}
@@ -206,6 +211,9 @@ def test_after_an_image(name):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.compat(
+    "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
+)
 def test_end_of_text_wherever_it_falls(rows):
     """Every token that the rows say ends them once, two at a time."""
     model, ids = agreeing(), tokens(rows)
@@ -220,6 +228,9 @@ def test_end_of_text_wherever_it_falls(rows):
 
 
 @pytest.mark.parametrize("new", range(1, 12))
+@pytest.mark.compat(
+    "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
+)
 def test_the_last_token_wherever_it_falls(new):
     model, ids = agreeing(), tokens(1)
     expected = plain(model, ids, max_new_tokens=new)
@@ -230,11 +241,17 @@ def test_the_last_token_wherever_it_falls(new):
     assert {layer.get_seq_length() for layer in out.past_key_values.layers} == {9 + new - 1}
 
 
+@pytest.mark.compat(
+    "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
+)
 def test_the_time_is_up():
     model, ids = agreeing(), tokens(2)
     assert drafted(model, ids, max_time=1e-9).sequences.shape == (2, 10)
 
 
+@pytest.mark.compat(
+    "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
+)
 def test_stop_strings():
     model, ids, tokenizer = agreeing(), tokens(1), make_tokenizer()
     options = {"tokenizer": tokenizer, "suppress_tokens": [*range(4), *range(len(tokenizer), VOCAB)]}
@@ -258,6 +275,9 @@ class EndsWith(StoppingCriteria):
 
 
 @pytest.mark.parametrize("eos", [None, 98])
+@pytest.mark.compat(
+    "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
+)
 def test_criteria_of_ones_own_are_asked_as_without_drafts(eos):
     """Without an end-of-text token a row that has finished goes on until all have, with it it is padded."""
     model, ids = agreeing(), tokens(3)
@@ -282,6 +302,7 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("trimmed", [False, True], ids=["whole", "part"])
 @pytest.mark.parametrize("form", PROCESSORS)
+@pytest.mark.compat("Drafting", "logits processors, transformers' and one's own")
 def test_processors(form, trimmed):
     model, ids = agreeing(), tokens(2)
     model.set_draft_vocabulary(range(2, 70) if trimmed else None)
@@ -305,6 +326,7 @@ class Remembering(LogitsProcessor):
         return scores
 
 
+@pytest.mark.compat("Drafting", "logits processors, transformers' and one's own")
 def test_a_processor_that_remembers_sees_the_text_alone():
     model, ids = agreeing(), tokens(1)
     without, with_drafts = Remembering(), Remembering()
@@ -325,6 +347,7 @@ class Streamer:
         self.has_ended = True
 
 
+@pytest.mark.compat("Drafting", "streaming")
 def test_a_streamer_is_given_accepted_tokens_in_order():
     model, ids = agreeing(), tokens(1)
     without, with_drafts = Streamer(), Streamer()
@@ -541,6 +564,7 @@ def sample(model, ids, rows: int, times: int, **options):
 
 @pytest.mark.parametrize(("rows", "times"), [(4000, 1), (4, 250)], ids=["many rows", "few rows"])
 @pytest.mark.parametrize("form", SAMPLING)
+@pytest.mark.compat("Drafting", "sampling: the distribution of decoding without drafts (chi-squared tests)")
 def test_sampling_has_the_distribution_of_decoding_without_drafts(form, rows, times):
     options, part = SAMPLING[form]
     model, ids = small_model(), torch.tensor([[3, 4, 2, 5, 1]])
@@ -590,6 +614,7 @@ def test_accepting_gives_p_whatever_q_is():
 
 
 @architectures
+@pytest.mark.compat("Drafting", "a trimmed draft vocabulary")
 def test_a_draft_vocabulary_changes_no_token(name):
     """One of the tokens to come, one of all others, one of a few."""
     model, ids = agreeing(name), tokens(1)
@@ -706,6 +731,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("form", REFUSED)
+@pytest.mark.compat(
+    "Drafting",
+    "refused before any work: beams and other searches, hidden states, `adapter_names`, paged caches",
+)
 def test_refused_before_any_work(form):
     error, options = REFUSED[form]
     model, forwards = agreeing(), []

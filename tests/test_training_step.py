@@ -24,6 +24,7 @@ from tiny import (
 )
 from umbra import kernels
 from umbra.core import labelled_positions
+from umbra.kernels import saved
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
@@ -267,6 +268,28 @@ def test_the_fast_forms_are_the_plain_ones(name, fields):
             torch.testing.assert_close(getattr(fast, loss), getattr(plain, loss), rtol=1e-6, atol=0)
     for key, gradient in expected.items():
         assert (given[key] - gradient).norm() <= 1e-6 * gradient.norm(), key
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_outputs_of_activations_are_computed_again(name, monkeypatch):
+    """Once in each block that gradients pass through, and not where the user has a hand in what is kept."""
+    model, ids, again = make(name, first_layer=2).train(), tokens(3, 11), []
+    monkeypatch.setattr(saved.Again, "give_back", lambda self, was=saved.Again.give_back: again.append(1) or was(self))
+    model(ids, labels=partly_labelled(ids)).loss.backward()
+    assert len(again) == LAYERS - 2
+    with torch.autograd.graph.save_on_cpu():
+        model(ids, labels=partly_labelled(ids)).loss.backward()
+    assert len(again) == LAYERS - 2
+
+
+def test_what_is_kept_must_not_change():
+    x = torch.randn(3, requires_grad=True)
+    with saved.sparing():
+        y = x.exp()
+        z = y.square()
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        z.sum().backward()
 
 
 @architectures

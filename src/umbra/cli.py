@@ -205,10 +205,14 @@ def _add_flags(parser: Any, kind: type) -> None:
             )  # fmt: skip
             continue
         kind_of = types[0] if types[0] in (int, float) else str
-        several = get_origin(types[0]) is tuple
+        form, metavar = kind_of, kind_of.__name__.upper()
+        if get_origin(types[0]) is tuple:
+            form, metavar = _integers, "INT,…"
+        elif types == [int, float]:
+            form, metavar = _number, "NUMBER"
         parser.add_argument(
-            f"--{f.name}", *{f"--{f.name.replace('_', '-')}"} - {f"--{f.name}"}, type=_integers if several else kind_of,
-            default=argparse.SUPPRESS, metavar="INT,…" if several else kind_of.__name__.upper(), help=text + default,
+            f"--{f.name}", *{f"--{f.name.replace('_', '-')}"} - {f"--{f.name}"}, type=form, default=argparse.SUPPRESS,
+            metavar=metavar, help=text + default,
         )  # fmt: skip
 
 

@@ -88,7 +88,10 @@ class ShadowConfig:
         None, "train copies of the task head for both paths; default: yes for classification, no for causal LM"
     )
 
-    first_layer: int | None = option(None, "first block with an injection; paper 1, peft 0")
+    first_layer: int | float | None = option(
+        None, "first block with an injection; or the share of the blocks below it, such as 0.67: the fewer are coupled, the "
+        "cheaper is training; paper 1, peft 0"
+    )  # fmt: skip
     layers: tuple[int, ...] | None = option(
         None, "the coupled blocks, in place of first_layer, such as 20,22,24; default all from first_layer on"
     )
@@ -107,8 +110,11 @@ class ShadowConfig:
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or not 1 <= value <= LARGEST):
                 raise ConfigError(f"{name} must be an integer of at least 1 and at most {LARGEST}, got {shown(value)}.")
-        if self.first_layer is not None and (not _is_int(self.first_layer) or self.first_layer < 0):
-            raise ConfigError(f"first_layer must be an integer of at least 0, got {shown(self.first_layer)}.")
+        first = self.first_layer
+        if first is not None and not ((_is_int(first) and first >= 0) or (isinstance(first, float) and 0 < first < 1)):
+            raise ConfigError(
+                f"first_layer must be an integer of at least 0, or a share between 0 and 1, got {shown(first)}."
+            )
         if self.layers is not None:
             if not isinstance(self.layers, list | tuple) or not all(_is_int(l) and l >= 0 for l in self.layers):
                 raise ConfigError(f"layers must be a list of block numbers from 0 on, got {shown(self.layers)}.")
@@ -165,9 +171,10 @@ class ShadowConfig:
             ConfigError: a block that the base does not have.
         """
         assert self.first_layer is not None
-        if self.layers is None and self.first_layer >= num_layers:
+        first = round(self.first_layer * num_layers) if isinstance(self.first_layer, float) else self.first_layer
+        if self.layers is None and first >= num_layers:
             raise ConfigError(f"first_layer={self.first_layer}, but the base's blocks are 0 to {num_layers - 1}.")
-        layers = tuple(range(self.first_layer, num_layers)) if self.layers is None else self.layers
+        layers = tuple(range(first, num_layers)) if self.layers is None else self.layers
         if layers[-1] >= num_layers:
             raise ConfigError(f"layers={list(layers)}, but the base's blocks are 0 to {num_layers - 1}.")
         return layers

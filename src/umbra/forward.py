@@ -1,12 +1,13 @@
 """One forward of base and shadows: who takes part, what each of them sees, and the cache that they share."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from . import anatomy, caches
+from . import anatomy, caches, kernels
 from .adapters import group_rows, pick_rows
 from .backbone import BATCH_ARGUMENTS, Shadow
 from .decoding import SHADOW_MASK
@@ -96,7 +97,7 @@ class Forward:
         use_state: Callable[[Tensor], Any] | None = None,
     ) -> dict[str, Any]:
         """The base's output by name; see `_frame`."""
-        with self._frame(batch, route, head, use_state):
+        with self._frame(batch, route, head, use_state), kernels.sparing() if kernels.in_use() else nullcontext():
             return dict(self._call_base(batch, return_dict=True))
 
     def _call_base(self, batch: dict[str, Any], part: Any = None, **options: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import anatomy
+from .. import anatomy, kernels
 from ..config import ShadowConfig
 from ..core import IGNORED, labelled_positions
 from ..errors import ConfigError
@@ -137,24 +137,19 @@ class Method:
 
 
 def umbra(name: str, about: str, only_trains: bool = False, **fields: Any) -> Method:
-    """A row of Umbra: fields of `ShadowConfig`; what is callable is told the number of the base's blocks."""
+    """A row of Umbra: fields of `ShadowConfig`."""
 
     def build(base: Any, rank: int, width: int) -> Any:
-        L = len(anatomy.locate(base).blocks)
-        given = {k: v(L) if callable(v) else v for k, v in fields.items()}
-        return attach(base, ShadowConfig(**{"shadow_intermediate_size": width, "dropout": 0.0, **given}))
+        return attach(base, ShadowConfig(**{"shadow_intermediate_size": width, "dropout": 0.0, **fields}))
 
     return Method(name, about, build, None, True, True, only_trains, task=_task_of_umbra)
 
 
-def half(L: int) -> int:
-    """The first of the upper half of L blocks."""
-    return L // 2
-
-
-def upper_third(L: int) -> int:
-    """The first of the upper third of L blocks."""
-    return L - L // 3
+def _plain(base: Any, rank: int, width: int) -> Any:
+    """Umbra with core.py's own forms in place of the kernels."""
+    model: Any = attach(base, ShadowConfig(shadow_intermediate_size=width, dropout=0.0))
+    model.forward, model.generate = kernels.reference()(model.forward), kernels.reference()(model.generate)
+    return model
 
 
 METHODS = (
@@ -169,12 +164,13 @@ METHODS = (
     Method(
         "shadow-peft", "the authors' package at its defaults", _shadow_peft, "shadow_peft", True, task=_task_of_shadow_peft
     ),
+    Method("Umbra plain", "core.py as it reads, without the kernels", _plain, None, True, True, task=_task_of_umbra),
     umbra("Umbra", "at its defaults"),
     umbra("Umbra λ=0", "no loss of the shadow's own", only_trains=True, auxiliary_loss_weight=0.0),
     umbra("Umbra 4th", "the shadow's own loss on every 4th label", only_trains=True, auxiliary_loss_every=4),
-    umbra("Umbra upper half", "only the upper half of the blocks is coupled", first_layer=half),
-    umbra("Umbra upper third", "only the upper third of them", first_layer=upper_third),
-    umbra("Umbra upper half 4th", "both of these", only_trains=True, first_layer=half, auxiliary_loss_every=4),
+    umbra("Umbra upper half", "only the upper half of the blocks is coupled", first_layer=0.5),
+    umbra("Umbra upper third", "only the upper third of them", first_layer=0.67),
+    umbra("Umbra upper half 4th", "both of these", only_trains=True, first_layer=0.5, auxiliary_loss_every=4),
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from .couple import couple_few as couple_few
 from .couple import pack as pack
 from .loss import Head as Head
 from .loss import linear_loss as linear_loss
+from .saved import sparing as sparing
 
 _plain = os.environ.get("UMBRA_KERNELS") == "reference"
 

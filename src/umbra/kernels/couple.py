@@ -4,8 +4,8 @@
     s' = s + σ(act(a) · G₂ᵀ) ⊙ (act(b) · T₂ᵀ − s)
     h' = h + α · ((h − s') · Downᵀ) · Upᵀ
 
-Autograd keeps h, s and s' alone (s' is the s of the next seam) and computes the rest again in the backward: of the
-state, D numbers per token and seam instead of about six times D.
+Autograd keeps s, s' (the s of the next seam), h' (which the block keeps anyway) and the R numbers between Down and Up, and
+computes the rest again in the backward, h too: D numbers per token and seam instead of about seven times D.
 """
 
 import functools
@@ -60,14 +60,14 @@ def couple(h: Tensor, s: Tensor, seam: Seam, masks: Masks = NO_MASKS) -> tuple[T
 
         return couple_triton.couple(h, s, seam, masks)
     if not torch.is_grad_enabled():
-        return forward(h, s, seam, masks)
+        return forward(h, s, seam, masks)[:2]
     out, state = _Couple.apply(h, s, seam, masks, *weights_of(seam))  # type: ignore[misc]
     return h if out is None else out, s if state is None else state
 
 
-def forward(h: Tensor, s: Tensor, seam: Seam, masks: Masks) -> tuple[Tensor, Tensor]:
-    """The equations at the top."""
-    x = h.to(s.dtype)
+def forward(h: Tensor, s: Tensor, seam: Seam, masks: Masks) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The equations at the top: h', s', and (h − s') · Downᵀ, (…, R), as Up reads it."""
+    x, r = h.to(s.dtype), None
     if seam.gate is not None and seam.transform is not None:
         n = x if seam.norm is None else F.layer_norm(x, x.shape[-1:], *seam.norm)
         inner, bias = _inner(*seam.gate[:2], *seam.transform[:2])
@@ -83,7 +83,7 @@ def forward(h: Tensor, s: Tensor, seam: Seam, masks: Masks) -> tuple[Tensor, Ten
             h = torch.addmm(h.flatten(0, -2), r.flatten(0, -2), seam.up.T, alpha=seam.alpha).view(h.shape)
         else:
             h = h + F.linear(r, seam.up).mul_(seam.alpha).to(h.dtype)
-    return h, s
+    return h, s, r
 
 
 def _inner(g1: Tensor, g1_bias: Tensor | None, t1: Tensor, t1_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -164,20 +164,25 @@ def couple_few(h: Tensor, s: Tensor, seam: Pack) -> tuple[Tensor, Tensor]:
 class _Couple(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, s: Tensor, seam: Seam, masks: Masks, *weights: Tensor | None) -> Any:  # type: ignore[override]
-        out, state = forward(h, s, seam, masks)
+        out, state, r = forward(h, s, seam, masks)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h, s, state, *masks, *weights)
+        ctx.is_after = (
+            r is not None and h.dtype == s.dtype
+        )  # else h, added to in another precision, cannot be told from h'
+        ctx.save_for_backward(out if ctx.is_after else h, s, state, r, *masks, *weights)
         ctx.epsilon, ctx.activation, ctx.alpha = seam.norm and seam.norm[2], seam.activation, seam.alpha
         return None if seam.down is None else out, None if seam.gate is None else state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> Any:  # type: ignore[override]
-        h, s, state, in_transform, in_rank, in_delta, *weights = ctx.saved_tensors
+        h, s, state, r, in_transform, in_rank, in_delta, *weights = ctx.saved_tensors
         d_h, d_s, d_down, d_up = None, d_state, None, None
         D, x = h.shape[-1], h.to(s.dtype).reshape(-1, h.shape[-1])
+        if ctx.is_after:
+            x = torch.addmm(x, r.reshape(len(x), r.shape[-1]), weights[-1].T, alpha=-ctx.alpha)
         if d_out is not None:
-            d_s, d_delta, d_down, d_up = _inject_backward(ctx, d_out, d_state, x, state, in_rank, in_delta)
+            d_s, d_delta, d_down, d_up = _inject_backward(ctx, d_out, d_state, x, state, r, in_rank, in_delta)
             d_h = d_out + d_delta.view(h.shape).to(h.dtype)
         d_weights = (None,) * 10
         if weights[2] is not None and d_s is not None:
@@ -189,7 +194,7 @@ class _Couple(torch.autograd.Function):
 
 
 def _inject_backward(
-    ctx: Any, d_out: Tensor, d_state: Tensor | None, x: Tensor, state: Tensor, in_rank: Tensor | None,
+    ctx: Any, d_out: Tensor, d_state: Tensor | None, x: Tensor, state: Tensor, r: Tensor, in_rank: Tensor | None,
     in_delta: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of s', h − s' (both (N, D)), down and up."""
@@ -197,11 +202,9 @@ def _inject_backward(
     d = d_out.reshape(x.shape).to(x.dtype)
     delta = x - state.reshape(x.shape)
     delta = delta if in_delta is None else delta.mul_(in_delta.reshape(x.shape))
-    r, d_r = delta @ down.T, (d @ up).mul_(ctx.alpha)
-    if in_rank is not None:
-        factors = in_rank.reshape(r.shape)
-        r, d_r = r.mul_(factors), d_r.mul_(factors)
-    d_down, d_up = d_r.T @ delta, (d.T @ r).mul_(ctx.alpha)
+    d_r = (d @ up).mul_(ctx.alpha)
+    d_r = d_r if in_rank is None else d_r.mul_(in_rank.reshape(d_r.shape))
+    d_down, d_up = d_r.T @ delta, (d.T @ r.reshape(d_r.shape)).mul_(ctx.alpha)
     d_delta = d_r @ down
     d_delta = d_delta if in_delta is None else d_delta.mul_(in_delta.reshape(x.shape))
     d_s = -d_delta if d_state is None else d_state.reshape(x.shape) - d_delta
@@ -210,7 +213,7 @@ def _inject_backward(
 
 def _update_backward(ctx: Any, d_s: Tensor, x: Tensor, s: Tensor, in_transform: Tensor | None) -> tuple[Any, ...]:
     """Gradients of h and s (both (N, D)), and of the weights of norm, gate and transform."""
-    norm, norm_bias, g1, g1_bias, g2, g2_bias, t1, t1_bias, t2, t2_bias = ctx.saved_tensors[6:-2]
+    norm, norm_bias, g1, g1_bias, g2, g2_bias, t1, t1_bias, t2, t2_bias = ctx.saved_tensors[7:-2]
     d_s, act, act_backward = d_s.reshape(x.shape), ACTIVATIONS[ctx.activation], GRADIENTS[ctx.activation]
     n, mean, scale = x, None, None
     if norm is not None:

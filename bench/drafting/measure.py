@@ -1,0 +1,108 @@
+"""Every way of writing an answer, question by question in shuffled order, at batch 1 and greedy."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+DRAFTS = (2, 3, 4, 6, 8, "auto")
+LOOKED_UP = 5  # tokens that a peer drafts at most, where it does not choose by itself
+LONGEST = 200  # tokens of an answer
+BASE, ATTACHED = "bare base", "attached"
+
+
+class Way(NamedTuple):
+    """One way: whose tokens it must give, and how it is called: (ids, **options of generate)."""
+
+    of: str
+    generate: Callable[..., Any]
+
+
+def ways(model: Any) -> dict[str, Way]:
+    """Base and attached model, each as transformers decodes it, and with drafts from wherever they can come."""
+    edges = {name: model.detached() for name in ("its defaults", f"{LOOKED_UP} tokens")}
+    fixed = edges[f"{LOOKED_UP} tokens"].generation_config
+    fixed.num_assistant_tokens, fixed.num_assistant_tokens_schedule = LOOKED_UP, "constant"
+    fixed.assistant_confidence_threshold = 0.0
+
+    def bare(ids: Tensor, **options: Any) -> Any:
+        with model.disable_adapter():
+            return model.generate(ids, **options)
+
+    def attached(**more: Any) -> Way:
+        return Way(ATTACHED, lambda ids, **options: model.generate(ids, **more, **options))
+
+    return {
+        BASE: Way(BASE, bare),
+        ATTACHED: attached(),
+        **{f"drafted, {k}": attached(draft=k) for k in DRAFTS},
+        **{f"assisted generation, {name}": attached(assistant_model=edge) for name, edge in edges.items()},
+        "prompt lookup": attached(prompt_lookup_num_tokens=LOOKED_UP),
+        f"{BASE}, prompt lookup": Way(
+            BASE, lambda ids, **options: bare(ids, prompt_lookup_num_tokens=LOOKED_UP, **options)
+        ),
+    }
+
+
+def answers(model: Any, end: int, prompts: list[Tensor]) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """A row for each question and way: seconds, tokens, what drafting counted, and whether they are its model's tokens.
+
+    All write as many tokens as the attached model's answer has.
+
+    Args:
+        end: the token that ends an answer.
+        prompts: (1, T) each.
+
+    Returns:
+        The rows, and the attached model's answers.
+    """
+    found, chance = ways(model), random.Random(0)
+    for config in {id(c): c for c in (model.generation_config, model.base.generation_config)}.values():
+        config.eos_token_id, config.pad_token_id = None, end
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    for way in found.values():
+        way.generate(prompts[0], max_new_tokens=8, **options)
+    rows, texts = [], []
+    for number, ids in enumerate(tqdm(prompts, desc="answers", disable=None)):
+        answer = model.generate(ids, max_new_tokens=LONGEST, do_sample=False, eos_token_id=end)
+        order, written, mine = list(found), {}, []
+        chance.shuffle(order)
+        for name in order:
+            began = time.perf_counter()
+            out = found[name].generate(ids, max_new_tokens=answer.shape[1] - ids.shape[1], **options)
+            seconds = time.perf_counter() - began
+            written[name] = out.sequences[0, ids.shape[1] :].tolist()
+            counted = {key: getattr(out, key, None) for key in ("drafted", "accepted", "verified")}
+            mine.append({"question": number, "way": name, "seconds": seconds, "tokens": len(written[name]), **counted})
+        for row in mine:
+            row["equal"] = written[row["way"]] == written[found[row["way"]].of]
+        rows += mine
+        texts.append(answer[0, ids.shape[1] :])
+    return rows, texts
+
+
+@torch.no_grad()
+def costs(model: Any, ids: Tensor, most: int = 9, rounds: int = 15) -> dict[str, Any]:
+    """Seconds of the attached forward over 1 … ``most`` tokens after ``ids`` (1, T), and of the bare base over 1."""
+    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    with model.disable_adapter():
+        bare = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    length, found = ids.shape[1], {n: [] for n in range(most + 1)}
+    for _ in range(rounds):
+        for n, times in found.items():
+            batch = {"input_ids": ids[:, : max(n, 1)], "use_cache": True}
+            began = time.perf_counter()
+            if n:
+                model(**batch, past_key_values=cache)
+            else:
+                with model.disable_adapter():
+                    model(**batch, past_key_values=bare)
+            times.append(time.perf_counter() - began)
+            (cache if n else bare).crop(length)
+    medians = {n: statistics.median(times) for n, times in found.items()}
+    return {"base": medians.pop(0), "attached": medians}

@@ -1,0 +1,153 @@
+"""The table, and the cost model: what a cycle costs, what it brings, and what that predicts elsewhere."""
+
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .measure import ATTACHED, BASE, DRAFTS
+
+FIXED = [k for k in DRAFTS if isinstance(k, int)]
+# A guess for a base of 8B in bf16 on one GPU. More tokens are nearly free where weights are read more slowly than numbers
+# are multiplied; a shadow of 0.6B reads a thirteenth of them.
+ELSEWHERE = {"8B base on a GPU, shadow of 0.6B": {"draft": 0.08, "extra": 0.01, "attached": 1.03}}
+
+
+def summary(rows: list[dict[str, Any]], costs: dict[str, Any]) -> dict[str, Any]:
+    """By way: tokens per second, times the bare base's (median and quartiles over questions), and drafting's counts."""
+    base = {r["question"]: r["seconds"] for r in rows if r["way"] == BASE}
+    table = {}
+    for way in dict.fromkeys(r["way"] for r in sorted(rows, key=lambda r: (r["question"], _order(r["way"])))):
+        mine = [r for r in rows if r["way"] == way]
+        ratios = [base[r["question"]] / r["seconds"] for r in mine]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        counts = {k: sum(r[k] for r in mine) for k in ("drafted", "accepted", "verified") if mine[0][k] is not None}
+        tokens = sum(r["tokens"] for r in mine)
+        table[way] = {
+            "tokens_per_second": tokens / sum(r["seconds"] for r in mine), "speedup": middle, "quartiles": [low, high],
+            "tokens": tokens, "equal": all(r["equal"] for r in mine), **counts,
+        }  # fmt: skip
+    return {"ways": table, "model": cost_model(rows, costs)._asdict()}
+
+
+def _order(way: str) -> int:
+    names = [BASE, ATTACHED, *(f"drafted, {k}" for k in DRAFTS)]
+    return names.index(way) if way in names else len(names)
+
+
+class CostModel(NamedTuple):
+    """In forwards of the bare base over one token.
+
+    Args:
+        acceptance: a, how likely a drafted token is to stand if those before it do.
+        draft: one run of the shadow and its head.
+        extra: each further token of a verification.
+        attached: the attached forward over one token.
+    """
+
+    acceptance: float
+    draft: float
+    extra: float
+    attached: float
+
+    def speedup(self, k: int) -> float:
+        """Tokens of a cycle of k drafted tokens over its cost: Σ aⁱ / (attached + k · extra + (k + 1) · draft).
+
+        The shadow runs k + 1 times: the state of the last drafted token is the verification's, too.
+        """
+        return sum(self.acceptance**i for i in range(k + 1)) / (self.attached + k * self.extra + (k + 1) * self.draft)
+
+
+def cost_model(rows: list[dict[str, Any]], costs: dict[str, Any]) -> CostModel:
+    """What explains the rows of a fixed k best."""
+    one, attached = costs["base"], {int(n): s for n, s in costs["attached"].items()}
+    most = max(attached)
+    extra = (attached[most] - attached[1]) / (most - 1)
+    fixed = [r for r in rows if r["way"] in [f"drafted, {k}" for k in FIXED]]
+    drafting = sum(r["seconds"] - r["verified"] * attached[1] - r["drafted"] * extra for r in fixed)
+    runs = sum(r["drafted"] + r["verified"] for r in fixed)
+    accepted, tried = (
+        sum(r["accepted"] for r in fixed),
+        sum(min(r["accepted"] + r["verified"], r["drafted"]) for r in fixed),
+    )
+    return CostModel(accepted / tried, drafting / runs / one, extra / one, attached[1] / one)
+
+
+def text(held: dict[str, Any]) -> str:
+    """Markdown."""
+    ways, model, machine = held["ways"], CostModel(**held["model"]), held["machine"]
+    lines = [
+        f"# Drafted decoding: {held['base']}, {held['dtype']}, batch 1, greedy", "",
+        f"{held['questions']} {held['split']} problems of gsm_symbolic with worked answers; every way writes as many tokens as the "
+        f"attached model's answer has.",
+        f"{machine['cpu']}, {machine['threads']} threads; {held['versions']}; {held['date']}.", "",
+        f"The shadow has {held['shadow_parameters']:,} parameters of its own, {held['share']:.1%} of the base's without its "
+        f"embeddings, and drafts from {held['draft_vocabulary']} tokens.",
+        f"Trained by `python -m bench.drafting` (seed 0): {held['training']}.",
+        f"Right answers of the attached model: {held['right']} of {held['questions']}.", "",
+        "| way | tokens/s | × bare base, median | quartiles | drafted | accepted | tokens per verification | tokens equal |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]  # fmt: skip
+    for name, row in ways.items():
+        drafted = ["", "", ""]
+        if "drafted" in row:
+            share = row["accepted"] / row["drafted"] if row["drafted"] else 0
+            drafted = [str(row["drafted"]), f"{share:.0%}", f"{row['tokens'] / row['verified']:.2f}"]
+        low, high = row["quartiles"]
+        cells = [name, f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}", f"{low:.2f} – {high:.2f}", *drafted]
+        lines.append(f"| {' | '.join(cells)} | {'yes' if row['equal'] else '**no**'} |")
+    lines += [
+        "", "## What a cycle costs", "", "In forwards of the bare base over one token:", "",
+        f"- the attached forward over one token: {model.attached:.2f}; each further token in it: {model.extra:.3f}",
+        f"- a drafted token: {model.draft:.3f}",
+        f"- a drafted token stands, if those before it do, with probability a = {model.acceptance:.2f}",
+        "", "tokens of a cycle / its cost = Σ aⁱ / (attached + k · extra + (k + 1) · draft)",
+        "", "| k | predicted | measured |", "|---:|---:|---:|",
+    ]  # fmt: skip
+    lines += [f"| {k} | {model.speedup(k):.2f} | {ways[f'drafted, {k}']['speedup']:.2f} |" for k in FIXED]
+    lines += ["", "Not measured, but predicted with the same acceptance and assumed costs:", ""]
+    for name, costs in ELSEWHERE.items():
+        there = model._replace(**costs)
+        best = max(range(1, 17), key=there.speedup)
+        told = ", ".join(f"{k} {v}" for k, v in costs.items())
+        lines.append(f"- {name} ({told}): {there.speedup(best):.2f} × at k = {best}")
+    return "\n".join(lines) + "\n"
+
+
+def picture(held: dict[str, Any], path: Path) -> None:
+    """Speed of every way beside the bare base; and the cost model's curve, with what was measured on it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    bars, curve = figure.subplots(1, 2)
+    _bars(bars, held["ways"])
+    _curve(curve, held["ways"], CostModel(**held["model"]))
+    for axes in (bars, curve):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _bars(axes: Any, ways: dict[str, Any]) -> None:
+    names = list(ways)[::-1]
+    middle = [ways[n]["speedup"] for n in names]
+    below = [m - ways[n]["quartiles"][0] for n, m in zip(names, middle, strict=True)]
+    above = [ways[n]["quartiles"][1] - m for n, m in zip(names, middle, strict=True)]
+    colours = ["#4e79a7" if n.startswith("drafted") else "#9c9c9c" for n in names]
+    axes.barh(names, middle, xerr=[below, above], color=colours, ecolor="#555555")
+    axes.axvline(1, color="#333333", linewidth=1)
+    axes.set_xlabel("× the bare base's tokens/s, batch 1 (median, quartiles over questions)")
+
+
+def _curve(axes: Any, ways: dict[str, Any], model: CostModel) -> None:
+    ks = range(1, 13)
+    axes.plot(ks, [model.speedup(k) for k in ks], linewidth=2.5, label=f"this machine, a = {model.acceptance:.2f}")
+    for a in (0.6, 0.8, 0.95):
+        axes.plot(
+            ks, [model._replace(acceptance=a).speedup(k) for k in ks], linewidth=1, label=f"this machine, a = {a}"
+        )
+    for name, costs in ELSEWHERE.items():
+        there = model._replace(**costs)
+        axes.plot(ks, [there.speedup(k) for k in ks], "--", label=f"{name} (assumed costs)")
+    axes.plot(FIXED, [ways[f"drafted, {k}"]["speedup"] for k in FIXED], "o", color="black", label="measured")
+    axes.axhline(1, color="#333333", linewidth=1)
+    axes.set(xlabel="drafted tokens of a cycle, k", ylabel="× the bare base")
+    axes.legend(fontsize=8)
