@@ -1,6 +1,7 @@
 """``python -m bench.drafting``."""
 
 import argparse
+import copy
 import json
 from datetime import date
 from importlib.metadata import version
@@ -11,7 +12,7 @@ import torch
 
 import umbra
 from umbra import folder
-from umbra.bases import load_tokenizer
+from umbra.bases import load_base, load_tokenizer
 from umbra.bench.machine import Device
 from umbra.options import EMBEDDED
 
@@ -34,10 +35,12 @@ def main() -> None:
     given = parser.parse_args()
     adapter = shadow.train(given.out, given.alone, given.together)
     tokenizer: Any = load_tokenizer(EMBEDDED)
-    model: Any = umbra.load(adapter, dtype=getattr(torch, given.dtype)).eval()
+    base: Any = load_base(EMBEDDED, dtype=getattr(torch, given.dtype))
+    bare = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    model: Any = umbra.load(adapter, base=base).eval()
     prompts = shadow.prompts(tokenizer, given.split, given.questions)
-    costs = measure.costs(model, prompts[0])
-    rows, texts = measure.answers(model, tokenizer.eos_token_id, prompts)
+    costs = measure.costs(bare, model, prompts[0])
+    rows, texts = measure.answers(bare, model, tokenizer.eos_token_id, prompts)
     expected = [r["completion"] for r in shadow.records(given.split, given.questions)]
     right = sum(_result(tokenizer.decode(t)) == _result(e) for t, e in zip(texts, expected, strict=True))
     own = sum(p.numel() for n, p in model.shadow.named_parameters() if "embed" not in n)

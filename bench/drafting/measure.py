@@ -23,46 +23,47 @@ class Way(NamedTuple):
     generate: Callable[..., Any]
 
 
-def ways(model: Any) -> dict[str, Way]:
-    """Base and attached model, each as transformers decodes it, and with drafts from wherever they can come."""
+def ways(bare: Any, model: Any) -> dict[str, Way]:
+    """Base and attached model, each as transformers decodes it, and with drafts from wherever they can come.
+
+    Args:
+        bare: the base in modules of its own, which nothing is attached to.
+    """
     edges = {name: model.detached() for name in ("its defaults", f"{LOOKED_UP} tokens")}
     fixed = edges[f"{LOOKED_UP} tokens"].generation_config
     fixed.num_assistant_tokens, fixed.num_assistant_tokens_schedule = LOOKED_UP, "constant"
     fixed.assistant_confidence_threshold = 0.0
 
-    def bare(ids: Tensor, **options: Any) -> Any:
-        with model.disable_adapter():
-            return model.generate(ids, **options)
-
     def attached(**more: Any) -> Way:
         return Way(ATTACHED, lambda ids, **options: model.generate(ids, **more, **options))
 
     return {
-        BASE: Way(BASE, bare),
+        BASE: Way(BASE, bare.generate),
         ATTACHED: attached(),
         **{f"drafted, {k}": attached(draft=k) for k in DRAFTS},
         **{f"assisted generation, {name}": attached(assistant_model=edge) for name, edge in edges.items()},
         "prompt lookup": attached(prompt_lookup_num_tokens=LOOKED_UP),
         f"{BASE}, prompt lookup": Way(
-            BASE, lambda ids, **options: bare(ids, prompt_lookup_num_tokens=LOOKED_UP, **options)
+            BASE, lambda ids, **options: bare.generate(ids, prompt_lookup_num_tokens=LOOKED_UP, **options)
         ),
     }
 
 
-def answers(model: Any, end: int, prompts: list[Tensor]) -> tuple[list[dict[str, Any]], list[Tensor]]:
+def answers(bare: Any, model: Any, end: int, prompts: list[Tensor]) -> tuple[list[dict[str, Any]], list[Tensor]]:
     """A row for each question and way: seconds, tokens, what drafting counted, and whether they are its model's tokens.
 
     All write as many tokens as the attached model's answer has.
 
     Args:
+        bare: see `ways`.
         end: the token that ends an answer.
         prompts: (1, T) each.
 
     Returns:
         The rows, and the attached model's answers.
     """
-    found, chance = ways(model), random.Random(0)
-    for config in {id(c): c for c in (model.generation_config, model.base.generation_config)}.values():
+    found, chance = ways(bare, model), random.Random(0)
+    for config in {id(c): c for c in (model.generation_config, bare.generation_config)}.values():
         config.eos_token_id, config.pad_token_id = None, end
     options = {"do_sample": False, "return_dict_in_generate": True}
     for way in found.values():
@@ -87,22 +88,17 @@ def answers(model: Any, end: int, prompts: list[Tensor]) -> tuple[list[dict[str,
 
 
 @torch.no_grad()
-def costs(model: Any, ids: Tensor, most: int = 9, rounds: int = 15) -> dict[str, Any]:
+def costs(bare: Any, model: Any, ids: Tensor, most: int = 9, rounds: int = 15) -> dict[str, Any]:
     """Seconds of the attached forward over 1 … ``most`` tokens after ``ids`` (1, T), and of the bare base over 1."""
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    with model.disable_adapter():
-        bare = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    apart = bare(ids, use_cache=True, logits_to_keep=1).past_key_values
     length, found = ids.shape[1], {n: [] for n in range(most + 1)}
     for _ in range(rounds):
         for n, times in found.items():
             batch = {"input_ids": ids[:, : max(n, 1)], "use_cache": True}
             began = time.perf_counter()
-            if n:
-                model(**batch, past_key_values=cache)
-            else:
-                with model.disable_adapter():
-                    model(**batch, past_key_values=bare)
+            model(**batch, past_key_values=cache) if n else bare(**batch, past_key_values=apart)
             times.append(time.perf_counter() - began)
-            (cache if n else bare).crop(length)
+            (cache if n else apart).crop(length)
     medians = {n: statistics.median(times) for n, times in found.items()}
     return {"base": medians.pop(0), "attached": medians}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import anatomy
+from . import anatomy, kernels
 from .backbone import Shadow
 from .config import ShadowConfig
 from .errors import ConfigError, StateError
@@ -141,6 +141,7 @@ class Adapters:
         table = self.base.resize_token_embeddings(new_num_tokens, *args, **options)
         located = anatomy.locate(self.base)
         self._attachment.settle_head(located.head)
+        kernels.quicken([located.head])
         for name in self.adapters:
             self.adapter(name).resize(located)
         self.config.get_text_config(decoder=True).vocab_size = anatomy.vocabulary_size(table)
@@ -157,6 +158,7 @@ class Adapters:
     def _seat(self, name: str, shadow: Shadow) -> None:
         before = self.adapter(name) if name in self.adapters else None
         shadow.place(self._free_cache_layer(len(shadow.cache_layers), before))
+        kernels.quicken(shadow.modules())
         shadow.train(self.shadow.training)
         if before is self.shadow:
             self.shadow = shadow

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, logits_process
@@ -26,6 +25,7 @@ from .backbone import Shadow, check_draft_tokens
 from .decoding import Decoding
 from .errors import BaseModelError, ConfigError, StateError, shown
 from .hooks import Frame, HeadPlan, Lane
+from .kernels import product
 from .speculation import Drafted, Pace, Text
 
 AUTO = 8  # draft tokens at most where nobody says; more would be verified at a loss even where nearly all are accepted
@@ -341,7 +341,7 @@ class DraftHead:
     def __call__(self, s0: Tensor) -> Tensor:
         """(B, D) → logits (B, N) in float32."""
         x = anatomy.head_input(self.base, s0).to(self.dtype)
-        logits = self.head(x) if self.tokens is None else F.linear(x.to(self.weight.device), self.weight, self.bias)
+        logits = self.head(x) if self.tokens is None else product(x.to(self.weight.device), self.weight, self.bias)
         logits = logits.float() * self.factor
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 

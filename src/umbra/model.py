@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
-from . import anatomy, caches, dense
+from . import anatomy, caches, dense, kernels
 from .adapters import DEFAULT, Adapters
 from .backbone import Shadow
 from .config import ShadowConfig
@@ -117,6 +117,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         decoder = located.decoder if located.merges_embeddings else None
         self._attachment = Attachment(located.blocks, located.head, decoder, located.stream)
         base.requires_grad_(False)
+        kernels.quicken(self.modules())
         self.train(base.training)
 
     @property
@@ -143,6 +144,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     def unload(self) -> PreTrainedModel:
         """The base, bit for bit as it was before `attach`; this model cannot be used afterwards."""
         self._attachment.remove()
+        kernels.leave_alone(self.base.modules())
         if not self._was_checkpointing:
             self.base.activation_checkpointing_disable()
         for name in self._were_trainable:

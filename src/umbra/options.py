@@ -125,8 +125,8 @@ class BenchOptions:
     rounds: int = flag(5, "timed rounds of each case; every method has one turn in each, after one that warms up")
     methods: str = flag(
         "*",
-        "rows, shell patterns separated by commas: bare base, PEFT LoRA (these two always run), LoRA label-only, "
-        "PEFT DoRA, PEFT Shadow, shadow-peft, Umbra plain, Umbra, Umbra λ=0, Umbra 4th, "
+        "rows, shell patterns separated by commas: bare base, PEFT LoRA (these two always run), bare base +, "
+        "PEFT LoRA +, PEFT DoRA, PEFT Shadow, shadow-peft, Umbra plain, Umbra, Umbra λ=0, Umbra 4th, "
         "Umbra upper half, Umbra upper third, Umbra upper half 4th",
     )
     cases: str = flag(

@@ -19,7 +19,7 @@ from .base import Base
 from .methods import BASE, LORA, REFERENCES, Batch, Method, naive_loss
 
 Run = Callable[[], Tensor]
-FEW = (BASE, LORA, "LoRA label-only", "Umbra")  # the rows of the costlier columns, unless rows are asked for
+FEW = (BASE, LORA, "PEFT LoRA +", "Umbra")  # the rows of the costlier columns, unless rows are asked for
 # |a − b| ≤ tolerance · max |b|: rounding of fp32 through some dozens of blocks. bf16 keeps 8 bits, and DoRA, which divides
 # by the norms of weights, rounds elsewhere than the base does: 5 % of the largest logit on SmolLM2-135M.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
@@ -111,7 +111,7 @@ class Step(Case):
         return None
 
     def ready(self, method: Method, model: Any, base: Base) -> Run:
-        if method.name != BASE:
+        if not method.is_bare:
             batch = make_batch(base, self.rows, self.length, self.labelled)
             expected = base.answer(
                 ("loss", self.rows, self.length, self.labelled),
@@ -127,7 +127,7 @@ class Step(Case):
     def unchecked(self, method: Method, model: Any, base: Base) -> Run:
         """What is to be timed or weighed."""
         batch = make_batch(base, self.rows, self.length, self.labelled)
-        return self._forward(model, unlabelled(batch)) if method.name == BASE else self._step(method, model, batch)
+        return self._forward(model, unlabelled(batch)) if method.is_bare else self._step(method, model, batch)
 
     def _forward(self, model: Any, batch: Batch) -> Run:
         @torch.no_grad()
@@ -154,7 +154,7 @@ class Memory(Step):
     """The peak memory of such a step, in a process of its own; see memory.py."""
 
     def absent(self, method: Method) -> str | None:
-        return "the bare base has no training step" if method.name == BASE else None
+        return "the bare base has no training step" if method.is_bare else None
 
     def cost(self, forward: float, token: float) -> float:
         return 8 + super().cost(forward, token)
@@ -304,7 +304,7 @@ CASES: tuple[Case, ...] = (
     Decode("latency", "8 greedy tokens after a prompt of 150, one row (the paper's setting)", 1, 150, new=8),
     Detached("decode-detached", "as decode, Umbra's shadow alone", 1, 32, (*REFERENCES, "Umbra")),
     Drafted("decode-drafted", f"as decode, Umbra's shadow drafts {DRAFT} tokens at once", 1, 32, (*REFERENCES, "Umbra")),
-    Compiled("decode-compiled", "as decode, static cache, compiled", 1, 32, (BASE, LORA, "Umbra")),
+    Compiled("decode-compiled", "as decode, static cache, compiled", 1, 32, (BASE, LORA, "Umbra", "Umbra upper third")),
     Memory("memory", "peak memory of a step, 8 × 256 tokens, all labelled", 8, 256),
     Memory("memory-masked", "peak memory of a step, 8 × 256 tokens, the last third labelled", 8, 256, labelled=1 / 3),
 )  # fmt: skip

@@ -82,6 +82,17 @@ def _lora(base: Any, rank: int, width: int, dora: bool = False) -> Any:
     return get_peft_model(base, config)
 
 
+def _quick(build: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], Any]:
+    """A peer with Umbra's products of matrices, to tell what they bring from what the method brings."""
+
+    def with_products(base: Any, rank: int, width: int) -> Any:
+        model = build(base, rank, width)
+        kernels.quicken(model.modules())
+        return model
+
+    return with_products
+
+
 def _dora(base: Any, rank: int, width: int) -> Any:
     return _lora(base, rank, width, dora=True)
 
@@ -110,6 +121,7 @@ class Method:
         build: from (a copy of the base, LoRA's rank, the shadow's feed-forward width) to a model.
         package: what must be installed; None for none.
         loss: what a training step goes backward from.
+        is_bare: whether nothing of it is trained.
         only_trains: whether it differs from the row above it only in training.
         task: the task's part of it, which at initialisation is the base's own loss; None where it is all of it.
         about: what it is, in one line.
@@ -121,6 +133,7 @@ class Method:
     package: str | None = None
     is_fitted: bool = False
     is_umbra: bool = False
+    is_bare: bool = False
     only_trains: bool = False
     loss: Callable[[Any, Batch], Tensor] = total_loss
     task: Callable[[Any, Batch], Tensor] | None = None
@@ -142,7 +155,7 @@ def umbra(name: str, about: str, only_trains: bool = False, **fields: Any) -> Me
     def build(base: Any, rank: int, width: int) -> Any:
         return attach(base, ShadowConfig(**{"shadow_intermediate_size": width, "dropout": 0.0, **fields}))
 
-    return Method(name, about, build, None, True, True, only_trains, task=_task_of_umbra)
+    return Method(name, about, build, None, True, True, only_trains=only_trains, task=_task_of_umbra)
 
 
 def _plain(base: Any, rank: int, width: int) -> Any:
@@ -153,11 +166,12 @@ def _plain(base: Any, rank: int, width: int) -> Any:
 
 
 METHODS = (
-    Method(BASE, "frozen; in training its forward alone, all logits", _bare),
+    Method(BASE, "frozen; in training its forward alone, all logits", _bare, is_bare=True),
+    Method("bare base +", "the same with Umbra's products of matrices", _quick(_bare), is_bare=True),
     Method(LORA, "peft's LoRA on all linear layers, alpha twice the rank, unmerged", _lora, "peft"),
     Method(
-        "LoRA label-only", "the same LoRA with Umbra's loss: logits only at labels", _lora, "peft",
-        only_trains=True, loss=label_only_loss,
+        "PEFT LoRA +", "the same with Umbra's products, and its loss: logits only at labels", _quick(_lora), "peft",
+        loss=label_only_loss,
     ),
     Method("PEFT DoRA", "peft's LoRA with use_dora", _dora, "peft"),
     Method("PEFT Shadow", "peft's ShadowConfig at its defaults", _peft_shadow, "peft", True, task=_task_of_peft_shadow),

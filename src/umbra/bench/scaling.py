@@ -16,7 +16,7 @@ CENTRE = {"layers": 8, "batch": 4, "context": 128, "rank": 8}
 SHAPE = {
     "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 704, "vocab_size": 8192,
 }  # fmt: skip
-ROWS = (BASE, LORA, "LoRA label-only", "Umbra")
+ROWS = (BASE, LORA, "PEFT LoRA +", "Umbra")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import product
+
 CHUNK = 2**24  # logits at once: 64 MB in fp32
 TINY = 1e-30  # a probability below it has lost digits that its logarithm would need
 
@@ -26,7 +28,7 @@ class Head(NamedTuple):
 
     def logits(self, x: Tensor) -> Tensor:
         """(N, D) → (N, V), float32 unless float64."""
-        z = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        z = product(x.to(self.weight.dtype), self.weight, self.bias)
         z = z if z.dtype == torch.float64 else z.float()
         z = z if self.factor == 1 else z.mul_(self.factor)
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
@@ -77,7 +79,7 @@ class _LinearLoss(torch.autograd.Function):
                 d = d if slope is None else d * slope
                 d = (d if head.factor == 1 else d * head.factor).to(weight.dtype)
                 if needs_x:
-                    d_x[kind][part] = (d @ weight).to(x.dtype)
+                    d_x[kind][part] = product(d, weight.T).to(x.dtype)
                 if needs_weight:
                     d_weight[kind].addmm_(d.T, x[part].to(d.dtype))
                 if d_bias:
