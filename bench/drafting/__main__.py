@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/drafting"), help="where the trained shadow is kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is written")
     rounds = "examples that the shadow learns by itself, in each round"
-    parser.add_argument("--alone", type=int, nargs="+", default=[6000, 10_000], help=rounds)
-    parser.add_argument("--together", type=int, default=1000, help="examples that it learns beside the base")
+    parser.add_argument("--alone", type=int, nargs="+", default=[8000], help=rounds)
+    parser.add_argument("--together", type=int, nargs="+", default=[600, 800], help="and beside the base")
     parser.add_argument("--questions", type=int, default=20, help="test questions to time")
     parser.add_argument("--split", default="test", choices=list(shadow.SEEDS), help="of the problems to time")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the base")
@@ -49,7 +49,7 @@ def main() -> None:
         "base": EMBEDDED, "dtype": given.dtype, "questions": given.questions, "split": given.split, "right": right,
         "machine": Device().describe(), "date": date.today().isoformat(),
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "reasoning_gym")),
-        "training": f"{' + '.join(map(str, given.alone))} examples alone, {given.together} beside the base",
+        "training": f"{' + '.join(map(str, given.alone))} examples alone, {' + '.join(map(str, given.together))} beside the base",
         "shadow_parameters": own, "share": own / blocks, "draft_vocabulary": len(model.shadow.draft_tokens),
         **report.summary(rows, costs), "costs": costs, "rows": rows,
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """Every way of writing an answer, question by question in shuffled order, at batch 1 and greedy."""
 
+import copy
 import random
 import statistics
 import time
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-DRAFTS = (2, 3, 4, 6, 8, "auto")
+from umbra import kernels
+
+DRAFTS = (1, 2, 4, 8, "auto")
 LOOKED_UP = 5  # tokens that a peer drafts at most, where it does not choose by itself
 LONGEST = 200  # tokens of an answer
-BASE, ATTACHED = "bare base", "attached"
+BASE, QUICK, ATTACHED = "bare base", "bare base +", "attached"
 
 
 class Way(NamedTuple):
@@ -27,18 +30,23 @@ def ways(bare: Any, model: Any) -> dict[str, Way]:
     """Base and attached model, each as transformers decodes it, and with drafts from wherever they can come.
 
     Args:
-        bare: the base in modules of its own, which nothing is attached to.
+        bare: the base in modules of its own, which nothing is attached to; a copy of it with Umbra's products of matrices
+            (`QUICK`) tells what these bring without a shadow.
     """
     edges = {name: model.detached() for name in ("its defaults", f"{LOOKED_UP} tokens")}
     fixed = edges[f"{LOOKED_UP} tokens"].generation_config
     fixed.num_assistant_tokens, fixed.num_assistant_tokens_schedule = LOOKED_UP, "constant"
     fixed.assistant_confidence_threshold = 0.0
 
+    quick = copy.deepcopy(bare, {id(p): p for p in bare.parameters()})
+    kernels.quicken(quick.modules())
+
     def attached(**more: Any) -> Way:
         return Way(ATTACHED, lambda ids, **options: model.generate(ids, **more, **options))
 
     return {
         BASE: Way(BASE, bare.generate),
+        QUICK: Way(BASE, quick.generate),
         ATTACHED: attached(),
         **{f"drafted, {k}": attached(draft=k) for k in DRAFTS},
         **{f"assisted generation, {name}": attached(assistant_model=edge) for name, edge in edges.items()},
@@ -92,13 +100,13 @@ def costs(bare: Any, model: Any, ids: Tensor, most: int = 9, rounds: int = 15) -
     """Seconds of the attached forward over 1 … ``most`` tokens after ``ids`` (1, T), and of the bare base over 1."""
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     apart = bare(ids, use_cache=True, logits_to_keep=1).past_key_values
-    length, found = ids.shape[1], {n: [] for n in range(most + 1)}
+    found: dict[int, list[float]] = {n: [] for n in range(most + 1)}
     for _ in range(rounds):
         for n, times in found.items():
             batch = {"input_ids": ids[:, : max(n, 1)], "use_cache": True}
             began = time.perf_counter()
             model(**batch, past_key_values=cache) if n else bare(**batch, past_key_values=apart)
             times.append(time.perf_counter() - began)
-            (cache if n else apart).crop(length)
+            (cache if n else apart).crop(-max(n, 1))
     medians = {n: statistics.median(times) for n, times in found.items()}
     return {"base": medians.pop(0), "attached": medians}

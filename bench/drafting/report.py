@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .measure import ATTACHED, BASE, DRAFTS
+from .measure import ATTACHED, BASE, DRAFTS, QUICK
 
 FIXED = [k for k in DRAFTS if isinstance(k, int)]
 # A guess for a base of 8B in bf16 on one GPU. More tokens are nearly free where weights are read more slowly than numbers
@@ -30,7 +30,7 @@ def summary(rows: list[dict[str, Any]], costs: dict[str, Any]) -> dict[str, Any]
 
 
 def _order(way: str) -> int:
-    names = [BASE, ATTACHED, *(f"drafted, {k}" for k in DRAFTS)]
+    names = [BASE, QUICK, ATTACHED, *(f"drafted, {k}" for k in DRAFTS)]
     return names.index(way) if way in names else len(names)
 
 
@@ -96,6 +96,7 @@ def text(held: dict[str, Any]) -> str:
         cells = [name, f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}", f"{low:.2f} – {high:.2f}", *drafted]
         lines.append(f"| {' | '.join(cells)} | {'yes' if row['equal'] else '**no**'} |")
     lines += [
+        "", f"*{QUICK}*: with Umbra's products of matrices, and no shadow. Tokens must be those of the model that is decoded.",
         "", "## What a cycle costs", "", "In forwards of the bare base over one token:", "",
         f"- the attached forward over one token: {model.attached:.2f}; each further token in it: {model.extra:.3f}",
         f"- a drafted token: {model.draft:.3f}",

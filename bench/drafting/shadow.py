@@ -1,4 +1,4 @@
-"""A shadow that drafts: two layers that learn the answers, first alone, then beside the base.
+"""A shadow that drafts: copies of the base's first two blocks that learn the answers, first alone, then beside the base.
 
     data      gsm_symbolic of reasoning-gym: worked answers to generated arithmetic problems
     alone     the shadow's own cross-entropy over the draft vocabulary; the base does not run
@@ -26,8 +26,15 @@ from umbra.train import DEFAULTS
 SEEDS = {"train": 0, "validation": 10_000_000, "test": 20_000_000}  # item i is drawn from seed + i
 LONGEST = 512  # tokens of an example
 SHADOW = umbra.ShadowConfig(
-    first_layer=15, shadow_num_hidden_layers=2, auxiliary_loss_weight=1.0, distillation_weight=1.0, dropout=0.0
+    init="base",
+    first_layer=0.5,
+    shadow_num_hidden_layers=2,
+    alpha=1.0,
+    auxiliary_loss_weight=1.0,
+    distillation_weight=0.5,
+    dropout=0.0,
 )
+SOFTER = 0.3  # the copied norm is the last block's: what the first blocks give would make the head far too sure
 
 
 def records(split: str, count: int, skip: int = 0) -> list[Record]:
@@ -59,32 +66,42 @@ class Alone(umbra.ShadowTrainer):
         return (loss, {}) if return_outputs else loss
 
 
-def train(out: Path, alone: list[int], together: int) -> Path:
-    """The adapter's folder, trained on so many examples in each stage; what is there already is used.
+STAGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "alone": (Alone, {"per_device_train_batch_size": 16, "learning_rate": 6e-3, "bf16": True, "use_cpu": True}),
+    "together": (umbra.ShadowTrainer, {"learning_rate": 2e-3}),
+}
+
+
+def train(out: Path, alone: list[int], together: list[int]) -> Path:
+    """The adapter's folder, trained in rounds of so many examples each; what is there already is used.
 
     Args:
-        alone: examples of each round that the shadow learns by itself, with a learning rate that falls to 0 in each.
-        together: examples that it learns beside the base.
+        alone: rounds in which the shadow learns by itself.
+        together: rounds in which it learns beside the base.
     """
-    last = out / "together"
-    if _is_done(last):
-        return last
+    rounds = [("alone", number, count) for number, count in enumerate(alone, 1)]
+    rounds += [("together", number, count) for number, count in enumerate(together, 1)]
+    folders = [out / f"{stage}-{number}" for stage, number, _ in rounds]
+    if _is_done(folders[-1]):
+        return folders[-1]
     tokenizer: Any = load_tokenizer(EMBEDDED)
     base: Any = load_base(EMBEDDED, dtype=torch.bfloat16)
     torch.manual_seed(0)
     model: Any = umbra.attach(base, SHADOW)
+    with torch.no_grad():
+        model.shadow.backbone.norm.weight.mul_(SOFTER)
     seen = 0
-    for number, count in enumerate(alone, 1):
-        folder, data = out / f"alone-{number}", _examples(tokenizer, count, seen)
-        seen += count
-        if number == 1:
+    for (stage, _, count), folder in zip(rounds, folders, strict=True):
+        data = _examples(tokenizer, count, seen)
+        if seen == 0:
             ends = [tokenizer.eos_token_id]
             model.set_draft_vocabulary(frequent_tokens([e["labels"] for e in data], also=ends))
+        seen += count
         if not _is_done(folder):
-            _fit(Alone, model, tokenizer, data, folder, per_device_train_batch_size=16, learning_rate=2e-3)
+            trainer, settings = STAGES[stage]
+            _fit(trainer, model, tokenizer, data, folder, **settings)
         model = umbra.load(folder, base=model.unload(), trainable=True)
-    _fit(umbra.ShadowTrainer, model, tokenizer, _examples(tokenizer, together, seen), last)
-    return last
+    return folders[-1]
 
 
 def _examples(tokenizer: Any, count: int, skip: int) -> list[dict[str, Any]]:
