@@ -39,6 +39,7 @@ def ways(bare: Any, model: Any) -> dict[str, Way]:
     fixed.assistant_confidence_threshold = 0.0
 
     quick = copy.deepcopy(bare, {id(p): p for p in bare.parameters()})
+    quick.generation_config = bare.generation_config
     kernels.quicken(quick.modules())
 
     def attached(**more: Any) -> Way:
