@@ -1,7 +1,6 @@
 """The referee on a tiny random base: what it measures, what it refuses, what it keeps."""
 
 import dataclasses
-import inspect
 import json
 
 import pytest
@@ -11,12 +10,11 @@ from tiny import assert_same, gradients, scramble
 from umbra import ConfigError, bench
 from umbra.bench import cases, memory, methods, scaling
 from umbra.bench.base import Base, random_config
-from umbra.bench.cases import CASES, Decode, Detached, Disagreement, Prefill, Step
+from umbra.bench.cases import CASES, Decode, Detached, Disagreement, Drafted, Prefill, Step
 from umbra.bench.machine import Device
 from umbra.bench.methods import BASE, LORA, METHODS
 from umbra.bench.timing import interleave, prepare
 from umbra.cli import main
-from umbra.decoding import Decoding
 from umbra.errors import CheckpointError
 from umbra.options import BenchOptions
 
@@ -346,11 +344,16 @@ def test_what_nothing_can_do_is_not_measured(tmp_path, monkeypatch):
     assert "no-such" not in (tmp_path / "t.md").read_text()
 
 
-def test_drafting_is_measured_where_there_is_any(base, monkeypatch):
-    case = next(c for c in CASES if c.name == "decode-drafted")
-    monkeypatch.setattr(Decoding, "generate", lambda self, *args, draft=0, **options: None)
-    assert case.absent(ROWS["Umbra"]) is None
-    assert case.options(ROWS["Umbra"], base) == {"draft": cases.DRAFT} and case.options(ROWS[LORA], base) == {}
-    monkeypatch.setattr(Decoding, "generate", lambda self, *args, **options: None)
-    assert "draft" not in inspect.signature(Decoding.generate).parameters
-    assert case.absent(ROWS["Umbra"]) and case.absent(ROWS[LORA]) is None
+def test_drafting_is_measured_for_umbra(base, monkeypatch):
+    """With drafts, to the base's tokens; beside the references without any, and for nobody else."""
+    case, drafted = Drafted("drafted", "", 1, 6, new=6), []
+    default = next(c for c in CASES if c.name == "decode-drafted")
+    assert {n for n in NAMES if case.absent(ROWS[n]) is None} >= {BASE, LORA, "Umbra"}
+    assert case.absent(ROWS["PEFT DoRA"]) == cases.ALONE
+    assert all(default.absent(ROWS[n]) is None for n in default.methods)
+    model = built(base, "Umbra")["Umbra"]
+    generate = type(model).generate
+    monkeypatch.setattr(type(model), "generate", lambda *args, **o: drafted.append(o["draft"]) or generate(*args, **o))
+    found = case.ready(ROWS["Umbra"], model, base)()
+    assert drafted == [cases.DRAFT] * 2
+    assert torch.equal(found, case.ready(ROWS[BASE], base.copy(), base)())

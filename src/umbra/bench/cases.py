@@ -3,7 +3,6 @@
 At initialisation every adapter is without effect, so the base itself tells the loss, the logits and the tokens.
 """
 
-import inspect
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig
 
-from ..decoding import Decoding
 from .base import Base
 from .methods import BASE, LORA, REFERENCES, Batch, Method, naive_loss
 
@@ -284,10 +282,7 @@ class Drafted(Decode):
     def absent(self, method: Method) -> str | None:
         if method.name in REFERENCES:
             return None
-        if not method.is_umbra:
-            return ALONE
-        knows = "draft" in inspect.signature(Decoding.generate).parameters
-        return super().absent(method) if knows else "generate(draft=…) is not part of this version"
+        return super().absent(method) if method.is_umbra else ALONE
 
     def options(self, method: Method, base: Base) -> dict[str, Any]:
         return {"draft": DRAFT} if method.is_umbra else {}
