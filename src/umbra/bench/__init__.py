@@ -75,7 +75,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         _run_scaling(plan, records, options, dtype, device)
     elif plan:
         _run(plan, records, options, dtype, device)
-    _write(records, {c.name: c.about for c in cases} | {c.name: c.about for c in columns.values()}, options)
+    _write(records, {c.name: c.about for c in (*columns.values(), *cases)}, options)
     return records.as_dict()
 
 
