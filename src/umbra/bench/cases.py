@@ -23,6 +23,7 @@ FEW = (BASE, LORA, "PEFT LoRA +", "Umbra")  # the rows of the costlier columns, 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 ALONE = "measured for Umbra only"
+ONLY = "differs from another row only in {}"
 DRAFT = 4  # tokens that the shadow drafts at once
 
 
@@ -84,7 +85,7 @@ class Case:
 
     def absent(self, method: Method) -> str | None:
         """Why a method has no such column; None where it has."""
-        return "differs from its plain form only in training" if method.only_trains else None
+        return ONLY.format("training") if method.only == "training" else None
 
     def ready(self, method: Method, model: Any, base: Base) -> Run:
         """What is to be timed, run once and found to do what the base does.
@@ -106,7 +107,7 @@ class Step(Case):
     labelled: float = 1.0
 
     def absent(self, method: Method) -> str | None:
-        return None
+        return ONLY.format("inference") if method.only == "inference" else None
 
     def ready(self, method: Method, model: Any, base: Base) -> Run:
         if not method.is_bare:
@@ -152,7 +153,7 @@ class Memory(Step):
     """The peak memory of such a step, in a process of its own; see memory.py."""
 
     def absent(self, method: Method) -> str | None:
-        return "the bare base has no training step" if method.is_bare else None
+        return "the bare base has no training step" if method.is_bare else super().absent(method)
 
     def cost(self, forward: float, token: float) -> float:
         return 8 + super().cost(forward, token)

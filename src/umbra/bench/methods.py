@@ -122,7 +122,7 @@ class Method:
         package: what must be installed; None for none.
         loss: what a training step goes backward from.
         is_bare: whether nothing of it is trained.
-        only_trains: whether it differs from the row above it only in training.
+        only: "training" or "inference", where it differs from another row in that alone; None where in both.
         task: the task's part of it, which at initialisation is the base's own loss; None where it is all of it.
         about: what it is, in one line.
     """
@@ -134,7 +134,7 @@ class Method:
     is_fitted: bool = False
     is_umbra: bool = False
     is_bare: bool = False
-    only_trains: bool = False
+    only: str | None = None
     loss: Callable[[Any, Batch], Tensor] = total_loss
     task: Callable[[Any, Batch], Tensor] | None = None
 
@@ -149,13 +149,20 @@ class Method:
         return self.package is None or find_spec(self.package) is not None
 
 
-def umbra(name: str, about: str, only_trains: bool = False, **fields: Any) -> Method:
+def umbra(name: str, about: str, only: str | None = None, **fields: Any) -> Method:
     """A row of Umbra: fields of `ShadowConfig`."""
 
     def build(base: Any, rank: int, width: int) -> Any:
         return attach(base, ShadowConfig(**{"shadow_intermediate_size": width, "dropout": 0.0, **fields}))
 
-    return Method(name, about, build, None, True, True, only_trains=only_trains, task=_task_of_umbra)
+    return Method(name, about, build, None, True, True, only=only, task=_task_of_umbra)
+
+
+def _cast(base: Any, rank: int, width: int) -> Any:
+    """As it would be served: nothing of it is trained any more."""
+    model: Any = attach(base, ShadowConfig(shadow_intermediate_size=width, dropout=0.0))
+    model.shadow.to(base.dtype)
+    return model
 
 
 def _plain(base: Any, rank: int, width: int) -> Any:
@@ -180,11 +187,12 @@ METHODS = (
     ),
     Method("Umbra plain", "core.py as it reads, without the kernels", _plain, None, True, True, task=_task_of_umbra),
     umbra("Umbra", "at its defaults"),
-    umbra("Umbra λ=0", "no loss of the shadow's own", only_trains=True, auxiliary_loss_weight=0.0),
-    umbra("Umbra 4th", "the shadow's own loss on every 4th label", only_trains=True, auxiliary_loss_every=4),
+    Method("Umbra cast", "its weights in the base's precision", _cast, None, True, True, only="inference", task=_task_of_umbra),
+    umbra("Umbra λ=0", "no loss of the shadow's own", only="training", auxiliary_loss_weight=0.0),
+    umbra("Umbra 4th", "the shadow's own loss on every 4th label", only="training", auxiliary_loss_every=4),
     umbra("Umbra upper half", "only the upper half of the blocks is coupled", first_layer=0.5),
     umbra("Umbra upper third", "only the upper third of them", first_layer=0.67),
-    umbra("Umbra upper half 4th", "both of these", only_trains=True, first_layer=0.5, auxiliary_loss_every=4),
+    umbra("Umbra upper half 4th", "both of these", only="training", first_layer=0.5, auxiliary_loss_every=4),
 )  # fmt: skip
 
 
