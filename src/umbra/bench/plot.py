@@ -97,7 +97,7 @@ def growth(report: Report, axes_of: dict[str, dict[str, int]], path: Path) -> No
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     header = report.held["header"]
-    figure.suptitle(f"Milliseconds of a step, {header['base']}, {header['dtype']}, {_machine(header)}")
+    figure.suptitle(f"Milliseconds of a step, {header['dtype']}, {_machine(header)}\n{header['base']}", fontsize=10)
     for i, (axis, places) in enumerate(axes_of.items()):
         axes = figure.add_subplot(2, math.ceil(len(axes_of) / 2), i + 1)
         for name, colour in zip(report.methods, COLOURS, strict=False):
