@@ -1,5 +1,6 @@
 """One rank of `test_trl.test_two_ranks_are_as_one`: python -m torch.distributed.run --nproc_per_node 2 ranks_trl.py FOLDER"""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -30,3 +31,6 @@ if __name__ == "__main__":
         found = gradients_of(name, folder, 4)  # 2 ranks of 2 examples, twice
         if torch.distributed.get_rank() == 0:
             save_file({k: v.contiguous() for k, v in found.items()}, folder / f"{name}.safetensors")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # native threads of the trainers' libraries may abort an interpreter that shuts down under them
