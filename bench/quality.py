@@ -27,7 +27,7 @@ from umbra.data import Collator, Record, encode_all
 from umbra.options import EMBEDDED
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = [LORA, "Umbra", "Umbra 4th", "Umbra upper half", "Umbra upper third"]
+ROWS = [LORA, "Umbra", "Umbra 4th", "Umbra upper half", "Umbra upper third", "Umbra lean"]
 RATES = {LORA: 1e-3}  # learning rate, where it is not `RATE`
 RATE = 3e-3
 BATCH = 8

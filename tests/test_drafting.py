@@ -1,67 +1,28 @@
-"""Drafting: the text is that of decoding without drafts, token for token or in distribution; the base runs less often."""
+"""Drafting: the text is that of decoding without drafts, token for token; the base runs less often."""
 
-import json
 import threading
 from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, LogitsProcessor, StoppingCriteria, TrainingArguments
+from transformers import AutoConfig, AutoModel, LogitsProcessor, StoppingCriteria
 
 import test_vision
 import umbra
 from architectures_hybrid import FAMILIES as HYBRIDS
 from architectures_vision import batch_of
 from conftest import make_tokenizer
+from drafts import NEW, agreeing, architectures, assert_some_of_both, drafted, plain
 from tables import FAMILIES
 from test_architectures import MASK, PADDED, build, cast
-from tiny import ARCHITECTURES, CONFIGS, LAYERS, VOCAB, make, tokens
-from umbra import anatomy, drafting, speculation
-from umbra.checkpoint import read_config
+from tiny import CONFIGS, LAYERS, VOCAB, tokens
 from umbra.hooks import _frames
-from umbra.speculation import Drafted, Pace
-
-NEW = 20  # with a prompt of 9, well past the sliding windows of 6
-ALWAYS = {"assistant_confidence_threshold": 0.0}  # however unsure: a tiny random model is never sure of anything
-OUTPUT = ("o_proj", "down_proj", "c_proj", "dense")  # what blocks add to the hidden state
-architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 @pytest.fixture(autouse=True)
 def no_frame_stays_open():
     yield
     assert _frames.stack == []
-
-
-def agreeing(name: str = "llama", base_options: dict | None = None, **fields):
-    """A model whose shadow guesses right sometimes: what follows depends on the last token more than on all before."""
-    model = make(name, alpha=0.05, base_options={"tie_word_embeddings": False, **(base_options or {})}, **fields)
-    decoder = dict(anatomy.locate(model.base).decoder.named_parameters())
-    with torch.no_grad():
-        for part in (model.base, model.shadow.backbone):
-            for key, p in part.named_parameters():
-                p.mul_(0.1 if any(name in key for name in OUTPUT) else 1)
-        for key, p in model.shadow.backbone.named_parameters():
-            if key in decoder and p.shape == decoder[key].shape and not any(c.isdigit() for c in key):
-                p.copy_(decoder[key])  # the last norm
-        model.get_input_embeddings().weight.mul_(8)
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def plain(model, ids, **options):
-    if ids is not None:  # whose mask transformers would guess, and a random model may say a padding token
-        options = {"attention_mask": torch.ones_like(ids), **options}
-    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options})
-
-
-def drafted(model, ids, draft=4, **options):
-    return plain(model, ids, draft=draft, **{"return_dict_in_generate": True, **ALWAYS, **options})
-
-
-def assert_some_of_both(*outputs) -> None:
-    """Drafts were accepted and drafts were rejected: otherwise little was tested."""
-    assert 0 < sum(out.accepted for out in outputs) < sum(out.drafted for out in outputs)
 
 
 # -- greedy: the same tokens ---------------------------------------------------------------------------------------
@@ -450,264 +411,6 @@ def test_two_threads_at_once():
         thread.join()
     for one, each in zip(expected, found, strict=True):
         assert all(torch.equal(one, other) for other in each)
-
-
-# -- how far -------------------------------------------------------------------------------------------------------
-
-
-def test_drafting_stops_where_a_token_is_not_worth_its_cost():
-    pace = Pace(draft=0.05, extra=0.08)
-    assert pace.goes_on([0.99])
-    assert not pace.goes_on([0.1])
-    pace.cycle(1, 2, 0.0, 0.0)
-    assert pace.goes_on([0.6])
-    assert not pace.goes_on([0.3]), "the odds of all tokens so far are multiplied"
-    assert not Pace(draft=0.05, extra=0.08).goes_on([0.6, 0.6, 0.6]), "of a batch, every row must agree"
-    assert not Pace(draft=0.5, extra=0.08).goes_on([0.8]), "what costs much must be likely"
-
-
-def test_what_is_often_rejected_is_trusted_less_until_it_is_tried_again():
-    pace = Pace(draft=0.05, extra=0.08)
-    for _ in range(30):
-        pace.learn([0.9], [False])
-        pace.cycle(1, 1, 0.0, 0.0)
-    assert not pace.goes_on([0.9])
-    assert not pace.may_go_on(1), "not even the drafter's head needs to run"
-    waited = 0
-    while not pace.goes_on([0.9]):
-        pace.cycle(0, 1, 0.0, 0.0)
-        waited += 1
-    assert 5 < waited < 200
-    for _ in range(30):
-        pace.learn([0.9], [True])
-        pace.cycle(1, 2, 0.0, 0.0)
-    assert pace.goes_on([0.5])
-
-
-def test_costs_are_measured():
-    pace = Pace(draft=0.05, extra=0.08, timed=True)
-    for _ in range(30):
-        pace.cycle(3, 4, 4 * 0.5, 1.24)
-    assert pace.draft == pytest.approx(0.5)
-    assert Pace(draft=0.05, extra=0.08).draft == 0.05
-
-
-def test_a_threshold_in_place_of_costs():
-    pace = Pace(draft=0.05, extra=0.08, threshold=0.4)
-    assert pace.goes_on([0.5, 0.4])
-    assert not pace.goes_on([0.5, 0.3])
-    model, ids = agreeing(), tokens(1)
-    expected = plain(model, ids)
-    outputs = [drafted(model, ids, 8, assistant_confidence_threshold=t) for t in (0.0, 0.08, 0.2, 1.1)]
-    counts = [out.drafted for out in outputs]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[0] > counts[1] > counts[-1] == 0
-    assert all(torch.equal(out.sequences, expected) for out in outputs)
-
-
-# -- sampling: the same distribution -------------------------------------------------------------------------------
-
-SMALL = {"vocab_size": 6}
-SAMPLED = 3  # tokens, of which the first comes from the prompt's forward
-SAMPLING = {
-    "as it is": ({}, None),
-    "warped": ({"temperature": 0.7, "top_k": 5, "top_p": 0.95}, None),
-    "part of the vocabulary": ({"temperature": 1.3}, [0, 2, 5]),
-    "penalised": ({"repetition_penalty": 1.4}, [0, 2, 3, 5]),
-}
-
-
-def small_model():
-    model = agreeing(base_options=SMALL)
-    with torch.no_grad():
-        model.base.lm_head.weight.mul_(3)  # so that p and q are no uniform distributions
-    return model
-
-
-@torch.no_grad()
-def joint(model, ids, **options) -> torch.Tensor:
-    """(V ** SAMPLED,): the probability of every continuation, one token at a time, without a cache."""
-    odds, texts = torch.ones(1), ids
-    config = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "max_new_tokens": 1, "use_cache": False, **options}
-    for _ in range(SAMPLED):
-        out = plain(model, texts, **config, output_scores=True, return_dict_in_generate=True)
-        p = out.scores[0].softmax(-1)
-        odds = (odds[:, None] * p).flatten()
-        nexts = torch.arange(p.shape[1]).repeat(len(texts))[:, None]
-        texts = torch.cat([texts.repeat_interleave(p.shape[1], 0), nexts], 1)
-    return odds
-
-
-def surprise(found: torch.Tensor, odds: torch.Tensor) -> float:
-    """χ² of counts against probabilities, in standard deviations from its mean; rare cells are put together."""
-    expected = odds * found.sum()
-    common = expected >= 5
-    found = torch.cat([found[common], found[~common].sum()[None]])
-    expected = torch.cat([expected[common], expected[~common].sum()[None]])
-    keep = expected > 1e-9
-    assert found[~keep].sum() == 0, "a continuation that cannot be"
-    chi2, degrees = float(((found - expected)[keep] ** 2 / expected[keep]).sum()), int(keep.sum()) - 1
-    return (chi2 - degrees) / (2 * degrees) ** 0.5
-
-
-def sample(model, ids, rows: int, times: int, **options):
-    """Counts of each continuation, and the outputs."""
-    torch.manual_seed(0)
-    outputs = [
-        drafted(model, ids.expand(rows, -1), 2, max_new_tokens=SAMPLED, do_sample=True, **{"top_k": 0, **options})
-        for _ in range(times)
-    ]
-    places = 6 ** torch.arange(SAMPLED - 1, -1, -1)
-    said = torch.cat([out.sequences[:, -SAMPLED:] @ places for out in outputs])
-    return torch.bincount(said, minlength=6**SAMPLED).float(), outputs
-
-
-@pytest.mark.parametrize(("rows", "times"), [(4000, 1), (4, 250)], ids=["many rows", "few rows"])
-@pytest.mark.parametrize("form", SAMPLING)
-@pytest.mark.compat("Drafting", "sampling: the distribution of decoding without drafts (chi-squared tests)")
-def test_sampling_has_the_distribution_of_decoding_without_drafts(form, rows, times):
-    options, part = SAMPLING[form]
-    model, ids = small_model(), torch.tensor([[3, 4, 2, 5, 1]])
-    model.set_draft_vocabulary(part)
-    counts, outputs = sample(model, ids, rows, times, **options)
-    assert surprise(counts, joint(model, ids, **options)) < 4
-    if times > 1:
-        assert_some_of_both(*outputs)
-
-
-def test_several_samples_of_one_prompt():
-    out = drafted(small_model(), torch.tensor([[3, 4, 5]]), do_sample=True, num_return_sequences=5)
-    assert out.sequences.shape == (5, 3 + NEW)
-    assert len({tuple(row) for row in out.sequences.tolist()}) == 5
-
-
-def test_the_statistics_would_notice_another_rule(monkeypatch):
-    model, ids = small_model(), torch.tensor([[3, 4, 2, 5, 1]])
-    odds = joint(model, ids)
-
-    def always(p, one: Drafted):
-        return one.tokens, torch.ones(len(p), dtype=torch.bool)
-
-    def without_the_rest(p, one: Drafted):
-        accepted = (
-            torch.rand(len(p)) * one.q.gather(1, one.tokens[:, None])[:, 0] < p.gather(1, one.tokens[:, None])[:, 0]
-        )
-        return torch.where(accepted, one.tokens, torch.multinomial(p, 1)[:, 0]), accepted
-
-    for rule in (always, without_the_rest):
-        monkeypatch.setattr(speculation, "accept", rule)
-        assert surprise(sample(model, ids, 4000, 1)[0], odds) > 8
-
-
-def test_accepting_gives_p_whatever_q_is():
-    torch.manual_seed(0)
-    rows, p = 20_000, torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0])
-    for q in ([0.2] * 5, [0.0, 0.0, 0.0, 0.5, 0.5], [0.5, 0.2, 0.2, 0.1, 0.0]):
-        q = torch.tensor(q).expand(rows, -1)
-        tokens, accepted = speculation.accept(p.expand(rows, -1), Drafted(torch.multinomial(q, 1)[:, 0], q, []))
-        assert surprise(torch.bincount(tokens, minlength=5).float(), p) < 4
-        share = torch.minimum(p, q[0]).sum()
-        assert float(accepted.float().mean()) == pytest.approx(float(share), abs=0.02)
-
-
-# -- the draft vocabulary ------------------------------------------------------------------------------------------
-
-
-@architectures
-@pytest.mark.compat("Drafting", "a trimmed draft vocabulary")
-def test_a_draft_vocabulary_changes_no_token(name):
-    """One of the tokens to come, one of all others, one of a few."""
-    model, ids = agreeing(name), tokens(1)
-    expected, whole = plain(model, ids), drafted(model, ids)
-    right = expected[0, 9:].unique().tolist()
-    model.set_draft_vocabulary(right)
-    of_right = drafted(model, ids)
-    model.set_draft_vocabulary(set(range(VOCAB)) - set(right))
-    of_wrong = drafted(model, ids)
-    model.set_draft_vocabulary(torch.tensor([5, 90, 5]))
-    of_few = drafted(model, ids)
-    model.set_draft_vocabulary(None)
-    for out in (of_right, of_wrong, of_few, drafted(model, ids)):
-        assert torch.equal(out.sequences, expected)
-    assert of_right.accepted >= whole.accepted > 0 == of_wrong.accepted
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@torch.no_grad()
-def test_the_draft_head_gives_the_logits_of_the_shadow_alone(name):
-    """Scaled and capped as the base's own code does; of a part of the vocabulary, those of its tokens."""
-    model, ids = cast(build(name)), tokens(1)
-    state = model._initial_state({"input_ids": ids, "inputs_embeds": None})[:, -1]
-    expected = model._logits_alone(state[:, None])
-    for part in (None, [7, 3, 90]):
-        model.set_draft_vocabulary(part)
-        found = drafting.DraftHead(model, model.shadow, ids.device)(state)
-        torch.testing.assert_close(found, expected if part is None else expected[:, part], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("wrong", [[], [VOCAB], [-1], [1.5], ["a"], [True]], ids=str)
-def test_a_wrong_draft_vocabulary(wrong):
-    with pytest.raises(umbra.ConfigError, match="draft vocabulary"):
-        make().set_draft_vocabulary(wrong)
-
-
-def test_frequent_tokens():
-    labels = [torch.tensor([-100, 5, 6, 6]), [7, 7, 7, -100, 9]]
-    assert drafting.frequent_tokens(labels) == [7, 6, 5, 9]
-    assert drafting.frequent_tokens(labels, also=[2, 7], most=3) == [2, 7, 6]
-    assert drafting.frequent_tokens([], also=[2]) == [2]
-
-
-def test_it_is_saved_with_its_adapter(tmp_path):
-    model = make()
-    model.set_draft_vocabulary([7, 3, 90])
-    model.save_pretrained(tmp_path / "one")
-    loaded = umbra.load(tmp_path / "one", make().unload())
-    assert loaded.shadow.draft_tokens == [7, 3, 90]
-    loaded.load_adapter(tmp_path / "one", "second")
-    loaded.set_draft_vocabulary(None)
-    assert loaded.adapter("second").draft_tokens == [7, 3, 90]
-    assert loaded.shadow.draft_tokens is None
-    loaded.set_draft_vocabulary([4], "second")
-    loaded.resize_token_embeddings(5)
-    assert loaded.adapter("second").draft_tokens == [4]
-    loaded.resize_token_embeddings(4)
-    assert loaded.adapter("second").draft_tokens is None
-
-
-def test_an_adapter_without_one_is_as_it_was(tmp_path):
-    """Its folder has no such entry, and its digest does not know of it."""
-    make().save_pretrained(tmp_path)
-    assert "draft_tokens" not in read_config(tmp_path)
-    assert umbra.load(tmp_path, make().unload()).shadow.draft_tokens is None
-
-
-def test_a_trainers_checkpoint_brings_it_back(tmp_path):
-    def trainer(model):
-        data = [{"input_ids": row, "labels": row} for row in tokens(4, 8)]
-        arguments = TrainingArguments(
-            str(tmp_path), max_steps=2, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
-        )
-        return umbra.ShadowTrainer(model=model, args=arguments, train_dataset=data)
-
-    model = make()
-    model.set_draft_vocabulary([7, 3])
-    trainer(model).train()
-    again = make()
-    trainer(again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert again.shadow.draft_tokens == [7, 3]
-
-
-@pytest.mark.parametrize("value", [[], [7, 7], [VOCAB], [-1], ["a"], [[1]], "7", {"7": 3}, [8, 3], None], ids=str)
-def test_a_damaged_one_is_refused(tmp_path, value):
-    """Other tokens, or none, do not match the digest."""
-    model = make()
-    model.set_draft_vocabulary([7, 3])
-    model.save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "draft_tokens": value}))
-    with pytest.raises(umbra.CheckpointError):
-        umbra.load(tmp_path, make().unload())
 
 
 # -- what cannot be ------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is written")
     rounds = "examples that the shadow learns by itself, in each round"
     parser.add_argument("--alone", type=int, nargs="+", default=[8000], help=rounds)
-    parser.add_argument("--together", type=int, nargs="+", default=[600, 800], help="and beside the base")
+    parser.add_argument("--together", type=int, nargs="+", default=[600, 800, 2400], help="and beside the base")
     parser.add_argument("--questions", type=int, default=10, help="test questions to time")
     parser.add_argument("--split", default="test", choices=list(shadow.SEEDS), help="of the problems to time")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the base")

@@ -1,10 +1,11 @@
 """Every way of writing an answer, question by question in shuffled order, at batch 1 and greedy."""
 
 import copy
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,21 +80,50 @@ def answers(bare: Any, model: Any, end: int, prompts: list[Tensor]) -> tuple[lis
         way.generate(prompts[0], max_new_tokens=8, **options)
     rows, texts = [], []
     for number, ids in enumerate(tqdm(prompts, desc="answers", disable=None)):
-        answer = model.generate(ids, max_new_tokens=LONGEST, do_sample=False, eos_token_id=end)
+        answer = model.generate(ids, max_new_tokens=LONGEST, do_sample=False, eos_token_id=end)[0, ids.shape[1] :]
         order, written, mine = list(found), {}, []
         chance.shuffle(order)
         for name in order:
             began = time.perf_counter()
-            out = found[name].generate(ids, max_new_tokens=answer.shape[1] - ids.shape[1], **options)
+            out = found[name].generate(ids, max_new_tokens=len(answer), **options)
             seconds = time.perf_counter() - began
             written[name] = out.sequences[0, ids.shape[1] :].tolist()
             counted = {key: getattr(out, key, None) for key in ("drafted", "accepted", "verified")}
             mine.append({"question": number, "way": name, "seconds": seconds, "tokens": len(written[name]), **counted})
-        for row in mine:
-            row["equal"] = written[row["way"]] == written[found[row["way"]].of]
+        for of in (BASE, ATTACHED):
+            others = [row for row in mine if found[row["way"]].of == of]
+            logits = None
+            if any(written[row["way"]] != written[of] for row in others):
+                logits = found[of].generate(ids, max_new_tokens=len(answer), output_logits=True, **options).logits
+            for row in others:
+                row |= compare(written[row["way"]], written[of], logits, bare.dtype)
         rows += mine
-        texts.append(answer[0, ids.shape[1] :])
+        texts.append(answer)
     return rows, texts
+
+
+def compare(
+    found: list[int], expected: list[int], logits: Sequence[Tensor] | None, dtype: torch.dtype
+) -> dict[str, Any]:  # fmt: skip
+    """Whether two answers are equal; if not, how far apart their first different tokens are for the model of the second.
+
+    Args:
+        logits: from which each token of ``expected`` was chosen, (1, V); not needed where the answers are equal.
+
+    Returns:
+        equal; gap, in logits; and steps: the gap in steps from one number of ``dtype`` to the next where the largest logit
+        is. Both are None where the answers are equal.
+    """
+    at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
+    if at is None or logits is None:
+        return {"equal": at is None, "gap": None, "steps": None}
+    row = logits[at][0].float()
+    gap = float(row[expected[at]] - row[found[at]])
+    return {
+        "equal": False,
+        "gap": gap,
+        "steps": gap / (torch.finfo(dtype).eps * 2 ** math.floor(math.log2(row.abs().max()))),
+    }
 
 
 @torch.no_grad()

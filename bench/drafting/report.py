@@ -24,9 +24,15 @@ def summary(rows: list[dict[str, Any]], costs: dict[str, Any]) -> dict[str, Any]
         tokens = sum(r["tokens"] for r in mine)
         table[way] = {
             "tokens_per_second": tokens / sum(r["seconds"] for r in mine), "speedup": middle, "quartiles": [low, high],
-            "tokens": tokens, "equal": all(r["equal"] for r in mine), **counts,
+            "tokens": tokens, "equal": sum(r["equal"] for r in mine), **counts, **_widest(mine),
         }  # fmt: skip
     return {"ways": table, "model": cost_model(rows, costs)._asdict()}
+
+
+def _widest(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The widest gap between the first different tokens of unequal answers."""
+    gaps = [(r["gap"], r["steps"]) for r in rows if not r["equal"]]
+    return dict(zip(("gap", "steps"), max(gaps), strict=True)) if gaps else {}
 
 
 def _order(way: str) -> int:
@@ -84,7 +90,7 @@ def text(held: dict[str, Any]) -> str:
         f"embeddings, and drafts from {held['draft_vocabulary']} tokens.",
         f"Trained by `python -m bench.drafting` (seed 0): {held['training']}.",
         f"Right answers of the attached model: {held['right']} of {held['questions']}.", "",
-        "| way | tokens/s | × bare base, median | quartiles | drafted | accepted | tokens per verification | tokens equal |",
+        "| way | tokens/s | × bare base, median | quartiles | drafted | accepted | tokens per verification | equal answers |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]  # fmt: skip
     for name, row in ways.items():
@@ -94,9 +100,13 @@ def text(held: dict[str, Any]) -> str:
             drafted = [str(row["drafted"]), f"{share:.0%}", f"{row['tokens'] / row['verified']:.2f}"]
         low, high = row["quartiles"]
         cells = [name, f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}", f"{low:.2f} – {high:.2f}", *drafted]
-        lines.append(f"| {' | '.join(cells)} | {'yes' if row['equal'] else '**no**'} |")
+        equal = f"{row['equal']} of {held['questions']}"
+        equal += f", else ≤ {row['gap']:.2f} ({row['steps']:.0f} steps)" if "gap" in row else ""
+        lines.append(f"| {' | '.join(cells)} | {equal} |")
     lines += [
-        "", f"*{QUICK}*: with Umbra's products of matrices, and no shadow. Tokens must be those of the model that is decoded.",
+        "", f"*{QUICK}*: with Umbra's products of matrices, and no shadow.",
+        "*Equal answers*: token for token those of the model that is decoded. Of an unequal one, how far below the likeliest token",
+        f"that model's logits have the first other one, and in steps of {held['dtype']} at the largest logit.",
         "", "## What a cycle costs", "", "In forwards of the bare base over one token:", "",
         f"- the attached forward over one token: {model.attached:.2f}; each further token in it: {model.extra:.3f}",
         f"- a drafted token: {model.draft:.3f}",
@@ -158,4 +168,5 @@ def _curve(axes: Any, ways: dict[str, Any], model: CostModel) -> None:
     )
     axes.axhline(1, color="#333333", linewidth=1)
     axes.set(xlabel="drafted tokens of a cycle, k", ylabel="× the bare base")
-    axes.legend(fontsize=8)
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
+    axes.legend(fontsize=8, ncols=2, loc="upper left")

@@ -95,6 +95,7 @@ def _train(arguments: list[str]) -> int:
     metrics = train(values)
     if speaks():
         print(json.dumps(metrics, indent=2) if known.json else _lines(metrics))
+    _leave_ranks()
     return 0
 
 
@@ -178,6 +179,14 @@ def _lm_eval(arguments: list[str]) -> int:
 
     main(arguments)
     return 0
+
+
+def _leave_ranks() -> None:
+    """Of a launched run: end the process group while the interpreter is whole, which its threads need."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # -- flags from dataclasses --------------------------------------------------------------------------------------------

@@ -126,8 +126,8 @@ class BenchOptions:
     methods: str = flag(
         "*",
         "rows, shell patterns separated by commas: bare base, PEFT LoRA (these two always run), bare base +, "
-        "PEFT LoRA +, PEFT DoRA, PEFT Shadow, shadow-peft, Umbra plain, Umbra, Umbra cast, Umbra λ=0, Umbra 4th, "
-        "Umbra upper half, Umbra upper third, Umbra upper half 4th",
+        "PEFT LoRA +, PEFT LoRA lean, PEFT DoRA, PEFT Shadow, shadow-peft, Umbra plain, Umbra, Umbra cast, Umbra λ=0, "
+        "Umbra 4th, Umbra upper half, Umbra upper third, Umbra lean",
     )
     cases: str = flag(
         "*",

@@ -93,6 +93,16 @@ def _quick(build: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], A
     return with_products
 
 
+def _recomputing(model: Any) -> Any:
+    """With activation checkpointing of every block."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _lean_lora(base: Any, rank: int, width: int) -> Any:
+    return _recomputing(_quick(_lora)(base, rank, width))
+
+
 def _dora(base: Any, rank: int, width: int) -> Any:
     return _lora(base, rank, width, dora=True)
 
@@ -149,11 +159,12 @@ class Method:
         return self.package is None or find_spec(self.package) is not None
 
 
-def umbra(name: str, about: str, only: str | None = None, **fields: Any) -> Method:
+def umbra(name: str, about: str, only: str | None = None, recomputes: bool = False, **fields: Any) -> Method:
     """A row of Umbra: fields of `ShadowConfig`."""
 
     def build(base: Any, rank: int, width: int) -> Any:
-        return attach(base, ShadowConfig(**{"shadow_intermediate_size": width, "dropout": 0.0, **fields}))
+        model = attach(base, ShadowConfig(**{"shadow_intermediate_size": width, "dropout": 0.0, **fields}))
+        return _recomputing(model) if recomputes else model
 
     return Method(name, about, build, None, True, True, only=only, task=_task_of_umbra)
 
@@ -180,6 +191,10 @@ METHODS = (
         "PEFT LoRA +", "the same with Umbra's products, and its loss: logits only at labels", _quick(_lora), "peft",
         loss=label_only_loss,
     ),
+    Method(
+        "PEFT LoRA lean", "this with activation checkpointing", _lean_lora, "peft", only="training",
+        loss=label_only_loss,
+    ),
     Method("PEFT DoRA", "peft's LoRA with use_dora", _dora, "peft"),
     Method("PEFT Shadow", "peft's ShadowConfig at its defaults", _peft_shadow, "peft", True, task=_task_of_peft_shadow),
     Method(
@@ -192,7 +207,10 @@ METHODS = (
     umbra("Umbra 4th", "the shadow's own loss on every 4th label", only="training", auxiliary_loss_every=4),
     umbra("Umbra upper half", "only the upper half of the blocks is coupled", first_layer=0.5),
     umbra("Umbra upper third", "only the upper third of them", first_layer=0.67),
-    umbra("Umbra upper half 4th", "both of these", only="training", first_layer=0.5, auxiliary_loss_every=4),
+    umbra(
+        "Umbra lean", "upper half, every 4th label, activation checkpointing", only="training", recomputes=True,
+        first_layer=0.5, auxiliary_loss_every=4,
+    ),
 )  # fmt: skip
 
 

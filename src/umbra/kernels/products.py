@@ -25,9 +25,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def quicken(modules: Iterable[nn.Module]) -> None:
-    """Have those that are large linear layers compute by `product`, until `leave_alone`."""
+    """Have those that are large linear layers in float32 compute by `product`, until `leave_alone`."""
     for module in modules:
-        if type(module) is nn.Linear and "forward" not in vars(module) and module.weight.numel() >= SMALLEST:
+        if type(module) is not nn.Linear or "forward" in vars(module):
+            continue
+        if module.weight.dtype == torch.float32 and module.weight.numel() >= SMALLEST:
             vars(module)["forward"] = Quick(module)
 
 
