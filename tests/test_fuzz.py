@@ -5,6 +5,7 @@ import random
 import warnings
 
 import pytest
+from transformers import TrainingArguments
 
 from fuzz import Failed, Fuzzer, limits
 from mutations_of_files import nested, weird
@@ -62,7 +63,7 @@ def settings(tmp_path, monkeypatch):
     return {"base": "x", "train_data": data, "output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none"}
 
 
-ARGUMENTS = sorted(f for f in training.TrainingArguments.__dataclass_fields__ if not f.startswith("_"))
+ARGUMENTS = sorted(f for f in TrainingArguments.__dataclass_fields__ if not f.startswith("_"))
 OWN = sorted({*names(TrainOptions, ShadowConfig)} - {"eval_data", "train_data"})
 WRONG = [None, True, -1, 10**30, 1.5, float("nan"), float("inf"), "", "x", "\0", [], [[]], {}, {"": 1}, nested(300)]
 

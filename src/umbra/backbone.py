@@ -6,6 +6,7 @@ Both projections are bias-free linear maps, and absent where the widths are equa
 fold them into its embeddings and its head.
 """
 
+import dataclasses
 import uuid
 from typing import Any
 
@@ -20,6 +21,8 @@ from .core import Couplings
 from .errors import BaseModelError, ConfigError, shown
 from .pretrained import load_pretrained
 
+ROWS = 2**14  # of a head, multiplied at once
+RIDGE = 1e-9  # of the mean square of a head's column: keeps a matrix without full rank solvable
 # What the shadow's backbone may be told about a batch, of all that a forward is given.
 BATCH_ARGUMENTS = (
     "attention_mask", "position_ids", "past_key_values", "use_cache",
@@ -54,6 +57,8 @@ class Shadow(nn.Module):
         if backbone_config is not None and not self.owns_embeddings:
             backbone_config.vocab_size = anatomy.vocabulary_size(base.embeddings)
         self.backbone, projection = build_backbone(base, config, backbone_config)
+        if self.owns_embeddings and config.embeddings == "auto" and _has_the_bases_table(base, self.backbone):
+            self.config, self.owns_embeddings = dataclasses.replace(config, embeddings="base"), False
         if not self.owns_embeddings:
             anatomy.remove_embeddings(self.backbone)
             self.backbone.config.vocab_size = anatomy.vocabulary_size(base.embeddings)
@@ -231,7 +236,7 @@ def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
 
 
 def _pretrained(base: Anatomy, path: str) -> tuple[PreTrainedModel, Tensor | None]:
-    backbone, projection = load_pretrained(path)
+    backbone, projection, head = load_pretrained(path)
     if not anatomy.is_causal(backbone.config):
         raise BaseModelError(
             f"The pretrained shadow {path!r} ({backbone.config.model_type}) is no causal decoder: its states would know "
@@ -249,7 +254,49 @@ def _pretrained(base: Anatomy, path: str) -> tuple[PreTrainedModel, Tensor | Non
             f"The pretrained shadow {path!r} knows {rows} tokens, the base {needed}: they must share one tokenizer. "
             "Take a shadow of the base's family, or shadow='mirror'."
         )
+    if projection is None and head is not None and anatomy.states_width(backbone.config) != base.config.hidden_size:
+        projection = aligned(base, head)
     return backbone, projection
+
+
+@torch.no_grad()
+def aligned(base: Anatomy, head: Tensor) -> Tensor | None:
+    """P (D, Ds), by which the base's head W says of a shadow's states what their own head says, as nearly as it can.
+
+        P = argmin ‖W · P − head‖ = (Wᵀ · W)⁻¹ · Wᵀ · head        over the tokens that both have
+
+    Args:
+        head: (V, Ds).
+
+    Returns:
+        None where the base has no such head, or its weights are not here.
+    """
+    if base.is_classifier or not shards.is_whole(base.head.weight) or base.head.weight.is_meta:
+        return None
+    weight = dense.linear_weight(base.head, base.model.dtype)
+    rows, D = min(len(weight), len(head)), weight.shape[1]
+    gram = torch.zeros(D, D, dtype=torch.float64, device=weight.device)
+    cross = torch.zeros(D, head.shape[1], dtype=torch.float64, device=weight.device)
+    for start in range(0, rows, ROWS):
+        part = weight[start : min(start + ROWS, rows)].float()
+        gram += part.T @ part
+        cross += part.T @ head[start : min(start + ROWS, rows)].to(part.device)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    return torch.linalg.solve(gram, cross).float() / anatomy.logit_factor(base.model.config)
+
+
+def _has_the_bases_table(base: Anatomy, backbone: PreTrainedModel) -> bool:
+    """Whether a pretrained shadow looks tokens up in the base's own table, up to bf16: it was pretrained for this base."""
+    mine: Any = backbone.get_input_embeddings()
+    tables = (mine.weight, base.embeddings.weight)
+    if not all(dense.is_plain(table) and shards.is_whole(table) for table in tables):
+        return False
+    if anatomy.embedding_scale(mine) != anatomy.embedding_scale(base.embeddings):
+        return False
+    theirs = base.embeddings.weight.detach()
+    return mine.weight.shape == theirs.shape and torch.equal(
+        mine.weight.bfloat16(), theirs.to(mine.weight.device).bfloat16()
+    )
 
 
 def _owns_embeddings(base: Anatomy, config: ShadowConfig) -> bool:

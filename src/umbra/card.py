@@ -36,3 +36,38 @@ model = umbra.load("this/folder")   # the base is found by its name; or base=...
 edge = model.detached()             # the shadow alone, a stock transformers model
 ```
 """
+
+
+def pretrained_card(base: str, asked: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Markdown for the folder of a pretrained shadow: what it was asked for, and what each stage measured."""
+    stages = {name: found for name, found in metrics.items() if isinstance(found, dict)}
+    rows = "\n".join(
+        f"| {name} | {m['cross_entropy']:.3f} | {m['divergence']:.3f} | {m['agreement']:.1%} |"
+        for name, m in stages.items()
+    )
+    told = ("data", "prompts", "weights", "stages", "divergence", "temperature", "teacher_top_k", "max_length")
+    text = "\n".join(f"- {name}: {asked[name]}" for name in told if name in asked)
+    return f"""---
+base_model: {json.dumps(base, ensure_ascii=False)}
+pipeline_tag: text-generation
+tags: [umbra, shadow, pretrained]
+---
+
+# Pretrained shadow for {base}
+
+A small language model that was pretrained beside the frozen base, with {metrics["parameters"]:,} trained parameters.
+
+{text}
+
+On held-out text, in nats a token; divergence is KL(base ‖ shadow), agreement how often both say the same next token:
+
+| after | cross-entropy | divergence | agreement |
+|---|---:|---:|---:|
+{rows}
+
+```python
+import umbra
+
+model = umbra.attach(base, umbra.ShadowConfig(shadow="this/folder"))   # or load it as any model of transformers
+```
+"""

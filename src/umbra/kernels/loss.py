@@ -31,7 +31,7 @@ class Head(NamedTuple):
         z = product(x.to(self.weight.dtype), self.weight, self.bias)
         z = z if z.dtype == torch.float64 else z.float()
         z = z if self.factor == 1 else z.mul_(self.factor)
-        return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
+        return z if self.cap is None else z.div_(self.cap).tanh_() * self.cap
 
 
 def linear_loss(

@@ -1,0 +1,196 @@
+"""Text to pretrain on: local files, hub data sets and what the base writes by itself; deduplicated, mixed and packed.
+
+A document is the text of one record, ended by the end-of-text token. Documents of a source follow one another without
+padding and are cut into blocks of equal length; a mixture draws blocks of its sources by weight.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .data import Writer, read_records
+from .errors import DataError
+from .options import speaks
+
+TEXT_FILES = (".txt", ".md")
+SPACES = re.compile(r"\s+")
+
+
+def read_documents(source: str, split: str, writer: Writer) -> list[str]:
+    """The documents of a text file (paragraphs: what empty lines divide), a .jsonl file or a hub data set.
+
+    Raises:
+        DataError: nothing there that can be read.
+    """
+    if Path(source).suffix in TEXT_FILES:
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{source} cannot be read: {error}") from error
+        documents = [part.strip() for part in re.split(r"\n\s*\n", text)]
+    else:
+        documents = ["".join(part for part, _ in writer.segments(record)) for record in read_records(source, split)]
+    documents = [d for d in documents if d]
+    if not documents:
+        raise DataError(f"{source} holds no text.")
+    return documents
+
+
+def without_copies(sources: Sequence[list[str]]) -> tuple[list[list[str]], int]:
+    """The documents of each source that no earlier one equals, but for case and white space; and how many are left out."""
+    seen: set[bytes] = set()
+    kept: list[list[str]] = []
+    for documents in sources:
+        kept.append([])
+        for text in documents:
+            digest = hashlib.blake2b(SPACES.sub(" ", text).strip().casefold().encode(), digest_size=16).digest()
+            if digest not in seen:
+                seen.add(digest)
+                kept[-1].append(text)
+    return kept, sum(map(len, sources)) - sum(map(len, kept))
+
+
+def pack(documents: list[str], writer: Writer, length: int, name: str) -> np.ndarray:
+    """(N, length) tokens: the documents one after another, each ended; the rest that fills no block is left out.
+
+    Raises:
+        DataError: fewer tokens than one block.
+    """
+    end, rows = writer.tokenizer.eos_token_id, []
+    for text in tqdm(documents, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False):
+        rows.append(np.asarray([*writer.tokens(text), *([] if end is None else [end])], np.int32))
+    tokens = np.concatenate(rows)
+    if len(tokens) < length:
+        raise DataError(f"{name} holds {len(tokens)} tokens, fewer than one block of max_length={length}: lower it.")
+    return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def hold_out(blocks: list[np.ndarray], count: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The blocks (N_k, T) of each source without its last ones, and those (M, T): about ``count``, by the sources' sizes.
+
+    Raises:
+        DataError: the sources have too few blocks for that.
+    """
+    share = count / sum(map(len, blocks))
+    taken = [min(len(b) - 1, max(1, round(share * len(b)))) for b in blocks]
+    if not any(taken):
+        raise DataError(
+            "Each source fills one block alone, and none can be held out: give more text, or lower max_length."
+        )
+    rest = [b[: len(b) - n] for b, n in zip(blocks, taken, strict=True)]
+    return rest, np.concatenate([b[len(b) - n :] for b, n in zip(blocks, taken, strict=True)])
+
+
+@dataclass
+class Mixture(Dataset):
+    """Blocks of several sources, drawn by weight.
+
+    Item i is the same in every run of one seed, so that a killed run goes on with what it has not seen. Each source
+    is gone through in an order of its own, again and again, before a block comes twice as often as another.
+
+    Args:
+        blocks: (N_k, T) tokens of each source k.
+        weights: how much each counts.
+        size: items in all.
+    """
+
+    blocks: list[np.ndarray]
+    weights: list[float]
+    size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        generator = np.random.default_rng(self.seed)
+        share = np.asarray(self.weights, float) / sum(self.weights)
+        self.source = generator.choice(len(self.blocks), self.size, p=share)
+        self.row = np.empty(self.size, np.int64)
+        for k, blocks in enumerate(self.blocks):
+            mine = np.flatnonzero(self.source == k)
+            rounds = [generator.permutation(len(blocks)) for _ in range(-(-len(mine) // len(blocks)))]
+            self.row[mine] = np.concatenate([*rounds, np.empty(0, np.int64)])[: len(mine)]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        ids = torch.as_tensor(self.blocks[self.source[i]][self.row[i]], dtype=torch.long)
+        return {"input_ids": ids, "labels": ids}
+
+
+# -- what the base writes ----------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: str) -> list[str]:
+    """A prompt a line of a text file; or the `prompt`, or else the `text`, of the records of a .jsonl file.
+
+    Raises:
+        DataError: none.
+    """
+    if Path(path).suffix in TEXT_FILES:
+        try:
+            prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+    else:
+        prompts = [r.get("prompt", r.get("text")) for r in read_records(path)]
+    prompts = [p for p in prompts if isinstance(p, str) and p]
+    if not prompts:
+        raise DataError(f"{path} holds no prompt.")
+    return prompts
+
+
+@torch.no_grad()
+def write_own(
+    base: Any, writer: Writer, prompts: list[str], out: Path, *, count: int, batch_size: int, new: int,
+    temperature: float, seed: int,
+) -> list[str]:  # fmt: skip
+    """``count`` documents that the base samples after the prompts, in turn; kept in ``out``, a batch at a time.
+
+    A killed call goes on where it was: documents that are in ``out`` already are not written again.
+    """
+    done = _own_lines(out)
+    base.eval()
+    bar = tqdm(total=count, initial=len(done), desc="the base writes", disable=None if speaks() else True)
+    tokenizer = writer.tokenizer
+    with bar, out.open("a", encoding="utf-8") as file:
+        for batch in _batches(prompts, len(done), count, batch_size):
+            torch.manual_seed(seed + len(done))
+            asked = [writer.ask(p) for p in batch]
+            tokens: Any = tokenizer(
+                asked, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not writer.chats
+            )
+            ids = tokens["input_ids"].to(base.device)
+            written = base.generate(
+                ids, attention_mask=tokens["attention_mask"].to(base.device), max_new_tokens=new, do_sample=True,
+                temperature=temperature, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            answers = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+            texts = [question + answer for question, answer in zip(asked, answers, strict=True)]
+            file.write("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
+            file.flush()
+            done += texts
+            bar.update(len(texts))
+    return done
+
+
+def _own_lines(out: Path) -> list[str]:
+    """What was written before; a last line that a kill has cut is taken out of the file."""
+    if not out.exists():
+        return []
+    lines = out.read_text(encoding="utf-8").split("\n")
+    out.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
+    return [json.loads(line)["text"] for line in lines[:-1]]
+
+
+def _batches(prompts: list[str], start: int, end: int, size: int) -> Iterator[list[str]]:
+    for first in range(start, end, size):
+        yield [prompts[i % len(prompts)] for i in range(first, min(first + size, end))]

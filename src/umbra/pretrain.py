@@ -1,0 +1,287 @@
+"""``umbra pretrain``: the shadow learns by itself, from text and from the frozen base, before any task.
+
+    alignment      ‖P · x − h‖² / D + KL(base ‖ shadow) at every token, of the projection P alone
+    distillation   τ² · D(base, shadow) at every token, see divergence.py
+    next_token     CE(shadow, y) at every token
+
+x are the states of the shadow's backbone, h the base's. A stage is one of them or their sum. Stages follow one another on one
+mixture of text, each with a trainer of transformers and a folder of its own, and go on where they were killed. What comes
+out is a stock model: `ShadowConfig(shadow=folder)` starts from it, and whatever loads such models runs it.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoint, folder
+from .bases import load_base, load_tokenizer
+from .card import pretrained_card
+from .core import labelled_positions
+from .corpus import Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
+from .data import Writer
+from .detach import write_detached
+from .divergence import KINDS, linear_divergence, teach
+from .errors import BaseModelError, CheckpointError, ConfigError
+from .kernels import Head, linear_loss
+from .model import attach
+from .options import PretrainOptions, speaks
+from .runs import Run, last_checkpoint, make_arguments, sort_settings
+from .trainers import ShadowTrainer
+
+LOSSES = ("alignment", "distillation", "next_token")
+STAGES = "stages"  # folders of the stages, in the output folder
+OWN = "own.jsonl"  # what the base has written
+FILES = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE)
+POSITIVE = ("own_documents", "own_new_tokens", "own_temperature", "temperature", "teacher_top_k", "held_out")
+
+
+def pretrain(values: dict[str, Any]) -> dict[str, Any]:
+    """Pretrain a shadow; the same call again goes on where a killed run stopped, or returns what a finished one found.
+
+    Args:
+        values: flat settings: fields of PretrainOptions, ShadowConfig and transformers' TrainingArguments, which hold for
+            each stage.
+
+    Returns:
+        Before the first stage (``start``) and after each: cross_entropy of the held-out text, divergence KL(base ‖ shadow),
+        in nats a token, agreement, the share of tokens of which base and shadow say the same next one; and parameters.
+
+    Raises:
+        ConfigError, DataError, BaseModelError: before any training.
+        CheckpointError: the output folder holds another run or model.
+    """
+    options, shadow, rest = sort_settings(values, PretrainOptions, ("output_dir",), "the configuration of pretraining")
+    stages = _check(options)
+    run = Run.of(options.output_dir, FILES, asdict(options), shadow.to_dict(), rest)
+    try:
+        finished = run.claim(options.overwrite)
+        if options.overwrite:
+            shutil.rmtree(run.out / STAGES, ignore_errors=True)
+            (run.out / OWN).unlink(missing_ok=True)
+        if finished is not None:
+            return finished
+    except OSError as error:
+        raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
+    arguments = [make_arguments(run.out / STAGES / name, rest) for name in stages]
+    if arguments[0].world_size > 1:
+        raise ConfigError("umbra pretrain runs in one process: start it without a launcher.")
+
+    tokenizer: Any = load_tokenizer(options.base)
+    documents = _documents(options, Writer(tokenizer, options.chat_template))
+    base: Any = load_base(options.base, dtype=options.dtype)
+    torch.manual_seed(arguments[0].seed)
+    model: Any = attach(base, shadow)
+    if model.shadow.projection is None and any("alignment" in losses for losses in stages.values()):
+        raise ConfigError("The stage alignment trains the projection of a shadow of another width: this one has none.")
+    if model._fused_heads() is None:
+        raise BaseModelError(
+            f"{type(base).__name__} has a head that is more than one plain linear layer: use another base."
+        )
+    run.record()
+    if options.prompts:
+        run.out.mkdir(parents=True, exist_ok=True)
+        documents |= _own(options, model, Writer(tokenizer, options.chat_template), run.out / OWN, arguments[0])
+    train_set, held_out = _mix(options, documents, Writer(tokenizer, options.chat_template), arguments[0].seed)
+
+    metrics: dict[str, Any] = {"start": measure(model, held_out, arguments[0].per_device_eval_batch_size)}
+    history: list[dict[str, Any]] = []
+    for (name, losses), args in zip(stages.items(), arguments, strict=True):
+        model, found, logged = _run_stage(model, losses, options, args, train_set, held_out)
+        metrics[name], history = found, [*history, *({"stage": name, **entry} for entry in logged)]
+    metrics["parameters"] = sum(model.shadow.parts().values()) - model.shadow.parts().get("couplings", 0)
+    write_detached(model, run.out, tokenizer, overwrite=True)
+    card = pretrained_card(options.base, {k: v for k, v in run.asked.items() if v is not None}, metrics)
+    folder.write_together(run.out, lambda staging: folder.write_text(staging / checkpoint.CARD_FILE, card))
+    run.record(metrics, history)
+    return metrics
+
+
+def _check(options: PretrainOptions) -> dict[str, tuple[str, ...]]:
+    """The stages: which losses each has, by the name of its folder."""
+    for name in POSITIVE:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} must be more than 0, got {value}.")
+    if options.divergence not in KINDS:
+        raise ConfigError(f"divergence must be one of {', '.join(KINDS)}; got {options.divergence!r}.")
+    if not options.data and not options.prompts:
+        raise ConfigError("There is nothing to learn from: name data, or prompts after which the base writes.")
+    named = [part.strip() for part in options.stages.split(",") if part.strip()]
+    stages = {f"{i}-{name}": tuple(x.strip() for x in name.split("+")) for i, name in enumerate(named, 1)}
+    for losses in stages.values():
+        for loss in losses:
+            if loss not in LOSSES:
+                raise ConfigError(f"stages={options.stages!r} has {loss!r}: choose from {', '.join(LOSSES)}.")
+    if not stages:
+        raise ConfigError(f"stages is empty: choose from {', '.join(LOSSES)}.")
+    _weights(options)
+    return stages
+
+
+def _sources(options: PretrainOptions) -> list[str]:
+    named = [part.strip() for part in (options.data or "").split(",") if part.strip()]
+    return [*named, *([OWN] if options.prompts else [])]
+
+
+def _weights(options: PretrainOptions) -> list[float] | None:
+    """One for each source; None for their sizes."""
+    if options.weights is None:
+        return None
+    sources = _sources(options)
+    try:
+        weights = [float(part) for part in options.weights.split(",")]
+    except ValueError:
+        raise ConfigError(f"weights must be numbers separated by commas, got {options.weights!r}.") from None
+    if len(weights) != len(sources) or not all(0 < w < float("inf") for w in weights):
+        raise ConfigError(f"weights={options.weights!r} must be a positive number for each of {', '.join(sources)}.")
+    return weights
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def _documents(options: PretrainOptions, writer: Writer) -> dict[str, list[str]]:
+    if options.prompts:
+        read_prompts(options.prompts)
+    return {s: read_documents(s, options.data_split, writer) for s in _sources(options) if s != OWN}
+
+
+def _own(options: PretrainOptions, model: Any, writer: Writer, out: Path, args: Any) -> dict[str, list[str]]:
+    with model.disable_adapter():
+        texts = write_own(
+            model, writer, read_prompts(options.prompts or ""), out, count=options.own_documents,
+            batch_size=args.per_device_eval_batch_size, new=options.own_new_tokens,
+            temperature=options.own_temperature, seed=args.seed,
+        )  # fmt: skip
+    return {OWN: texts}
+
+
+def _mix(
+    options: PretrainOptions, documents: dict[str, list[str]], writer: Writer, seed: int
+) -> tuple[Mixture, np.ndarray]:
+    """What is trained on, and the held-out blocks (N, T)."""
+    kept, copies = without_copies(list(documents.values()))
+    blocks = [pack(texts, writer, options.max_length, s) for s, texts in zip(documents, kept, strict=True)]
+    blocks, held_out = hold_out(blocks, options.held_out)
+    if speaks():
+        told = ", ".join(f"{len(b)} of {s}" for s, b in zip(documents, blocks, strict=True))
+        tqdm.write(f"blocks of {options.max_length} tokens: {told}; {len(held_out)} held out; {copies} copies left out")
+    weights = _weights(options) or [float(len(b)) for b in blocks]
+    return Mixture(blocks, weights, sum(map(len, blocks)), seed), held_out
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+class Pretrainer(ShadowTrainer):
+    """Trains the shadow alone, by the losses of a stage."""
+
+    losses: tuple[str, ...] = ()
+    options: Any = None
+
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The sum of the stage's losses over the tokens, divided by their number."""
+        inputs = dict(inputs)
+        positions, targets = labelled_positions(inputs.pop("labels"))
+        chosen, factor = model._every(positions)
+        heads = model._fused_heads()
+        rows = shadow_states(model, inputs)[positions[chosen]]
+        needs_base = set(self.losses) != {"next_token"}
+        teacher = base_states(model, inputs)[positions[chosen]] if needs_base else None
+        loss = factor * self._sum(rows, targets[chosen], teacher, *heads)
+        loss = loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def _sum(self, rows: Tensor, targets: Tensor, teacher: Tensor | None, attached: Head, shadow: Head) -> Tensor:
+        options, total = self.options, rows.new_zeros((), dtype=torch.float32)
+        if "alignment" in self.losses and teacher is not None:
+            total = total + F.mse_loss(rows.float(), teacher.float(), reduction="sum") / rows.shape[-1]
+        plain = (options.divergence, options.temperature, options.teacher_top_k) == ("forward", 1.0, None)
+        if plain or "next_token" in self.losses:
+            ce, kl = linear_loss(rows, shadow, targets, (teacher, attached) if teacher is not None and plain else None)
+            total = total + kl + (ce if "next_token" in self.losses else 0)
+        if teacher is not None and not plain:
+
+            def told(part: slice) -> Any:
+                return teach(attached.logits(teacher[part]), options.temperature, options.teacher_top_k)
+
+            total = total + linear_divergence(rows, shadow, told, options.divergence, options.temperature)
+        return total
+
+
+def shadow_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """(B · T, D): what the shadow alone gives the head."""
+    with model.shadow_only():
+        return model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+
+
+@torch.no_grad()
+def base_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """(B · T, D): what the bare base gives it."""
+    with model.disable_adapter():
+        return model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+
+
+def _run_stage(
+    model: Any, losses: tuple[str, ...], options: PretrainOptions, args: Any, train_set: Any, held_out: Any
+) -> tuple[Any, dict[str, float], list[dict[str, Any]]]:
+    """The model after the stage, what it then measures, and the trainer's log; a finished stage is read from its folder."""
+    out, told = Path(args.output_dir), Path(args.output_dir) / "stage.json"
+    if told.exists():
+        kept = json.loads(told.read_text(encoding="utf-8"))
+        return checkpoint.load(out, base=model.unload(), trainable=True), kept["metrics"], kept["history"]
+    frozen = [p for name, p in model.shadow.named_parameters() if p.requires_grad and not _learns(name, losses)]
+    for p in frozen:
+        p.requires_grad_(False)
+    trainer = Pretrainer(model=model, args=args, train_dataset=train_set)
+    trainer.losses, trainer.options = losses, options
+    trainer.train(resume_from_checkpoint=last_checkpoint(out))
+    for p in frozen:
+        p.requires_grad_(True)
+    trainer.save_model()
+    found = measure(model, held_out, args.per_device_eval_batch_size)
+    kept = {"metrics": found, "history": trainer.state.log_history}
+    folder.write_together(out, lambda staging: folder.write_text(staging / told.name, json.dumps(kept) + "\n"))
+    return model, found, trainer.state.log_history
+
+
+def _learns(name: str, losses: tuple[str, ...]) -> bool:
+    """Whether a stage trains this parameter of the shadow."""
+    if losses == ("alignment",):
+        return name.startswith("projection.")
+    return not name.startswith(("couplings.", "heads."))
+
+
+@torch.no_grad()
+def measure(model: Any, blocks: np.ndarray, batch_size: int) -> dict[str, float]:
+    """cross_entropy and divergence KL(base ‖ shadow), nats a token, and agreement, on blocks (N, T)."""
+    was_training = model.training
+    model.eval()
+    attached, shadow = model._fused_heads()
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    for start in tqdm(
+        range(0, len(blocks), batch_size), desc="measure", leave=False, disable=None if speaks() else True
+    ):
+        ids = torch.as_tensor(blocks[start : start + batch_size], dtype=torch.long, device=model.device)
+        positions, targets = labelled_positions(ids)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        rows, teacher = (f(model, inputs)[positions] for f in (shadow_states, base_states))
+        ce, kl = linear_loss(rows, shadow, targets, (teacher, attached))
+        same = sum(
+            int((shadow.logits(a).argmax(-1) == attached.logits(b).argmax(-1)).sum())
+            for a, b in zip(rows.split(256), teacher.split(256), strict=True)
+        )
+        sums += torch.tensor([float(ce), float(kl), same], dtype=torch.float64)
+        count += len(targets)
+    model.train(was_training)
+    return dict(zip(("cross_entropy", "divergence", "agreement"), (sums / count).tolist(), strict=True))

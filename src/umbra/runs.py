@@ -1,0 +1,150 @@
+"""What `umbra train` and `umbra pretrain` share: flat settings sorted out, and an output folder that can be resumed."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from . import checkpoint, folder
+from .config import ShadowConfig
+from .errors import CheckpointError, ConfigError, unknown_key
+from .options import check_dtype, check_types, names
+
+RUN_FILE = "run.json"  # what a run was asked for; lies in its output folder
+DEFAULTS = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.0,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "logging_steps": 10,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+    "ddp_find_unused_parameters": False,
+}
+POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+# Fields that may differ between a run and its continuation: they change nothing that is learned.
+HARMLESS = ("overwrite", "disable_tqdm", "report_to", "logging_dir", "save_total_limit", "resume_from_checkpoint")
+
+
+def sort_settings(
+    values: dict[str, Any], kind: type, required: tuple[str, ...], where: str
+) -> tuple[Any, ShadowConfig, dict[str, Any]]:
+    """Sort flat settings into the run's own (``kind``, a dataclass), the shadow's and TrainingArguments'.
+
+    Raises:
+        ConfigError: an unknown key (the nearest known one is named), a required one missing, or a value of a wrong type.
+    """
+    arguments = [f for f in TrainingArguments.__dataclass_fields__ if not f.startswith("_")]
+    known = [*names(kind, ShadowConfig), *arguments]
+    for key in values:
+        if key not in known:
+            raise unknown_key(key, known, where)
+    options = kind(**{k: v for k, v in values.items() if k in names(kind)})
+    check_types(kind, asdict(options))
+    shadow = ShadowConfig(**{k: v for k, v in values.items() if k in names(ShadowConfig)})
+    for name in required:
+        if not getattr(options, name):
+            raise ConfigError(f"{name} is missing: set it in the configuration, or by --{name}.")
+    check_dtype(options.dtype)
+    if options.max_length < 2:
+        raise ConfigError(f"max_length must be at least 2, got {options.max_length}.")
+    rest = {k: v for k, v in values.items() if k in arguments and k not in names(kind, ShadowConfig)}
+    check_types(TrainingArguments, rest)
+    return options, shadow, rest
+
+
+def make_arguments(out: Path | str, given: dict[str, Any]) -> TrainingArguments:
+    """TrainingArguments with `DEFAULTS` where nothing else is given.
+
+    Raises:
+        ConfigError: a value that they, or we, refuse.
+    """
+    given = {**DEFAULTS, **given}
+    for name in POSITIVE:
+        if given.get(name, 1) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {given[name]}.")
+    if not 0 <= given.get("seed", 0) < 2**32:
+        raise ConfigError(f"seed must lie in [0, 2³²), got {given['seed']}.")
+    try:
+        return TrainingArguments(output_dir=str(out), **given)
+    except Exception as error:  # their checks, and those of accelerate's and deepspeed's part, raise many types
+        raise ConfigError(f"transformers' TrainingArguments refuse these settings: {error!s:.500}") from error
+
+
+@dataclass
+class Run:
+    """An output folder and what it was asked for.
+
+    Args:
+        asked: every setting that has a say in what is learned.
+        files: what a finished run has written there, beside `RUN_FILE` and checkpoints.
+    """
+
+    out: Path
+    asked: dict[str, Any]
+    files: tuple[str, ...]
+
+    @classmethod
+    def of(cls, out: str, files: tuple[str, ...], *settings: dict[str, Any]) -> "Run":
+        """The run of these settings."""
+        asked = {k: v for part in settings for k, v in part.items() if k not in HARMLESS}
+        return cls(Path(out), json.loads(json.dumps(asked, default=str)), files)
+
+    def claim(self, overwrite: bool) -> dict[str, Any] | None:
+        """Make sure that the output folder is this run's; its metrics where it has finished.
+
+        Raises:
+            CheckpointError: it holds another run, adapter or model.
+        """
+        out, file = self.out, folder.find(self.out, RUN_FILE)
+        if out.exists() and not out.is_dir():
+            raise CheckpointError(f"output_dir={out} is a file.")
+        if overwrite:
+            for name in (RUN_FILE, *self.files):
+                (out / name).unlink(missing_ok=True)
+            for path in out.glob("checkpoint-*"):
+                shutil.rmtree(path)
+            return None
+        if not file.exists():
+            for name in (checkpoint.CONFIG_FILE, "config.json"):
+                if folder.find(out, name).exists():
+                    raise CheckpointError(
+                        f"{out} already holds another adapter or model: choose another output_dir, or overwrite."
+                    )
+            return None
+        try:
+            run = json.loads(file.read_text(encoding="utf-8"))
+            before = run["asked"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}. Choose another output_dir, or overwrite.") from error
+        changed = sorted(k for k in self.asked.keys() | before.keys() if self.asked.get(k) != before.get(k))
+        if changed:
+            differences = ", ".join(f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed)
+            raise CheckpointError(f"{out} holds another run ({differences}): choose another output_dir, or overwrite.")
+        return run.get("metrics")
+
+    def record(self, metrics: dict | None = None, history: list[dict] | None = None) -> None:
+        """Note down what was asked for, and what came of it."""
+        run = {"asked": self.asked, "metrics": metrics, "history": history}
+        text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
+        folder.write_together(self.out, lambda staging: folder.write_text(staging / RUN_FILE, text))
+
+
+def last_checkpoint(out: Path) -> str | None:
+    """The latest complete checkpoint: the trainer writes its state last, so one without was cut off by a kill."""
+    complete = []
+    for path in out.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            complete.append((int(path.name.rpartition("-")[2]), str(path)))
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+    return max(complete)[1] if complete else None

@@ -1,0 +1,396 @@
+"""``umbra pretrain``: what is learned, from which text, how it goes on after a kill, and what comes out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import umbra
+from conftest import make_tokenizer
+from tiny import make, make_base, tokens
+from umbra import divergence, pretrain
+from umbra.cli import main
+from umbra.corpus import Mixture, hold_out, pack, read_documents, without_copies, write_own
+from umbra.data import Writer
+from umbra.divergence import KINDS, Teacher, linear_divergence, teach
+from umbra.kernels import Head
+
+TEXT = "\n\n".join(f"{a} plus {b} is {a + b}, and {b} plus {a} is {a + b}." for a in range(12) for b in range(12))
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def settings(tmp_path, base_folder, text):
+    return {
+        "base": base_folder, "data": text, "output_dir": str(tmp_path / "out"), "max_length": 32, "held_out": 8,
+        "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "steps",
+        "save_steps": 4, "disable_tqdm": True, "use_cpu": True, "seed": 3,
+    }  # fmt: skip
+
+
+# -- divergences -------------------------------------------------------------------------------------------------------
+
+
+def naive(z, t, kind, temperature):
+    """Out of probabilities, in float64."""
+    p, q = (torch.softmax(x.double() / temperature, -1) for x in (t, z))
+    m = (p + q) / 2
+    found = {
+        "forward": p * (p / q).log(),
+        "reverse": q * (q / p).log(),
+        "js": 0.5 * p * (p / m).log() + 0.5 * q * (q / m).log(),
+    }
+    return temperature**2 * found[kind].sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
+def test_a_divergence_and_its_gradient(kind, temperature):
+    z, t = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0)) * 3
+    z.requires_grad_()
+    found = divergence.divergence(z, teach(t, temperature, None), kind, temperature)
+    expected = naive(z, t, kind, temperature)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(x, z, retain_graph=True)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_the_likeliest_tokens_all_others_count_as_one(kind):
+    z, t = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(1)) * 3
+    top = t.topk(4).indices
+    merged = []
+    for x in (z, t):
+        p = torch.softmax(x.double(), -1)
+        kept = p.gather(-1, top)
+        merged.append(torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1).log())
+    found = divergence.divergence(z, teach(t, 1.0, 4), kind, 1.0)
+    torch.testing.assert_close(found.double(), naive(*merged, kind, 1.0), rtol=1e-5, atol=1e-6)
+    whole = divergence.divergence(z, teach(t, 1.0, 17), kind, 1.0)
+    torch.testing.assert_close(whole.double(), naive(z, t, kind, 1.0), rtol=1e-4, atol=1e-6)
+
+
+def test_chunks_give_the_whole(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 23, 8, generator=generator)
+    head = Head(torch.randn(17, 8, generator=generator), None, 0.5, 4.0)
+    x.requires_grad_()
+    whole = divergence.divergence(head.logits(x), teach(head.logits(t), 2.0, 5), "js", 2.0)
+    expected = torch.autograd.grad(whole, x)[0]
+    monkeypatch.setattr(divergence, "CHUNK", 17 * 5)
+    found = linear_divergence(x, head, lambda part: teach(head.logits(t[part]), 2.0, 5), "js", 2.0)
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(torch.autograd.grad(found, x)[0], expected)
+
+
+def test_a_teacher_of_the_student_itself_teaches_nothing():
+    z = torch.randn(5, 17)
+    for kind in KINDS:
+        assert abs(float(divergence.divergence(z, teach(z, 1.5, None), kind, 1.5))) < 1e-5
+    assert isinstance(teach(z, 1.0, 99), Teacher), "k beyond the vocabulary is all of it"
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def test_documents_of_each_form(tmp_path, text):
+    writer = Writer(make_tokenizer())
+    assert read_documents(text, "train", writer)[1] == "0 plus 1 is 1, and 1 plus 0 is 1."
+    file = tmp_path / "records.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": "a", "completion": c}) for c in "bc"))
+    assert read_documents(str(file), "train", writer)[0] == "<|user|>a<eos>\n<|assistant|>b<eos>\n"
+    assert read_documents(str(file), "train", Writer(make_tokenizer(), False)) == ["ab<eos>", "ac<eos>"]
+
+
+def test_copies_are_left_out_across_sources():
+    kept, copies = without_copies([["a  b", "c", "A b"], ["c\n", "d"]])
+    assert kept == [["a  b", "c"], ["d"]]
+    assert copies == 2
+
+
+def test_packed_blocks_are_the_documents_one_after_another():
+    tokenizer = make_tokenizer()
+    blocks = pack(["abc", "de"] * 9, Writer(tokenizer), 5, "text")
+    assert blocks.shape == (12, 5)
+    assert tokenizer.decode(blocks.flatten()).startswith("abc<eos>de<eos>abc<eos>")
+    with pytest.raises(umbra.DataError, match="fewer than one block of max_length=50"):
+        pack(["abc"], Writer(tokenizer), 50, "text")
+
+
+def test_held_out_blocks_are_of_every_source_and_of_no_batch():
+    blocks = [np.arange(n * 3).reshape(n, 3) + 1000 * n for n in (40, 10, 1)]
+    rest, held_out = hold_out(blocks, 10)
+    assert [len(b) for b in rest] == [32, 8, 1]
+    every = np.concatenate([*rest, held_out])
+    assert len({tuple(row) for row in every}) == len(every) == 51
+    with pytest.raises(umbra.DataError, match="none can be held out"):
+        hold_out([blocks[2]], 10)
+
+
+def test_a_mixture_draws_by_weight_and_repeats_nothing_early():
+    blocks = [np.arange(50)[:, None], 100 + np.arange(10)[:, None]]
+    mixture = Mixture(blocks, [1.0, 3.0], 400, seed=1)
+    drawn = [int(mixture[i]["input_ids"]) for i in range(400)]
+    second = [x for x in drawn if x >= 100]
+    assert 260 < len(second) < 340
+    assert all(len(set(second[i : i + 10])) == 10 for i in range(0, len(second) - 9, 10)), "each once in a round"
+    again = Mixture(blocks, [1.0, 3.0], 400, seed=1)
+    assert drawn == [int(again[i]["input_ids"]) for i in range(400)]
+    assert drawn != [int(Mixture(blocks, [1.0, 3.0], 400, seed=2)[i]["input_ids"]) for i in range(400)]
+
+
+def test_the_base_writes_on_after_a_kill(tmp_path):
+    model, writer = make(), Writer(make_tokenizer())
+    asked = {"count": 7, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
+
+    def write(file, **more):
+        return write_own(model, writer, ["a", "bcd", "ef"], tmp_path / file, **{**asked, **more})
+
+    whole = write("whole.jsonl")
+    assert len(whole) == 7
+    assert len(set(whole)) > 4, "it samples"
+    assert all(text.startswith(writer.ask(p)) for text, p in zip(whole, ["a", "bcd", "ef"] * 3, strict=False))
+    write("cut.jsonl", count=4)
+    with (tmp_path / "cut.jsonl").open("a") as file:
+        file.write('{"text": "cut in the mid')
+    assert write("cut.jsonl") == whole
+    assert [json.loads(line)["text"] for line in (tmp_path / "cut.jsonl").read_text().splitlines()] == whole
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_each_stage_brings_and_what_comes_out(settings, tmp_path):
+    found = pretrain.pretrain({**settings, "stages": "distillation,next_token", "max_steps": 30})
+    start, distilled, taught = found["start"], found["1-distillation"], found["2-next_token"]
+    assert distilled["divergence"] < 0.8 * start["divergence"]
+    assert distilled["agreement"] > start["agreement"]
+    assert taught["cross_entropy"] < distilled["cross_entropy"] < start["cross_entropy"] + 0.5
+    stock = AutoModelForCausalLM.from_pretrained(settings["output_dir"]).eval()
+    model = umbra.attach(
+        umbra.bases.load_base(settings["base"]), umbra.ShadowConfig(shadow=settings["output_dir"])
+    ).eval()
+    assert not model.shadow.owns_embeddings, "the table is the base's own"
+    ids = tokens(2)
+    with torch.no_grad(), model.shadow_only():
+        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits)
+    text = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert text["metrics"] == found
+    assert "| 2-next_token |" in (tmp_path / "out" / "README.md").read_text()
+    assert pretrain.pretrain({**settings, "stages": "distillation,next_token", "max_steps": 30}) == found
+
+
+def test_what_is_measured_is_what_it_says(settings):
+    model = make()
+    blocks = tokens(3, 12).numpy()
+    found = pretrain.measure(model, blocks, 2)
+    ids = torch.as_tensor(blocks)
+    with torch.no_grad():
+        with model.shadow_only():
+            z = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        with model.disable_adapter():
+            t = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    assert found["cross_entropy"] == pytest.approx(float(F.cross_entropy(z, ids[:, 1:].flatten())), rel=1e-5)
+    assert found["divergence"] == pytest.approx(float(naive(z, t, "forward", 1.0)) / len(z), rel=1e-5)
+    assert found["agreement"] == pytest.approx(float((z.argmax(-1) == t.argmax(-1)).double().mean()))
+
+
+FORMS = {
+    "forward": {},
+    "both": {"stages": "distillation+next_token"},
+    "reverse": {"divergence": "reverse", "temperature": 2.0},
+    "js of the likeliest": {"divergence": "js", "teacher_top_k": 5},
+    "both of the likeliest": {"stages": "distillation+next_token", "teacher_top_k": 5},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_of_a_stage(settings, form):
+    """At a rate of 0 the logged loss is that of the batches, written out."""
+    pretrain.pretrain(
+        {**settings, "learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 6, **FORMS[form]}
+    )
+    run = json.loads(Path(settings["output_dir"], "run.json").read_text())
+    [logged] = [entry["loss"] for entry in run["history"] if "loss" in entry]
+    torch.manual_seed(3)
+    model = umbra.attach(umbra.bases.load_base(settings["base"]), umbra.ShadowConfig())
+    asked = umbra.options.PretrainOptions(
+        **{k: v for k, v in settings.items() if k in ("base", "data", "max_length", "held_out")}
+    )
+    writer = Writer(umbra.bases.load_tokenizer(settings["base"]))
+    train_set, _ = pretrain._mix(asked, pretrain._documents(asked, writer), writer, 3)
+    losses = []
+    for i in range(len(train_set)):
+        ids = train_set[i]["input_ids"][None]
+        with torch.no_grad():
+            with model.shadow_only():
+                z = model(input_ids=ids).logits[0, :-1]
+            with model.disable_adapter():
+                t = model(input_ids=ids).logits[0, :-1]
+        chosen = {
+            "divergence": "forward",
+            "temperature": 1.0,
+            "teacher_top_k": None,
+            "stages": "distillation",
+            **FORMS[form],
+        }
+        told = teach(t, chosen["temperature"], chosen["teacher_top_k"])
+        loss = divergence.divergence(z, told, chosen["divergence"], chosen["temperature"])
+        loss = loss + (F.cross_entropy(z, ids[0, 1:], reduction="sum") if "next_token" in chosen["stages"] else 0)
+        losses.append(float(loss) / len(z))
+    assert min(losses) < logged < max(losses)
+    assert logged == pytest.approx(np.mean(losses), rel=0.15)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on(settings, monkeypatch, tmp_path):
+    """Killed in the first stage, and again in the second, both times beyond a checkpoint."""
+    settings = {**settings, "stages": "next_token,distillation"}
+    whole = pretrain.pretrain({**settings, "output_dir": str(tmp_path / "whole")})
+    made, steps = pretrain.Pretrainer.__init__, []
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **told):
+            steps.append(state.global_step)
+            if len(steps) in (6, 6 + 8 + 6):
+                raise Killed
+
+    def killed(self, *args, **options):
+        made(self, *args, **options)
+        self.add_callback(Kill)
+
+    monkeypatch.setattr(pretrain.Pretrainer, "__init__", killed)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            pretrain.pretrain(settings)
+    found = pretrain.pretrain(settings)
+    assert steps == [*range(1, 7), *range(5, 13), *range(1, 7), *range(5, 13)]
+    for stage in ("1-next_token", "2-distillation"):
+        assert found[stage] == pytest.approx(whole[stage], rel=1e-4)
+
+
+def test_text_of_the_bases_own(settings, tmp_path, text):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    own = {"data": None, "prompts": str(tmp_path / "prompts.txt"), "own_documents": 40, "own_new_tokens": 20}
+    found = pretrain.pretrain({**settings, **own, "max_length": 16})
+    assert found["1-distillation"]["divergence"] < found["start"]["divergence"]
+    lines = (tmp_path / "out" / "own.jsonl").read_text().splitlines()
+    assert len(lines) == 40
+    mixed = {**own, "data": text, "weights": "1,2", "output_dir": str(tmp_path / "mixed")}
+    assert "start" in pretrain.pretrain({**settings, **mixed, "max_length": 16})
+
+
+def test_a_narrower_shadow_brings_its_own_embeddings(settings):
+    sizes = {
+        "shadow_hidden_size": 16,
+        "shadow_num_attention_heads": 2,
+        "shadow_num_key_value_heads": 2,
+        "shadow_head_dim": 8,
+    }
+    pretrain.pretrain({**settings, **sizes})
+    model = umbra.attach(umbra.bases.load_base(settings["base"]), umbra.ShadowConfig(shadow=settings["output_dir"]))
+    assert model.shadow.owns_embeddings
+    assert AutoModelForCausalLM.from_pretrained(settings["output_dir"]).config.hidden_size == 16
+
+
+def naive_alignment(base, stock):
+    """The projection for a base of another width, by numpy's least squares."""
+    W, S = (m.get_output_embeddings().weight.detach().double().numpy() for m in (base, stock))
+    return torch.as_tensor(np.linalg.lstsq(W, S[: len(W)], rcond=None)[0]).float()
+
+
+def test_a_shadow_of_another_width_is_aligned_in_closed_form(settings, tmp_path):
+    """Beside the base that it was pretrained for, it says exactly what it says alone; beside another, as nearly as can be."""
+    sizes = {
+        "shadow_hidden_size": 16,
+        "shadow_num_attention_heads": 2,
+        "shadow_num_key_value_heads": 2,
+        "shadow_head_dim": 8,
+    }
+    pretrain.pretrain({**settings, **sizes})
+    stock, ids = AutoModelForCausalLM.from_pretrained(settings["output_dir"]).eval(), tokens(2)
+    config = umbra.ShadowConfig(shadow=settings["output_dir"])
+    model = umbra.attach(umbra.bases.load_base(settings["base"]), config).eval()
+    with torch.no_grad(), model.shadow_only():
+        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    other = make_base(hidden_size=48, num_attention_heads=4, num_key_value_heads=2)
+    expected = naive_alignment(other, stock)
+    model = umbra.attach(other, config)
+    torch.testing.assert_close(model.shadow.projection.weight.detach(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_alignment_trains_the_projection_alone(settings, tmp_path):
+    stages = {"stages": "alignment,distillation", "shadow": settings["base"], "output_dir": str(tmp_path / "aligned")}
+    base = str(tmp_path / "wider")
+    make_base(hidden_size=48, num_attention_heads=4, num_key_value_heads=2).save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    found = pretrain.pretrain({**settings, **stages, "base": base, "max_steps": 25})
+    assert found["1-alignment"]["divergence"] < found["start"]["divergence"]
+    before = umbra.load(tmp_path / "aligned" / "stages" / "1-alignment", umbra.bases.load_base(base)).shadow
+    stock = AutoModelForCausalLM.from_pretrained(settings["base"])
+    for name, p in before.backbone.named_parameters():
+        assert torch.equal(p, stock.base_model.get_parameter(name)), name
+    with pytest.raises(umbra.ConfigError, match="this one has none"):
+        pretrain.pretrain({**settings, "stages": "alignment"})
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "no text": ({"data": None}, "nothing to learn from"),
+    "no such file": ({"data": "nowhere.txt"}, "nowhere.txt cannot be read"),
+    "no such stage": ({"stages": "distilation"}, "has 'distilation': choose from alignment, distillation, next_token"),
+    "no stage": ({"stages": " , "}, "stages is empty"),
+    "no such divergence": ({"divergence": "l2"}, "divergence must be one of forward, reverse, js"),
+    "no temperature": ({"temperature": 0.0}, "temperature must be more than 0"),
+    "weights of others": ({"weights": "1,2"}, "must be a positive number for each of"),
+    "no weights": ({"weights": "many"}, "weights must be numbers separated by commas"),
+    "an unknown key": ({"stage": "distillation"}, "Did you mean 'stages'"),
+    "no output": ({"output_dir": ""}, "output_dir is missing"),
+    "blocks too long": ({"max_length": 10**6}, "fewer than one block"),
+    "no prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_refused_before_any_work(settings, form, tmp_path):
+    changed, message = REFUSED[form]
+    with pytest.raises(umbra.UmbraError, match=message):
+        pretrain.pretrain({**settings, **changed})
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_another_run_in_the_folder_is_refused(settings):
+    pretrain.pretrain({**settings, "max_steps": 1})
+    with pytest.raises(umbra.CheckpointError, match="max_steps: 1 → 2"):
+        pretrain.pretrain({**settings, "max_steps": 2})
+    pretrain.pretrain({**settings, "max_steps": 2, "overwrite": True})
+
+
+def test_from_the_command_line(settings, tmp_path, capsys):
+    flags = [x for k, v in settings.items() for x in (f"--{k}", str(v))]
+    assert main(["pretrain", *flags]) == 0
+    assert "1-distillation agreement" in capsys.readouterr().out
+    assert main(["pretrain", *flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] > 0
+    assert main(["pretrain", *flags, "--divergence", "l2"]) == 2
+    assert "divergence must be one of" in capsys.readouterr().err
+
+
+def test_the_help_names_every_stage(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(name in said for name in ("distillation", "next_token", *KINDS))
