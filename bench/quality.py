@@ -21,13 +21,14 @@ from tqdm import tqdm
 from umbra import folder
 from umbra.bases import load_tokenizer
 from umbra.bench.base import Base
-from umbra.bench.methods import LORA, METHODS, Batch, build, fit
+from umbra.bench.methods import LORA, METHODS, Batch, build, fit, umbra
 from umbra.core import labelled_positions
 from umbra.data import Collator, Record, encode_all
 from umbra.options import EMBEDDED
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = [LORA, "Umbra", "Umbra 4th", "Umbra upper half", "Umbra upper third", "Umbra lean"]
+ROWS = [LORA, "Umbra", "Umbra α=1", "Umbra 4th", "Umbra upper half", "Umbra upper third", "Umbra lean"]
+KNOWN = (*METHODS, umbra("Umbra α=1", "ten times the default strength of the injection", alpha=1.0))
 RATES = {LORA: 1e-3}  # learning rate, where it is not `RATE`
 RATE = 3e-3
 BATCH = 8
@@ -121,7 +122,7 @@ def run(data: Path, tasks: list[str], rows: list[str], seeds: list[int], out: Pa
     known = {(r["task"], r["method"], r["seed"]) for r in done}
     tokenizer: Any = load_tokenizer(EMBEDDED)
     base = Base.named(EMBEDDED, torch.bfloat16, torch.device("cpu"))
-    methods = [m for m in METHODS if m.name in rows]
+    methods = [m for m in KNOWN if m.name in rows]
     rank, widths = fit(base, methods, 8)
     for seed, task, method in itertools.product(seeds, tasks, methods):
         if (task, method.name, seed) in known:
@@ -199,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of NAME.train.jsonl.gz")
     parser.add_argument("--tasks", nargs="+", default=["intents"], choices=list(TASKS))
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=[m.name for m in METHODS])
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=[m.name for m in KNOWN])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given = parser.parse_args()
     runs = run(given.data, given.tasks, given.rows, given.seeds, RESULTS / "quality.jsonl")

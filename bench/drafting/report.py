@@ -101,7 +101,7 @@ def text(held: dict[str, Any]) -> str:
         low, high = row["quartiles"]
         cells = [name, f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}", f"{low:.2f} – {high:.2f}", *drafted]
         equal = f"{row['equal']} of {held['questions']}"
-        equal += f", else ≤ {row['gap']:.2f} ({row['steps']:.0f} steps)" if "gap" in row else ""
+        equal += f", else ≤ {row['gap']:.2f} = {row['steps']:.0f} of its steps" if "gap" in row else ""
         lines.append(f"| {' | '.join(cells)} | {equal} |")
     lines += [
         "", f"*{QUICK}*: with Umbra's products of matrices, and no shadow.",
@@ -133,6 +133,7 @@ def picture(held: dict[str, Any], path: Path) -> None:
     bars, curve = figure.subplots(1, 2)
     _bars(bars, held["ways"])
     _curve(curve, held["ways"], CostModel(**held["model"]))
+    figure.legend(*curve.get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=8)
     for axes in (bars, curve):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110, format="png")
@@ -168,5 +169,4 @@ def _curve(axes: Any, ways: dict[str, Any], model: CostModel) -> None:
     )
     axes.axhline(1, color="#333333", linewidth=1)
     axes.set(xlabel="drafted tokens of a cycle, k", ylabel="× the bare base")
-    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
-    axes.legend(fontsize=8, ncols=2, loc="upper left")
+    axes.set_ylim(bottom=0)

@@ -208,8 +208,8 @@ METHODS = (
     umbra("Umbra upper half", "only the upper half of the blocks is coupled", first_layer=0.5),
     umbra("Umbra upper third", "only the upper third of them", first_layer=0.67),
     umbra(
-        "Umbra lean", "upper half, every 4th label, activation checkpointing", only="training", recomputes=True,
-        first_layer=0.5, auxiliary_loss_every=4,
+        "Umbra lean", "upper half, every 4th label, activation checkpointing; α = 1", only="training", recomputes=True,
+        first_layer=0.5, auxiliary_loss_every=4, alpha=1.0,
     ),
 )  # fmt: skip
 
