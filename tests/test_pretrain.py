@@ -369,7 +369,7 @@ def test_refused_before_any_work(settings, form, tmp_path):
     changed, message = REFUSED[form]
     with pytest.raises(umbra.UmbraError, match=message):
         pretrain.pretrain({**settings, **changed})
-    assert not (tmp_path / "out" / "stages").exists()
+    assert not (tmp_path / "out").exists(), "the next attempt finds the folder free"
 
 
 def test_another_run_in_the_folder_is_refused(settings):

@@ -40,6 +40,7 @@ LOSSES = ("alignment", "distillation", "next_token")
 STAGES = "stages"  # folders of the stages, in the output folder
 OWN = "own.jsonl"  # what the base has written
 FILES = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE)
+SAVES = {"save_strategy": "steps", "save_steps": 100}  # one epoch is long
 POSITIVE = ("own_documents", "own_new_tokens", "own_temperature", "temperature", "teacher_top_k", "held_out")
 
 
@@ -70,12 +71,13 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
             return finished
     except OSError as error:
         raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
-    arguments = [make_arguments(run.out / STAGES / name, rest) for name in stages]
+    arguments = [make_arguments(run.out / STAGES / name, {**SAVES, **rest}) for name in stages]
     if arguments[0].world_size > 1:
         raise ConfigError("umbra pretrain runs in one process: start it without a launcher.")
 
     tokenizer: Any = load_tokenizer(options.base)
-    documents = _documents(options, Writer(tokenizer, options.chat_template))
+    writer = Writer(tokenizer, options.chat_template)
+    documents = _documents(options, writer)
     base: Any = load_base(options.base, dtype=options.dtype)
     torch.manual_seed(arguments[0].seed)
     model: Any = attach(base, shadow)
@@ -85,11 +87,11 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
         raise BaseModelError(
             f"{type(base).__name__} has a head that is more than one plain linear layer: use another base."
         )
-    run.record()
     if options.prompts:
-        run.out.mkdir(parents=True, exist_ok=True)
-        documents |= _own(options, model, Writer(tokenizer, options.chat_template), run.out / OWN, arguments[0])
-    train_set, held_out = _mix(options, documents, Writer(tokenizer, options.chat_template), arguments[0].seed)
+        run.record()
+        documents |= _own(options, model, writer, run.out / OWN, arguments[0])
+    train_set, held_out = _mix(options, documents, writer, arguments[0].seed)
+    run.record()
 
     metrics: dict[str, Any] = {"start": measure(model, held_out, arguments[0].per_device_eval_batch_size)}
     history: list[dict[str, Any]] = []
