@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .core import IGNORED
 from .data import Writer, read_records
 from .errors import DataError
 from .options import speaks
@@ -123,7 +124,9 @@ class Mixture(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         ids = torch.as_tensor(self.blocks[self.source[i]][self.row[i]], dtype=torch.long)
-        return {"input_ids": ids, "labels": ids}
+        labels = ids.clone()
+        labels[0] = IGNORED  # nothing predicts it, and the trainer counts labels
+        return {"input_ids": ids, "labels": labels}
 
 
 # -- what the base writes ----------------------------------------------------------------------------------------------
