@@ -57,7 +57,8 @@ class Shadow(nn.Module):
         if backbone_config is not None and not self.owns_embeddings:
             backbone_config.vocab_size = anatomy.vocabulary_size(base.embeddings)
         self.backbone, projection = build_backbone(base, config, backbone_config)
-        if self.owns_embeddings and config.embeddings == "auto" and _has_the_bases_table(base, self.backbone):
+        chooses = config.embeddings == "auto" and backbone_config is None
+        if self.owns_embeddings and chooses and _has_the_bases_table(base, self.backbone):
             self.config, self.owns_embeddings = dataclasses.replace(config, embeddings="base"), False
         if not self.owns_embeddings:
             anatomy.remove_embeddings(self.backbone)
