@@ -63,6 +63,13 @@ class ShadowConfig:
     distillation_weight: float = option(
         0.0, "μ, the weight of KL(attached ‖ shadow) at the labelled tokens: a shadow that agrees drafts well"
     )
+    distillation_schedule: Literal["constant", "rise", "fall"] = option(
+        "constant", "μ in the course of a training: constant, rise (from 0 to μ) or fall (from μ to 0)"
+    )
+    escalation: str | None = option(
+        None, "what the shadow answers by itself to a request that is beyond it, and was marked `escalate` in the training "
+        "data; default [REMOTE] where some are"
+    )  # fmt: skip
 
     shadow: str = option(
         "mirror",
@@ -133,6 +140,7 @@ class ShadowConfig:
                 raise ConfigError(f"{name} must be true, false or null, got {shown(getattr(self, name))}.")
         choices = {
             "dialect": tuple(DIALECTS),
+            "distillation_schedule": ("constant", "rise", "fall"),
             "init": ("random", "base"),
             "embeddings": ("auto", "base", "own"),
             "activation": (None, "silu", "gelu"),
@@ -143,6 +151,8 @@ class ShadowConfig:
             if getattr(self, name) not in allowed:
                 words = ", ".join(str(a) for a in allowed if a is not None)
                 raise ConfigError(f"{name} must be one of {words}; got {shown(getattr(self, name))}.")
+        if self.escalation is not None and (not isinstance(self.escalation, str) or not self.escalation.strip()):
+            raise ConfigError(f"escalation must be a text, such as [REMOTE], got {shown(self.escalation)}.")
         if not isinstance(self.shadow, str) or not self.shadow:
             raise ConfigError(f"shadow must be mirror, dense, a path or a hub id; got {shown(self.shadow)}.")
         if self.is_pretrained:

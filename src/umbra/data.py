@@ -1,7 +1,8 @@
 """Records to token batches: prompt/completion, messages, text with or without a label; only answers carry labels.
 
 A language-model record becomes segments of text, each trained on or not; each segment is tokenised by itself, so
-that a prompt has the same tokens in training as when it is asked later.
+that a prompt has the same tokens in training as when it is asked later. A record marked ``escalate: true`` is beyond the
+shadow: the pair learns its answer, the shadow to pass it on.
 """
 
 import gzip
@@ -23,6 +24,8 @@ from .options import speaks
 
 Record = dict[str, Any]
 COLUMNS = "`prompt` and `completion`, `messages`, `text` and `label`, or `text`"
+MARK = "escalate"  # the column that marks what is beyond the shadow
+ESCALATION = "[REMOTE]"  # what it then says, by default
 
 
 def read_records(source: str, split: str = "train") -> list[Record]:
@@ -101,6 +104,15 @@ def _check(record: Record, kind: str, where: str) -> None:
             _check_messages(value, f"{where}, {column}")
         elif column != "label" and not isinstance(value, str):
             raise DataError(f"{where}: {column!r} must be a string, got {type(value).__name__}.")
+    _check_mark(record, kind, where)
+
+
+def _check_mark(record: Record, kind: str, where: str) -> None:
+    mark = record.get(MARK)
+    if not isinstance(mark, bool | None):
+        raise DataError(f"{where}: {MARK!r} must be true or false, got {mark!r:.80}.")
+    if mark and kind not in ("completion", "messages"):
+        raise DataError(f"{where} is marked {MARK!r}, which needs an answer: `prompt` and `completion`, or `messages`.")
 
 
 def _check_messages(messages: Any, where: str) -> None:
@@ -195,6 +207,26 @@ class Writer:
             labels += piece if trained else [IGNORED] * len(piece)
         return {"input_ids": np.asarray(ids, np.int32), "labels": np.asarray(labels, np.int32)}
 
+    def encode_escalated(self, record: Record, instead: str) -> list[dict[str, np.ndarray]]:
+        """As `encode`, two examples with ``shadow_targets`` (T,) beside ``labels``: the pair learns all answers of the record,
+        the shadow all but the last, and ``instead`` of that."""
+        whole, passed = self.encode(record), self.encode(_with_answer(record, instead))
+        starts = [1 + max(np.flatnonzero(e["labels"] == IGNORED), default=-1) for e in (whole, passed)]
+        whole["shadow_targets"] = np.where(np.arange(len(whole["labels"])) < starts[0], whole["labels"], IGNORED)
+        passed["shadow_targets"] = np.where(np.arange(len(passed["labels"])) < starts[1], IGNORED, passed["labels"])
+        passed["labels"] = np.full_like(passed["labels"], IGNORED)
+        return [whole, passed]
+
+
+def _with_answer(record: Record, answer: str) -> Record:
+    """The record with another last answer."""
+    if "messages" in record:
+        return {**record, "messages": [*record["messages"][:-1], {**record["messages"][-1], "content": answer}]}
+    completion = record["completion"]
+    if isinstance(completion, str):
+        return {**record, "completion": answer}
+    return {**record, "completion": [*completion[:-1], {**completion[-1], "content": answer}]}
+
 
 def _as_messages(value: Any, role: str) -> list[dict]:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
@@ -282,28 +314,29 @@ class Labels:
 
 def encode_all(
     records: list[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int, chat_template: bool = True,
-    labels: Labels | None = None, name: str = "data",
+    labels: Labels | None = None, name: str = "data", escalation: str = ESCALATION,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Tokenise records, cut at ``max_length``; examples left without a label are dropped, and said so.
+
+    Args:
+        escalation: what the shadow answers to records that are marked for it.
 
     Raises:
         DataError: no example is left.
     """
-    writer, examples, cut = Writer(tokenizer, chat_template), [], 0
+    writer, examples, cut, dropped = Writer(tokenizer, chat_template), [], 0, 0
     for record in tqdm(records, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False):
         if labels is not None:
             ids = np.asarray(tokenizer(record["text"])["input_ids"], np.int32)
-            example = {"input_ids": ids, "labels": labels.encode(record["label"])}
-        else:
-            example = writer.encode(record)
-        cut += len(example["input_ids"]) > max_length
-        example["input_ids"] = example["input_ids"][:max_length]
-        if labels is None:
-            example["labels"] = example["labels"][:max_length]
-            if not (example["labels"][1:] != IGNORED).any():
-                continue
-        examples.append(example)
-    dropped = len(records) - len(examples)
+            cut += len(ids) > max_length
+            examples.append({"input_ids": ids[:max_length], "labels": labels.encode(record["label"])})
+            continue
+        found = writer.encode_escalated(record, escalation) if record.get(MARK) else [writer.encode(record)]
+        cut += len(found[0]["input_ids"]) > max_length
+        found = [{k: v[:max_length] for k, v in example.items()} for example in found]
+        kept = [e for e in found if any((v[1:] != IGNORED).any() for k, v in e.items() if k != "input_ids")]
+        examples += kept
+        dropped += not kept
     if (cut or dropped) and speaks():
         tqdm.write(
             f"{name}: {cut} of {len(records)} records cut at {max_length} tokens, {dropped} without an answer dropped"
@@ -328,6 +361,8 @@ class Collator:
         labels = [e["labels"] for e in examples]
         is_language = isinstance(labels[0], np.ndarray)
         batch["labels"] = _pad(labels, IGNORED) if is_language else torch.tensor(labels)
+        if any("shadow_targets" in e for e in examples):
+            batch["shadow_targets"] = _pad([e.get("shadow_targets", e["labels"]) for e in examples], IGNORED)
         return batch
 
 

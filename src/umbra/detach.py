@@ -1,5 +1,7 @@
 """The shadow as a stock transformers model: nothing of Umbra is needed to load it.
 
+What it answers to requests beyond it stands in its generation config, as ``escalation``.
+
     embeddings  E' = E · P_in / scale       head  W' = W_head · P_out · factor
 
 Both products are exact, since each projection is one bias-free linear map next to the table or the head.
@@ -73,7 +75,11 @@ def detach(model: ShadowModel) -> PreTrainedModel:
         parts.head.bias = nn.Parameter(head.bias.detach().to(dtype, copy=True) * factor)
     stock.tie_weights()
     if stock.can_generate():
-        stock.generation_config = copy.deepcopy(model.base.generation_config)
+        generation: Any = copy.deepcopy(model.base.generation_config)
+        if shadow.config.escalation is not None:
+            generation.escalation = shadow.config.escalation
+            generation._from_model_config = False  # otherwise it is not read back
+        stock.generation_config = generation
     return stock.to(device=table.device).eval()
 
 

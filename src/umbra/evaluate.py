@@ -1,4 +1,8 @@
-"""Scores of base, attached and detached on a held-out set, with counts and 95 % intervals."""
+"""Scores of base, attached and detached on a held-out set, with counts and 95 % intervals.
+
+A shadow that was taught to pass requests on is also told how often it does, and how it answers the others; the row
+`CASCADE` is both together, the detached model and, for what it passes on, the pair.
+"""
 
 import json
 import math
@@ -22,11 +26,15 @@ from .model import ShadowModel
 from .options import EvalOptions, check_dtype
 
 MODES = ("base", "attached", "detached")
+CASCADE = "cascade"
 
 
 @dataclass(frozen=True)
 class Score:
-    """One mode's result on ``total`` records; ``low`` and ``high`` bound the accuracy at 95 % (Wilson)."""
+    """One mode's result on ``total`` records; ``low`` and ``high`` bound the accuracy at 95 % (Wilson).
+
+    ``escalated`` records were passed on; of the others it has ``kept_accuracy``, between ``kept_low`` and ``kept_high``.
+    """
 
     mode: str
     correct: int
@@ -37,6 +45,32 @@ class Score:
     parameters: int
     seconds: float
     tokens_per_second: float | None
+    escalated: int | None = None
+    kept_accuracy: float | None = None
+    kept_low: float | None = None
+    kept_high: float | None = None
+
+    @classmethod
+    def of(
+        cls, mode: str, replies: list[dict[str, Any]], parameters: int, seconds: float, tokens: int | None = None,
+        escalation: str | None = None,
+    ) -> "Score":  # fmt: skip
+        """The score of these replies, which took ``seconds`` and have ``tokens``."""
+        correct, total = sum(r["correct"] for r in replies), len(replies)
+        speed = tokens / seconds if tokens is not None and seconds > 0 else None
+        told: dict[str, Any] = {}
+        if escalation is not None:
+            kept = [r for r in replies if not _escalates(r, escalation)]
+            right = sum(r["correct"] for r in kept)
+            told["escalated"] = total - len(kept)
+            if kept:
+                told["kept_accuracy"] = right / len(kept)
+                told["kept_low"], told["kept_high"] = wilson(right, len(kept))
+        return cls(mode, correct, total, correct / total, *wilson(correct, total), parameters, seconds, speed, **told)
+
+
+def _escalates(reply: dict[str, Any], escalation: str) -> bool:
+    return str(reply["reply"]).strip().startswith(escalation.strip())
 
 
 def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -190,9 +224,18 @@ def score(
         else:
             replies, seconds = score_classes(runner, tokenizer, records, batch_size=options.batch_size, name=mode)
         parameters = count_parameters(model, mode, runner)
-    correct, total = sum(r["correct"] for r in replies), len(replies)
-    speed = tokens / seconds if tokens is not None and seconds > 0 else None
-    return Score(mode, correct, total, correct / total, *wilson(correct, total), parameters, seconds, speed), replies
+    escalation = model.shadow_config.escalation if model.can_generate() else None
+    return Score.of(mode, replies, parameters, seconds, tokens, escalation), replies
+
+
+def cascade(model: ShadowModel, replies: dict[str, list[dict[str, Any]]]) -> Score | None:
+    """The detached model and, for what it passes on, the pair; None where it passes nothing on or they were not scored."""
+    escalation = model.shadow_config.escalation
+    if escalation is None or not {"attached", "detached"} <= replies.keys():
+        return None
+    pairs = zip(replies["detached"], replies["attached"], strict=True)
+    chosen = [pair if _escalates(alone, escalation) else alone for alone, pair in pairs]
+    return Score.of(CASCADE, chosen, count_parameters(model, "attached", model), 0.0)
 
 
 def evaluate(options: EvalOptions) -> list[Score]:
@@ -224,11 +267,13 @@ def evaluate(options: EvalOptions) -> list[Score]:
         raise DataError(f"{options.data} holds {kind} records; this adapter is scored on {' or '.join(expected)}.")
     tokenizer = load_tokenizer(model.base.name_or_path)
     scores: list[Score] = []
-    lines: list[str] = []
+    replies: dict[str, list[dict[str, Any]]] = {}
     for mode in modes:
-        result, replies = score(model, tokenizer, records, mode, options)
+        result, replies[mode] = score(model, tokenizer, records, mode, options)
         scores.append(result)
-        lines += [json.dumps({"mode": mode, **reply}, ensure_ascii=False) for reply in replies]
+    both = cascade(model, replies)
+    scores += [both] if both else []
+    lines = [json.dumps({"mode": m, **reply}, ensure_ascii=False) for m, told in replies.items() for reply in told]
     if options.output:
         Path(options.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return scores
@@ -236,15 +281,24 @@ def evaluate(options: EvalOptions) -> list[Score]:
 
 def table(scores: list[Score]) -> str:
     """A Markdown table of scores."""
-    head = "| | accuracy | 95 % interval | correct | parameters | tokens/s |\n|---|---:|---:|---:|---:|---:|"
+    escalates = any(s.escalated is not None for s in scores)
+    more = " passed on | accuracy on the rest |" if escalates else ""
+    rule = "|---|---:|---:|---:|---:|---:|" + ("---:|---:|" if escalates else "")
+    head = f"| | accuracy | 95 % interval | correct | parameters | tokens/s |{more}\n{rule}"
     rows = []
     for s in scores:
         speed = "–" if s.tokens_per_second is None else f"{s.tokens_per_second:.0f}"
         rows.append(
             f"| {s.mode} | {100 * s.accuracy:.1f} % | {100 * s.low:.1f} – {100 * s.high:.1f} % "
-            f"| {s.correct}/{s.total} | {s.parameters / 1e6:.1f} M | {speed} |"
+            f"| {s.correct}/{s.total} | {s.parameters / 1e6:.1f} M | {speed} |" + (_kept(s) if escalates else "")
         )
     return "\n".join([head, *rows])
+
+
+def _kept(s: Score) -> str:
+    if s.kept_accuracy is None or s.kept_low is None or s.kept_high is None:
+        return f" {'–' if s.escalated is None else s.escalated} | – |"
+    return f" {s.escalated} | {100 * s.kept_accuracy:.1f} % ({100 * s.kept_low:.1f} – {100 * s.kept_high:.1f}) |"
 
 
 def as_json(scores: list[Score]) -> list[dict[str, Any]]:

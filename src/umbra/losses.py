@@ -1,8 +1,9 @@
 """The losses of a language model and its shadow, where there are labels.
 
-    loss = CE(attached, y) + λ · CE(shadow, y) + μ · KL(attached ‖ shadow)
+    loss = CE(attached, y) + λ · CE(shadow, y′) + μ · KL(attached ‖ shadow)
 
-All are sums over labelled tokens divided by the same number of items. The shadow's two may read every k-th of these
+All are sums over labelled tokens divided by the same number of items: those with a label of either. y′ is y, or what the
+shadow is to say instead; they are distilled where both are the same. The shadow's two may read every k-th of these
 tokens, from a random one on, and weigh it k times: the same in expectation.
 """
 
@@ -29,11 +30,43 @@ class Losses(NamedTuple):
     distillation: Tensor | None = None
 
 
+class Labels(NamedTuple):
+    """Which flat positions of (B, T) each loss reads: those of the attached path and of the shadow, what should follow
+    there, and which of the former the latter are, where they are distilled.
+
+    Args:
+        positions: (N,), with targets (N,).
+        own: (M,), with own_targets (M,).
+        items: tokens with a label of either.
+        same: (M,) of N, -1 where the shadow is to say something else; None where it never is.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    own: Tensor
+    own_targets: Tensor
+    items: int
+    same: Tensor | None = None
+
+    @classmethod
+    def of(cls, labels: Tensor, shadow_targets: Tensor | None) -> "Labels":
+        """Of labels (B, T), and the shadow's (B, T) where they are others."""
+        positions, targets = labelled_positions(labels)
+        if shadow_targets is None:
+            return cls(positions, targets, positions, targets, len(positions))
+        own, own_targets = labelled_positions(shadow_targets)
+        place = torch.full((labels.numel(),), -1, device=positions.device)
+        place[positions] = torch.arange(len(positions), device=positions.device)
+        same, apart = place[own], int((place[own] < 0).sum())
+        same = same.where(labels.flatten()[own + 1] == own_targets, -1)
+        return cls(positions, targets, own, own_targets, len(positions) + apart, same)
+
+
 class Labelled(CausalPaths):
     """Forwards with labels."""
 
     def _run_labelled(
-        self: Any, batch: dict[str, Any], route: Route, labels: Tensor, items: Any, skip_logits: bool
+        self: Any, batch: dict[str, Any], route: Route, labels: Labels, items: Any, skip_logits: bool
     ) -> tuple[dict[str, Any], Losses]:
         """The base's output by name, without ``logits`` (B, T, V) if they are skipped, and the losses."""
         fused = self._fused_heads() if skip_logits else None
@@ -41,10 +74,10 @@ class Labelled(CausalPaths):
         return run(batch, route, labels, items, skip_logits if fused is None else fused)
 
     def _run_fused(
-        self: Any, batch: dict[str, Any], route: Route, labels: Tensor, items: Any, heads: tuple[Head, Head]
+        self: Any, batch: dict[str, Any], route: Route, labels: Labels, items: Any, heads: tuple[Head, Head]
     ) -> tuple[dict[str, Any], Losses]:
-        positions, targets = labelled_positions(labels)
-        count = max(targets.numel(), 1) if items is None else items
+        positions, targets, own, own_targets, known, same = labels
+        count = max(known, 1) if items is None else items
         found: dict[str, Tensor] = {}
 
         def use_state(s0: Tensor) -> None:
@@ -56,14 +89,19 @@ class Labelled(CausalPaths):
             found["task"] = linear_loss(rows, attached, on)[0] / count
             if "s0" not in found:
                 return
-            chosen, factor = self._every(positions)
-            states = anatomy.head_input(self.base, found["s0"][positions[chosen].to(found["s0"].device)])
-            mine = chosen.to(rows.device)
-            teacher = (rows.detach()[mine], attached) if self._distils else None
-            ce, kl = linear_loss(states.to(rows.device), shadow, on[mine], teacher)
-            found["shadow"] = factor * ce / count
-            if teacher is not None:
-                found["distillation"] = factor * kl / count
+            chosen, factor = self._every(own)
+            states = anatomy.head_input(self.base, found["s0"][own[chosen].to(found["s0"].device)]).to(rows.device)
+            to_say = own_targets[chosen].to(rows.device)
+            if not self._distils:
+                found["shadow"] = factor * linear_loss(states, shadow, to_say)[0] / count
+                return
+            apart = 0.0
+            if same is not None:
+                alike = same[chosen].to(rows.device)
+                apart = linear_loss(states[alike < 0], shadow, to_say[alike < 0])[0]
+                states, to_say, chosen = states[alike >= 0], to_say[alike >= 0], alike[alike >= 0]
+            ce, kl = linear_loss(states, shadow, to_say, (rows.detach()[chosen.to(rows.device)], attached))
+            found["shadow"], found["distillation"] = factor * (ce + apart) / count, factor * kl / count
 
         plan = HeadPlan((), flatten=True, keep=positions, use=use_rows)
         out = self._run_base(batch, route, plan, use_state if self._reads_s0 else None)
@@ -71,31 +109,35 @@ class Labelled(CausalPaths):
         return out, Losses(found["task"], found.get("shadow"), found.get("distillation"))
 
     def _run_plain(
-        self: Any, batch: dict[str, Any], route: Route, labels: Tensor, items: Any, skip_logits: bool
+        self: Any, batch: dict[str, Any], route: Route, labels: Labels, items: Any, skip_logits: bool
     ) -> tuple[dict[str, Any], Losses]:
-        positions, targets = labelled_positions(labels)
-        chosen, factor = self._every(positions)
+        positions, targets, own, own_targets, known, same = labels
+        chosen, factor = self._every(own)
         plan = HeadPlan(
             [(rows, shadow.heads) for shadow, rows in route], flatten=True, keep=positions if skip_logits else None
         )
 
         def use_state(s0: Tensor) -> None:
-            rows = s0.reshape(-1, s0.shape[-1])[positions[chosen].to(s0.device)]
+            rows = s0.reshape(-1, s0.shape[-1])[own[chosen].to(s0.device)]
             plan.extra = anatomy.head_input(self.base, rows)
 
         out = self._run_base(batch, route, plan, use_state if self._reads_s0 else None)
         _check_read(plan, self.base)
         logits, shadow = out["logits"][0, : plan.rows], out["logits"][0, plan.rows :]
         at_labels = logits if skip_logits else logits[positions.to(logits.device)]
-        out["logits"] = logits.view(*labels.shape, -1) if not skip_logits else None
-        count = max(targets.numel(), 1) if items is None else items
+        shape = (batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]).shape[:2]
+        out["logits"] = logits.view(*shape, -1) if not skip_logits else None
+        count = max(known, 1) if items is None else items
         task = token_loss(at_labels, targets, count)
         if not self._reads_s0:
             return out, Losses(task)
-        loss = factor * token_loss(shadow, targets[chosen], count)
+        loss = factor * token_loss(shadow, own_targets[chosen], count)
         if not self._distils:
             return out, Losses(task, loss)
         wide = torch.promote_types(shadow.dtype, torch.float32)
+        if same is not None:
+            alike = same[chosen]
+            shadow, chosen = shadow[(alike >= 0).to(shadow.device)], alike[alike >= 0]
         teacher = F.log_softmax(at_labels.detach()[chosen.to(at_labels.device)], -1, dtype=wide)
         kl = F.kl_div(F.log_softmax(shadow, -1, dtype=wide), teacher, log_target=True, reduction="sum")
         return out, Losses(task, loss, factor * kl / count)
@@ -103,6 +145,18 @@ class Labelled(CausalPaths):
     @property
     def _distils(self: Any) -> bool:
         return self.training and self._only is None and self.shadow.config.distillation_weight > 0
+
+    def _loss_alone(self: Any, s0: Tensor, labels: Tensor, items: Any) -> Tensor:
+        """CE(shadow, y) from s⁰ (B, T, D), without logits."""
+        positions, targets = labelled_positions(labels)
+        heads, rows = self._fused_heads(), s0.flatten(0, 1)[positions]
+        if heads is None:
+            return token_loss(self._logits_alone(rows[None]), targets, items)
+        weight = heads[1].weight
+        states = anatomy.head_input(self.base, rows).to(weight.device)
+        return linear_loss(states, heads[1], targets.to(weight.device))[0] / (
+            max(len(targets), 1) if items is None else items
+        )
 
     @property
     def _reads_s0(self: Any) -> bool:

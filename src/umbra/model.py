@@ -20,7 +20,7 @@ from .drafting import Drafting
 from .errors import BaseModelError, ConfigError
 from .fingerprint import fingerprint
 from .hooks import Attachment, HeadPlan
-from .losses import Labelled, Losses
+from .losses import Labelled, Labels, Losses
 from .paths import Paths
 
 
@@ -105,6 +105,9 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self.resting = nn.ModuleDict()
         self.active_adapter = DEFAULT
         self.main_input_name = base.main_input_name
+        self.progress = torch.zeros(
+            (), device="cpu"
+        )  # of the training, from 0 to 1: what a schedule goes by; trainers keep it
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in base.all_tied_weights_keys.items()}
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
@@ -131,8 +134,15 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         if self.training and losses.shadow is not None:
             total = total + self._weight * losses.shadow
         if self.training and losses.distillation is not None:
-            total = total + self.shadow.config.distillation_weight * losses.distillation
+            total = total + self._distillation_weight * losses.distillation
         return total
+
+    @property
+    def _distillation_weight(self) -> Tensor | float:
+        """μ, now."""
+        config = self.shadow.config
+        share = {"constant": 1.0, "rise": self.progress, "fall": 1 - self.progress}[config.distillation_schedule]
+        return config.distillation_weight * share
 
     @property
     def base_head(self) -> nn.Module:
@@ -236,6 +246,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shadow_targets: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -249,6 +260,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
         Args:
             input_ids: (B, T).
             labels: (B, T), aligned with the input, -100 where there is no loss.
+            shadow_targets: (B, T), what the shadow is to say by itself, where that is not what ``labels`` say.
             num_items_in_batch: labels of the whole accumulated batch, which both losses are divided by; by default
                 the labels of this batch.
             skip_logits: compute logits only where there is a label, and return none; by default in training with
@@ -279,6 +291,11 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
             )  # fmt: skip
         if self._only == "shadow":
             s0 = self._state_alone(batch)
+            labels = labels if shadow_targets is None else shadow_targets
+            if skip_logits and labels is not None:
+                loss = self._loss_alone(s0, labels, num_items_in_batch)
+                result = ShadowCausalLMOutput(loss=loss, shadow_loss=loss)
+                return result.to_tuple() if as_tuple else result
             rows, loss = self._logits_alone(s0), None
             if labels is not None:
                 positions, targets = labelled_positions(labels)
@@ -301,7 +318,8 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
                 result.loss = token_loss(at_labels, targets, num_items_in_batch)
             return result.to_tuple() if as_tuple else result
 
-        out, losses = self._run_labelled(batch, route, labels, num_items_in_batch, skip_logits)
+        places = Labels.of(labels, shadow_targets)
+        out, losses = self._run_labelled(batch, route, places, num_items_in_batch, skip_logits)
         logits = None if skip_logits else out["logits"]
         if logits is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             logits = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]

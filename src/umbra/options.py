@@ -35,6 +35,9 @@ class TrainOptions:
     eval_split: str = flag("test", "split of a datasets hub id to evaluate on")
     max_length: int = flag(1024, "tokens of one example; longer ones are cut at the end")
     chat_template: bool = flag(True, "put prompt and completion into the tokenizer's chat template, if it has one")
+    detached_only: bool = flag(
+        False, "train the shadow by itself, for when only the detached model is wanted: the base does not run"
+    )
     overwrite: bool = flag(False, "start anew in an output folder that holds another run or adapter")
 
 

@@ -1,6 +1,7 @@
 """The run behind ``umbra train``: data, `ShadowTrainer`, and an output folder that can be resumed."""
 
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ from transformers.utils import logging
 from . import checkpoint
 from .bases import load_base, load_tokenizer
 from .config import ShadowConfig
-from .data import Collator, Labels, Record, encode_all, read_records, record_kind
+from .data import ESCALATION, MARK, Collator, Labels, Record, encode_all, read_records, record_kind
 from .drafting import frequent_tokens
-from .errors import CheckpointError, DataError
+from .errors import CheckpointError, ConfigError, DataError
 from .model import attach
 from .options import TrainOptions, speaks
 from .runs import Run, last_checkpoint, make_arguments, sort_settings
@@ -42,6 +43,10 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: the output folder holds another run or adapter.
     """
     options, shadow, rest = split_options(values)
+    if options.detached_only and shadow.distillation_weight > 0:
+        raise ConfigError(
+            "distillation_weight asks for what the pair says, which detached_only does not run: choose one."
+        )
     arguments = make_arguments(
         options.output_dir, {**({"eval_strategy": "epoch"} if options.eval_data else {}), **rest}
     )
@@ -60,11 +65,15 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     records = read_records(options.train_data, options.train_split)
     eval_records = read_records(options.eval_data, options.eval_split) if options.eval_data else None
     labels = _labels(records, eval_records)
+    shadow = _with_escalation(shadow, records, options.train_data)
     tokenizer = load_tokenizer(options.base)
     pad = tokenizer.pad_token_id
     classifier = None if labels is None else {**labels.config(), "pad_token_id": pad}
     base = load_base(options.base, classifier=classifier, dtype=options.dtype)
-    encode = {"max_length": options.max_length, "chat_template": options.chat_template, "labels": labels}
+    encode: dict[str, Any] = {
+        "max_length": options.max_length, "chat_template": options.chat_template, "labels": labels,
+        "escalation": shadow.escalation or ESCALATION,
+    }  # fmt: skip
     train_set = encode_all(records, tokenizer, name="train_data", **encode)
     eval_set = encode_all(eval_records, tokenizer, name="eval_data", **encode) if eval_records else None
 
@@ -73,6 +82,8 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     if labels is None:
         ends: Any = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         model.set_draft_vocabulary(frequent_tokens([e["labels"] for e in train_set], also=ends))
+    if options.detached_only:
+        _leave_the_pair(model)
     if arguments.should_save:
         run.record()
     trainer = ShadowTrainer(
@@ -84,12 +95,13 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         data_collator=Collator(int(pad)),  # type: ignore[arg-type]
         compute_metrics=_accuracy if labels and labels.problem_type == "single_label_classification" else None,
     )
-    result = trainer.train(resume_from_checkpoint=last)
-    trainer.save_model()
-    metrics = {**result.metrics, "global_step": result.global_step}
-    metrics["trainable_parameters"] = model.num_trainable_parameters()
-    if eval_set is not None:
-        metrics |= trainer.evaluate()
+    with model.shadow_only() if options.detached_only else nullcontext():
+        result = trainer.train(resume_from_checkpoint=last)
+        trainer.save_model()
+        metrics = {**result.metrics, "global_step": result.global_step}
+        metrics["trainable_parameters"] = model.num_trainable_parameters()
+        if eval_set is not None:
+            metrics |= trainer.evaluate()
     if arguments.should_save:
         run.record(metrics, trainer.state.log_history)
     return metrics
@@ -100,6 +112,22 @@ def _labels(records: list[Record], eval_records: list[Record] | None) -> Labels 
     if eval_records is not None and record_kind(eval_records[0], "the evaluation data") != kind:
         raise DataError(f"The training data holds {kind} records, the evaluation data another kind.")
     return Labels.of(r["label"] for r in records) if kind == "label" else None
+
+
+def _leave_the_pair(model: Any) -> None:
+    """Train what the detached model is made of, and nothing else."""
+    model.shadow.couplings.requires_grad_(False)
+    if model.shadow.heads:
+        model.shadow.heads["attached"].requires_grad_(False)
+        model.shadow.heads["shadow"].requires_grad_(True)
+
+
+def _with_escalation(shadow: ShadowConfig, records: list[Record], source: str) -> ShadowConfig:
+    """The configuration, with what the shadow says to the records that are marked."""
+    marked = any(record.get(MARK) for record in records)
+    if shadow.escalation is not None and not marked:
+        raise DataError(f"escalation={shadow.escalation!r}, but no record of {source} is marked `{MARK}: true`.")
+    return replace(shadow, escalation=shadow.escalation or ESCALATION) if marked else shadow
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:

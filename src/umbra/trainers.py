@@ -21,6 +21,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from . import checkpoint, shards
+from .core import IGNORED
 from .errors import ConfigError
 from .model import ShadowModel
 
@@ -63,13 +64,18 @@ class _ShadowLoss:
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The parent's loss, plus λ times the shadow's in training."""
+        self.model.progress.fill_(self.state.global_step / max(1, self.state.max_steps))
         if self._one_pass:
+            inputs = {**inputs, "skip_logits": True} if self.model.training else inputs
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
             shadow = outputs.get("shadow_loss") if isinstance(outputs, dict) else None
             self._note(shadow, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
+        inputs = dict(inputs)
+        own = inputs.pop("shadow_targets", None)
         alone = {k: v for k, v in inputs.items() if k not in NOT_THE_SHADOWS}
+        alone = alone if own is None else {**alone, "labels": own}
         with self.model.attached_only():
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if weight(self.model) == 0:
@@ -108,6 +114,14 @@ class _ShadowLoss:
         if scaled is None:
             scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
         self._shadow_train += value if scaled else value / self.current_gradient_accumulation_steps
+
+    def _get_num_items_in_batch(self: Any, batch_samples: list[Any], device: Any) -> Any:
+        """Tokens with a label of either path."""
+        told = [
+            b | {"labels": _either(b["labels"], b["shadow_targets"])} if "shadow_targets" in b else b
+            for b in batch_samples
+        ]
+        return super()._get_num_items_in_batch(told, device)  # type: ignore[misc]
 
     def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ``shadow_loss``, the mean over the ranks and over the steps since the last log."""
@@ -209,6 +223,10 @@ def with_shadow_loss(trainer_class: Any) -> Any:
         return ShadowTrainer
     about = {"__doc__": trainer_class.__doc__, "__module__": __name__}
     return type(f"Shadow{trainer_class.__name__}", (_ShadowLoss, trainer_class), about)
+
+
+def _either(labels: torch.Tensor, shadow_targets: torch.Tensor) -> torch.Tensor:
+    return labels.where(labels != IGNORED, shadow_targets)
 
 
 def weight(model: ShadowModel) -> float:
