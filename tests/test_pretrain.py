@@ -18,6 +18,7 @@ from umbra.corpus import Mixture, hold_out, pack, read_documents, without_copies
 from umbra.data import Writer
 from umbra.divergence import KINDS, Teacher, linear_divergence, teach
 from umbra.kernels import Head
+from umbra.teacher import TeacherCache
 
 TEXT = "\n\n".join(f"{a} plus {b} is {a + b}, and {b} plus {a} is {a + b}." for a in range(12) for b in range(12))
 
@@ -385,3 +386,68 @@ def test_the_help_names_every_stage(capsys):
         main(["pretrain", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert all(name in said for name in ("distillation", "next_token", *KINDS))
+
+
+# -- what the base says, kept -----------------------------------------------------------------------------------------
+
+KEPT = {"teacher_top_k": 8, "temperature": 1.5}
+
+
+@pytest.mark.parametrize("stages", ["distillation", "distillation+next_token"])
+def test_what_is_kept_teaches_what_the_base_does(settings, tmp_path, stages):
+    def learn(name, **options):
+        pretrain.pretrain({**settings, **KEPT, "stages": stages, "output_dir": str(tmp_path / name), **options})
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+
+    fly, kept, other = learn("a"), learn("b", teacher_cache=True), learn("c", temperature=3.0)
+    assert all(torch.allclose(fly[k], kept[k], atol=1e-6) for k in fly)
+    assert not all(torch.allclose(fly[k], other[k], atol=1e-4) for k in fly)
+
+
+def test_a_kept_teacher_is_filled_once_and_goes_on_after_a_kill(settings, tmp_path, monkeypatch):
+    settings |= {**KEPT, "teacher_cache": True, "per_device_eval_batch_size": 4}
+    asked, stop = [], 3
+    say = pretrain.say
+
+    def counted(model, ids, options):
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        asked.append(len(ids))
+        return say(model, ids, options)
+
+    monkeypatch.setattr(pretrain, "say", counted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(settings)
+    stop = None
+    pretrain.pretrain(settings)
+    note = json.loads((tmp_path / "out/teacher/teacher.json").read_text())
+    assert sum(asked) == note["done"] == note["shape"][0]
+    assert note["shape"][1:] == [31, 8]
+
+
+def test_a_teacher_of_another_text_is_not_taken(tmp_path):
+    blocks = np.arange(24, dtype=np.int32).reshape(3, 8)
+
+    def say(ids):
+        return Teacher(-torch.ones(7 * len(ids), 2), ids[:, :-1].reshape(-1, 1).expand(-1, 2))
+
+    cache = TeacherCache(tmp_path, blocks, 2)
+    cache.fill(say, 2)
+    again = TeacherCache(tmp_path, blocks, 2)
+    assert again.done == 3
+    found = again.read(torch.tensor([2, 0]), torch.tensor([1, 6]), torch.device("cpu"))
+    assert found.tokens.tolist() == [[17, 17], [6, 6]]
+    assert TeacherCache(tmp_path, blocks + 1, 2).done == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"teacher_cache": True}, "teacher_top_k"),
+        ({"teacher_cache": True, "teacher_top_k": 4, "stages": "next_token"}, "for distillation"),
+        ({"teacher_cache": True, "teacher_top_k": 4, "stages": "alignment,distillation"}, "for distillation"),
+    ],
+)
+def test_a_cache_that_is_of_no_use_is_refused(settings, change, says):
+    with pytest.raises(umbra.errors.ConfigError, match=says):
+        pretrain.pretrain({**settings, **change})

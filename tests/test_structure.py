@@ -54,6 +54,7 @@ ORDER = [
     "train",
     "divergence",
     "corpus",
+    "teacher",
     "pretrain",
     "evaluate",
     "generate",

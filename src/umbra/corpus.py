@@ -93,7 +93,7 @@ def hold_out(blocks: list[np.ndarray], count: int) -> tuple[list[np.ndarray], np
 
 @dataclass
 class Mixture(Dataset):
-    """Blocks of several sources, drawn by weight.
+    """Blocks of several sources, drawn by weight; ``block`` is the number of one among all.
 
     Item i is the same in every run of one seed, so that a killed run goes on with what it has not seen. Each source
     is gone through in an order of its own, again and again, before a block comes twice as often as another.
@@ -126,7 +126,8 @@ class Mixture(Dataset):
         ids = torch.as_tensor(self.blocks[self.source[i]][self.row[i]], dtype=torch.long)
         labels = ids.clone()
         labels[0] = IGNORED  # nothing predicts it, and the trainer counts labels
-        return {"input_ids": ids, "labels": labels}
+        block = sum(map(len, self.blocks[: self.source[i]])) + self.row[i]
+        return {"input_ids": ids, "labels": labels, "block": torch.as_tensor(block)}
 
 
 # -- what the base writes ----------------------------------------------------------------------------------------------

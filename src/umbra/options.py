@@ -72,6 +72,10 @@ class PretrainOptions:
     teacher_top_k: int | None = flag(
         None, "compare the base's k likeliest tokens, all others as one; default all tokens"
     )
+    teacher_cache: bool = flag(
+        False, "keep these k tokens and their probabilities on disk (8 k bytes a token of text): the base then reads each "
+        "block once, not once an epoch"
+    )  # fmt: skip
     held_out: int = flag(64, "blocks of text that are not learned from, to measure on")
     max_length: int = flag(512, "tokens of one block")
     chat_template: bool = flag(True, "put prompts and conversations into the tokenizer's chat template, if it has one")

@@ -28,19 +28,22 @@ from .core import labelled_positions
 from .corpus import Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
 from .data import Writer
 from .detach import write_detached
-from .divergence import KINDS, linear_divergence, teach
+from .divergence import KINDS, Teacher, linear_divergence, teach
 from .errors import BaseModelError, CheckpointError, ConfigError
 from .kernels import Head, linear_loss
 from .model import attach
 from .options import PretrainOptions, speaks
 from .runs import Run, last_checkpoint, make_arguments, sort_settings
+from .teacher import TeacherCache
 from .trainers import ShadowTrainer
 
 LOSSES = ("alignment", "distillation", "next_token")
 STAGES = "stages"  # folders of the stages, in the output folder
 OWN = "own.jsonl"  # what the base has written
+TEACHER = "teacher"  # what it says of each token of the text
 FILES = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE)
-SAVES = {"save_strategy": "steps", "save_steps": 100}  # one epoch is long
+SAVES = {"save_strategy": "steps", "save_steps": 100, "remove_unused_columns": False}  # one epoch is long
+ROWS = 256  # of logits at once
 POSITIVE = ("own_documents", "own_new_tokens", "own_temperature", "temperature", "teacher_top_k", "held_out")
 
 
@@ -65,7 +68,8 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     try:
         finished = run.claim(options.overwrite)
         if options.overwrite:
-            shutil.rmtree(run.out / STAGES, ignore_errors=True)
+            for name in (STAGES, TEACHER):
+                shutil.rmtree(run.out / name, ignore_errors=True)
             (run.out / OWN).unlink(missing_ok=True)
         if finished is not None:
             return finished
@@ -74,6 +78,8 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     arguments = [make_arguments(run.out / STAGES / name, {**SAVES, **rest}) for name in stages]
     if arguments[0].world_size > 1:
         raise ConfigError("umbra pretrain runs in one process: start it without a launcher.")
+    for args in arguments:
+        args._n_gpu = min(args.n_gpu, 1)  # transformers would spread a batch over all by DataParallel
 
     tokenizer: Any = load_tokenizer(options.base)
     writer = Writer(tokenizer, options.chat_template)
@@ -93,10 +99,15 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     train_set, held_out = _mix(options, documents, writer, arguments[0].seed)
     run.record()
 
+    teacher = None
+    if options.teacher_cache and options.teacher_top_k is not None:
+        teacher = TeacherCache(run.out / TEACHER, np.concatenate(train_set.blocks), options.teacher_top_k)
+        teacher.fill(lambda ids: say(model, ids, options), arguments[0].per_device_eval_batch_size)
+
     metrics: dict[str, Any] = {"start": measure(model, held_out, arguments[0].per_device_eval_batch_size)}
     history: list[dict[str, Any]] = []
     for (name, losses), args in zip(stages.items(), arguments, strict=True):
-        model, found, logged = _run_stage(model, losses, options, args, train_set, held_out)
+        model, found, logged = _run_stage(model, losses, options, args, train_set, held_out, teacher)
         metrics[name], history = found, [*history, *({"stage": name, **entry} for entry in logged)]
     metrics["parameters"] = sum(model.shadow.parts().values()) - model.shadow.parts().get("couplings", 0)
     write_detached(model, run.out, tokenizer, overwrite=True)
@@ -124,6 +135,13 @@ def _check(options: PretrainOptions) -> dict[str, tuple[str, ...]]:
                 raise ConfigError(f"stages={options.stages!r} has {loss!r}: choose from {', '.join(LOSSES)}.")
     if not stages:
         raise ConfigError(f"stages is empty: choose from {', '.join(LOSSES)}.")
+    if options.teacher_cache and options.teacher_top_k is None:
+        raise ConfigError("teacher_cache keeps the likeliest tokens: say how many by teacher_top_k, such as 64.")
+    asked = {loss for losses in stages.values() for loss in losses}
+    if options.teacher_cache and ("alignment" in asked or "distillation" not in asked):
+        raise ConfigError(
+            "teacher_cache is for distillation: alignment reads the base's states, next_token nothing of it."
+        )
     _weights(options)
     return stages
 
@@ -188,23 +206,34 @@ class Pretrainer(ShadowTrainer):
 
     losses: tuple[str, ...] = ()
     options: Any = None
+    teacher: TeacherCache | None = None
 
     def compute_loss(
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The sum of the stage's losses over the tokens, divided by their number."""
         inputs = dict(inputs)
-        positions, targets = labelled_positions(inputs.pop("labels"))
+        blocks, (positions, targets) = inputs.pop("block"), labelled_positions(inputs.pop("labels"))
         chosen, factor = model._every(positions)
-        heads = model._fused_heads()
-        rows = shadow_states(model, inputs)[positions[chosen]]
-        needs_base = set(self.losses) != {"next_token"}
-        teacher = base_states(model, inputs)[positions[chosen]] if needs_base else None
-        loss = factor * self._sum(rows, targets[chosen], teacher, *heads)
+        heads, places = model._fused_heads(), positions[chosen]
+        rows = shadow_states(model, inputs)[places]
+        needs_base = set(self.losses) != {"next_token"} and self.teacher is None
+        teacher = base_states(model, inputs)[places] if needs_base else None
+        length = inputs["input_ids"].shape[1]
+        at = (blocks[places // length], places % length)
+        loss = factor * self._sum(rows, targets[chosen], teacher, at, *heads)
         loss = loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
-    def _sum(self, rows: Tensor, targets: Tensor, teacher: Tensor | None, attached: Head, shadow: Head) -> Tensor:
+    def _sum(
+        self,
+        rows: Tensor,
+        targets: Tensor,
+        teacher: Tensor | None,
+        at: tuple[Tensor, Tensor],
+        attached: Head,
+        shadow: Head,
+    ) -> Tensor:
         options, total = self.options, rows.new_zeros((), dtype=torch.float32)
         if "alignment" in self.losses and teacher is not None:
             total = total + F.mse_loss(rows.float(), teacher.float(), reduction="sum") / rows.shape[-1]
@@ -212,9 +241,12 @@ class Pretrainer(ShadowTrainer):
         if plain or "next_token" in self.losses:
             ce, kl = linear_loss(rows, shadow, targets, (teacher, attached) if teacher is not None and plain else None)
             total = total + kl + (ce if "next_token" in self.losses else 0)
-        if teacher is not None and not plain:
+        if set(self.losses) != {"next_token"} and not plain:
 
             def told(part: slice) -> Any:
+                if teacher is None:
+                    assert self.teacher is not None
+                    return self.teacher.read(at[0][part], at[1][part], rows.device)
                 return teach(attached.logits(teacher[part]), options.temperature, options.teacher_top_k)
 
             total = total + linear_divergence(rows, shadow, told, options.divergence, options.temperature)
@@ -234,8 +266,25 @@ def base_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return model.base_model(**inputs).last_hidden_state.flatten(0, 1)
 
 
+@torch.no_grad()
+def say(model: Any, ids: Tensor, options: PretrainOptions) -> Teacher:
+    """What the bare base says after each token of ids (B, T) that has a successor."""
+    ids = ids.to(model.device)
+    positions, _ = labelled_positions(ids)
+    rows = base_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[positions]
+    head = model._fused_heads()[0]
+    parts = [teach(head.logits(part), options.temperature, options.teacher_top_k) for part in rows.split(ROWS)]
+    return Teacher(*(torch.cat(found) for found in zip(*parts, strict=True)))
+
+
 def _run_stage(
-    model: Any, losses: tuple[str, ...], options: PretrainOptions, args: Any, train_set: Any, held_out: Any
+    model: Any,
+    losses: tuple[str, ...],
+    options: PretrainOptions,
+    args: Any,
+    train_set: Any,
+    held_out: Any,
+    teacher: TeacherCache | None,
 ) -> tuple[Any, dict[str, float], list[dict[str, Any]]]:
     """The model after the stage, what it then measures, and the trainer's log; a finished stage is read from its folder."""
     out, told = Path(args.output_dir), Path(args.output_dir) / "stage.json"
@@ -246,7 +295,7 @@ def _run_stage(
     for p in frozen:
         p.requires_grad_(False)
     trainer = Pretrainer(model=model, args=args, train_dataset=train_set)
-    trainer.losses, trainer.options = losses, options
+    trainer.losses, trainer.options, trainer.teacher = losses, options, teacher
     trainer.train(resume_from_checkpoint=last_checkpoint(out))
     for p in frozen:
         p.requires_grad_(True)
@@ -281,7 +330,7 @@ def measure(model: Any, blocks: np.ndarray, batch_size: int) -> dict[str, float]
         ce, kl = linear_loss(rows, shadow, targets, (teacher, attached))
         same = sum(
             int((shadow.logits(a).argmax(-1) == attached.logits(b).argmax(-1)).sum())
-            for a, b in zip(rows.split(256), teacher.split(256), strict=True)
+            for a, b in zip(rows.split(ROWS), teacher.split(ROWS), strict=True)
         )
         sums += torch.tensor([float(ce), float(kl), same], dtype=torch.float64)
         count += len(targets)
