@@ -289,6 +289,7 @@ SHAPES = {
     "copies of another inner width": ("llama", {"init": "base", "shadow_intermediate_size": 16}, "init='base'"),
     "copies of more blocks than there are": ("llama", {"init": "base", "shadow_num_hidden_layers": 5}, "init='base'"),
     "copies into another architecture": ("gpt2", {"init": "base", "shadow": "dense"}, "init='base'"),
+    "a copy of a block that is not there": ("llama", {"init": "base", "init_layers": (4,)}, "the base's are 0 to 3"),
     "no block left to couple": ("llama", {"first_layer": LAYERS}, f"first_layer={LAYERS}"),
     "far behind the last block": ("gpt2", {"first_layer": 99}, "first_layer=99"),
     "a dense shadow with odd kv heads": (

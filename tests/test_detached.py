@@ -78,7 +78,7 @@ def test_detached_is_the_shadow_path(name, shape, classifier):
 def test_detached_copied_blocks(name, classifier):
     """init="base": the base's first block under its own norm and head; not for a mixture of experts, whose shadow is dense."""
     base = make_base(name, classifier=classifier)
-    config = umbra.ShadowConfig(init="base")
+    config = umbra.ShadowConfig(init="base", init_scale=1.0)
     if name == "qwen3_moe":
         with pytest.raises(umbra.ConfigError, match="init"):
             umbra.attach(base, config)
@@ -90,6 +90,20 @@ def test_detached_copied_blocks(name, classifier):
     del blocks[1:]
     one_block.config.num_hidden_layers = 1
     torch.testing.assert_close(model.detached()(ids).logits, one_block(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "qwen3_moe"])
+@torch.no_grad()
+def test_detached_copies_of_chosen_blocks_under_a_scaled_norm(name):
+    base, ids = make_base(name), tokens()
+    config = umbra.ShadowConfig(init="base", shadow_num_hidden_layers=2, init_layers=(1, 3), init_scale=0.4)
+    found = umbra.attach(base, config).detached()(ids).logits
+    two = make_base(name)
+    blocks = umbra.anatomy.locate(two).blocks
+    for l in (2, 0):
+        del blocks[l]
+    two.config.num_hidden_layers = 2
+    torch.testing.assert_close(found, 0.4 * two(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
 @architectures

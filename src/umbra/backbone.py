@@ -223,7 +223,9 @@ def build_backbone(
     except Exception as error:  # transformers and torch raise several unrelated types
         raise ConfigError(f"No shadow can be built from these sizes: {error!s:.500}") from error
     if config.init == "base" and backbone_config is None:
-        anatomy.copy_blocks(base, backbone)
+        depth = backbone.config.num_hidden_layers
+        anatomy.copy_blocks(base, backbone, config.init_layers or tuple(range(depth)))
+        anatomy.scale_final_norm(backbone, config.init_scale)
     return backbone, None
 
 

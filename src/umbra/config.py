@@ -87,6 +87,13 @@ class ShadowConfig:
     init: Literal["random", "base"] = option(
         "random", "initial weights of a mirrored shadow: random, or base (copied blocks)"
     )
+    init_layers: tuple[int, ...] | None = option(
+        None, "init=base: the block that is copied for each of the shadow's, such as 0,1; default the first ones"
+    )
+    init_scale: float = option(
+        0.3,
+        "init=base: factor on the copied final norm, which was made for the last block: at 1 the shadow is far too sure",
+    )
     embeddings: Literal["auto", "base", "own"] = option(
         "auto", "input embeddings: base (shared, projected where widths differ), own (a table of the shadow's), "
         "auto (own for a pretrained shadow with another table than the base's, else base)"
@@ -122,12 +129,24 @@ class ShadowConfig:
             raise ConfigError(
                 f"first_layer must be an integer of at least 0, or a share between 0 and 1, got {shown(first)}."
             )
-        if self.layers is not None:
-            if not isinstance(self.layers, list | tuple) or not all(_is_int(l) and l >= 0 for l in self.layers):
-                raise ConfigError(f"layers must be a list of block numbers from 0 on, got {shown(self.layers)}.")
-            if not self.layers or sorted(set(self.layers)) != list(self.layers):
-                raise ConfigError(f"layers must be one or more blocks in ascending order, got {shown(self.layers)}.")
-            object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("layers", "init_layers"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, list | tuple) or not all(_is_int(l) and l >= 0 for l in value):
+                raise ConfigError(f"{name} must be a list of block numbers from 0 on, got {shown(value)}.")
+            object.__setattr__(self, name, tuple(value))
+        if self.layers is not None and (not self.layers or sorted(set(self.layers)) != list(self.layers)):
+            raise ConfigError(f"layers must be one or more blocks in ascending order, got {shown(self.layers)}.")
+        if self.init_layers is not None and (
+            self.init != "base" or len(self.init_layers) != (self.shadow_num_hidden_layers or 1)
+        ):
+            raise ConfigError(
+                f"init_layers={list(self.init_layers)} copies a block for each of the shadow's: it needs init='base' and as "
+                f"many as shadow_num_hidden_layers, {self.shadow_num_hidden_layers or 1}."
+            )
+        if not _is_finite(self.init_scale) or self.init_scale <= 0:
+            raise ConfigError(f"init_scale must be a finite number > 0, got {shown(self.init_scale)}.")
         if not _is_finite(self.alpha):
             raise ConfigError(f"alpha must be a finite number, got {shown(self.alpha)}.")
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:

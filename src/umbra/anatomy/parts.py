@@ -167,21 +167,27 @@ def remove_embeddings(backbone: PreTrainedModel) -> None:
                 setattr(module, name, None)
 
 
-def copy_blocks(source: Anatomy, backbone: PreTrainedModel) -> None:
-    """Start the shadow from the base's first blocks and its final norm.
+def copy_blocks(source: Anatomy, backbone: PreTrainedModel, layers: tuple[int, ...]) -> None:
+    """Start the shadow from these blocks of the base and from its final norm.
 
     Raises:
-        ConfigError: the shadow's shapes differ from the base's.
+        ConfigError: the base has no such block, or the shadow's shapes differ from the base's.
     """
+    if max(layers) >= len(source.blocks):
+        raise ConfigError(f"init='base' copies blocks {list(layers)}, the base's are 0 to {len(source.blocks) - 1}.")
     modules, origin = dict(source.decoder.named_modules()), source.decoder.state_dict()
+    stem = name_of(source.decoder, source.blocks)
     for key, value in backbone.state_dict().items():
         if not value.is_floating_point():
             continue
-        found, (owner, _, name) = origin.get(key), key.rpartition(".")
+        number, _, rest = key.removeprefix(f"{stem}.").partition(".")
+        copied = f"{stem}.{layers[int(number)]}.{rest}" if key.startswith(f"{stem}.") else key
+        found, (owner, _, name) = origin.get(copied), copied.rpartition(".")
         module = modules.get(owner)
         if name == "weight" and dense.is_packed_linear(module):
             found = dense.linear_weight(module, source.model.dtype)
-            found = found if isinstance(backbone.get_submodule(owner), nn.Linear) else found.T  # GPT-2's Conv1D
+            mine = backbone.get_submodule(key.rpartition(".")[0])
+            found = found if isinstance(mine, nn.Linear) else found.T  # GPT-2's Conv1D
         elif name == "weight" and isinstance(module, nn.Embedding):
             found = embedding_rows(module)
         if found is None or found.shape != value.shape:
@@ -190,6 +196,21 @@ def copy_blocks(source: Anatomy, backbone: PreTrainedModel) -> None:
                 f"base {'no such tensor' if found is None else tuple(found.shape)}. Leave the shadow's sizes alone."
             )
         value.copy_(found)
+
+
+@torch.no_grad()
+def scale_final_norm(backbone: PreTrainedModel, factor: float) -> None:
+    """Multiply what a backbone's final norm gives, where it has one: by its weight, or by 1 + weight as in Gemma."""
+    norms = [m for name, m in backbone.named_children() if "norm" in name or name.startswith("ln_")]
+    norm: Any = next((m for m in reversed(norms) if getattr(m, "weight", None) is not None), None)
+    if norm is None or factor == 1:
+        return
+    probe = torch.linspace(-1, 1, norm.weight.numel()).to(norm.weight)
+    expected = factor * norm(probe)
+    for p in norm.parameters():
+        p.mul_(factor)
+    if not torch.allclose(norm(probe), expected, rtol=1e-3, atol=1e-5):
+        norm.weight.add_(factor - 1)
 
 
 def embedding_scale(table: nn.Module) -> float:
