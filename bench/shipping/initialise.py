@@ -1,0 +1,85 @@
+"""Initialisations of a shadow on one budget: steps of distillation from the frozen base, on the same blocks of text.
+
+A variant runs at each of `RATES` with the first seed; its better rate, by the divergence on held-out blocks, with the others.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from umbra.pretrain import TEACHER, pretrain
+from umbra.runs import RUN_FILE
+
+from .text import write_text
+
+RATES = (2e-3, 6e-3)
+DOCUMENTS = 120  # of each set
+BUDGET: dict[str, Any] = {
+    "dtype": "bfloat16", "stages": "distillation", "teacher_top_k": 64, "teacher_cache": True, "auxiliary_loss_every": 4,
+    "max_length": 256, "held_out": 20, "max_steps": 80, "per_device_train_batch_size": 4, "dropout": 0.0,
+    "save_strategy": "no", "logging_steps": 20, "bf16": True, "use_cpu": True,
+}  # fmt: skip
+NARROW = {
+    "shadow_num_hidden_layers": 4, "shadow_hidden_size": 384, "shadow_num_attention_heads": 6, "shadow_num_key_value_heads": 2,
+    "shadow_intermediate_size": 1024, "shadow_head_dim": 64,
+}  # fmt: skip
+TWO: dict[str, Any] = {"shadow_num_hidden_layers": 2}
+COPIED = {**TWO, "init": "base"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "random": TWO,
+    "blocks 0, 1": COPIED,
+    "blocks 0, 1, final norm × 1": {**COPIED, "init_scale": 1.0},
+    "blocks 0, 1, final norm × 0.1": {**COPIED, "init_scale": 0.1},
+    "blocks 0, 15": {**COPIED, "init_layers": [0, 15]},
+    "blocks 0, 29": {**COPIED, "init_layers": [0, 29]},
+    "narrow, random": NARROW,
+    "narrow, blocks 0 – 3 pruned": {**NARROW, "init": "base"},
+    "another checkpoint": {"shadow": "another"},
+}
+
+
+def run(data: Path, out: Path, seeds: list[int]) -> list[dict[str, Any]]:
+    """Every run of every variant."""
+    files = write_text(data, out / "short text", DOCUMENTS)
+    another = _another(files, out)
+    found = []
+    for name, fields in VARIANTS.items():
+        fields = {**fields, "shadow": another} if "shadow" in fields else fields
+        tried = [(rate, _one(files, out, name, fields, rate, seeds[0])) for rate in RATES]
+        rate = min(tried, key=lambda t: t[1]["divergence"])[0]
+        runs = [{"seed": seeds[0], "rate": r, **m} for r, m in tried]
+        runs += [{"seed": s, "rate": rate, **_one(files, out, name, fields, rate, s)} for s in seeds[1:]]
+        found += [{"variant": name, "best": r["rate"] == rate, **r} for r in runs]
+    return found
+
+
+def _one(files: list[str], out: Path, name: str, fields: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
+    """What is measured after a run, and before it."""
+    runs = out / "initialise"
+    folder, teacher = runs / f"{name} {rate:g} {seed}".replace(" ", "_").replace(",", ""), runs / TEACHER
+    if teacher.exists() and not (folder / RUN_FILE).exists():
+        shutil.copytree(teacher, folder / TEACHER, dirs_exist_ok=True)  # the base says the same of the same text
+    settings = {
+        **BUDGET,
+        **fields,
+        "data": ",".join(files),
+        "output_dir": str(folder),
+        "learning_rate": rate,
+        "seed": seed,
+    }
+    found = pretrain(settings)
+    if not teacher.exists():
+        shutil.copytree(folder / TEACHER, teacher)
+    for name in ("stages", TEACHER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return {**found["1-distillation"], "start": found["start"]["divergence"], "parameters": found["parameters"]}
+
+
+def _another(files: list[str], out: Path) -> str:
+    """A small checkpoint from elsewhere: trained on arithmetic alone, without the base."""
+    folder = out / "another"
+    arithmetic = next(f for f in files if "gsm" in f)
+    given = {**BUDGET, **TWO, "teacher_cache": False, "stages": "next_token", "max_steps": 200, "learning_rate": 2e-3}
+    pretrain({**given, "teacher_top_k": None, "data": arithmetic, "output_dir": str(folder)})
+    return str(folder)

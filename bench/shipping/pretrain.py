@@ -1,0 +1,21 @@
+"""The shadow that the tasks start from: two copied blocks that learn what the base says, of text and of its own."""
+
+from pathlib import Path
+from typing import Any
+
+from umbra.pretrain import pretrain
+
+from .text import write_prompts, write_text
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "bfloat16", "shadow_num_hidden_layers": 2, "init": "base", "dropout": 0.0, "auxiliary_loss_every": 4,
+    "stages": "distillation", "max_length": 256, "held_out": 48, "max_steps": 700, "per_device_train_batch_size": 8,
+    "learning_rate": 4e-3, "own_documents": 400, "own_new_tokens": 160, "per_device_eval_batch_size": 16,
+    "save_steps": 50, "logging_steps": 10, "bf16": True, "use_cpu": True,
+}  # fmt: skip
+
+
+def run(data: Path, out: Path, folder: Path) -> dict[str, Any]:
+    """What is measured before and after."""
+    files, prompts = write_text(data, out / "text"), write_prompts(data, out)
+    return pretrain({**SETTINGS, "data": ",".join(files), "prompts": prompts, "output_dir": str(folder)})

@@ -1,0 +1,67 @@
+"""Tasks: a shadow that starts at random, as copies or pretrained, beside the base; and the same architecture without it.
+
+All are scored on the test file: the pair, the detached shadow, and the rivals that were trained by themselves.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from umbra.evaluate import evaluate
+from umbra.options import EvalOptions
+from umbra.train import train
+
+from .text import TASKS, write_task
+
+SIZE: dict[str, Any] = {"shadow_num_hidden_layers": 2}
+COMMON: dict[str, Any] = {
+    "dtype": "bfloat16", "first_layer": 0.5, "alpha": 1.0, "rank": 16, "auxiliary_loss_weight": 1.0, "dropout": 0.0,
+    "max_length": 320, "bf16": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 10, "learning_rate": 2e-3,
+}  # fmt: skip
+COPIED = {**SIZE, "init": "base"}
+DISTILLED = {"distillation_weight": 0.5}
+ALONE = {"detached_only": True}
+# What each row is trained with; "pretrained" stands for the folder of the pretrained shadow.
+ROWS: dict[str, dict[str, Any]] = {
+    "random": SIZE,
+    "copied": COPIED,
+    "pretrained": {"shadow": "pretrained"},
+    "pretrained, distilled": {"shadow": "pretrained", **DISTILLED},
+    "random, alone": {**SIZE, **ALONE},
+    "pretrained, alone": {"shadow": "pretrained", **ALONE},
+}
+
+
+def run(
+    data: Path, out: Path, pretrained: Path, tasks: list[str], rows: list[str], seeds: list[int]
+) -> list[dict[str, Any]]:
+    """Every score of these tasks, rows and seeds."""
+    found = []
+    for seed in seeds:
+        for task in tasks:
+            for row in rows:
+                found += [
+                    {"task": task, "row": row, "seed": seed, **s} for s in _one(data, out, pretrained, task, row, seed)
+                ]
+    return found
+
+
+def _one(data: Path, out: Path, pretrained: Path, task: str, row: str, seed: int) -> list[dict[str, Any]]:
+    files, given = write_task(data, task, out / "tasks"), TASKS[task]
+    folder = out / "adapters" / f"{task} {row} {seed}".replace(" ", "_").replace(",", "")
+    fields = {k: str(pretrained) if v == "pretrained" else v for k, v in ROWS[row].items()}
+    train({
+        **COMMON, **fields, "train_data": files["train"], "output_dir": str(folder), "seed": seed,
+        "max_steps": given.steps, "per_device_train_batch_size": given.batch,
+    })  # fmt: skip
+    scores = folder / "scores.json"
+    if not scores.exists():
+        modes = "detached" if "detached_only" in fields else "attached,detached"
+        options = EvalOptions(
+            str(folder), files["test"], dtype="bfloat16", modes=modes, batch_size=32, max_new_tokens=given.answer,
+            answer_pattern=given.pattern, output=str(folder / "replies.jsonl"),
+        )  # fmt: skip
+        found = evaluate(options)
+        scores.write_text(json.dumps([asdict(s) for s in found]) + "\n", encoding="utf-8")
+    return json.loads(scores.read_text(encoding="utf-8"))
