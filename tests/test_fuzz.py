@@ -11,9 +11,10 @@ from fuzz import Failed, Fuzzer, limits
 from mutations_of_files import nested, weird
 from test_train import RECORDS, write
 from umbra import ConfigError, ShadowConfig, UmbraError, checkpoint
+from umbra import pretrain as pretraining
 from umbra import train as training
 from umbra.cli import _read_yaml
-from umbra.options import TrainOptions, names
+from umbra.options import PretrainOptions, TrainOptions, names
 
 CASES, CHUNK = 360, 30
 
@@ -53,30 +54,45 @@ class WorkBegan(Exception):
     """The settings were accepted."""
 
 
+RUNS = {
+    "train": (training, TrainOptions, "train_data", ["eval_data"]),
+    "pretrain": (pretraining, PretrainOptions, "data", ["prompts"]),
+}
+
+
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     def begin(*_):
         raise WorkBegan
 
-    monkeypatch.setattr(training, "load_tokenizer", begin)
+    for module, *_ in RUNS.values():
+        monkeypatch.setattr(module, "load_tokenizer", begin)
     data = write(tmp_path / "train.jsonl", RECORDS)
     return {"base": "x", "train_data": data, "output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none"}
 
 
+def settings_of(run, settings):
+    """The call, its settings that name the data as this run does, and all keys that may hold anything."""
+    module, options, data, others = RUNS[run]
+    settings = {**settings, data: settings.pop("train_data")}
+    return getattr(module, run), settings, sorted({*names(options, ShadowConfig)} - {data, *others})
+
+
 ARGUMENTS = sorted(f for f in TrainingArguments.__dataclass_fields__ if not f.startswith("_"))
-OWN = sorted({*names(TrainOptions, ShadowConfig)} - {"eval_data", "train_data"})
 WRONG = [None, True, -1, 10**30, 1.5, float("nan"), float("inf"), "", "x", "\0", [], [[]], {}, {"": 1}, nested(300)]
 
 
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("part", range(6))
-def test_a_training_configuration_of_any_values_is_valid_or_refused_before_any_work(settings, part, tmp_path):
+def test_a_run_of_any_settings_is_valid_or_refused_before_any_work(settings, run, part, tmp_path):
     said: list[str] = []
-    for key in (*OWN, *ARGUMENTS)[part::6]:
+    call, settings, own = settings_of(run, settings)
+    for key in (*own, *ARGUMENTS)[part::6]:
         for value in WRONG:
             with limits(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    training.train({**settings, key: value})
+                    call({**settings, key: value})
                 except UmbraError as error:
                     said.append(str(error))
                 except WorkBegan:

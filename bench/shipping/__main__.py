@@ -10,7 +10,7 @@ from typing import Any
 from umbra import folder
 from umbra.bench.machine import Device
 
-from . import initialise, pretrain, tasks
+from . import initialise, pretrain, report, tasks
 from .text import TASKS
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -38,13 +38,25 @@ def main() -> None:
         )
 
 
+WAYS = {
+    "initialise": (report.initialisations, report.picture_of_initialisations),
+    "tasks": (report.tasks, report.picture_of_tasks),
+}
+
+
 def _keep(results: Path, step: str, found: Any) -> None:
     held = {
         "machine": Device().describe(), "date": date.today().isoformat(),
         "versions": ", ".join(f"{p} {version(p)}" for p in ("umbra-peft", "torch", "transformers", "reasoning_gym")),
         "runs": found,
     }  # fmt: skip
+    results.mkdir(parents=True, exist_ok=True)
     folder.write_text(results / f"shipping-{step}.json", json.dumps(held, indent=1) + "\n")
+    if step in WAYS:
+        text, picture = WAYS[step]
+        folder.write_text(results / f"shipping-{step}.md", text(held))
+        picture(held, results / f"shipping-{step}.png")
+        print(text(held))
 
 
 main()

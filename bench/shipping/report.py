@@ -1,0 +1,136 @@
+"""Tables and pictures of the runs: means of the seeds, ± half the width of their 95 % interval (Student's t)."""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.quality import interval
+
+from .tasks import ROWS
+from .text import TASKS
+
+Run = dict[str, Any]
+PAIR, ALONE = "attached", "detached"
+
+
+def about(held: dict[str, Any]) -> list[str]:
+    """Where it was measured."""
+    return [f"SmolLM2-135M-Instruct in bf16, {held['machine']}; {held['versions']}; {held['date']}.", ""]
+
+
+def told(values: list[float], form: str = "{:.1f}", unit: str = "") -> str:
+    """Mean ± half the width of the interval."""
+    mean, half = interval(values)
+    return form.format(mean) + unit + (f" ± {form.format(half)}" if len(values) > 1 else "")
+
+
+# -- initialisations ---------------------------------------------------------------------------------------------------
+
+
+def initialisations(held: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "# How a shadow begins", "", *about(held),
+        "80 steps of distillation (4 × 256 tokens, every 4th of them, the base's 64 likeliest tokens) on the same text, then the",
+        "divergence KL(base ‖ shadow) on held-out blocks, nats a token. Two rates were tried with the first seed, the better one",
+        "with all. `python -m bench.shipping initialise`.", "",
+        "| beginning | parameters | divergence before | after | agreement | rate | at the other rate |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for name in dict.fromkeys(r["variant"] for r in held["runs"]):
+        mine = [r for r in held["runs"] if r["variant"] == name]
+        best, other = ([r for r in mine if r["best"] is wanted] for wanted in (True, False))
+        lines.append(
+            f"| {name} | {best[0]['parameters'] / 1e6:.1f} M | {told([r['start'] for r in best], '{:.2f}')} "
+            f"| {told([r['divergence'] for r in best], '{:.2f}')} | {told([100 * r['agreement'] for r in best])} % "
+            f"| {best[0]['rate']:g} | {other[0]['divergence']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def _accuracies(runs: list[Run], task: str, row: str, mode: str) -> dict[int, float]:
+    return {r["seed"]: 100 * r["accuracy"] for r in runs if (r["task"], r["row"], r["mode"]) == (task, row, mode)}
+
+
+def tasks(held: dict[str, Any]) -> str:
+    """Markdown."""
+    runs = held["runs"]
+    lines = [
+        "# Tasks, beside the base and without it", "", *about(held),
+        "A shadow of two blocks, trained on each task; % of the test file that it answers rightly. *Pretrained* began as a shadow",
+        "that learned the base's distribution ([shipping-pretrain.json](shipping-pretrain.json)); *alone* was trained without the",
+        "base. *Of the pair*: the detached shadow's share of the attached pair's accuracy. `python -m bench.shipping tasks`.",
+    ]  # fmt: skip
+    for task in (t for t in TASKS if any(r["task"] == t for r in runs)):
+        tested = next(r["total"] for r in runs if r["task"] == task)
+        lines += [
+            "", f"## {task}: {TASKS[task].steps} steps of {TASKS[task].batch}, {tested} tested", "",
+            "| shadow | seeds | attached | less random | detached | less random | of the pair |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]  # fmt: skip
+        for row in (r for r in ROWS if any(x["task"] == task and x["row"] == r for x in runs)):
+            cells = []
+            for mode in (PAIR, ALONE):
+                mine, random = (_accuracies(runs, task, r, mode) for r in (row, "random"))
+                apart = [mine[s] - random[s] for s in mine if s in random]
+                cells += [
+                    told(list(mine.values()), unit=" %") if mine else "–",
+                    told(apart) if apart and row != "random" else "",
+                ]
+            pair, alone = (_accuracies(runs, task, row, mode) for mode in (PAIR, ALONE))
+            share = [alone[s] / pair[s] for s in alone if pair.get(s)]
+            lines.append(f"| {row} | {len(alone)} | {' | '.join(cells)} | {told(share, '{:.2f}') if share else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _dots(axes: Any, names: list[str], values: Callable[[str], list[tuple[list[float], str]]]) -> None:
+    """A line for each name, with a dot for each value and a bar at the mean of its colour."""
+    for y, name in enumerate(names):
+        for found, colour in values(name):
+            axes.plot(found, [y] * len(found), "o", color=colour, alpha=0.6)
+            axes.plot([statistics.mean(found)] * 2, [y - 0.3, y + 0.3], color=colour)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def picture_of_initialisations(held: dict[str, Any], path: Path) -> None:
+    """The divergence after the budget: every seed a dot."""
+    from matplotlib.figure import Figure
+
+    runs = [r for r in held["runs"] if r["best"]]
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(r["variant"] for r in runs))
+    _dots(axes, names, lambda n: [([r["divergence"] for r in runs if r["variant"] == n], "#4e79a7")])
+    axes.set(xlabel="KL(base ‖ shadow) after 80 steps, nats a token")
+    figure.savefig(path, dpi=110, format="png")
+
+
+def picture_of_tasks(held: dict[str, Any], path: Path) -> None:
+    """Accuracy of the pair and of the detached shadow: every seed a dot."""
+    from matplotlib.figure import Figure
+
+    runs = held["runs"]
+    shown = [t for t in TASKS if any(r["task"] == t for r in runs)]
+    figure = Figure(figsize=(4.2 * len(shown), 3.2), layout="constrained")
+    colours = {PAIR: "#4e79a7", ALONE: "#e07b39"}
+    for axes, task in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown, strict=True):
+
+        def values(row: str, task: str = task) -> list[tuple[list[float], str]]:
+            found = [(list(_accuracies(runs, task, row, mode).values()), colour) for mode, colour in colours.items()]
+            return [(v, colour) for v, colour in found if v]
+
+        _dots(axes, list(ROWS), values)
+        axes.set(title=task, xlabel="right answers, %", xlim=(0, 100))
+    for mode, colour in colours.items():
+        figure.axes[0].plot([], [], "o", color=colour, label=mode)
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="best")
+    figure.savefig(path, dpi=110, format="png")
