@@ -19,6 +19,7 @@ from umbra.data import Writer
 from umbra.divergence import KINDS, Teacher, linear_divergence, teach
 from umbra.kernels import Head
 from umbra.teacher import TeacherCache
+from umbra.train import train
 
 TEXT = "\n\n".join(f"{a} plus {b} is {a + b}, and {b} plus {a} is {a + b}." for a in range(12) for b in range(12))
 
@@ -451,3 +452,26 @@ def test_a_teacher_of_another_text_is_not_taken(tmp_path):
 def test_a_cache_that_is_of_no_use_is_refused(settings, change, says):
     with pytest.raises(umbra.errors.ConfigError, match=says):
         pretrain.pretrain({**settings, **change})
+
+
+# -- another tokenizer -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", ["pretrain", "train"])
+def test_a_shadow_with_another_tokenizer_is_refused(settings, tmp_path, run):
+    pretrain.pretrain({**settings, "max_steps": 1})
+    shadow = tmp_path / "out"
+    again = {**settings, "shadow": str(shadow), "output_dir": str(tmp_path / "again"), "max_steps": 1}
+    if run == "train":
+        (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "1", "completion": "2"}) + "\n")
+        again |= {"train_data": str(tmp_path / "d.jsonl")}
+        for key in ("data", "held_out"):
+            del again[key]
+    call = pretrain.pretrain if run == "pretrain" else train
+    call(again)
+    saved = json.loads((shadow / "tokenizer.json").read_text())
+    numbers = saved["model"]["vocab"]
+    numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
+    (shadow / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(umbra.ConfigError, match="2 tokens have other numbers"):
+        call({**again, "output_dir": str(tmp_path / "third")})

@@ -33,7 +33,7 @@ from .errors import BaseModelError, CheckpointError, ConfigError
 from .kernels import Head, linear_loss
 from .model import attach
 from .options import PretrainOptions, speaks
-from .runs import Run, last_checkpoint, make_arguments, sort_settings
+from .runs import Run, check_tokenizer, last_checkpoint, make_arguments, sort_settings
 from .teacher import TeacherCache
 from .trainers import ShadowTrainer
 
@@ -82,6 +82,7 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
         args._n_gpu = min(args.n_gpu, 1)  # transformers would spread a batch over all by DataParallel
 
     tokenizer: Any = load_tokenizer(options.base)
+    check_tokenizer(shadow, options.base, tokenizer)
     writer = Writer(tokenizer, options.chat_template)
     documents = _documents(options, writer)
     base: Any = load_base(options.base, dtype=options.dtype)

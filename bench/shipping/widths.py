@@ -1,0 +1,91 @@
+"""A shadow pretrained for one base, beside a base of another width with the same tokenizer.
+
+There is no second checkpoint here, so the other base is made: SmolLM2 with its channels shuffled and padded to `WIDTH`, which
+says the same by other weights. The shadow meets it with a projection that is solved for (see `backbone.aligned`).
+"""
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import umbra
+from umbra.bases import load_base, load_tokenizer
+from umbra.corpus import hold_out, pack, read_documents
+from umbra.data import Writer
+from umbra.options import EMBEDDED
+from umbra.pretrain import measure, pretrain
+
+from .text import write_text
+
+WIDTH, BLOCKS, LENGTH = 640, 32, 256
+ALIGNMENT: dict[str, Any] = {
+    "stages": "alignment", "max_steps": 60, "per_device_train_batch_size": 4, "auxiliary_loss_every": 4, "learning_rate": 3e-4,
+    "max_length": LENGTH, "held_out": BLOCKS, "dtype": "float32", "dropout": 0.0, "bf16": True, "use_cpu": True,
+    "save_strategy": "no",
+}  # fmt: skip
+
+
+@torch.no_grad()
+def widened(base: Any, width: int, seed: int = 0) -> Any:
+    """A Llama of another width with the same logits: its new channels are always 0, and its norms know."""
+    config, old = copy.deepcopy(base.config), base.config.hidden_size
+    config.head_dim, config.hidden_size = base.config.head_dim, width
+    wide = type(base)(config).to(base.dtype).eval()
+    places = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[:old]
+    for (name, new), was in zip(wide.named_parameters(), base.parameters(), strict=True):
+        if "norm" in name:
+            new[places] = was * (old / width) ** 0.5
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            new.zero_()
+            new[places] = was
+        else:
+            new.zero_() if "embed" in name else None
+            new[:, places] = was
+    wide.generation_config = copy.deepcopy(base.generation_config)
+    return wide
+
+
+def run(data: Path, out: Path, folder: Path) -> list[dict[str, Any]]:
+    """What the shadow ``folder`` says of held-out text beside its own base, and beside the other, as it is and aligned."""
+    files = write_text(data, out / "short text", 120)
+    tokenizer: Any = load_tokenizer(EMBEDDED)
+    writer = Writer(tokenizer)
+    blocks = [pack(read_documents(f, "train", writer), writer, LENGTH, f) for f in files]
+    held = hold_out(blocks, BLOCKS)[1]
+    base: Any = load_base(EMBEDDED, dtype=torch.float32)
+    wide, ids = widened(base, WIDTH), torch.as_tensor(held[:2, :64], dtype=torch.long)
+    apart = float((wide(ids).logits - base(ids).logits).abs().max())
+    found = [{"beside": f"its own base, width {base.config.hidden_size}", **_measured(base, folder, held)}]
+    other = {"logits_apart": apart}
+    found.append(
+        {"beside": f"a base of width {WIDTH}, projection at random", **other, **_measured(wide, folder, held, False)}
+    )
+    found.append(
+        {"beside": f"a base of width {WIDTH}, projection solved for", **other, **_measured(wide, folder, held)}
+    )
+    path = out / "wide base"
+    if not path.exists():
+        wide.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    began = time.perf_counter()
+    after = pretrain({
+        **ALIGNMENT, "base": str(path), "shadow": str(folder), "data": ",".join(files), "output_dir": str(out / "aligned"),
+    })["1-alignment"]  # fmt: skip
+    found.append({"beside": f"a base of width {WIDTH}, then aligned", "seconds": time.perf_counter() - began, **after})
+    return found
+
+
+def _measured(base: Any, folder: Path, held: np.ndarray, solved: bool = True) -> dict[str, float]:
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    model: Any = umbra.attach(base, umbra.ShadowConfig(shadow=str(folder)))
+    seconds = time.perf_counter() - began
+    if not solved:
+        model.shadow.projection.reset_parameters()
+    found = measure(model, held, 8)
+    model.unload()
+    return {"seconds": seconds, **found}
