@@ -1,7 +1,4 @@
-"""Initialisations of a shadow on one budget: steps of distillation from the frozen base, on the same blocks of text.
-
-A variant runs at each of `RATES` with the first seed; its better rate, by the divergence on held-out blocks, with the others.
-"""
+"""Initialisations of a shadow on one budget: steps of distillation from the frozen base, on the same blocks of text."""
 
 import shutil
 from pathlib import Path
@@ -12,11 +9,10 @@ from umbra.runs import RUN_FILE
 
 from .text import write_text
 
-RATES = (2e-3, 6e-3)
 DOCUMENTS = 120  # of each set
 BUDGET: dict[str, Any] = {
     "dtype": "bfloat16", "stages": "distillation", "teacher_top_k": 64, "teacher_cache": True, "auxiliary_loss_every": 4,
-    "max_length": 256, "held_out": 20, "max_steps": 80, "per_device_train_batch_size": 4, "dropout": 0.0,
+    "max_length": 256, "held_out": 20, "max_steps": 60, "learning_rate": 3e-3, "per_device_train_batch_size": 4, "dropout": 0.0,
     "save_strategy": "no", "logging_steps": 20, "bf16": True, "use_cpu": True,
 }  # fmt: skip
 NARROW = {
@@ -45,29 +41,17 @@ def run(data: Path, out: Path, seeds: list[int]) -> list[dict[str, Any]]:
     found = []
     for name, fields in VARIANTS.items():
         fields = {**fields, "shadow": another} if "shadow" in fields else fields
-        tried = [(rate, _one(files, out, name, fields, rate, seeds[0])) for rate in RATES]
-        rate = min(tried, key=lambda t: t[1]["divergence"])[0]
-        runs = [{"seed": seeds[0], "rate": r, **m} for r, m in tried]
-        runs += [{"seed": s, "rate": rate, **_one(files, out, name, fields, rate, s)} for s in seeds[1:]]
-        found += [{"variant": name, "best": r["rate"] == rate, **r} for r in runs]
+        found += [{"variant": name, "seed": seed, **_one(files, out, name, fields, seed)} for seed in seeds]
     return found
 
 
-def _one(files: list[str], out: Path, name: str, fields: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
+def _one(files: list[str], out: Path, name: str, fields: dict[str, Any], seed: int) -> dict[str, Any]:
     """What is measured after a run, and before it."""
     runs = out / "initialise"
-    folder, teacher = runs / f"{name} {rate:g} {seed}".replace(" ", "_").replace(",", ""), runs / TEACHER
+    folder, teacher = runs / f"{name} {seed}".replace(" ", "_").replace(",", ""), runs / TEACHER
     if teacher.exists() and not (folder / RUN_FILE).exists():
         shutil.copytree(teacher, folder / TEACHER, dirs_exist_ok=True)  # the base says the same of the same text
-    settings = {
-        **BUDGET,
-        **fields,
-        "data": ",".join(files),
-        "output_dir": str(folder),
-        "learning_rate": rate,
-        "seed": seed,
-    }
-    found = pretrain(settings)
+    found = pretrain({**BUDGET, **fields, "data": ",".join(files), "output_dir": str(folder), "seed": seed})
     if not teacher.exists():
         shutil.copytree(folder / TEACHER, teacher)
     for name in ("stages", TEACHER):
