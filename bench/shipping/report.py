@@ -34,8 +34,8 @@ def initialisations(held: dict[str, Any]) -> str:
         "# How a shadow begins", "", *about(held),
         "60 steps of distillation (4 × 256 tokens, every 4th of them, the base's 64 likeliest tokens, rate 3e-3) on the same text,",
         "then the divergence KL(base ‖ shadow) on held-out blocks, nats a token, and how often both say the same next token.",
-        "Copied blocks are named; their final norm is multiplied by 0.3 where nothing else is said. *Another checkpoint* learned sums,",
-        "without the base. `python -m bench.shipping initialise`.", "",
+        "Copied blocks are named; their final norm is multiplied by 0.3 where nothing else is said. *Another checkpoint*",
+        "learned sums, without the base. `python -m bench.shipping initialise`.", "",
         "| beginning | parameters | seeds | divergence before | after | agreement |", "|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name in dict.fromkeys(r["variant"] for r in held["runs"]):
