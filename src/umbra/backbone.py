@@ -8,7 +8,7 @@ fold them into its embeddings and its head.
 
 import dataclasses
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Shadow(nn.Module):
         self.owns_embeddings = _owns_embeddings(base, config)
         if backbone_config is not None and not self.owns_embeddings:
             backbone_config.vocab_size = anatomy.vocabulary_size(base.embeddings)
-        self.backbone, projection = build_backbone(base, config, backbone_config)
+        self.backbone, projection, into = build_backbone(base, config, backbone_config)
         chooses = config.embeddings == "auto" and backbone_config is None
         if self.owns_embeddings and chooses and _has_the_bases_table(base, self.backbone):
             self.config, self.owns_embeddings = dataclasses.replace(config, embeddings="base"), False
@@ -74,6 +74,8 @@ class Shadow(nn.Module):
         self.projection = nn.Linear(width, D, bias=False) if width != D else None
         if projection is not None:
             self._start_from(projection)
+        if into is not None:
+            self._read_by(into, base)
         self.couplings = Couplings(L, D, config)
 
         device = torch.device(anatomy.device_of(base.embeddings) if device is None else device)
@@ -134,6 +136,15 @@ class Shadow(nn.Module):
             )
         with torch.no_grad():
             self.projection.weight.copy_(projection)
+
+    @torch.no_grad()
+    def _read_by(self, into: Tensor, base: Anatomy) -> None:
+        """Take embeddings by a map (Ds, D) of the base's: in every forward, or once for a table of its own."""
+        if self.embed_projection is not None:
+            self.embed_projection.weight.copy_(into)
+        else:
+            table: Any = self.backbone.get_input_embeddings()
+            table.weight.copy_(anatomy.embedding_rows(base.embeddings).float() @ into.T)
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.projection is None else self.projection(x)
@@ -203,10 +214,16 @@ def check_draft_tokens(tokens: list[Any], rows: int) -> None:
         raise ConfigError("A draft vocabulary holds one token or more, each once.")
 
 
-def build_backbone(
-    base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None
-) -> tuple[PreTrainedModel, Tensor | None]:
-    """The decoder that computes the shadow's states, and the projection (D, Ds) that a pretrained one brings.
+class Built(NamedTuple):
+    """A backbone, and what the projections from its states (D, Ds) and into it (Ds, D) begin as; None for their own."""
+
+    backbone: PreTrainedModel
+    projection: Tensor | None = None
+    embed_projection: Tensor | None = None
+
+
+def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None) -> Built:
+    """The decoder that computes the shadow's states: with weights that are pretrained, copied, or neither.
 
     Raises:
         ConfigError: sizes that do not fit together or do not exist in this architecture.
@@ -222,11 +239,18 @@ def build_backbone(
         backbone = build(chosen, dtype=torch.float32)
     except Exception as error:  # transformers and torch raise several unrelated types
         raise ConfigError(f"No shadow can be built from these sizes: {error!s:.500}") from error
-    if config.init == "base" and backbone_config is None:
-        depth = backbone.config.num_hidden_layers
-        anatomy.copy_blocks(base, backbone, config.init_layers or tuple(range(depth)))
-        anatomy.scale_final_norm(backbone, config.init_scale)
-    return backbone, None
+    if config.init != "base" or backbone_config is not None:
+        return Built(backbone)
+    layers = config.init_layers or tuple(range(backbone.config.num_hidden_layers))
+    if max(layers) >= len(base.blocks):
+        raise ConfigError(f"init='base' copies blocks {list(layers)}, the base's are 0 to {len(base.blocks) - 1}.")
+    narrowed = anatomy.Narrowed(None, None)
+    if anatomy.is_narrower(backbone.config, base.config):
+        narrowed = anatomy.prune_blocks(base, backbone, layers)
+    else:
+        anatomy.copy_blocks(base, backbone, layers)
+    anatomy.scale_final_norm(backbone, config.init_scale)
+    return Built(backbone, narrowed.projection, narrowed.embed_projection)
 
 
 def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
@@ -238,7 +262,7 @@ def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
     return anatomy.dense_config(base.config, sizes)
 
 
-def _pretrained(base: Anatomy, path: str) -> tuple[PreTrainedModel, Tensor | None]:
+def _pretrained(base: Anatomy, path: str) -> Built:
     backbone, projection, head = load_pretrained(path)
     if not anatomy.is_causal(backbone.config):
         raise BaseModelError(
@@ -259,7 +283,7 @@ def _pretrained(base: Anatomy, path: str) -> tuple[PreTrainedModel, Tensor | Non
         )
     if projection is None and head is not None and anatomy.states_width(backbone.config) != base.config.hidden_size:
         projection = aligned(base, head)
-    return backbone, projection
+    return Built(backbone, projection)
 
 
 @torch.no_grad()

@@ -55,9 +55,11 @@ from .parts import (
     table_width,
     vocabulary_size,
 )
+from .prune import Narrowed, is_narrower, prune_blocks
 
 __all__ = [
     "Anatomy",
+    "Narrowed",
     "after_head",
     "ahead",
     "announce",
@@ -82,6 +84,7 @@ __all__ = [
     "is_causal",
     "is_cheap_to_mirror",
     "is_measured_by_shadow",
+    "is_narrower",
     "is_text_only",
     "lay_out",
     "layer_types",
@@ -93,6 +96,7 @@ __all__ = [
     "own_cache",
     "pad_token_id",
     "problem_type",
+    "prune_blocks",
     "record_past",
     "refusal",
     "remove_embeddings",

@@ -171,10 +171,8 @@ def copy_blocks(source: Anatomy, backbone: PreTrainedModel, layers: tuple[int, .
     """Start the shadow from these blocks of the base and from its final norm.
 
     Raises:
-        ConfigError: the base has no such block, or the shadow's shapes differ from the base's.
+        ConfigError: the shadow's shapes differ from the base's.
     """
-    if max(layers) >= len(source.blocks):
-        raise ConfigError(f"init='base' copies blocks {list(layers)}, the base's are 0 to {len(source.blocks) - 1}.")
     modules, origin = dict(source.decoder.named_modules()), source.decoder.state_dict()
     stem = name_of(source.decoder, source.blocks)
     for key, value in backbone.state_dict().items():
