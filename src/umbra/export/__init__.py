@@ -127,7 +127,7 @@ def _load(options: ExportOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         if options.base is not None:
             raise ConfigError(f"{options.adapter} is a model of its own, it has no base: leave out --base.")
         stock = load_base(str(source), dtype=torch.float32)
-        if not any(name.endswith("ForCausalLM") for name in stock.config.architectures or ()):
+        if type(stock).__name__ not in (stock.config.architectures or ()):
             raise _classifier(options)
         return stock.eval(), _fast(load_tokenizer(str(source)))
     attached = load(options.adapter, options.base)

@@ -19,6 +19,7 @@ and is answered with `answers`, `next` [[id, …], …], `logits` {max, mean, ro
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -88,6 +89,7 @@ class Gguf:
     """A GGUF file in llama.cpp."""
 
     def __init__(self, file: Path, threads: int):
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # where it gives up, it would call a debugger
         from cyllama.llama import llama_cpp  # type: ignore
 
         class Model(llama_cpp.LlamaModel):
@@ -146,7 +148,8 @@ class Gguf:
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
-        return self.vocabulary.detokenize(ids, text_len_max=64 + 64 * len(ids))
+        text = self.vocabulary.detokenize([*self.encode("a"), *ids], text_len_max=64 + 64 * len(ids))
+        return text[1:]  # alone, they would lose a space at the beginning
 
 
 def answer(model: Any, prompt: list[int], new: int, end: list[int]) -> Iterator[int]:

@@ -10,13 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..anatomy import window
 from ..errors import ExportError
 from .quiet import quiet
 
 TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # llama.cpp's llama_ftype
 # llama.cpp ends the process where it finds something wrong, so it has one of its own.
 QUANTISE = """
-import sys
+import os, sys
+os.environ["GGML_NO_BACKTRACE"] = "1"
 from cyllama.llama import llama_cpp
 llama_cpp.disable_logging()
 settings = llama_cpp.LlamaModelQuantizeParams()
@@ -74,6 +76,9 @@ def write_gguf(
         if pre is not None:
             conversion.get_vocab_base_pre = lambda tokenizer: pre
         conversion.write()
+        noted = {key for part in conversion.gguf_writer.kv_data for key in part}
+        if window(model.config) and not any(key.endswith("attention.sliding_window") for key in noted):
+            raise ValueError(f"llama.cpp would read every token where a {model.config.model_type} reads the last ones")
 
     _run(convert, "GGML's converter cannot take this model")
     for kind, file in zip(wanted[1:], files[1:], strict=True):
@@ -93,7 +98,8 @@ def _run(call: Callable[[], Any], trouble: str) -> Any:
         with quiet():
             return call()
     except Exception as error:  # the converter raises whatever is at hand
-        raise ExportError(f"{trouble}: {error!s:.500} Use --to hf or --to onnx.") from error
+        said = f"{error!s:.500}".strip().rstrip(".")
+        raise ExportError(f"{trouble}: {said}. Use --to hf or --to onnx.") from error
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, file: str, context: int) -> str:
