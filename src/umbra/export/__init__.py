@@ -21,6 +21,7 @@ from ..errors import ConfigError, ExportError
 from ..options import ExportOptions
 from . import parity
 from .parity import Parity, Stock, answer, check, compare, end_tokens
+from .quiet import quiet
 from .to_gguf import check_architecture, modelfile, pre_tokenizer, write_gguf
 from .vocabulary import needed, read_specification, read_texts, special_ids, trim_model, trim_tokenizer
 
@@ -63,7 +64,8 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
 
     def write(staging: Path) -> None:
         if options.to == "hf":
-            save_stock(model, staging, tokenizer, parse_dtype(options.dtype))
+            with quiet():
+                save_stock(model, staging, tokenizer, parse_dtype(options.dtype))
             rows.append(_compare_stock(reference, staging, options))
             return
         _write_around(model, tokenizer, staging, wanted, options)
@@ -196,7 +198,8 @@ def _write_models(
             tokenizer.save_pretrained(stock)
             shutil.copyfile(Path(stock) / "tokenizer.json", staging / "tokenizer.json")
             return write_onnx(model, staging, kinds)
-        save_stock(model, Path(stock), tokenizer, None)
+        with quiet():
+            save_stock(model, Path(stock), tokenizer, None)
         return write_gguf(model, Path(stock), staging, kinds, Path(options.out).name, pre)
 
 
