@@ -45,7 +45,7 @@ def test_help_is_instant_and_needs_no_torch():
     assert time.perf_counter() - began < 1
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "detach", "convert", "inspect", "bench"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "detach", "export", "convert", "inspect", "bench"])
 def test_every_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

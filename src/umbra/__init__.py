@@ -12,6 +12,7 @@ _ROOMS = {
     "ConfigError": "errors",
     "DataError": "errors",
     "DetachError": "errors",
+    "ExportError": "errors",
     "ShadowConfig": "config",
     "ShadowModel": "model",
     "ShadowTrainer": "trainers",
@@ -28,6 +29,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DetachError",
+    "ExportError",
     "ShadowConfig",
     "ShadowModel",
     "ShadowTrainer",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
         ConfigError,
         DataError,
         DetachError,
+        ExportError,
         StateError,
         UmbraError,
     )

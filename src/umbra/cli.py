@@ -16,6 +16,7 @@ from .options import (
     ConvertOptions,
     DetachOptions,
     EvalOptions,
+    ExportOptions,
     GenerateOptions,
     InspectOptions,
     PretrainOptions,
@@ -29,6 +30,7 @@ COMMANDS = {
     "eval": "score base, attached and detached on a held-out set",
     "generate": "answer a prompt, streaming",
     "detach": "write the shadow alone, as a stock transformers checkpoint",
+    "export": "write the shadow alone for transformers, onnxruntime or llama.cpp, compared with PyTorch",
     "convert": "write an adapter for PEFT or shadow-peft, or make theirs Umbra's",
     "inspect": "explain an adapter folder",
     "bench": "time and weigh Umbra beside LoRA, DoRA and the published Shadows",
@@ -166,6 +168,19 @@ def _detach(arguments: list[str]) -> int:
         print(json.dumps({"path": str(out), "bytes": size}))
     else:
         print(f"{out}: a stock transformers model of {size / 1e6:.1f} MB")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    options = _parse("umbra export", ExportOptions, arguments)
+    from .export import export, table
+
+    rows, answer = export(options)
+    if options.json:
+        found = {"path": options.out, "files": [dataclasses.asdict(r) for r in rows], "answer": answer}
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print(table(rows), *([answer] if answer is not None else []), sep="\n\n")
     return 0
 
 

@@ -165,17 +165,16 @@ def write_detached(
         DetachError: see `detach`.
     """
     out = check_target(out, overwrite)
-    stock: Any = detach(model)
-    if dtype is not None:
-        stock = stock.to(dtype)
-
-    def write(staging: Path) -> None:
-        stock.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-
-    folder.write_together(out, write)
+    stock = detach(model)
+    folder.write_together(out, lambda staging: save_stock(stock, staging, tokenizer, dtype))
     return out
+
+
+def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None) -> None:
+    """The files of a stock model, cast to ``dtype`` if one is given, and of its tokenizer."""
+    (stock if dtype is None else stock.to(dtype)).save_pretrained(staging)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging)
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

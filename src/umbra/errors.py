@@ -6,6 +6,7 @@
     ├── CheckpointError (ValueError)   an adapter folder that is missing, damaged, or must not be overwritten
     ├── DataError (ValueError)         a record, a column or a file of the training or evaluation data
     ├── DetachError (ValueError)       a shadow that no stock model can express
+    ├── ExportError (ValueError)       a model that a format cannot hold, or whose export answers otherwise than it does
     └── StateError (RuntimeError)      a coupled block that runs outside its model's forward; a cache of other tokens
 
 Each message says what was wrong, what was given, and how to mend it.
@@ -39,6 +40,10 @@ class DataError(UmbraError, ValueError):
 
 class DetachError(UmbraError, ValueError):
     """A shadow that cannot stand alone as a stock model."""
+
+
+class ExportError(UmbraError, ValueError):
+    """A model that cannot be exported to a format, or an export that does not answer as the model does."""
 
 
 class StateError(UmbraError, RuntimeError):

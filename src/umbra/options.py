@@ -134,6 +134,35 @@ class DetachOptions:
 
 
 @dataclass(frozen=True)
+class ExportOptions:
+    """``umbra export``: write the shadow alone for a runtime, and compare what it says there with what it says in PyTorch."""
+
+    adapter: str = argument("adapter folder or hub id, or the folder of a detached or pretrained shadow")
+    to: str = flag("", "format: hf (transformers), onnx (onnxruntime) or gguf (llama.cpp, Ollama)")
+    out: str = flag("", "folder to write")
+    base: str | None = flag(None, "where an adapter's base is, if not where the adapter says")
+    quantization: str | None = flag(
+        None,
+        "files to write, separated by commas. onnx: fp32; int8, embeddings and linear layers in 8 bits by blocks of 32; int4, "
+        "blocks' linear layers in 4 bits, embeddings and head in 8; default fp32,int8. gguf, by llama.cpp: f16, q8_0, q4_0, "
+        "q4_k_m (which puts rows of no multiple of 256 into larger types); default f16,q8_0,q4_0",
+    )
+    dtype: str = flag("auto", "of hf, precision of the written weights: auto (float32), float32, bfloat16, float16")
+    vocabulary: str | None = flag(
+        None,
+        "text files (.txt, .md, .jsonl), separated by commas: keep only the tokens that they and the chat template need, and "
+        "single bytes, of which any other text can still be made",
+    )
+    prompts: str | None = flag(
+        None, "prompts to compare on: lines of a .txt file, or records of a .jsonl file; default two dozen questions"
+    )
+    max_new_tokens: int = flag(64, "tokens of an answer")
+    prompt: str | None = flag(None, "answer this in the format's own runtime when all is written")
+    overwrite: bool = flag(False, "write into a folder that is not empty")
+    json: bool = flag(False, "print JSON")
+
+
+@dataclass(frozen=True)
 class InspectOptions:
     """``umbra inspect``: explain an adapter folder, without loading its base."""
 

@@ -1,0 +1,226 @@
+"""``umbra export``: the shadow alone for transformers, onnxruntime or llama.cpp, compared with PyTorch before it is kept."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import folder
+from ..bases import load_base, load_tokenizer
+from ..checkpoint import load
+from ..corpus import read_prompts
+from ..data import Writer
+from ..detach import check_target, detach, parse_dtype, save_stock
+from ..errors import ConfigError, ExportError
+from ..options import ExportOptions
+from . import parity
+from .parity import Parity, Stock, answer, check, compare, end_tokens
+from .quiet import quiet
+from .to_gguf import check_architecture, modelfile, pre_tokenizer, write_gguf
+from .vocabulary import needed, read_specification, read_texts, special_ids, trim_model, trim_tokenizer
+
+__all__ = ["export", "table"]
+
+# Of each format: what is not quantised, which must say what PyTorch says; then the rest, and what is written by default.
+KINDS = {"hf": (), "onnx": ("fp32", "int8", "int4"), "gguf": ("f16", "q8_0", "q4_0", "q4_k_m")}
+DEFAULTS = {"hf": (), "onnx": ("fp32", "int8"), "gguf": ("f16", "q8_0", "q4_0")}
+RUN_FIRST = ("int8", "int4", "q8_0", "q4_k_m", "q4_0", "fp32", "f16")  # by run.py and Ollama, of what there is
+PACKAGES = {
+    "hf": (),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "gguf": ("gguf", "conversion", "sentencepiece", "cyllama"),
+}
+RUN, PROMPT, PARITY = "run.py", "prompt.json", "parity.json"
+PLACE = "the prompt stands here"
+
+table = parity.table
+
+
+def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
+    """Run ``umbra export``: how each file compares, and the answer to ``prompt`` if one was given.
+
+    Raises:
+        ConfigError, DataError: unusable options or files, or a package that is missing, before any model is loaded.
+        CheckpointError, BaseModelError, DetachError: see `umbra.load` and `umbra.detach`.
+        ExportError: a model that the format cannot hold, or an export that says something else. Nothing is left of it.
+    """
+    wanted = _check(options)
+    out, new_folder = check_target(options.out, options.overwrite), not Path(options.out).exists()
+    prompts = read_prompts(options.prompts) if options.prompts else parity.QUESTIONS
+    model, tokenizer = _load(options)
+    if options.to == "gguf":
+        check_architecture(model)
+    pre = None
+    if options.vocabulary:
+        model, tokenizer, pre = _trim(model, tokenizer, options)
+    reference = answer(model, Writer(tokenizer), prompts, options.max_new_tokens)
+    rows: list[Parity] = []
+
+    def write(staging: Path) -> None:
+        if options.to == "hf":
+            with quiet():
+                save_stock(model, staging, tokenizer, parse_dtype(options.dtype))
+            rows.append(_compare_stock(reference, staging, options))
+            return
+        _write_around(model, tokenizer, staging, wanted, options)
+        kinds = list(dict.fromkeys([KINDS[options.to][0], *wanted]))  # what is not quantised is compared in any case
+        for kind, file in zip(kinds, _write_models(model, tokenizer, staging, kinds, options, pre), strict=True):
+            parts = list(staging.glob(f"{file.name}*"))
+            found = compare(reference, file, sum(part.stat().st_size for part in parts), staging / RUN)
+            if kind == kinds[0]:
+                check(found)
+            if kind in wanted:
+                rows.append(found)
+        if kinds[0] not in wanted:
+            for part in staging.glob(f"model-{kinds[0]}.*"):
+                part.unlink()
+        folder.write_text(staging / PARITY, json.dumps([asdict(r) for r in rows], indent=2) + "\n")
+
+    try:
+        folder.write_together(out, write)
+    except BaseException:
+        if new_folder and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        raise
+    return rows, None if options.prompt is None else _answer(options, out, tokenizer)
+
+
+# -- before any work ---------------------------------------------------------------------------------------------------
+
+
+def _check(options: ExportOptions) -> list[str]:
+    """The files to write."""
+    if options.to not in KINDS or not options.out:
+        raise ConfigError(
+            f"Say what to write and where: --to {'|'.join(KINDS)} --out FOLDER; got --to {options.to or 'nothing'}."
+        )
+    known, asked = KINDS[options.to], options.quantization
+    wanted = list(DEFAULTS[options.to]) if asked is None else [k.strip() for k in asked.split(",") if k.strip()]
+    if options.to == "hf" and asked is not None:
+        raise ConfigError(f"--quantization is for onnx and gguf, got {asked!r} for hf: use --dtype.")
+    if options.to != "hf" and (not wanted or set(wanted) - set(known)):
+        raise ConfigError(f"Unknown quantization {asked!r} of {options.to}: choose from {', '.join(known)}.")
+    if parse_dtype(options.dtype) is not None and options.to != "hf":
+        raise ConfigError(
+            f"--dtype is for hf, got {options.dtype} for {options.to}: use --quantization {','.join(known)}."
+        )
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}.")
+    if missing := [p for p in PACKAGES[options.to] if find_spec(p) is None]:
+        raise ConfigError(f"--to {options.to} needs {', '.join(missing)}: pip install 'umbra-peft[{options.to}]'.")
+    for name in filter(None, [options.prompts, *(options.vocabulary or "").split(",")]):
+        if not Path(name.strip()).is_file():
+            raise ConfigError(f"{name.strip()} is no file.")
+    return sorted(dict.fromkeys(wanted), key=known.index)
+
+
+def _load(options: ExportOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The stock model, in float32, and its tokenizer."""
+    source = Path(options.adapter)
+    if folder.find(source, "config.json").is_file() and not folder.find(source, "adapter_config.json").is_file():
+        import torch
+
+        if options.base is not None:
+            raise ConfigError(f"{options.adapter} is a model of its own, it has no base: leave out --base.")
+        stock = load_base(str(source), dtype=torch.float32)
+        if type(stock).__name__ not in (stock.config.architectures or ()):
+            raise _classifier(options)
+        return stock.eval(), _fast(load_tokenizer(str(source)))
+    attached = load(options.adapter, options.base)
+    if not attached.can_generate():
+        raise _classifier(options)
+    tokenizer = _fast(load_tokenizer(attached.base.name_or_path))
+    return detach(attached).float().eval(), tokenizer
+
+
+def _classifier(options: ExportOptions) -> ExportError:
+    return ExportError(
+        f"{options.adapter} has no language-model head; write it with `umbra detach {options.adapter} FOLDER`."
+    )
+
+
+def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if not tokenizer.is_fast:
+        raise ExportError(
+            f"A {type(tokenizer).__name__} has no tokenizer.json, which run.py reads: load a fast tokenizer."
+        )
+    return tokenizer
+
+
+def _trim(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ExportOptions
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+    read_specification(tokenizer)
+    writer, pre = Writer(tokenizer), None
+    texts = read_texts(options.vocabulary or "", writer)
+    if options.to == "gguf":
+        with TemporaryDirectory() as whole:
+            tokenizer.save_pretrained(whole)
+            pre = pre_tokenizer(Path(whole), model)
+    kept = needed(tokenizer, [*texts, writer.ask("")], special_ids(model))
+    return trim_model(model, kept), trim_tokenizer(tokenizer, kept), pre
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _write_around(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, staging: Path, wanted: list[str], options: ExportOptions
+) -> None:
+    """The runner, what that must know of the model, and what Ollama must."""
+    writer = Writer(tokenizer)
+    before, _, after = writer.ask(PLACE).partition(PLACE)
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = [] if writer.chats else writer.tokens("a")[: -len(plain)]  # type: ignore[arg-type]
+    file = f"model-{next(k for k in RUN_FIRST if k in wanted)}.{options.to}"
+    told = {"model": file, "prefix": before, "suffix": after, "start": start, "end": end_tokens(model, tokenizer)}
+    folder.write_text(staging / PROMPT, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    shutil.copyfile(Path(__file__).with_name(RUN), staging / RUN)
+    if options.to == "gguf":
+        context = int(model.config.get_text_config().max_position_embeddings)
+        folder.write_text(staging / "Modelfile", modelfile(tokenizer, file, context))
+
+
+def _write_models(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, staging: Path, kinds: list[str], options: ExportOptions,
+    pre: str | None,
+) -> list[Path]:  # fmt: skip
+    with TemporaryDirectory() as stock:
+        if options.to == "onnx":
+            from .to_onnx import write_onnx
+
+            tokenizer.save_pretrained(stock)
+            shutil.copyfile(Path(stock) / "tokenizer.json", staging / "tokenizer.json")
+            return write_onnx(model, staging, kinds)
+        with quiet():
+            save_stock(model, Path(stock), tokenizer, None)
+        return write_gguf(model, Path(stock), staging, kinds, Path(options.out).name, pre)
+
+
+def _compare_stock(reference: parity.Reference, staging: Path, options: ExportOptions) -> Parity:
+    again = AutoModelForCausalLM.from_pretrained(staging, dtype="auto", trust_remote_code=False).eval()
+    size = sum(part.stat().st_size for part in staging.iterdir())
+    found = compare(reference, Path(options.out), size, Stock(again, Writer(load_tokenizer(str(staging)))))
+    if options.dtype != "bfloat16":
+        check(found)
+    return found
+
+
+def _answer(options: ExportOptions, out: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The answer to the prompt, by what was written."""
+    prompt = options.prompt or ""
+    if options.to == "hf":
+        again = AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=False).eval()
+        [ids] = answer(again, Writer(tokenizer), [prompt], options.max_new_tokens).answers
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    command = [sys.executable, str(out / RUN), prompt, "--max-new-tokens", str(options.max_new_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ExportError(f"{out} was written, but did not answer: {done.stderr[-1000:].strip()}")
+    return done.stdout.strip()

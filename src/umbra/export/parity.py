@@ -1,0 +1,188 @@
+"""Whether an exported model says what the model says in PyTorch: along its answers, and answering by itself."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import Writer
+from ..errors import ExportError
+from .run import measure
+
+LEAST = 0.99  # share of equal next tokens under which an export that is not quantised is refused
+COMPARED = 8  # tokens at the beginning of each answer whose logits are compared, all of them
+QUESTIONS = (
+    "What is the capital of France, and what is it known for?",
+    "How do I make a good cup of coffee at home?",
+    "Explain in simple words why the sky is blue.",
+    "Write a short poem about a river in winter.",
+    "What should I pack for a weekend in the mountains?",
+    "Give me three tips for learning a new language.",
+    "How does a bicycle stay upright when it moves?",
+    "What is the difference between weather and climate?",
+    "Tell me a story about a lighthouse keeper and his cat.",
+    "Why do leaves change their colour in autumn?",
+    "How can I remember the names of people I meet?",
+    "If a train leaves at nine and travels for four hours, when does it arrive?",
+    "Describe the taste of a ripe peach.",
+    "What happens to water when it freezes?",
+    "Write an email asking a colleague to move a meeting to Friday.",
+    "Which animals sleep during the winter?",
+    "What is a prime number? Give five examples.",
+    "How do I take care of a houseplant that loses its leaves?",
+    "Who is my mother's brother to me?",
+    "Summarise how a democracy works in two sentences.",
+    "What are the planets of the solar system, in order?",
+    "Suggest a simple dinner with rice, eggs and spinach.",
+    "How long should I boil an egg?",
+    "What makes a good friend?",
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model answers in PyTorch: token ids, the first logits (n, V) of each answer, and the prompts as text."""
+
+    texts: list[str]
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    logits: list[torch.Tensor]
+    end: list[int]
+    new: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One file against the reference. ``tokens`` were compared given the same prefix, the rest of the fields says how."""
+
+    file: str
+    bytes: int
+    tokens: int
+    same_next: float
+    answers: int
+    same_answers: int
+    logits_max: float
+    logits_mean: float
+    prompts_tokenised_alike: int
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the generation configuration's, or else the tokenizer's."""
+    end: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    end = tokenizer.eos_token_id if end is None else end
+    return list(end) if isinstance(end, list) else [] if end is None else [end]
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, writer: Writer, prompts: Iterable[str], new: int) -> Reference:
+    """Greedy answers, decoded with a cache, whatever else the generation configuration asks for."""
+    end = end_tokens(model, writer.tokenizer)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=new, eos_token_id=end or None, pad_token_id=writer.tokenizer.pad_token_id,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    texts = [writer.ask(p) for p in prompts]
+    ids = [writer.tokens(t) for t in texts]
+    answers, logits = [], []
+    for prompt in ids:
+        given = torch.tensor([prompt], device=model.device)
+        out: Any = model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)  # type: ignore[operator]
+        answers.append(out.sequences[0, len(prompt) :].tolist())
+        logits.append(torch.cat(out.logits[:COMPARED]).float().cpu())
+    return Reference(texts, ids, answers, logits, end, new)
+
+
+class Stock:
+    """A model of transformers, as run.py runs one."""
+
+    def __init__(self, model: PreTrainedModel, writer: Writer):
+        self.model, self.writer = model, writer
+        self.start(0)
+
+    def start(self, room: int) -> None:
+        """Forget what was read."""
+        self.past: Any = None
+
+    @torch.no_grad()
+    def logits(self, ids: list[int], rows: int) -> np.ndarray:
+        """(rows, V): read (T,) ids; what comes after each of the last ``rows``."""
+        out: Any = self.model(torch.tensor([ids]), past_key_values=self.past, use_cache=True)
+        self.past = out.past_key_values
+        return out.logits[0, -rows:].float().numpy()
+
+    def next(self, ids: list[int]) -> int:
+        """The likeliest token after these."""
+        return int(self.logits(ids, 1)[0].argmax())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids."""
+        return self.writer.tokens(text)
+
+
+def compare(reference: Reference, file: Path, size: int, runner: Path | Stock) -> Parity:
+    """One written model, run by a script of its own or as a model of transformers.
+
+    Raises:
+        ExportError: the runtime failed.
+    """
+    with TemporaryDirectory() as folder:
+        stored = Path(folder) / "logits"
+        np.concatenate([z.numpy() for z in reference.logits]).tofile(stored)
+        request: dict[str, Any] = {
+            "prompts": reference.prompts, "answers": reference.answers, "max_new_tokens": reference.new, "end": reference.end,
+            "logits": str(stored), "rows": list(map(len, reference.logits)), "texts": reference.texts,
+        }  # fmt: skip
+        found = measure(runner, request, []) if isinstance(runner, Stock) else _ask(runner, file, request, Path(folder))
+    said = [
+        a == b for xs, ys in zip(found["next"], reference.answers, strict=True) for a, b in zip(xs, ys, strict=True)
+    ]
+    alike = sum(
+        p[-len(t) :] == t for p, t in zip(reference.prompts, found["tokens"], strict=True)
+    )  # but for a start token
+    same = sum(a == b for a, b in zip(found["answers"], reference.answers, strict=True))
+    off = found["logits"]
+    return Parity(
+        file.name, size, len(said), sum(said) / len(said), len(reference.answers), same, off["max"], off["mean"], alike
+    )
+
+
+def _ask(script: Path, file: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    asked = folder / "request.json"
+    asked.write_text(json.dumps(request))
+    options = ["--model", file.name, "--threads", str(torch.get_num_threads()), "--request", str(asked)]
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
+    if done.returncode:
+        raise ExportError(f"{file.name} was written, but cannot be run: {done.stderr[-1000:].strip()}")
+    return json.loads(done.stdout)
+
+
+def check(found: Parity) -> None:
+    """Raise an ExportError if a model that was not quantised says something else than the one it was made from."""
+    if found.same_next < LEAST or found.prompts_tokenised_alike < found.answers:
+        raise ExportError(
+            f"{found.file} says the same next token as the model it was made from at {found.same_next:.1%} of {found.tokens} "
+            f"places, where {LEAST:.0%} is the least, and tokenises {found.prompts_tokenised_alike} of {found.answers} prompts "
+            "alike. Nothing was written: this format does not hold the model as it is; take another (--to)."
+        )
+
+
+def table(rows: Iterable[Parity]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| file | MB | same next token | same answers | logits off by, at most | on average |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.file} | {r.bytes / 1e6:.1f} | {100 * r.same_next:.2f} % of {r.tokens} | {r.same_answers} of {r.answers} "
+            f"| {r.logits_max:.2g} | {r.logits_mean:.2g} |"
+        )
+    return "\n".join(lines)
