@@ -3,6 +3,7 @@
 text.py         what is learned from, and each task as records; out of the files of shared/data
 initialise.py   initialisations of a shadow on one budget of pretraining
 tasks.py        tasks: a random shadow, a copied and a pretrained one, beside the same architecture without its base
+widths.py       the pretrained shadow beside a base of another width
 edge.py         the detached shadow in the runtimes of the edge
 report.py       tables and pictures
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -10,16 +11,25 @@ from typing import Any
 from umbra import folder
 from umbra.bench.machine import Device
 
-from . import initialise, pretrain, report, tasks
+from . import edge, initialise, pretrain, report, tasks, widths
 from .text import TASKS
 
 RESULTS = Path(__file__).parent.parent / "results"
+STEPS = ["initialise", "pretrain", "tasks", "widths", "edge"]
+EDGE_TASK, EDGE_ROW = "intents", "pretrained_distilled"
+Table = Callable[[dict[str, Any]], str]
+TABLES: dict[str, tuple[Table, Callable[[dict[str, Any], Path], None] | None]] = {
+    "initialise": (report.initialisations, report.picture_of_initialisations),
+    "tasks": (report.tasks, report.picture_of_tasks),
+    "widths": (report.widths, None),
+    "edge": (report.edge, report.picture_of_edge),
+}
 
 
 def main() -> None:
     """Run the steps that are named, each on what those before it have left."""
     parser = argparse.ArgumentParser(prog="python -m bench.shipping", description=__doc__)
-    parser.add_argument("steps", nargs="*", default=["initialise", "pretrain", "tasks"], help="which, in this order")
+    parser.add_argument("steps", nargs="*", default=STEPS, help=f"of {', '.join(STEPS)}; default all, in this order")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, default=Path("out/shipping"), help="where runs are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the tables are written")
@@ -27,36 +37,33 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--rows", nargs="+", default=list(tasks.ROWS), choices=list(tasks.ROWS))
     given = parser.parse_args()
-    if "initialise" in given.steps:
-        _keep(given.results, "initialise", initialise.run(given.data, given.out, given.seeds))
     pretrained = given.out / "pretrained"
-    if "pretrain" in given.steps:
-        _keep(given.results, "pretrain", pretrain.run(given.data, given.out, pretrained))
-    if "tasks" in given.steps:
-        _keep(
-            given.results, "tasks", tasks.run(given.data, given.out, pretrained, given.tasks, given.rows, given.seeds)
-        )
-
-
-WAYS = {
-    "initialise": (report.initialisations, report.picture_of_initialisations),
-    "tasks": (report.tasks, report.picture_of_tasks),
-}
+    adapter = given.out / "adapters" / f"{EDGE_TASK}_{EDGE_ROW}_{given.seeds[0]}"
+    steps: dict[str, Callable[[], Any]] = {
+        "initialise": lambda: initialise.run(given.data, given.out, given.seeds),
+        "pretrain": lambda: pretrain.run(given.data, given.out, pretrained),
+        "tasks": lambda: tasks.run(given.data, given.out, pretrained, given.tasks, given.rows, given.seeds),
+        "widths": lambda: widths.run(given.data, given.out, pretrained),
+        "edge": lambda: edge.run(given.data, given.out, adapter, EDGE_TASK),
+    }
+    for step in given.steps:
+        _keep(given.results, step, steps[step]())
 
 
 def _keep(results: Path, step: str, found: Any) -> None:
     held = {
-        "machine": Device().describe(), "date": date.today().isoformat(),
+        "machine": Device().describe(), "date": date.today().isoformat(), "task": EDGE_TASK,
         "versions": ", ".join(f"{p} {version(p)}" for p in ("umbra-peft", "torch", "transformers", "reasoning_gym")),
         "runs": found,
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
     folder.write_text(results / f"shipping-{step}.json", json.dumps(held, indent=1) + "\n")
-    if step in WAYS:
-        text, picture = WAYS[step]
-        folder.write_text(results / f"shipping-{step}.md", text(held))
-        picture(held, results / f"shipping-{step}.png")
-        print(text(held))
+    if step in TABLES:
+        table, picture = TABLES[step]
+        folder.write_text(results / f"shipping-{step}.md", table(held))
+        if picture is not None:
+            picture(held, results / f"shipping-{step}.png")
+        print(table(held))
 
 
 main()

@@ -85,6 +85,44 @@ def tasks(held: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# -- the edge ----------------------------------------------------------------------------------------------------------
+
+
+def edge(held: dict[str, Any]) -> str:
+    """Markdown."""
+    runs = held["runs"]
+    lines = [
+        f"# At the edge: {held['task']}", "", *about(held),
+        "A shadow of two blocks, detached: in PyTorch, onnxruntime and llama.cpp, each row a process of its own; *trimmed* keeps",
+        "the tokens of the task's training text. Time to the first token after a prompt (median), then tokens a second, on 1 and",
+        "on 2 threads; most memory of the process; right answers to the same questions. `python -m bench.shipping edge`.", "",
+        "| model | runtime | weights | MB | memory, MB | first token, ms | tokens/s, 1 thread | 2 threads | right | 95 % |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for r in runs:
+        first, speed = (list(r[name].values()) for name in ("first_token_seconds", "tokens_per_second"))
+        low, high = r["interval"]
+        lines.append(
+            f"| {r['who']} | {r['runtime']} | {r['form']} | {r['bytes'] / 1e6:.1f} | {r['peak_bytes'] / 1e6:.0f} "
+            f"| {1000 * first[0]:.0f}, {1000 * first[1]:.0f} | {speed[0]:.0f} | {speed[1]:.0f} "
+            f"| {r['right']}/{r['asked']} | {100 * low:.0f} – {100 * high:.0f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def widths(held: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "# A pretrained shadow beside a base of another width", "", *about(held),
+        "The base's channels shuffled and padded: the same logits from other weights. Divergence KL(base ‖ shadow) on held-out",
+        "text, nats a token. `python -m bench.shipping widths`.", "",
+        "| beside | divergence | agreement | seconds |", "|---|---:|---:|---:|",
+    ]  # fmt: skip
+    for r in held["runs"]:
+        lines.append(f"| {r['beside']} | {r['divergence']:.3f} | {100 * r['agreement']:.1f} % | {r['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
@@ -131,4 +169,23 @@ def picture_of_tasks(held: dict[str, Any], path: Path) -> None:
     for mode, colour in colours.items():
         figure.axes[0].plot([], [], "o", color=colour, label=mode)
     figure.axes[0].legend(frameon=False, fontsize=8, loc="best")
+    figure.savefig(path, dpi=110, format="png")
+
+
+def picture_of_edge(held: dict[str, Any], path: Path) -> None:
+    """Tokens a second on two threads, against the size of the file."""
+    from matplotlib.figure import Figure
+
+    colours = {"bare base": "#888888", "attached": "#4e79a7", "detached": "#e07b39", "trimmed": "#59a14f"}
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for r in held["runs"]:
+        x, y = r["bytes"] / 1e6, list(r["tokens_per_second"].values())[-1]
+        axes.plot(x, y, "o", color=colours[r["who"]])
+        axes.annotate(f"{r['runtime']} {r['form']}", (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+    for who, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=who)
+    axes.set(xscale="log", yscale="log", xlabel="size of the weights, MB", ylabel="tokens a second, 2 threads")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110, format="png")
