@@ -14,7 +14,7 @@ from conftest import make_tokenizer
 from tiny import make, make_base, tokens
 from umbra import divergence, pretrain
 from umbra.cli import main
-from umbra.corpus import Mixture, hold_out, pack, read_documents, without_copies, write_own
+from umbra.corpus import Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
 from umbra.data import Writer
 from umbra.divergence import KINDS, Teacher, linear_divergence, teach
 from umbra.kernels import Head
@@ -475,3 +475,11 @@ def test_a_shadow_with_another_tokenizer_is_refused(settings, tmp_path, run):
     (shadow / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(umbra.ConfigError, match="2 tokens have other numbers"):
         call({**again, "output_dir": str(tmp_path / "third")})
+
+
+@pytest.mark.parametrize("column", ["prompt", "text"])
+def test_prompts_are_lines_or_records(tmp_path, column):
+    asked = ["What is 1 + 1?", "And 2 + 2?"]
+    (tmp_path / "p.txt").write_text("\n".join(asked) + "\n\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({column: a, "else": 1}) + "\n" for a in asked))
+    assert read_prompts(str(tmp_path / "p.txt")) == read_prompts(str(tmp_path / "p.jsonl")) == asked

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .core import IGNORED
-from .data import Writer, read_records
+from .data import Writer, read_records, read_rows
 from .errors import DataError
 from .options import speaks
 
@@ -145,7 +145,7 @@ def read_prompts(path: str) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
     else:
-        prompts = [r.get("prompt", r.get("text")) for r in read_records(path)]
+        prompts = [r.get("prompt", r.get("text")) for r in read_rows(path)]
     prompts = [p for p in prompts if isinstance(p, str) and p]
     if not prompts:
         raise DataError(f"{path} holds no prompt.")

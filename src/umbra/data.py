@@ -32,21 +32,30 @@ def read_records(source: str, split: str = "train") -> list[Record]:
     """All records of a .jsonl or .jsonl.gz file, or of a split of a ``datasets`` hub id.
 
     Raises:
-        DataError: no such file, a line that is not a JSON object (file and line are named), a column that is
-            missing or of the wrong type, or no record at all.
+        DataError: see `read_rows`; or a column that is missing or of the wrong type.
     """
-    if not source:
-        raise DataError("No data given: name a .jsonl file or a datasets hub id.")
-    if Path(source).suffix in (".jsonl", ".gz", ".json") or Path(source).is_file():
-        records = _read_lines(Path(source))
-    else:
-        records = _read_hub(source, split)
-    if not records:
-        raise DataError(f"{source} holds no record.")
+    records = read_rows(source, split)
     kind = record_kind(records[0], f"{source}, record 1")
     for number, record in enumerate(records, start=1):
         _check(record, kind, f"{source}, record {number}")
     return records
+
+
+def read_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
+    """As `read_records`, whatever the columns.
+
+    Raises:
+        DataError: no such file, a line that is not a JSON object (file and line are named), or no record at all.
+    """
+    if not source:
+        raise DataError("No data given: name a .jsonl file or a datasets hub id.")
+    if Path(source).suffix in (".jsonl", ".gz", ".json") or Path(source).is_file():
+        rows = _read_lines(Path(source))
+    else:
+        rows = _read_hub(source, split)
+    if not rows:
+        raise DataError(f"{source} holds no record.")
+    return rows
 
 
 def _read_lines(path: Path) -> list[Record]:
