@@ -172,6 +172,51 @@ def test_detached_only_trains_a_classifiers_own_head(settings, tmp_path):  # noq
     assert not torch.equal(heads["shadow"].weight, heads["attached"].weight)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_detached_only_learns_what_is_the_shadows_to_learn(settings, tmp_path, every):  # noqa: F811
+    """With marks its loss is the mean over its own labels, however long the answers of the pair are."""
+    marked = [{**r, "completion": r["completion"] + "0" * 9, "escalate": i % 2 == 0} for i, r in enumerate(RECORDS)]
+    settings = {
+        **settings, "train_data": write(tmp_path / "m.jsonl", marked), "detached_only": True, "learning_rate": 0.0,
+        "per_device_train_batch_size": 24, "max_steps": 60 if every > 1 else 1, "auxiliary_loss_every": every, "dropout": 0.0,
+    }  # fmt: skip
+    train(settings)
+    history = json.loads((tmp_path / "out/run.json").read_text())["history"]
+    logged = [h["loss"] for h in history if "loss" in h]
+    examples = encode_all(marked, load_tokenizer(settings["base"]), max_length=99)
+    batch = Collator(0)([e for e in examples if not (e.get("shadow_targets", e["labels"]) == IGNORED).all()])
+    edge, own = umbra.load(tmp_path / "out").detached(), batch["shadow_targets"]
+    logits = edge(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = float(cross_entropy(logits, own) / (own[:, 1:] != IGNORED).sum())
+    assert sum(logged) / len(logged) == pytest.approx(expected, rel=1e-3 if every == 1 else 0.03)
+
+
+def test_detached_only_smooths_no_labels(settings):  # noqa: F811
+    with pytest.raises(ConfigError, match="label_smoothing_factor=0.1"):
+        train({**settings, "detached_only": True, "label_smoothing_factor": 0.1})
+
+
+@pytest.mark.parametrize("words", ["<eos>", "\u2603"])
+def test_words_that_cannot_be_read_back_are_refused(settings, tmp_path, words):  # noqa: F811
+    marked = write(tmp_path / "m.jsonl", [{**RECORDS[0], "escalate": True}])
+    with pytest.raises(ConfigError, match="plain text"):
+        train({**settings, "train_data": marked, "escalation": words})
+
+
+def test_in_evaluation_each_path_is_divided_by_its_own_labels():
+    model, (ids, labels, own) = make(), two_labels()
+    out = model(ids, labels=labels, shadow_targets=own)
+    counts = [int((x[:, 1:] != IGNORED).sum()) for x in (labels, own)]
+    torch.testing.assert_close(out.loss, cross_entropy(model(ids).logits, labels) / counts[0])
+    torch.testing.assert_close(out.shadow_loss, cross_entropy(shadow_logits(model, ids), own) / counts[1])
+
+
+def test_targets_of_another_shape_are_refused():
+    model, (ids, labels, own) = make(), two_labels()
+    with pytest.raises(ConfigError, match="of the labels' shape"):
+        model(ids, labels=labels, shadow_targets=own[:, 1:])
+
+
 def test_detached_only_has_nobody_to_distil_from(settings):  # noqa: F811
     with pytest.raises(ConfigError, match="detached_only does not run"):
         train({**settings, "detached_only": True, "distillation_weight": 0.1})

@@ -149,6 +149,51 @@ def test_sliding_windows(tmp_path):
     assert_same(run(tmp_path, "base", tmp_path / "out", to="onnx", quantization="fp32")[0], 1e-3)
 
 
+@pytest.mark.parametrize("to", ["hf", "onnx"])
+def test_what_the_generation_configuration_penalises_is_compared_all_the_same(small, tmp_path, to):
+    """A reference that avoids repetitions would differ from what a file says next."""
+    model = AutoModelForCausalLM.from_pretrained(small)
+    model.generation_config.repetition_penalty = 1.5
+    model.generation_config.no_repeat_ngram_size = 2
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("one and two\nthree\nfour\n")
+    options = {"quantization": "fp32"} if to == "onnx" else {}
+    assert_same(run(tmp_path, "base", tmp_path / "out", to=to, **options)[0], 1e-3)
+
+
+def test_a_shadow_that_passes_requests_on_can_still_do_so(made, tmp_path, tokenizer):
+    """Its words stay in a trimmed vocabulary, and the runner is told them."""
+    model = AutoModelForCausalLM.from_pretrained(made / "qwen3")
+    model.generation_config.escalation = "[REMOTE]"
+    model.generation_config._from_model_config = False
+    model.save_pretrained(tmp_path / "passes")
+    tokenizer.save_pretrained(tmp_path / "passes")
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    for to, options in (("hf", {}), ("onnx", {"quantization": "fp32"})):
+        run(tmp_path, "passes", tmp_path / to, to=to, vocabulary=str(tmp_path / "text.txt"), **options)
+    assert json.loads((tmp_path / "onnx/prompt.json").read_text())["escalation"] == "[REMOTE]"
+    less = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    words = [t.convert_ids_to_tokens(t("[REMOTE]", add_special_tokens=False)["input_ids"]) for t in (tokenizer, less)]
+    assert words[0] == words[1] and len(words[0]) < len("[REMOTE]")
+    assert len(less) < 1000
+
+
+def test_prompts_without_the_chat_template(made, tmp_path):
+    run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32", chat_template=False)
+    told = json.loads((tmp_path / "out/prompt.json").read_text())
+    assert (told["prefix"], told["suffix"]) == ("", "")
+
+
+def test_what_an_export_before_has_left_goes(made, tmp_path):
+    run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32,int8")
+    (tmp_path / "text.txt").write_text("hello")
+    again = {"overwrite": True, "vocabulary": str(tmp_path / "text.txt"), "quantization": "int8"}
+    run(made, "qwen3", tmp_path / "out", to="onnx", **again)
+    assert {p.name for p in (tmp_path / "out").glob("model*")} == {"model-int8.onnx", "model-int8.onnx.data"}
+
+
 def test_one_graph_takes_batches_of_any_length(made, onnx):
     """Left-padded prompts at once, then what follows token by token."""
     import onnxruntime
@@ -221,11 +266,17 @@ def test_a_program_asks_it(request, tokenizer, to):
     assert json.loads(call(out, *told, input=json.dumps(follow)).stdout)["next"] == found["answers"]
 
 
-def test_an_answer_longer_than_llama_takes_at_once(gguf):
-    """Prompts are read in parts."""
-    asked = {"prompts": [[7, 8, 9] * 180], "answers": [[1, 2, 3]], "max_new_tokens": 2}
-    found = json.loads(call(gguf[0], "--threads", 1, "--request", "-", input=json.dumps(asked)).stdout)
-    assert found["next"][0][0] == found["answers"][0][0]
+@torch.no_grad()
+def test_a_prompt_longer_than_llama_takes_at_once(made, gguf):
+    """It is read in parts, and the next tokens are PyTorch's."""
+    prompt, given = [7, 8, 9] * 180, [1, 2, 3]
+    asked = {"prompts": [prompt], "answers": [given], "max_new_tokens": 1}
+    told = ["--model", "model-f16.gguf", "--threads", 1, "--request", "-"]
+    found = json.loads(call(gguf[0], *told, input=json.dumps(asked)).stdout)
+    logits = umbra.load(made / "adapter").detached()(torch.tensor([prompt + given[:-1]])).logits
+    expected = logits[0, -len(given) :].argmax(-1).tolist()
+    assert found["next"] == [expected]
+    assert found["answers"] == [expected[:1]]
 
 
 @pytest.mark.parametrize(
@@ -239,13 +290,13 @@ def test_an_answer_longer_than_llama_takes_at_once(gguf):
 def test_a_template_that_is_no_chatml_is_left_to_the_gguf(template, expected):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    lines = room.modelfile(tokenizer, "x.gguf", 8192).splitlines()
+    lines = room.modelfile(Writer(tokenizer), "x.gguf", 8192).splitlines()
     assert lines[: len(expected)] == expected
     assert not any(line.startswith(("TEMPLATE", "SYSTEM")) for line in lines)
 
 
 def test_chatml_and_its_system_prompt(tokenizer):
-    text = room.modelfile(tokenizer, "x.gguf", 512)
+    text = room.modelfile(Writer(tokenizer), "x.gguf", 512)
     assert (
         '{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"""'
         in text

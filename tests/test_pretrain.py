@@ -483,3 +483,46 @@ def test_prompts_are_lines_or_records(tmp_path, column):
     (tmp_path / "p.txt").write_text("\n".join(asked) + "\n\n")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({column: a, "else": 1}) + "\n" for a in asked))
     assert read_prompts(str(tmp_path / "p.txt")) == read_prompts(str(tmp_path / "p.jsonl")) == asked
+
+
+def test_the_base_teaches_without_dropout(tmp_path):
+    model = umbra.attach(make_base("gpt2", attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5), umbra.ShadowConfig())
+    for module in model.base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    batch = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}
+    expected = pretrain.base_states(model.eval(), batch)
+    assert torch.equal(pretrain.base_states(model.train(), batch), expected)
+    assert model.base.training
+
+
+def test_a_cache_that_is_damaged_is_filled_again(tmp_path):
+    blocks = np.arange(24, dtype=np.int32).reshape(3, 8)
+
+    def say(ids):
+        return Teacher(-torch.ones(7 * len(ids), 2), ids[:, :-1].reshape(-1, 1).expand(-1, 2))
+
+    TeacherCache(tmp_path, blocks, 2).fill(say, 2)
+    for damage in (lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:200]), lambda p: p.write_bytes(b"")):
+        damage(tmp_path / "log_p.npy")
+        cache = TeacherCache(tmp_path, blocks, 2)
+        assert cache.done == 0
+        cache.fill(say, 2)
+        assert TeacherCache(tmp_path, blocks, 2).done == 3
+
+
+def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(umbra.CheckpointError, match="lower teacher_top_k"):
+        TeacherCache(tmp_path, np.zeros((3, 8), np.int32), 2)
+
+
+def test_more_tokens_than_there_are_is_all_of_them(settings, tmp_path):
+    pretrain.pretrain({**settings, "teacher_cache": True, "teacher_top_k": 10**6, "max_steps": 1})
+    assert json.loads((tmp_path / "out/teacher/teacher.json").read_text())["shape"][2] == 99
+
+
+def test_settings_that_would_break_or_mean_nothing(settings):
+    pretrain.pretrain({**settings, "max_steps": 1, "remove_unused_columns": True})
+    with pytest.raises(umbra.ConfigError, match="give it to umbra train"):
+        pretrain.pretrain({**settings, "escalation": "[REMOTE]"})

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import umbra
-from tiny import HIDDEN, LAYERS, make_base, tokens
+from tiny import CONFIGS, HIDDEN, LAYERS, LLAMA_LIKE, make_base, randomise, tokens
 
 WIDTH, INNER, DIM = 16, 24, 8
 NARROW = {
@@ -77,12 +78,32 @@ def test_a_narrow_copy_is_nearer_to_its_block_than_a_random_shadow():
     assert apart["base"] > 0.4 > 0.2 > apart["random"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3_text", "phi3", "gpt_neox"])
+FAMILIES = ["gpt2", "gemma3_text", "phi3", "gpt_neox", "stablelm", "olmo", "hunyuan_v1_dense", "bitnet", "diffllama"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_other_blocks_are_refused(name):
-    sizes = {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2}
-    sizes |= {"shadow_num_key_value_heads": 1} if name in ("gemma3_text", "phi3") else {}
+    """Norms with a bias or without a weight, parameters that nothing would be copied into, parts of other names."""
+    base = randomise(AutoConfig.for_model(name, **CONFIGS.get(name, LLAMA_LIKE)))
+    sizes = (
+        {"shadow_intermediate_size": 16}
+        if name != "gpt_neox"
+        else {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2}
+    )
     with pytest.raises(umbra.ConfigError, match="Llama's form"):
-        umbra.attach(make_base(name), umbra.ShadowConfig(init="base", **sizes))
+        umbra.attach(base, umbra.ShadowConfig(init="base", **sizes))
+
+
+@torch.no_grad()
+def test_a_table_of_its_own_is_scaled_as_its_module_scales():
+    """Gemma's multiplies by the root of its own width."""
+    base = randomise(AutoConfig.for_model("gemma", **{**LLAMA_LIKE, "head_dim": DIM}))
+    states = []
+    for embeddings in ("base", "own"):
+        model = umbra.attach(base, umbra.ShadowConfig(**NARROW, embeddings=embeddings))
+        states.append(model._initial_state({"input_ids": tokens(), "inputs_embeds": None}))
+        model.unload()
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ def main() -> None:
     given = parser.parse_args()
     pretrained = given.out / "pretrained"
     adapter = given.out / "adapters" / f"{EDGE_TASK}_{EDGE_ROW}_{given.seeds[0]}"
+    if unknown := set(given.steps) - set(STEPS):
+        parser.error(f"no such step: {', '.join(sorted(unknown))}")
     steps: dict[str, Callable[[], Any]] = {
         "initialise": lambda: initialise.run(given.data, given.out, given.seeds),
         "pretrain": lambda: pretrain.run(given.data, given.out, pretrained),

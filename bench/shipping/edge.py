@@ -125,7 +125,7 @@ def _in_pytorch(base: Path, adapter: Path, detached: Path, trimmed: Path) -> lis
 
 
 def _command(folder: Path, mode: str, dtype: str) -> list[str]:
-    return f"-m bench.shipping.edge_torch {folder} {mode} {dtype} {{threads}} {{request}}".split()
+    return ["-m", "bench.shipping.edge_torch", str(folder), mode, dtype, "{threads}", "{request}"]
 
 
 def _size(file: Path) -> int:

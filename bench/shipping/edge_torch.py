@@ -1,4 +1,4 @@
-"""``python -m bench.shipping.edge_torch ADAPTER MODE DTYPE THREADS REQUEST``: a request to run.py, answered in PyTorch."""
+"""``python -m bench.shipping.edge_torch FOLDER MODE DTYPE THREADS REQUEST``: a request to run.py, answered in PyTorch."""
 
 import json
 import sys
@@ -6,58 +6,45 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import umbra
 from umbra.evaluate import in_mode
-from umbra.export.run import measure, peak_bytes
+from umbra.export.run import peak_bytes
 
 
-class Runner:
-    """A model of transformers behind the calls of run.py."""
-
-    def __init__(self, model: Any):
-        self.model = model
-        self.start(0)
-
-    def start(self, room: int) -> None:
-        """Forget what was read."""
-        self.past: Any = None
-
-    @torch.no_grad()
-    def logits(self, ids: list[int], rows: int) -> np.ndarray:
-        """(rows, V): read (T,) ids; what comes after each of the last ``rows``."""
-        out = self.model(torch.tensor([ids]), past_key_values=self.past, use_cache=True, logits_to_keep=rows)
-        self.past = out.past_key_values
-        return out.logits[0].float().numpy()
-
-    def next(self, ids: list[int]) -> int:
-        """The likeliest token after these."""
-        return int(self.logits(ids, 1)[0].argmax())
+@torch.no_grad()
+def measure(model: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Greedy answers by `generate`, and how long they took; with no token that ends them, all are of one length."""
+    new, end = request["max_new_tokens"], request["end"]
+    settings = {"do_sample": False, "eos_token_id": end or None, "pad_token_id": 0}
+    answers, first, more, seconds = [], [], 0, 0.0
+    for prompt in request["prompts"]:
+        ids = torch.tensor([prompt])
+        given, began = {"attention_mask": torch.ones_like(ids), **settings}, time.perf_counter()
+        model.generate(ids, max_new_tokens=1, **given)
+        one, began = time.perf_counter() - began, time.perf_counter()
+        answers.append(model.generate(ids, max_new_tokens=new, **given)[0, len(prompt) :].tolist())
+        first.append(one)
+        more, seconds = more + len(answers[-1]) - 1, seconds + time.perf_counter() - began - one
+    return {"answers": answers, "first_token_seconds": first, "tokens_per_second": more / seconds if more else None}
 
 
 def main() -> None:
     """The command."""
-    adapter, mode, dtype, threads, request = sys.argv[1:]
+    folder, mode, dtype, threads, file = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    began = time.perf_counter()
-    precision = getattr(torch, dtype)
+    request, began = json.loads(Path(file).read_text(encoding="utf-8")), time.perf_counter()
     if mode == "detached":
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(adapter, dtype=precision).eval()
-        found = {"load_seconds": time.perf_counter() - began, **_measured(model, request)}
+        edge = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        found = {"load_seconds": time.perf_counter() - began, **measure(edge, request)}
     else:
-        model = umbra.load(adapter, dtype=precision).eval()
+        model = umbra.load(folder, dtype=getattr(torch, dtype)).eval()
         with in_mode(model, mode) as runner:
-            found = {"load_seconds": time.perf_counter() - began, **_measured(runner, request)}
+            found = {"load_seconds": time.perf_counter() - began, **measure(runner, request)}
     print(json.dumps({**found, "peak_bytes": peak_bytes()}))
 
 
-def _measured(model: Any, request: str) -> dict[str, Any]:
-    return measure(Runner(model), json.loads(Path(request).read_text(encoding="utf-8")), [])
-
-
-if __name__ == "__main__":
-    main()
+main()

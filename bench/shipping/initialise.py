@@ -53,7 +53,8 @@ def _one(files: list[str], out: Path, name: str, fields: dict[str, Any], seed: i
         shutil.copytree(teacher, folder / TEACHER, dirs_exist_ok=True)  # the base says the same of the same text
     found = pretrain({**BUDGET, **fields, "data": ",".join(files), "output_dir": str(folder), "seed": seed})
     if not teacher.exists():
-        shutil.copytree(folder / TEACHER, teacher)
+        shutil.copytree(folder / TEACHER, runs / "copying", dirs_exist_ok=True)
+        (runs / "copying").rename(teacher)
     for name in ("stages", TEACHER):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "model.safetensors").unlink(missing_ok=True)

@@ -144,7 +144,8 @@ class Shadow(nn.Module):
             self.embed_projection.weight.copy_(into)
         else:
             table: Any = self.backbone.get_input_embeddings()
-            table.weight.copy_(anatomy.embedding_rows(base.embeddings).float() @ into.T)
+            ratio = anatomy.embedding_scale(base.embeddings) / anatomy.embedding_scale(table)
+            table.weight.copy_(anatomy.embedding_rows(base.embeddings).float() @ into.T * ratio)
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.projection is None else self.projection(x)
@@ -258,7 +259,7 @@ def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
     given = {k.removeprefix("shadow_"): v for k, v in config.to_dict().items() if k.startswith("shadow_")}
     sizes = {"num_hidden_layers": 1, **{k: v for k, v in given.items() if v is not None}}
     if config.shadow == "mirror" and anatomy.is_cheap_to_mirror(base.config):
-        return anatomy.mirror_config(base.config, sizes)
+        return anatomy.mirror_config(base.config, sizes, config.init_layers)
     return anatomy.dense_config(base.config, sizes)
 
 

@@ -64,8 +64,9 @@ class ShadowConfig:
         0.0, "μ, the weight of KL(attached ‖ shadow) at the labelled tokens: a shadow that agrees drafts well"
     )
     distillation_schedule: Literal["constant", "rise", "fall"] = option(
-        "constant", "μ in the course of a training: constant, rise (from 0 to μ) or fall (from μ to 0)"
-    )
+        "constant", "μ in the course of a training: constant, rise (from 0 to μ) or fall (from μ to 0); our trainers keep the "
+        "share that is done in model.progress, a loop of your own has to"
+    )  # fmt: skip
     escalation: str | None = option(
         None, "what the shadow answers by itself to a request that is beyond it, and was marked `escalate` in the training "
         "data; default [REMOTE] where some are"
@@ -171,7 +172,9 @@ class ShadowConfig:
                 words = ", ".join(str(a) for a in allowed if a is not None)
                 raise ConfigError(f"{name} must be one of {words}; got {shown(getattr(self, name))}.")
         if self.escalation is not None and (not isinstance(self.escalation, str) or not self.escalation.strip()):
-            raise ConfigError(f"escalation must be a text, such as [REMOTE], got {shown(self.escalation)}.")
+            raise ConfigError(
+                f"escalation must be a text, such as '[REMOTE]' in quotation marks, got {shown(self.escalation)}."
+            )
         if not isinstance(self.shadow, str) or not self.shadow:
             raise ConfigError(f"shadow must be mirror, dense, a path or a hub id; got {shown(self.shadow)}.")
         if self.is_pretrained:

@@ -355,6 +355,12 @@ def encode_all(
     return examples
 
 
+def shadows_own(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What of the examples the shadow learns, with its targets as the labels."""
+    own = [{"input_ids": e["input_ids"], "labels": e.get("shadow_targets", e["labels"])} for e in examples]
+    return [e for e in own if not isinstance(e["labels"], np.ndarray) or (e["labels"][1:] != IGNORED).any()]
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads examples on the right into a batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T), or (B, …)."""

@@ -43,7 +43,7 @@ class Score:
     low: float
     high: float
     parameters: int
-    seconds: float
+    seconds: float | None
     tokens_per_second: float | None
     escalated: int | None = None
     kept_accuracy: float | None = None
@@ -52,12 +52,12 @@ class Score:
 
     @classmethod
     def of(
-        cls, mode: str, replies: list[dict[str, Any]], parameters: int, seconds: float, tokens: int | None = None,
+        cls, mode: str, replies: list[dict[str, Any]], parameters: int, seconds: float | None, tokens: int | None = None,
         escalation: str | None = None,
     ) -> "Score":  # fmt: skip
         """The score of these replies, which took ``seconds`` and have ``tokens``."""
         correct, total = sum(r["correct"] for r in replies), len(replies)
-        speed = tokens / seconds if tokens is not None and seconds > 0 else None
+        speed = tokens / seconds if tokens is not None and seconds else None
         told: dict[str, Any] = {}
         if escalation is not None:
             kept = [r for r in replies if not _escalates(r, escalation)]
@@ -235,7 +235,7 @@ def cascade(model: ShadowModel, replies: dict[str, list[dict[str, Any]]]) -> Sco
         return None
     pairs = zip(replies["detached"], replies["attached"], strict=True)
     chosen = [pair if _escalates(alone, escalation) else alone for alone, pair in pairs]
-    return Score.of(CASCADE, chosen, count_parameters(model, "attached", model), 0.0)
+    return Score.of(CASCADE, chosen, count_parameters(model, "attached", model), None)
 
 
 def evaluate(options: EvalOptions) -> list[Score]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import anatomy, dense, kernels, shards
 from .core import labelled_positions, token_loss
-from .errors import BaseModelError
+from .errors import BaseModelError, ConfigError
 from .forward import Route
 from .hooks import HeadPlan
 from .kernels import Head, linear_loss
@@ -37,7 +37,6 @@ class Labels(NamedTuple):
     Args:
         positions: (N,), with targets (N,).
         own: (M,), with own_targets (M,).
-        items: tokens with a label of either.
         same: (M,) of N, -1 where the shadow is to say something else; None where it never is.
     """
 
@@ -45,21 +44,33 @@ class Labels(NamedTuple):
     targets: Tensor
     own: Tensor
     own_targets: Tensor
-    items: int
     same: Tensor | None = None
 
     @classmethod
     def of(cls, labels: Tensor, shadow_targets: Tensor | None) -> "Labels":
-        """Of labels (B, T), and the shadow's (B, T) where they are others."""
+        """Of labels (B, T), and the shadow's (B, T) where they are others.
+
+        Raises:
+            ConfigError: of another shape.
+        """
+        if shadow_targets is not None and shadow_targets.shape != labels.shape:
+            raise ConfigError(
+                f"shadow_targets must be of the labels' shape {tuple(labels.shape)}, got {tuple(shadow_targets.shape)}."
+            )
         positions, targets = labelled_positions(labels)
         if shadow_targets is None:
-            return cls(positions, targets, positions, targets, len(positions))
+            return cls(positions, targets, positions, targets)
         own, own_targets = labelled_positions(shadow_targets)
         place = torch.full((labels.numel(),), -1, device=positions.device)
         place[positions] = torch.arange(len(positions), device=positions.device)
-        same, apart = place[own], int((place[own] < 0).sum())
-        same = same.where(labels.flatten()[own + 1] == own_targets, -1)
-        return cls(positions, targets, own, own_targets, len(positions) + apart, same)
+        same = place[own].where(labels.flatten()[own + 1] == own_targets, -1)
+        return cls(positions, targets, own, own_targets, same)
+
+    def items(self, training: bool) -> tuple[int, int]:
+        """What the task's and the shadow's sums are divided by where nobody else says so."""
+        if training and self.same is not None:
+            return (len(torch.cat([self.positions, self.own]).unique()) or 1,) * 2
+        return len(self.positions) or 1, len(self.own) or 1
 
 
 class Labelled(CausalPaths):
@@ -76,8 +87,8 @@ class Labelled(CausalPaths):
     def _run_fused(
         self: Any, batch: dict[str, Any], route: Route, labels: Labels, items: Any, heads: tuple[Head, Head]
     ) -> tuple[dict[str, Any], Losses]:
-        positions, targets, own, own_targets, known, same = labels
-        count = max(known, 1) if items is None else items
+        positions, targets, own, own_targets, same = labels
+        count, own_count = labels.items(self.training) if items is None else (items, items)
         found: dict[str, Tensor] = {}
 
         def use_state(s0: Tensor) -> None:
@@ -93,7 +104,7 @@ class Labelled(CausalPaths):
             states = anatomy.head_input(self.base, found["s0"][own[chosen].to(found["s0"].device)]).to(rows.device)
             to_say = own_targets[chosen].to(rows.device)
             if not self._distils:
-                found["shadow"] = factor * linear_loss(states, shadow, to_say)[0] / count
+                found["shadow"] = factor * linear_loss(states, shadow, to_say)[0] / own_count
                 return
             apart = 0.0
             if same is not None:
@@ -101,7 +112,7 @@ class Labelled(CausalPaths):
                 apart = linear_loss(states[alike < 0], shadow, to_say[alike < 0])[0]
                 states, to_say, chosen = states[alike >= 0], to_say[alike >= 0], alike[alike >= 0]
             ce, kl = linear_loss(states, shadow, to_say, (rows.detach()[chosen.to(rows.device)], attached))
-            found["shadow"], found["distillation"] = factor * (ce + apart) / count, factor * kl / count
+            found["shadow"], found["distillation"] = factor * (ce + apart) / own_count, factor * kl / own_count
 
         plan = HeadPlan((), flatten=True, keep=positions, use=use_rows)
         out = self._run_base(batch, route, plan, use_state if self._reads_s0 else None)
@@ -111,7 +122,7 @@ class Labelled(CausalPaths):
     def _run_plain(
         self: Any, batch: dict[str, Any], route: Route, labels: Labels, items: Any, skip_logits: bool
     ) -> tuple[dict[str, Any], Losses]:
-        positions, targets, own, own_targets, known, same = labels
+        positions, targets, own, own_targets, same = labels
         chosen, factor = self._every(own)
         plan = HeadPlan(
             [(rows, shadow.heads) for shadow, rows in route], flatten=True, keep=positions if skip_logits else None
@@ -127,11 +138,11 @@ class Labelled(CausalPaths):
         at_labels = logits if skip_logits else logits[positions.to(logits.device)]
         shape = (batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]).shape[:2]
         out["logits"] = logits.view(*shape, -1) if not skip_logits else None
-        count = max(known, 1) if items is None else items
+        count, own_count = labels.items(self.training) if items is None else (items, items)
         task = token_loss(at_labels, targets, count)
         if not self._reads_s0:
             return out, Losses(task)
-        loss = factor * token_loss(shadow, own_targets[chosen], count)
+        loss = factor * token_loss(shadow, own_targets[chosen], own_count)
         if not self._distils:
             return out, Losses(task, loss)
         wide = torch.promote_types(shadow.dtype, torch.float32)
@@ -140,7 +151,7 @@ class Labelled(CausalPaths):
             shadow, chosen = shadow[(alike >= 0).to(shadow.device)], alike[alike >= 0]
         teacher = F.log_softmax(at_labels.detach()[chosen.to(at_labels.device)], -1, dtype=wide)
         kl = F.kl_div(F.log_softmax(shadow, -1, dtype=wide), teacher, log_target=True, reduction="sum")
-        return out, Losses(task, loss, factor * kl / count)
+        return out, Losses(task, loss, factor * kl / own_count)
 
     @property
     def _distils(self: Any) -> bool:
@@ -149,14 +160,14 @@ class Labelled(CausalPaths):
     def _loss_alone(self: Any, s0: Tensor, labels: Tensor, items: Any) -> Tensor:
         """CE(shadow, y) from s⁰ (B, T, D), without logits."""
         positions, targets = labelled_positions(labels)
-        heads, rows = self._fused_heads(), s0.flatten(0, 1)[positions]
+        count = (len(targets) or 1) if items is None else items
+        chosen, factor = self._every(positions)
+        heads, rows, targets = self._fused_heads(), s0.flatten(0, 1)[positions[chosen]], targets[chosen]
         if heads is None:
-            return token_loss(self._logits_alone(rows[None]), targets, items)
+            return factor * token_loss(self._logits_alone(rows[None]), targets, count)
         weight = heads[1].weight
         states = anatomy.head_input(self.base, rows).to(weight.device)
-        return linear_loss(states, heads[1], targets.to(weight.device))[0] / (
-            max(len(targets), 1) if items is None else items
-        )
+        return factor * linear_loss(states, heads[1], targets.to(weight.device))[0] / count
 
     @property
     def _reads_s0(self: Any) -> bool:

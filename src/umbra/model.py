@@ -141,8 +141,11 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     def _distillation_weight(self) -> Tensor | float:
         """μ, now."""
         config = self.shadow.config
-        share = {"constant": 1.0, "rise": self.progress, "fall": 1 - self.progress}[config.distillation_schedule]
-        return config.distillation_weight * share
+        if config.distillation_schedule == "constant":
+            return config.distillation_weight
+        return config.distillation_weight * (
+            self.progress if config.distillation_schedule == "rise" else 1 - self.progress
+        )
 
     @property
     def base_head(self) -> nn.Module:
@@ -294,7 +297,9 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
             labels = labels if shadow_targets is None else shadow_targets
             if skip_logits and labels is not None:
                 loss = self._loss_alone(s0, labels, num_items_in_batch)
-                result = ShadowCausalLMOutput(loss=loss, shadow_loss=loss)
+                result = ShadowCausalLMOutput(
+                    loss=loss, shadow_loss=loss.detach().clone()
+                )  # trainers scale one in place
                 return result.to_tuple() if as_tuple else result
             rows, loss = self._logits_alone(s0), None
             if labels is not None:

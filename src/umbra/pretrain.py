@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, folder
+from . import anatomy, checkpoint, folder
 from .bases import load_base, load_tokenizer
 from .card import pretrained_card
 from .core import labelled_positions
@@ -42,7 +42,7 @@ STAGES = "stages"  # folders of the stages, in the output folder
 OWN = "own.jsonl"  # what the base has written
 TEACHER = "teacher"  # what it says of each token of the text
 FILES = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE)
-SAVES = {"save_strategy": "steps", "save_steps": 100, "remove_unused_columns": False}  # one epoch is long
+SAVES = {"save_strategy": "steps", "save_steps": 100}  # one epoch is long
 ROWS = 256  # of logits at once
 POSITIVE = ("own_documents", "own_new_tokens", "own_temperature", "temperature", "teacher_top_k", "held_out")
 
@@ -64,6 +64,8 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     """
     options, shadow, rest = sort_settings(values, PretrainOptions, ("output_dir",), "the configuration of pretraining")
     stages = _check(options)
+    if shadow.escalation is not None:
+        raise ConfigError("escalation is learned from records that are marked for it: give it to umbra train.")
     run = Run.of(options.output_dir, FILES, asdict(options), shadow.to_dict(), rest)
     try:
         finished = run.claim(options.overwrite)
@@ -75,7 +77,9 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
             return finished
     except OSError as error:
         raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
-    arguments = [make_arguments(run.out / STAGES / name, {**SAVES, **rest}) for name in stages]
+    arguments = [
+        make_arguments(run.out / STAGES / n, {**SAVES, **rest, "remove_unused_columns": False}) for n in stages
+    ]
     if arguments[0].world_size > 1:
         raise ConfigError("umbra pretrain runs in one process: start it without a launcher.")
     for args in arguments:
@@ -102,7 +106,8 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
 
     teacher = None
     if options.teacher_cache and options.teacher_top_k is not None:
-        teacher = TeacherCache(run.out / TEACHER, np.concatenate(train_set.blocks), options.teacher_top_k)
+        most = min(options.teacher_top_k, anatomy.vocabulary_size(model.get_input_embeddings()))
+        teacher = TeacherCache(run.out / TEACHER, np.concatenate(train_set.blocks), most)
         teacher.fill(lambda ids: say(model, ids, options), arguments[0].per_device_eval_batch_size)
 
     metrics: dict[str, Any] = {"start": measure(model, held_out, arguments[0].per_device_eval_batch_size)}
@@ -262,9 +267,14 @@ def shadow_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def base_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """(B · T, D): what the bare base gives it."""
-    with model.disable_adapter():
-        return model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+    """(B · T, D): what the bare base gives it, without dropout."""
+    was_training = model.base.training
+    model.base.eval()
+    try:
+        with model.disable_adapter():
+            return model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+    finally:
+        model.base.train(was_training)
 
 
 @torch.no_grad()

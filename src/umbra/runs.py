@@ -14,7 +14,6 @@ from .config import ShadowConfig
 from .errors import CheckpointError, ConfigError, shown, unknown_key
 from .options import check_dtype, check_types, names
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 RUN_FILE = "run.json"  # what a run was asked for; lies in its output folder
 DEFAULTS = {
     "learning_rate": 1e-3,
@@ -64,12 +63,12 @@ def sort_settings(
 
 
 def check_tokenizer(shadow: ShadowConfig, base: str, tokenizer: Any) -> None:
-    """Hold the tokenizer that lies beside a pretrained shadow to the base's.
+    """Hold the tokenizer that lies in a pretrained shadow's folder to the base's.
 
     Raises:
         ConfigError: a token that both have has another number.
     """
-    if not shadow.is_pretrained or not any((Path(shadow.shadow) / f).exists() for f in TOKENIZER_FILES):
+    if not shadow.is_pretrained or not (Path(shadow.shadow) / "tokenizer.json").exists():
         return
     own = load_tokenizer(shadow.shadow).get_vocab()
     other = [t for t, i in tokenizer.get_vocab().items() if own.get(t, i) != i]

@@ -5,6 +5,8 @@ Of each token that has a successor the k likeliest next tokens and their log p, 
 
 import hashlib
 import json
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .divergence import Teacher
+from .errors import CheckpointError
+from .folder import write_text
 from .options import speaks
 
 NOTE, TOKENS, LOG_P = "teacher.json", "tokens.npy", "log_p.npy"
@@ -23,7 +27,11 @@ NOTE, TOKENS, LOG_P = "teacher.json", "tokens.npy", "log_p.npy"
 
 @dataclass
 class TeacherCache:
-    """A folder that holds the teacher of blocks (N, T): tokens and log p (N, T − 1, k)."""
+    """A folder that holds the teacher of blocks (N, T): tokens and log p (N, T − 1, k).
+
+    Raises:
+        CheckpointError: no room on the disk.
+    """
 
     folder: Path
     blocks: np.ndarray
@@ -32,18 +40,28 @@ class TeacherCache:
     def __post_init__(self) -> None:
         shape = (len(self.blocks), self.blocks.shape[1] - 1, self.top_k)
         self.about = {"shape": list(shape), "sha256": hashlib.sha256(self.blocks.tobytes()).hexdigest()}
-        known = self._read_note()
-        self.done = known["done"] if {k: known.get(k) for k in self.about} == self.about else 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        mode = "r+" if self.done else "w+"
-        self.tokens = open_memmap(self.folder / TOKENS, mode, np.int32, None if self.done else shape)
-        self.log_p = open_memmap(self.folder / LOG_P, mode, np.float32, None if self.done else shape)
-
-    def _read_note(self) -> dict:
         try:
-            return json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+            known = json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
+            self.tokens, self.log_p = (open_memmap(self.folder / name, "r+") for name in (TOKENS, LOG_P))
+            same = {
+                k: known.get(k) for k in self.about
+            } == self.about and self.tokens.shape == self.log_p.shape == shape
+            self.done = known["done"] if same else 0
+        except (OSError, ValueError, KeyError, AttributeError):
+            self.done = 0
+        if self.done == 0:
+            self._make_room(shape)
+
+    def _make_room(self, shape: tuple[int, ...]) -> None:
+        needed, free = 8 * math.prod(shape), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise CheckpointError(
+                f"{self.folder} needs {needed / 1e9:.1f} GB for {self.top_k} tokens at each place, {free / 1e9:.1f} are free: "
+                "lower teacher_top_k, or leave out teacher_cache."
+            )
+        self.tokens = open_memmap(self.folder / TOKENS, "w+", np.int32, shape)
+        self.log_p = open_memmap(self.folder / LOG_P, "w+", np.float32, shape)
 
     def fill(self, say: Callable[[Tensor], Teacher], batch_size: int) -> None:
         """Ask for every block that is not there yet; a killed call goes on where it was.
@@ -62,8 +80,13 @@ class TeacherCache:
                 self.tokens.flush()
                 self.log_p.flush()
                 self.done = part.stop
-                (self.folder / NOTE).write_text(json.dumps({**self.about, "done": self.done}), encoding="utf-8")
+                self._note()
                 bar.update(part.stop - start)
+
+    def _note(self) -> None:
+        beside = self.folder / f"{NOTE}.new"
+        write_text(beside, json.dumps({**self.about, "done": self.done}))
+        beside.replace(self.folder / NOTE)
 
     def read(self, rows: Tensor, columns: Tensor, device: torch.device) -> Teacher:
         """The teacher of tokens ``columns`` (M,) of blocks ``rows`` (M,)."""

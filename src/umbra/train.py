@@ -11,9 +11,9 @@ from transformers.utils import logging
 from . import checkpoint
 from .bases import load_base, load_tokenizer
 from .config import ShadowConfig
-from .data import ESCALATION, MARK, Collator, Labels, Record, encode_all, read_records, record_kind
+from .data import ESCALATION, MARK, Collator, Labels, Record, encode_all, read_records, record_kind, shadows_own
 from .drafting import frequent_tokens
-from .errors import CheckpointError, ConfigError, DataError
+from .errors import BaseModelError, CheckpointError, ConfigError, DataError
 from .model import attach
 from .options import TrainOptions, speaks
 from .runs import Run, check_tokenizer, last_checkpoint, make_arguments, sort_settings
@@ -43,13 +43,12 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: the output folder holds another run or adapter.
     """
     options, shadow, rest = split_options(values)
-    if options.detached_only and shadow.distillation_weight > 0:
-        raise ConfigError(
-            "distillation_weight asks for what the pair says, which detached_only does not run: choose one."
-        )
+    _check_alone(options, shadow, rest)
     arguments = make_arguments(
         options.output_dir, {**({"eval_strategy": "epoch"} if options.eval_data else {}), **rest}
     )
+    if options.detached_only:
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # the threads of DataParallel would run the pair
     run = Run.of(options.output_dir, FILES, asdict(options), shadow.to_dict(), rest)
     try:
         with arguments.main_process_first(local=False):
@@ -67,6 +66,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     labels = _labels(records, eval_records)
     shadow = _with_escalation(shadow, records, options.train_data)
     tokenizer = load_tokenizer(options.base)
+    _check_escalation(shadow.escalation, tokenizer)
     check_tokenizer(shadow, options.base, tokenizer)
     pad = tokenizer.pad_token_id
     classifier = None if labels is None else {**labels.config(), "pad_token_id": pad}
@@ -78,6 +78,8 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     train_set = encode_all(records, tokenizer, name="train_data", **encode)
     eval_set = encode_all(eval_records, tokenizer, name="eval_data", **encode) if eval_records else None
 
+    if options.detached_only:
+        train_set, eval_set = shadows_own(train_set), shadows_own(eval_set) if eval_set else None
     torch.manual_seed(arguments.seed)
     model: Any = attach(base, shadow)
     if labels is None:
@@ -115,8 +117,29 @@ def _labels(records: list[Record], eval_records: list[Record] | None) -> Labels 
     return Labels.of(r["label"] for r in records) if kind == "label" else None
 
 
+def _check_alone(options: TrainOptions, shadow: ShadowConfig, rest: dict[str, Any]) -> None:
+    if not options.detached_only:
+        return
+    for name, value in (
+        ("distillation_weight", shadow.distillation_weight),
+        ("label_smoothing_factor", rest.get("label_smoothing_factor")),
+    ):
+        if value:
+            raise ConfigError(
+                f"{name}={value} is of a loss that reads the pair, which detached_only does not run: choose one."
+            )
+
+
 def _leave_the_pair(model: Any) -> None:
-    """Train what the detached model is made of, and nothing else."""
+    """Train what the detached model is made of, and nothing else.
+
+    Raises:
+        BaseModelError: a base that is fed images.
+    """
+    if model._merges_embeddings:
+        raise BaseModelError(
+            "detached_only runs no tower for images: train the pair, or take a language model for a base."
+        )
     model.shadow.couplings.requires_grad_(False)
     if model.shadow.heads:
         model.shadow.heads["attached"].requires_grad_(False)
@@ -129,6 +152,13 @@ def _with_escalation(shadow: ShadowConfig, records: list[Record], source: str) -
     if shadow.escalation is not None and not marked:
         raise DataError(f"escalation={shadow.escalation!r}, but no record of {source} is marked `{MARK}: true`.")
     return replace(shadow, escalation=shadow.escalation or ESCALATION) if marked else shadow
+
+
+def _check_escalation(escalation: str | None, tokenizer: Any) -> None:
+    """Refuse what would not be read back from an answer."""
+    ids = tokenizer(escalation or "", add_special_tokens=False)["input_ids"]
+    if escalation is not None and tokenizer.decode(ids, skip_special_tokens=True).strip() != escalation.strip():
+        raise ConfigError(f"escalation={escalation!r} is not plain text to the base's tokenizer: choose other words.")
 
 
 def _accuracy(prediction: Any) -> dict[str, float]:

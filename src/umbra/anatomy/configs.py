@@ -110,12 +110,15 @@ def cache_depth(base: Anatomy) -> int:
     return len(layer_types(base.config))
 
 
-def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
+def mirror_config(
+    base: PretrainedConfig, sizes: dict[str, int], layers: tuple[int, ...] | None = None
+) -> PretrainedConfig:
     """The configuration of a smaller model of the base's architecture.
 
     Args:
         sizes: num_hidden_layers, and any of hidden_size, intermediate_size, num_attention_heads,
             num_key_value_heads, head_dim.
+        layers: the base's, whose settings those of the model have; the first ones by default.
 
     Raises:
         ConfigError: a size that this architecture does not have, or sizes that do not fit together.
@@ -127,7 +130,7 @@ def mirror_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedCo
         if target is None:
             raise ConfigError(f"shadow_{name}={value}: {config.model_type} has no {name}; leave it out.")
         if target == "num_hidden_layers":
-            _set_depth(config, value)
+            _set_depth(config, value, layers)
         else:
             setattr(config, target, value)
     # With a layer index shifted behind the base's, this GPT-2 option would scale the shadow by the wrong depth.
@@ -145,11 +148,12 @@ def scales_by_depth(config: PretrainedConfig) -> bool:
     return bool(getattr(config, "scale_attn_by_inverse_layer_idx", False))
 
 
-def _set_depth(config: PretrainedConfig, depth: int) -> None:
+def _set_depth(config: PretrainedConfig, depth: int, layers: tuple[int, ...] | None) -> None:
     for name in PER_LAYER:
         values = getattr(config, name, None)
         if values is not None:
-            setattr(config, name, [*values, *[values[-1]] * depth][:depth])
+            chosen = range(depth) if layers is None else layers
+            setattr(config, name, [values[min(l, len(values) - 1)] for l in chosen])
     if hasattr(config, "attention_types"):  # GPT-Neo's attention_layers in short
         config.attention_types = [[list(config.attention_layers), 1]]
     config.num_hidden_layers = depth

@@ -10,7 +10,7 @@ Heads are kept in groups that share keys and values, by ‖W_v‖; of a group, a
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import dense
@@ -19,6 +19,11 @@ from .parts import Anatomy, embedding_rows
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 NORMS = ("input_layernorm", "post_attention_layernorm")
+READING = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+WRITING = ("self_attn.o_proj", "mlp.down_proj")
+# All parameters of a block in Llama's form, and those that it may have as well. A norm with a bias is none of these.
+NEEDED = {f"{name}.weight" for name in (*NORMS, *READING, *WRITING)}
+ALLOWED = {f"{name}.bias" for name in (*READING, *WRITING)} | {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
 ROWS = 2**14  # of a table at once
 
 
@@ -54,22 +59,19 @@ def prune_blocks(source: Anatomy, backbone: PreTrainedModel, layers: tuple[int, 
     scale = (share * base.hidden_size / width) ** 0.5
     for block, l in zip(mine.layers, layers, strict=True):
         _prune(source.blocks[l], block, turn, scale, source, config)
-    weight = _gain(mine_norm := _norm(source.decoder, "norm"))
+    final = source.decoder.get_submodule("norm")
     if width == base.hidden_size:
-        mine.norm.load_state_dict(mine_norm.state_dict())
+        mine.norm.load_state_dict(final.state_dict())
         return Narrowed(None, None)
     _level(mine.norm)
-    return Narrowed(turn.T, scale * weight[:, None] * turn)
+    return Narrowed(turn.T, scale * _gain(final)[:, None] * turn)
 
 
 def _check(source: Anatomy, backbone: PreTrainedModel) -> None:
     config, base = backbone.config, source.config
-    names = {name for name, m in source.blocks[0].named_children() if "norm" in name}
-    parts = [getattr(source.blocks[0], name, None) for name in ("self_attn", "mlp")]
-    projections = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-    known = all(hasattr(part, n) for part, wanted in zip(parts, projections, strict=True) for n in wanted)
-    alike = type(backbone) is type(source.decoder) and names == set(NORMS) and known
-    if not alike or _gain(_norm(source.blocks[0], NORMS[0])).abs().max() < 1e-3:
+    blocks: Any = backbone
+    found = {name for name, _ in blocks.layers[0].named_parameters()} if hasattr(backbone, "layers") else set()
+    if type(backbone) is not type(source.decoder) or not NEEDED <= found <= NEEDED | ALLOWED:
         raise ConfigError(
             f"init='base' copies blocks of a {base.model_type} into a shadow of their own sizes; only blocks of Llama's form "
             "can be made narrower. Leave the shadow's sizes alone."
@@ -92,12 +94,8 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _norm(owner: nn.Module, name: str) -> Any:
-    return owner.get_submodule(name)
-
-
 def _gain(norm: Any) -> Tensor:
-    """What a norm multiplies by: its weight, or 1 + weight; nothing where it takes the mean off."""
+    """What a norm multiplies by: its weight, or 1 + weight."""
     return norm(torch.ones(norm.weight.shape, dtype=norm.weight.dtype, device=norm.weight.device)).float().cpu()
 
 
@@ -129,7 +127,7 @@ def _prune(block: Any, mine: Any, turn: Tensor, scale: float, source: Anatomy, c
     neurons = sizes.topk(config.intermediate_size).indices.sort().values
     gains = []
     for name in NORMS:
-        old, new = _norm(block, name), _norm(mine, name)
+        old, new = block.get_submodule(name), mine.get_submodule(name)
         if turn.shape[0] == turn.shape[1]:
             new.load_state_dict(old.state_dict())
             gains.append(torch.ones(len(turn)))

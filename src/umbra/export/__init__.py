@@ -38,6 +38,7 @@ PACKAGES = {
 }
 RUN, PROMPT, PARITY = "run.py", "prompt.json", "parity.json"
 PLACE = "the prompt stands here"
+CONTEXT = 4096  # tokens that Ollama is to keep, of models that do not say how many they can
 
 table = parity.table
 
@@ -54,12 +55,14 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
     out, new_folder = check_target(options.out, options.overwrite), not Path(options.out).exists()
     prompts = read_prompts(options.prompts) if options.prompts else parity.QUESTIONS
     model, tokenizer = _load(options)
+    writer = Writer(tokenizer, options.chat_template)
     if options.to == "gguf":
         check_architecture(model)
     pre = None
     if options.vocabulary:
-        model, tokenizer, pre = _trim(model, tokenizer, options)
-    reference = answer(model, Writer(tokenizer), prompts, options.max_new_tokens)
+        model, tokenizer, pre = _trim(model, writer, options)
+        writer = Writer(tokenizer, options.chat_template)
+    reference = answer(model, writer, prompts, options.max_new_tokens)
     rows: list[Parity] = []
 
     def write(staging: Path) -> None:
@@ -68,7 +71,7 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
                 save_stock(model, staging, tokenizer, parse_dtype(options.dtype))
             rows.append(_compare_stock(reference, staging, options))
             return
-        _write_around(model, tokenizer, staging, wanted, options)
+        _write_around(model, writer, staging, wanted, options)
         kinds = list(dict.fromkeys([KINDS[options.to][0], *wanted]))  # what is not quantised is compared in any case
         for kind, file in zip(kinds, _write_models(model, tokenizer, staging, kinds, options, pre), strict=True):
             parts = list(staging.glob(f"{file.name}*"))
@@ -84,6 +87,9 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
 
     try:
         folder.write_together(out, write)
+        for old in out.glob("model-*"):
+            if options.to != "hf" and not any(old.name.startswith(row.file) for row in rows):
+                old.unlink()  # of an export before, with another vocabulary perhaps
     except BaseException:
         if new_folder and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
@@ -154,11 +160,13 @@ def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _trim(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ExportOptions
+    model: PreTrainedModel, writer: Writer, options: ExportOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+    tokenizer, pre = writer.tokenizer, None
     read_specification(tokenizer)
-    writer, pre = Writer(tokenizer), None
     texts = read_texts(options.vocabulary or "", writer)
+    passing_on = getattr(model.generation_config, "escalation", None)
+    texts += [passing_on] if passing_on else []
     if options.to == "gguf":
         with TemporaryDirectory() as whole:
             tokenizer.save_pretrained(whole)
@@ -171,20 +179,21 @@ def _trim(
 
 
 def _write_around(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, staging: Path, wanted: list[str], options: ExportOptions
+    model: PreTrainedModel, writer: Writer, staging: Path, wanted: list[str], options: ExportOptions
 ) -> None:
     """The runner, what that must know of the model, and what Ollama must."""
-    writer = Writer(tokenizer)
+    tokenizer = writer.tokenizer
     before, _, after = writer.ask(PLACE).partition(PLACE)
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     start = [] if writer.chats else writer.tokens("a")[: -len(plain)]  # type: ignore[arg-type]
     file = f"model-{next(k for k in RUN_FIRST if k in wanted)}.{options.to}"
     told = {"model": file, "prefix": before, "suffix": after, "start": start, "end": end_tokens(model, tokenizer)}
+    told["escalation"] = getattr(model.generation_config, "escalation", None)
     folder.write_text(staging / PROMPT, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     shutil.copyfile(Path(__file__).with_name(RUN), staging / RUN)
     if options.to == "gguf":
-        context = int(model.config.get_text_config().max_position_embeddings)
-        folder.write_text(staging / "Modelfile", modelfile(tokenizer, file, context))
+        context = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT)
+        folder.write_text(staging / "Modelfile", modelfile(writer, file, context))
 
 
 def _write_models(
@@ -206,7 +215,9 @@ def _write_models(
 def _compare_stock(reference: parity.Reference, staging: Path, options: ExportOptions) -> Parity:
     again = AutoModelForCausalLM.from_pretrained(staging, dtype="auto", trust_remote_code=False).eval()
     size = sum(part.stat().st_size for part in staging.iterdir())
-    found = compare(reference, Path(options.out), size, Stock(again, Writer(load_tokenizer(str(staging)))))
+    found = compare(
+        reference, Path(options.out), size, Stock(again, Writer(load_tokenizer(str(staging)), options.chat_template))
+    )
     if options.dtype != "bfloat16":
         check(found)
     return found
@@ -217,10 +228,10 @@ def _answer(options: ExportOptions, out: Path, tokenizer: PreTrainedTokenizerBas
     prompt = options.prompt or ""
     if options.to == "hf":
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=False).eval()
-        [ids] = answer(again, Writer(tokenizer), [prompt], options.max_new_tokens).answers
+        [ids] = answer(again, Writer(tokenizer, options.chat_template), [prompt], options.max_new_tokens).answers
         return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     command = [sys.executable, str(out / RUN), prompt, "--max-new-tokens", str(options.max_new_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise ExportError(f"{out} was written, but did not answer: {done.stderr[-1000:].strip()}")
     return done.stdout.strip()

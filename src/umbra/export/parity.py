@@ -1,5 +1,6 @@
 """Whether an exported model says what the model says in PyTorch: along its answers, and answering by itself."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import Writer
 from ..errors import ExportError
+from .run import answer as greedy
 from .run import measure
 
 LEAST = 0.99  # share of equal next tokens under which an export that is not quantised is refused
@@ -54,7 +56,7 @@ class Reference:
     texts: list[str]
     prompts: list[list[int]]
     answers: list[list[int]]
-    logits: list[torch.Tensor]
+    logits: list[np.ndarray]
     end: list[int]
     new: int
 
@@ -81,30 +83,12 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return list(end) if isinstance(end, list) else [] if end is None else [end]
 
 
-@torch.no_grad()
-def answer(model: PreTrainedModel, writer: Writer, prompts: Iterable[str], new: int) -> Reference:
-    """Greedy answers, decoded with a cache, whatever else the generation configuration asks for."""
-    end = end_tokens(model, writer.tokenizer)
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=new, eos_token_id=end or None, pad_token_id=writer.tokenizer.pad_token_id,
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    texts = [writer.ask(p) for p in prompts]
-    ids = [writer.tokens(t) for t in texts]
-    answers, logits = [], []
-    for prompt in ids:
-        given = torch.tensor([prompt], device=model.device)
-        out: Any = model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)  # type: ignore[operator]
-        answers.append(out.sequences[0, len(prompt) :].tolist())
-        logits.append(torch.cat(out.logits[:COMPARED]).float().cpu())
-    return Reference(texts, ids, answers, logits, end, new)
-
-
 class Stock:
     """A model of transformers, as run.py runs one."""
 
     def __init__(self, model: PreTrainedModel, writer: Writer):
         self.model, self.writer = model, writer
+        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.start(0)
 
     def start(self, room: int) -> None:
@@ -114,9 +98,11 @@ class Stock:
     @torch.no_grad()
     def logits(self, ids: list[int], rows: int) -> np.ndarray:
         """(rows, V): read (T,) ids; what comes after each of the last ``rows``."""
-        out: Any = self.model(torch.tensor([ids]), past_key_values=self.past, use_cache=True)
+        given = torch.tensor([ids], device=self.model.device)
+        kept = {"logits_to_keep": rows} if self.keeps else {}
+        out: Any = self.model(given, past_key_values=self.past, use_cache=True, **kept)
         self.past = out.past_key_values
-        return out.logits[0, -rows:].float().numpy()
+        return out.logits[0, -rows:].float().cpu().numpy()
 
     def next(self, ids: list[int]) -> int:
         """The likeliest token after these."""
@@ -127,6 +113,34 @@ class Stock:
         return self.writer.tokens(text)
 
 
+class Recorded(Stock):
+    """Keeps the first logits of each answer."""
+
+    def start(self, room: int) -> None:
+        """Forget what was read."""
+        super().start(room)
+        self.said: list[np.ndarray] = []
+
+    def next(self, ids: list[int]) -> int:
+        """The likeliest token after these."""
+        z = self.logits(ids, 1)
+        if len(self.said) < COMPARED:
+            self.said.append(z)
+        return int(z[0].argmax())
+
+
+def answer(model: PreTrainedModel, writer: Writer, prompts: Iterable[str], new: int) -> Reference:
+    """Greedy answers, decoded with a cache: the likeliest tokens, whatever the generation configuration penalises."""
+    end, runner = end_tokens(model, writer.tokenizer), Recorded(model, writer)
+    texts = [writer.ask(p) for p in prompts]
+    ids = [writer.tokens(t) for t in texts]
+    answers, logits = [], []
+    for prompt in ids:
+        answers.append(list(greedy(runner, prompt, new, end)))
+        logits.append(np.concatenate(runner.said))
+    return Reference(texts, ids, answers, logits, end, new)
+
+
 def compare(reference: Reference, file: Path, size: int, runner: Path | Stock) -> Parity:
     """One written model, run by a script of its own or as a model of transformers.
 
@@ -135,7 +149,7 @@ def compare(reference: Reference, file: Path, size: int, runner: Path | Stock) -
     """
     with TemporaryDirectory() as folder:
         stored = Path(folder) / "logits"
-        np.concatenate([z.numpy() for z in reference.logits]).tofile(stored)
+        np.concatenate(reference.logits).tofile(stored)
         request: dict[str, Any] = {
             "prompts": reference.prompts, "answers": reference.answers, "max_new_tokens": reference.new, "end": reference.end,
             "logits": str(stored), "rows": list(map(len, reference.logits)), "texts": reference.texts,
@@ -156,9 +170,9 @@ def compare(reference: Reference, file: Path, size: int, runner: Path | Stock) -
 
 def _ask(script: Path, file: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
     asked = folder / "request.json"
-    asked.write_text(json.dumps(request))
+    asked.write_text(json.dumps(request), encoding="utf-8")
     options = ["--model", file.name, "--threads", str(torch.get_num_threads()), "--request", str(asked)]
-    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise ExportError(f"{file.name} was written, but cannot be run: {done.stderr[-1000:].strip()}")
     return json.loads(done.stdout)

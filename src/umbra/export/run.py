@@ -222,6 +222,9 @@ def peak_bytes() -> int | None:
 
 def main() -> None:
     """The command."""
+    stream: Any
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(encoding="utf-8")
     folder = Path(__file__).parent
     asking = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(description="Answer a prompt with the model beside this file.")

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..anatomy import window
+from ..data import Writer
 from ..errors import ConfigError, ExportError
 from .quiet import quiet
 
@@ -115,12 +116,12 @@ def _run(call: Callable[[], Any], trouble: str) -> Any:
         raise ExportError(f"{trouble}: {said}. Use --to hf or --to onnx.") from error
 
 
-def modelfile(tokenizer: PreTrainedTokenizerBase, file: str, context: int) -> str:
+def modelfile(writer: Writer, file: str, context: int) -> str:
     """What `ollama create` reads; a template that is no ChatML is left to the one within the GGUF file."""
     lines = [f"FROM ./{file}"]
     turns = [("system", "be brief"), ("user", "one"), ("assistant", "two"), ("user", "three")]
-    render: Any = tokenizer.apply_chat_template
-    if tokenizer.chat_template is not None and _rendered(render, turns) == _chatml(turns):
+    render: Any = writer.tokenizer.apply_chat_template
+    if writer.chats and _rendered(render, turns) == _chatml(turns):
         opening = OPENING.match(_rendered(render, [("user", "one")]) or "")
         each = CHATML.format(role="{{ .Role }}", content="{{ .Content }}")
         lines.append(f'TEMPLATE """{{{{- range .Messages }}}}{each}{{{{ end }}}}{START}"""')

@@ -39,7 +39,11 @@ def write_onnx(model: PreTrainedModel, folder: Path, wanted: list[str]) -> list[
     vocabulary, files = model.config.get_text_config().vocab_size, [folder / f"model-{name}.onnx" for name in wanted]
     with quiet():
         plain = _trace(model, vocabulary)
-        protos = {name: _quantised(plain, BITS[name], vocabulary) for name in wanted if name in BITS} | {"fp32": plain}
+        try:
+            protos = {name: _quantised(plain, BITS[name], vocabulary) for name in wanted if name in BITS}
+        except Exception as error:  # onnxruntime's tool raises whatever is at hand
+            raise ExportError(f"onnxruntime cannot quantise a {model.config.model_type}: {error!s:.500}") from error
+        protos["fp32"] = plain
         for name, file in zip(wanted, files, strict=True):
             weights = file.with_name(f"{file.name}.data")
             onnx.save_model(protos[name], str(file), save_as_external_data=True, location=weights.name)
@@ -68,7 +72,7 @@ def _trace(model: PreTrainedModel, vocabulary: int) -> Any:
         }
         sample = {k: v for k, v in sample.items() if k in taken} | {"past_key_values": cache, "use_cache": True}
         exported = OnnxExporter().export(model, sample, OnnxConfig(dynamic=True, ort_fusions="cpu"))
-    except (ExportError, KeyboardInterrupt):
+    except ExportError:
         raise
     except Exception as error:  # the exporters of torch and transformers raise whatever is at hand
         raise ExportError(f"transformers cannot trace a {kind} for ONNX: {error!s:.500}") from error

@@ -145,6 +145,10 @@ def trim_model(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     """
     new = {old: i for i, old in enumerate(kept)}
     table, head = _table(model), model.get_output_embeddings()
+    if kept[-1] >= len(table):
+        raise ExportError(
+            f"The tokenizer has tokens from {len(table)} on, which the model has no embeddings of: leave out --vocabulary."
+        )
     by_token = [table, *(() if head is None else head.parameters())]
     state, rows = {}, len(table)
     for name, value in {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}.items():
