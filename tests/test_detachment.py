@@ -192,7 +192,7 @@ def test_detached_only_learns_what_is_the_shadows_to_learn(settings, tmp_path, e
 
 
 def test_detached_only_smooths_no_labels(settings):  # noqa: F811
-    with pytest.raises(ConfigError, match="label_smoothing_factor=0.1"):
+    with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.1"):
         train({**settings, "detached_only": True, "label_smoothing_factor": 0.1})
 
 

@@ -73,8 +73,8 @@ class PretrainOptions:
         None, "compare the base's k likeliest tokens, all others as one; default all tokens"
     )
     teacher_cache: bool = flag(
-        False, "keep these k tokens and their probabilities in output_dir/teacher (8 k bytes a token of text), which stays there: the "
-        "base then reads each block once, not once an epoch"
+        False, "keep these k tokens and their probabilities in output_dir/teacher (8 k bytes a token of text), which stays there: "
+        "the base then reads each block once, not once an epoch"
     )  # fmt: skip
     held_out: int = flag(64, "blocks of text that are not learned from, to measure on")
     max_length: int = flag(512, "tokens of one block")
@@ -143,7 +143,8 @@ class ExportOptions:
     base: str | None = flag(None, "where an adapter's base is, if not where the adapter says")
     quantization: str | None = flag(
         None,
-        "files to write, separated by commas. onnx: fp32; int8, embeddings and linear layers (not GPT-2's) in 8 bits by blocks of 32; int4, "
+        "files to write, separated by commas. onnx: fp32; int8, embeddings and linear layers (not GPT-2's) in 8 bits by "
+        "blocks of 32; int4, "
         "blocks' linear layers in 4 bits, embeddings and head in 8; default fp32,int8. gguf, by llama.cpp: f16, q8_0, q4_0, "
         "q4_k_m (which puts rows of no multiple of 256 into larger types); default f16,q8_0,q4_0",
     )
