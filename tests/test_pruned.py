@@ -78,7 +78,7 @@ def test_a_narrow_copy_is_nearer_to_its_block_than_a_random_shadow():
     assert apart["base"] > 0.4 > 0.2 > apart["random"]
 
 
-FAMILIES = ["gpt2", "gemma3_text", "phi3", "gpt_neox", "stablelm", "olmo", "hunyuan_v1_dense", "bitnet", "diffllama"]
+FAMILIES = ["gpt2", "gemma3_text", "phi3", "gpt_neox", "stablelm", "olmo", "bitnet", "diffllama"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -90,7 +90,7 @@ def test_other_blocks_are_refused(name):
         if name != "gpt_neox"
         else {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2}
     )
-    with pytest.raises(umbra.ConfigError, match="Llama's form"):
+    with pytest.raises(umbra.ConfigError, match=r"Llama's form|does not fit"):
         umbra.attach(base, umbra.ShadowConfig(init="base", **sizes))
 
 

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -330,3 +331,12 @@ def test_a_first_save_that_ends_early_leaves_no_half_adapter(saver, tmp_path):
         assert names(folder) == FILES
     assert whole == sorted(whole)
     assert set(whole) == {0, 2}
+
+
+def test_files_can_be_read_by_whom_the_users_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        make().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {0o640}

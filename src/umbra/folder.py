@@ -36,7 +36,9 @@ def write_together(folder: Path, write: Callable[[Path], None]) -> None:
         raise CheckpointError(f"Nothing can be written to {folder}: {error}") from error
     try:
         write(staging)
+        readable = _mode_of_a_new_file(staging)
         for path in staging.iterdir():
+            path.chmod(readable)  # safetensors makes files that nobody else can read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         staging.chmod(0o755)
@@ -53,6 +55,15 @@ def write_together(folder: Path, write: Callable[[Path], None]) -> None:
             f"Saved to {folder}, but its files could not be put in their places: {error}. The folder can be loaded; "
             "the next save tidies it."
         ) from error
+
+
+def _mode_of_a_new_file(folder: Path) -> int:
+    """What the user's umask leaves."""
+    probe = folder / ".probe"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def _finish(folder: Path) -> None:

@@ -69,7 +69,8 @@ class Labels(NamedTuple):
     def items(self, training: bool) -> tuple[int, int]:
         """What the task's and the shadow's sums are divided by where nobody else says so."""
         if training and self.same is not None:
-            return (len(torch.cat([self.positions, self.own]).unique()) or 1,) * 2
+            either = len(torch.cat([self.positions, self.own]).unique()) or 1
+            return either, either
         return len(self.positions) or 1, len(self.own) or 1
 
 

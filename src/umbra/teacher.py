@@ -43,6 +43,8 @@ class TeacherCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             known = json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
+            for name in (TOKENS, LOG_P):
+                open_memmap(self.folder / name, "r")  # raises if it is cut off, where r+ would fill it up
             self.tokens, self.log_p = (open_memmap(self.folder / name, "r+") for name in (TOKENS, LOG_P))
             same = {
                 k: known.get(k) for k in self.about

@@ -88,20 +88,23 @@ class Stock:
 
     def __init__(self, model: PreTrainedModel, writer: Writer):
         self.model, self.writer = model, writer
-        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.takes = inspect.signature(model.forward).parameters
         self.start(0)
 
     def start(self, room: int) -> None:
         """Forget what was read."""
         self.past: Any = None
+        self.read: list[int] = []
 
     @torch.no_grad()
     def logits(self, ids: list[int], rows: int) -> np.ndarray:
         """(rows, V): read (T,) ids; what comes after each of the last ``rows``."""
-        given = torch.tensor([ids], device=self.model.device)
-        kept = {"logits_to_keep": rows} if self.keeps else {}
-        out: Any = self.model(given, past_key_values=self.past, use_cache=True, **kept)
-        self.past = out.past_key_values
+        self.read += ids
+        caches = "past_key_values" in self.takes  # a recurrent model reads everything again
+        options = {"past_key_values": self.past, "use_cache": True} if caches else {}
+        options |= {"logits_to_keep": rows} if "logits_to_keep" in self.takes else {}
+        out: Any = self.model(torch.tensor([ids if caches else self.read], device=self.model.device), **options)
+        self.past = out.past_key_values if caches else None
         return out.logits[0, -rows:].float().cpu().numpy()
 
     def next(self, ids: list[int]) -> int:

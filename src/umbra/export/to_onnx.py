@@ -47,7 +47,6 @@ def write_onnx(model: PreTrainedModel, folder: Path, wanted: list[str]) -> list[
         for name, file in zip(wanted, files, strict=True):
             weights = file.with_name(f"{file.name}.data")
             onnx.save_model(protos[name], str(file), save_as_external_data=True, location=weights.name)
-            weights.chmod(0o644)
     return files
 
 
