@@ -69,9 +69,9 @@ class Labels(NamedTuple):
     def items(self, training: bool) -> tuple[int, int]:
         """What the task's and the shadow's sums are divided by where nobody else says so."""
         if training and self.same is not None:
-            either = len(torch.cat([self.positions, self.own]).unique()) or 1
+            either = max(torch.cat([self.positions, self.own]).unique().numel(), 1)
             return either, either
-        return len(self.positions) or 1, len(self.own) or 1
+        return max(self.positions.numel(), 1), max(self.own.numel(), 1)
 
 
 class Labelled(CausalPaths):
@@ -161,7 +161,7 @@ class Labelled(CausalPaths):
     def _loss_alone(self: Any, s0: Tensor, labels: Tensor, items: Any) -> Tensor:
         """CE(shadow, y) from s⁰ (B, T, D), without logits."""
         positions, targets = labelled_positions(labels)
-        count = (len(targets) or 1) if items is None else items
+        count = max(targets.numel(), 1) if items is None else items
         chosen, factor = self._every(positions)
         heads, rows, targets = self._fused_heads(), s0.flatten(0, 1)[positions[chosen]], targets[chosen]
         if heads is None:
