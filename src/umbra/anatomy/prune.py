@@ -31,8 +31,8 @@ def is_narrower(config: PretrainedConfig, base: PretrainedConfig) -> bool:
     """Whether a shadow of the base's architecture has other sizes than its blocks."""
     if config.model_type != base.model_type:
         return False
-    names = (*SIZES, "head_dim")
-    return any(getattr(config, n, None) != getattr(base, n, None) for n in names)
+    first = base.per_layer_config[0]  # as `mirror_config` takes them
+    return any(getattr(config, n, None) != getattr(first, n, None) for n in (*SIZES, "head_dim"))
 
 
 class Narrowed(NamedTuple):
