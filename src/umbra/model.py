@@ -105,9 +105,8 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self.resting = nn.ModuleDict()
         self.active_adapter = DEFAULT
         self.main_input_name = base.main_input_name
-        self.progress = torch.zeros(
-            (), device="cpu"
-        )  # of the training, from 0 to 1: what a schedule goes by; trainers keep it
+        # Of the training, from 0 to 1: what a schedule goes by. Trainers keep it.
+        self.progress = torch.zeros((), device="cpu")
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in base.all_tied_weights_keys.items()}
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
@@ -143,9 +142,8 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         config = self.shadow.config
         if config.distillation_schedule == "constant":
             return config.distillation_weight
-        return config.distillation_weight * (
-            self.progress if config.distillation_schedule == "rise" else 1 - self.progress
-        )
+        share = self.progress if config.distillation_schedule == "rise" else 1 - self.progress
+        return config.distillation_weight * share
 
     @property
     def base_head(self) -> nn.Module:
@@ -297,9 +295,8 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
             labels = labels if shadow_targets is None else shadow_targets
             if skip_logits and labels is not None:
                 loss = self._loss_alone(s0, labels, num_items_in_batch)
-                result = ShadowCausalLMOutput(
-                    loss=loss, shadow_loss=loss.detach().clone()
-                )  # trainers scale one in place
+                told = loss.detach().clone()  # trainers scale the other in place
+                result = ShadowCausalLMOutput(loss=loss, shadow_loss=told)
                 return result.to_tuple() if as_tuple else result
             rows, loss = self._logits_alone(s0), None
             if labels is not None:

@@ -46,10 +46,8 @@ class TeacherCache:
             for name in (TOKENS, LOG_P):
                 open_memmap(self.folder / name, "r")  # raises if it is cut off, where r+ would fill it up
             self.tokens, self.log_p = (open_memmap(self.folder / name, "r+") for name in (TOKENS, LOG_P))
-            same = {
-                k: known.get(k) for k in self.about
-            } == self.about and self.tokens.shape == self.log_p.shape == shape
-            self.done = known["done"] if same else 0
+            same = all(known.get(k) == v for k, v in self.about.items())
+            self.done = known["done"] if same and self.tokens.shape == self.log_p.shape == shape else 0
         except (OSError, ValueError, KeyError, AttributeError):
             self.done = 0
         if self.done == 0:
