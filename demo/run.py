@@ -22,7 +22,7 @@ import umbra
 from umbra.bases import load_tokenizer
 from umbra.data import Record, Writer
 from umbra.detach import write_detached
-from umbra.evaluate import MODES, Score, in_mode, score, table
+from umbra.scoring import MODES, Score, in_mode, score, table
 from umbra.options import EvalOptions
 from umbra.train import train
 

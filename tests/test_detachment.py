@@ -19,7 +19,7 @@ from umbra.bases import load_tokenizer
 from umbra.cli import main
 from umbra.data import IGNORED, Collator, Writer, encode_all
 from umbra.errors import ConfigError, DataError
-from umbra.evaluate import Score
+from umbra.scoring import Score
 from umbra.train import train
 
 REMOTE = "[REMOTE]"

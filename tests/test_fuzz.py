@@ -13,8 +13,8 @@ from test_train import RECORDS, write
 from umbra import ConfigError, ShadowConfig, UmbraError, checkpoint
 from umbra import pretrain as pretraining
 from umbra import train as training
-from umbra.cli import _read_yaml
 from umbra.options import PretrainOptions, TrainOptions, names
+from umbra.settings import read_yaml
 
 CASES, CHUNK = 360, 30
 
@@ -145,7 +145,7 @@ NASTY = {
 def test_a_file_that_is_no_plain_mapping_is_refused_by_name(tmp_path, kind):
     (tmp_path / "run.yaml").write_bytes(NASTY[kind])
     with limits(), pytest.raises(ConfigError, match=r"run\.yaml"):
-        _read_yaml(str(tmp_path / "run.yaml"))
+        read_yaml(str(tmp_path / "run.yaml"))
 
 
 @pytest.mark.parametrize("text", ["rank: &a [*a]\n", "a: &a [x, x, x, x, x, x, x, x, x]\n"], ids=["a loop", "a bomb"])
@@ -153,7 +153,7 @@ def test_a_value_that_would_print_for_ever_is_shown_short(settings, tmp_path, te
     for one, other in zip("abcdefgh", "bcdefghi", strict=True):
         text += f"{other}: &{other} [{', '.join([f'*{one}'] * 9)}]\n" if text.startswith("a:") else ""
     (tmp_path / "run.yaml").write_text(text)
-    values = _read_yaml(str(tmp_path / "run.yaml"))
+    values = read_yaml(str(tmp_path / "run.yaml"))
     with limits(), pytest.raises(ConfigError) as error:
         training.train({**settings, "rank": values.popitem()[1]})
     assert len(str(error.value)) < 500
@@ -171,7 +171,7 @@ def test_random_bytes_in_a_file_of_settings(tmp_path):
             )
         file.write_bytes(data)
         try:
-            values = _read_yaml(str(file))
+            values = read_yaml(str(file))
             training.split_options(values)
         except ConfigError:
             continue

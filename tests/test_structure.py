@@ -22,6 +22,7 @@ ORDER = [
     "errors",
     "options",
     "config",
+    "settings",
     "kernels",
     "core",
     "folder",
@@ -56,11 +57,12 @@ ORDER = [
     "corpus",
     "teacher",
     "pretrain",
-    "evaluate",
+    "scoring",
     "generate",
     "export",
     "lm_eval",
     "bench",
+    "evaluate",
     "cli",
 ]
 # What a model does for its user's convenience, looked up only when it is called.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import umbra
-from umbra.evaluate import in_mode
+from umbra.scoring import in_mode
 from umbra.export.run import peak_bytes
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from umbra.evaluate import evaluate
+from umbra.scoring import score_adapter
 from umbra.options import EvalOptions
 from umbra.train import train
 
@@ -62,6 +62,6 @@ def _one(data: Path, out: Path, pretrained: Path, task: str, row: str, seed: int
             str(folder), files["test"], dtype="bfloat16", modes=modes, batch_size=32, max_new_tokens=given.answer,
             answer_pattern=given.pattern, output=str(folder / "replies.jsonl"),
         )  # fmt: skip
-        found = evaluate(options)
+        found = score_adapter(options)
         scores.write_text(json.dumps([asdict(s) for s in found]) + "\n", encoding="utf-8")
     return json.loads(scores.read_text(encoding="utf-8"))

@@ -3,31 +3,35 @@
 import argparse
 import dataclasses
 import json
-import re
 import sys
 import time
 from importlib.util import find_spec
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
-from .errors import ConfigError, UmbraError, shown
+from .errors import ConfigError, UmbraError
 from .options import (
     BenchOptions,
     ConvertOptions,
     DetachOptions,
     EvalOptions,
+    EvaluateOptions,
     ExportOptions,
     GenerateOptions,
     InspectOptions,
     PretrainOptions,
+    ReportOptions,
     TrainOptions,
     speaks,
 )
+from .settings import number, read_yaml
 
 COMMANDS = {
     "train": "train a shadow: umbra train config.yaml [--field value …]",
     "pretrain": "pretrain a shadow by itself: umbra pretrain config.yaml [--field value …]",
     "eval": "score base, attached and detached on a held-out set",
+    "evaluate": "compare methods over tasks and seeds: umbra evaluate study.yaml",
+    "report": "write the report of a study again",
     "generate": "answer a prompt, streaming",
     "detach": "write the shadow alone, as a stock transformers checkpoint",
     "export": "write the shadow alone for transformers, onnxruntime or llama.cpp, compared with PyTorch",
@@ -36,9 +40,7 @@ COMMANDS = {
     "bench": "time and weigh Umbra beside LoRA, DoRA and the published Shadows",
     "lm_eval": "lm-eval's command line, with --model umbra: umbra lm_eval run --model umbra --model_args adapter=…",
 }
-LARGEST_YAML = 2**17  # bytes
 PATIENCE = 20  # seconds for which a rank leaves an error to rank 0, at whose end the launcher ends them all
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,6 +104,7 @@ def _pretrain(arguments: list[str]) -> int:
         "field below can stand in a flat YAML file and be overridden by a flag; so can every field of transformers' "
         "TrainingArguments (max_steps, learning_rate, …), for each stage. The same command again resumes a run that was killed.",
         PretrainOptions,
+        ReportOptions,
         arguments,
     )
     from .pretrain import pretrain
@@ -127,17 +130,37 @@ def _run_settings(prog: str, about: str, kind: type, arguments: list[str]) -> tu
     _add_flags(parser.add_argument_group("the shadow"), ShadowConfig)
     file = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     known, rest = parser.parse_known_args(arguments)
-    values = _read_yaml(file) if file else {}
+    values = read_yaml(file) if file else {}
     values |= {k: v for k, v in vars(known).items() if k != "json"}
     return values | _pairs(rest), known.json
 
 
 def _eval(arguments: list[str]) -> int:
     options = _parse("umbra eval", EvalOptions, arguments)
-    from .evaluate import as_json, evaluate, table
+    from .scoring import as_json, score_adapter, table
 
-    scores = evaluate(options)
+    scores = score_adapter(options)
     print(json.dumps(as_json(scores), indent=2) if options.json else table(scores))
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    options = _parse("umbra evaluate", EvaluateOptions, arguments)
+    from .evaluate import evaluate
+
+    found = evaluate(options)
+    print(json.dumps(found, indent=2) if options.json else "\n".join(found["report"]))
+    return 1 if found["failed"] else 0
+
+
+def _report(arguments: list[str]) -> int:
+    options = _parse("umbra report", ReportOptions, arguments)
+    from pathlib import Path
+
+    from .evaluate.report import write_report
+
+    files = write_report(Path(options.study), Path(options.out) if options.out else None)
+    print(json.dumps({"report": [str(f) for f in files]}) if options.json else "\n".join(map(str, files)))
     return 0
 
 
@@ -264,7 +287,7 @@ def _add_flags(parser: Any, kind: type) -> None:
         if get_origin(types[0]) is tuple:
             form, metavar = _integers, "INT,…"
         elif types == [int, float]:
-            form, metavar = _number, "NUMBER"
+            form, metavar = number, "NUMBER"
         parser.add_argument(
             f"--{f.name}", *{f"--{f.name.replace('_', '-')}"} - {f"--{f.name}"}, type=form, default=argparse.SUPPRESS,
             metavar=metavar, help=text + default,
@@ -292,50 +315,9 @@ def _pairs(rest: list[str]) -> dict[str, Any]:
         key, equals, value = rest[i][2:].partition("=")
         if not equals and i + 1 < len(rest) and not rest[i + 1].startswith("--"):
             i, value, equals = i + 1, rest[i + 1], "="
-        pairs[key.replace("-", "_")] = _number(value) if equals else True
+        pairs[key.replace("-", "_")] = number(value) if equals else True
         i += 1
     return pairs
-
-
-def _number(text: Any) -> Any:
-    """YAML's value of a text, but 1e-3 is a number too."""
-    import yaml
-
-    if not isinstance(text, str):
-        return text
-    if NUMBER.fullmatch(text):
-        return float(text) if any(c in text for c in ".eE") else int(text)
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if len(set(keys)) < len(keys):
-                raise ValueError(f"a key stands twice at line {node.start_mark.line + 1}")
-            return super().construct_mapping(node, deep)
-
-    try:
-        with open(path, "rb") as file:
-            text = file.read(LARGEST_YAML + 1)
-        if len(text) > LARGEST_YAML:
-            raise ValueError(f"it is larger than {LARGEST_YAML:,} bytes")
-        values = yaml.load(text, Loader)
-    except Exception as error:  # beside YAMLError, yaml's constructors raise most of what Python has
-        raise ConfigError(f"{path} cannot be read as YAML: {error!s:.500}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold `field: value` lines, got {type(values).__name__}.")
-    return {shown(k) if not isinstance(k, str) else k: _plain_number(v) for k, v in values.items()}
-
-
-def _plain_number(value: Any) -> Any:
-    return _number(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
 def _lines(metrics: dict[str, Any]) -> str:

@@ -12,8 +12,8 @@ from .checkpoint import load
 from .data import Writer
 from .drafting import check_draft
 from .errors import ConfigError
-from .evaluate import MODES, in_mode
 from .options import GenerateOptions, check_dtype
+from .scoring import MODES, in_mode
 
 
 def generate(options: GenerateOptions) -> dict[str, Any]:

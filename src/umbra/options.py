@@ -105,6 +105,27 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
+class EvaluateOptions:
+    """``umbra evaluate``: compare methods over tasks and seeds, as a study's YAML file declares, and write the report. What was
+    run before is kept: the same command again goes on where it was killed, and runs what has changed.
+    """
+
+    study: str = argument("the study: a YAML file with tasks, methods, seeds, training, search, … (docs/evaluate.md)")
+    out: str = flag("out/study", "folder for records and the report")
+    retry: bool = flag(False, "run again what has failed before")
+    json: bool = flag(False, "print JSON")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """``umbra report``: write the report of a study from its records, in Markdown and as one HTML page."""
+
+    study: str = argument("folder that umbra evaluate has written")
+    out: str | None = flag(None, "folder to write to; default the study's own")
+    json: bool = flag(False, "print JSON")
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """``umbra generate``: answer one prompt, streaming."""
 

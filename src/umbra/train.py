@@ -86,7 +86,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         ends: Any = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         model.set_draft_vocabulary(frequent_tokens([e["labels"] for e in train_set], also=ends))
     if options.detached_only:
-        _leave_the_pair(model)
+        leave_the_pair(model)
     if arguments.should_save:
         run.record()
     trainer = ShadowTrainer(
@@ -130,7 +130,7 @@ def _check_alone(options: TrainOptions, shadow: ShadowConfig, rest: dict[str, An
             )
 
 
-def _leave_the_pair(model: Any) -> None:
+def leave_the_pair(model: Any) -> None:
     """Train what the detached model is made of, and nothing else.
 
     Raises:

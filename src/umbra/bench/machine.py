@@ -94,7 +94,7 @@ class Device:
 
 def session(arguments: dict[str, Any]) -> dict[str, Any]:
     """When, with what versions, at which commit and for which arguments something was measured."""
-    return {"date": date.today().isoformat(), "commit": _commit(), "versions": versions(), "arguments": arguments}
+    return {"date": date.today().isoformat(), "commit": commit(), "versions": versions(), "arguments": arguments}
 
 
 def versions() -> dict[str, str | None]:
@@ -108,7 +108,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of Umbra's own checkout, with -dirty where it was edited; None outside of one."""
     here = Path(__file__).parent
     try:

@@ -238,7 +238,7 @@ def cascade(model: ShadowModel, replies: dict[str, list[dict[str, Any]]]) -> Sco
     return Score.of(CASCADE, chosen, count_parameters(model, "attached", model), None)
 
 
-def evaluate(options: EvalOptions) -> list[Score]:
+def score_adapter(options: EvalOptions) -> list[Score]:
     """Run ``umbra eval``.
 
     Raises:

@@ -1,0 +1,136 @@
+"""``umbra evaluate``: methods × tasks × seeds, with one search for every method's learning rate; ``umbra report`` tells of it.
+
+sets.py and tasks.py say what is learned, methods.py by what, study.py declares both and names the runs, run.py makes one,
+record.py keeps it, statistics.py compares, report.py and page.py tell.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging
+
+from .. import folder
+from ..bench.base import Base
+from ..errors import CheckpointError
+from ..options import EvaluateOptions
+from . import record
+from .methods import count, match
+from .report import STUDY_FILE, write_report
+from .run import run
+from .study import Study, key_of
+from .tasks import load_task
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
+    """Run what of a study has not been run yet, and write its report.
+
+    Returns:
+        runs, failed, and the paths of the report's files.
+
+    Raises:
+        ConfigError, DataError: a study, or data of it, that nothing could be run from: before any training.
+    """
+    study, out = Study.read(options.study), Path(options.out)
+    for name, task in study.tasks.items():
+        if task.lm_eval is None:
+            load_task(name, task)
+    sizes, parameters = _sizes(study)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"out={out} cannot be made: {error}") from error
+    trials = list(study.trials(sizes))
+    bar = tqdm(total=len(trials) + _count(study, sizes), desc="study", disable=None, smoothing=0.1)
+    done = record.read_all(out)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    _sweep(trials, done, out, study, bar, options.retry)
+    rates = choose(study, trials, done)
+    requests = list(study.runs(sizes, rates))
+    about = {
+        "study": _plain(study), "parameters": parameters, "command": f"umbra evaluate {options.study} --out {options.out}",
+        "trials": [key_of(r) for r in trials], "runs": [key_of(r) for r in requests],
+        "methods": {key_of(r): r["method"] for r in (*trials, *requests)},
+    }  # fmt: skip
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    folder.write_together(out, lambda staging: folder.write_text(staging / STUDY_FILE, text))
+    _sweep(requests, done, out, study, bar, options.retry)
+    bar.close()
+    shutil.rmtree(out / "work", ignore_errors=True)
+    failed = [k for k in (*about["trials"], *about["runs"]) if not record.succeeded(done.get(k))]
+    return {"runs": len(trials) + len(requests), "failed": len(failed), "report": [str(f) for f in write_report(out)]}
+
+
+def _sizes(study: Study) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """The fields of every method with its size, and how many parameters it trains."""
+    base = Base.named(study.options.base, torch.float32, torch.device("meta"))
+    target = study.options.match
+    if isinstance(target, str):
+        target = count(base, target, study.methods[target], study.methods[target].fields)
+    fields = (
+        {n: m.fields for n, m in study.methods.items()} if target is None else match(base, study.methods, int(target))
+    )
+    return fields, {n: count(base, n, m, fields[n]) for n, m in study.methods.items()}
+
+
+def _count(study: Study, sizes: dict[str, dict[str, Any]]) -> int:
+    return sum(1 for _ in study.runs(sizes, {}))
+
+
+def _sweep(
+    requests: Iterable[dict[str, Any]], done: dict[str, Any], out: Path, study: Study, bar: tqdm, retry: bool
+) -> None:
+    for request in requests:
+        key = key_of(request)
+        bar.set_postfix_str(
+            f"{request['task']}, {request['method']}, {'trial' if request['is_trial'] else request['seed']}"
+        )
+        if key not in done or (retry and not record.succeeded(done[key])):
+            work = out / "work" / key
+            adapters = out / "adapters" / record.file_of(out, request).stem if study.options.keep_adapters else None
+            done[key] = run(request, work, None if request["is_trial"] else adapters)
+            record.write(out, done[key])
+            shutil.rmtree(work, ignore_errors=True)
+            if error := done[key]["run_info"]["error_msg"]:
+                tqdm.write(f"{request['task']}, {request['method']} failed: {error.strip().splitlines()[-1]:.200}")
+        bar.update()
+
+
+def choose(study: Study, trials: list[dict[str, Any]], done: dict[str, Any]) -> dict[tuple[str, str], float | None]:
+    """The learning rate of every method and task: the one whose held-out loss is lowest, on the task itself where it was
+    searched on, else over those that were (each task's losses relative to its lowest). None leaves what `training` says.
+    """
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for request in trials:
+        kept = done.get(key_of(request))
+        loss = kept["umbra"]["validation_loss"] if kept is not None and record.succeeded(kept) else None
+        if loss is not None and loss == loss:
+            found.setdefault((request["method"], request["task"]), {})[request["training"]["learning_rate"]] = loss
+    rates: dict[tuple[str, str], float | None] = {}
+    for name, method in study.methods.items():
+        given = study.rates(method)
+        searched = [task for method_name, task in found if method_name == name]
+        for task in study.trained:
+            if len(given) == 1:
+                rates[name, task] = given[0]
+                continue
+            judged = [found[name, of] for of in ([task] if task in searched else searched)]
+            common = [r for r in given if judged and all(r in losses for losses in judged)]
+            worse = {r: sum(losses[r] / max(min(losses.values()), 1e-9) for losses in judged) for r in common}
+            rates[name, task] = min(worse, key=lambda r: worse[r]) if worse else None
+    return rates
+
+
+def _plain(study: Study) -> dict[str, Any]:
+    return {
+        **asdict(study.options), "tasks": {n: asdict(t) for n, t in study.tasks.items()},
+        "methods": {n: asdict(m) for n, m in study.methods.items()}, "trained": study.trained,
+        "search": None if study.search is None else asdict(study.search),
+        "tested": {n: study.tested(n) for n in study.trained},
+    }  # fmt: skip

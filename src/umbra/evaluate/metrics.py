@@ -1,0 +1,54 @@
+"""How one answer is scored: a reply and the answers that are right become numbers between 0 and 1, the chief one first."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+
+from ..scoring import answer_of
+
+Metric = Callable[[str, Sequence[str], str | None], dict[str, float]]
+
+
+def exact(reply: str, right: Sequence[str], pattern: str | None = None) -> dict[str, float]:
+    """Whether the answers are the same text."""
+    said = answer_of(reply, pattern)
+    return {"exact": float(any(said == answer_of(r, pattern) for r in right))}
+
+
+def number(reply: str, right: Sequence[str], pattern: str | None = None) -> dict[str, float]:
+    """Whether the answers are the same number: 1,200 and 1200.0 are."""
+    said = _decimal(answer_of(reply, pattern))
+    return {"exact": float(said is not None and any(said == _decimal(answer_of(r, pattern)) for r in right))}
+
+
+def _decimal(text: str) -> Decimal | None:
+    try:
+        return Decimal(text.replace(",", "").rstrip("."))
+    except InvalidOperation:
+        return None
+
+
+def squad(reply: str, right: Sequence[str], pattern: str | None = None) -> dict[str, float]:
+    """SQuAD's: F1 over the words of the answers, and whether they are the same; case, punctuation and articles do not count."""
+    said = _words(answer_of(reply, pattern))
+    answers = [_words(answer_of(r, pattern)) for r in right]
+    return {"f1": max(_f1(said, a) for a in answers), "exact": float(any(said == a for a in answers))}
+
+
+def _words(text: str) -> list[str]:
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _f1(said: list[str], right: list[str]) -> float:
+    shared = sum((Counter(said) & Counter(right)).values())
+    if not said or not right or not shared:
+        return float(said == right)
+    return 2 * shared / (len(said) + len(right))
+
+
+METRICS: dict[str, Metric] = {"exact": exact, "number": number, "squad": squad}
+LOSS = "loss"  # nats a token, of which less is better
+CHIEF = {"exact": "accuracy", "number": "accuracy", "squad": "F1", LOSS: "loss"}  # what the chief number is called

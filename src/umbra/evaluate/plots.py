@@ -1,0 +1,181 @@
+"""The report's pictures, as matplotlib figures. What is black in them is, in an SVG, the colour of the page's own text."""
+
+import io
+import re
+from typing import Any
+
+import numpy as np
+
+from .results import Results, Variant
+from .statistics import Estimate
+
+INK = "#010203"  # replaced by currentColor
+COLOURS = ("#4e79a7", "#e08a3c", "#59a14f", "#d1605e", "#9d7cb8", "#8c6d5a", "#d98cb3", "#7a8794", "#b8a03a", "#4fa3a0")
+
+
+def colours(results: Results) -> dict[str, str]:
+    """One for every variant; the bare base is grey."""
+    trained = [v.name for v in results.variants if v.is_trained]
+    return {
+        **{v.name: "#8a8a8a" for v in results.variants},
+        **{n: COLOURS[i % len(COLOURS)] for i, n in enumerate(trained)},
+    }
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plain(axes: Any, **labels: Any) -> Any:
+    axes.set(**labels)
+    axes.spines[["top", "right"]].set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(INK)
+        spine.set_alpha(0.4)
+    axes.tick_params(colors=INK, labelsize=8)
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(INK)
+        text.set_fontsize(9)
+    return axes
+
+
+def scores(results: Results) -> Any:
+    """Every variant's score on every task it was trained on, with its interval."""
+    palette, tasks = colours(results), results.trained
+    figure = _figure(3.1 * len(tasks) + 1.2, 0.34 * len(results.variants) + 0.9)
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0], tasks, strict=True):
+        scale = 1 if results.is_loss(task) else 100
+        for y, variant in enumerate(results.variants):
+            found = results.score(variant, task, task)
+            if found is not None:
+                half = 0 if np.isinf(found.half) else scale * found.half
+                axes.errorbar(
+                    scale * found.mean, y, xerr=half, fmt="o", color=palette[variant.name], capsize=2, markersize=5
+                )
+        axes.set_yticks(range(len(results.variants)), [v.name for v in results.variants])
+        axes.grid(axis="x", color=INK, alpha=0.12)
+        _plain(axes, title=task, xlabel=results.metric(task) + ("" if results.is_loss(task) else ", %"))
+    figure.axes[0].invert_yaxis()
+    return figure
+
+
+def pareto(results: Results) -> Any:
+    """The mean score against what it costs."""
+    palette = colours(results)
+    costs = (
+        ("parameters", 1e6, "trainable parameters, M"),
+        ("peak", 1e9, "peak memory of training, GB"),
+        ("seconds", 1, "seconds a step"),
+    )
+    figure = _figure(10.5, 3.2)
+    for axes, (name, unit, label) in zip(figure.subplots(1, 3, sharey=True), costs, strict=True):
+        for variant in results.variants:
+            mean, cost = results.mean_score(variant), results.cost(variant)
+            if mean is not None and cost:
+                half = 0 if np.isinf(mean.half) else 100 * mean.half
+                axes.errorbar(
+                    cost[name] / unit,
+                    100 * mean.mean,
+                    yerr=half,
+                    fmt="o",
+                    color=palette[variant.name],
+                    label=variant.name,
+                    capsize=2,
+                )
+        axes.grid(color=INK, alpha=0.12)
+        axes.set_xlim(left=0)
+        _plain(axes, xlabel=label, ylabel="mean score, %" if name == "parameters" else "")
+    _legend(figure.axes[-1])
+    return figure
+
+
+def _legend(axes: Any) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles, names, frameon=False, fontsize=8, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+
+
+def transfer(results: Results, pairs: list[tuple[str, str]]) -> Any:
+    """What every variant scores on tasks that it was not trained on, as a map."""
+    values = np.full((len(results.variants), len(pairs)), np.nan)
+    for i, variant in enumerate(results.variants):
+        for j, (trained, tested) in enumerate(pairs):
+            found = results.score(variant, trained, tested)
+            values[i, j] = np.nan if found is None else 100 * found.mean
+    figure = _figure(2.4 + 1.3 * len(pairs), 1.5 + 0.34 * len(results.variants))
+    axes = figure.subplots()
+    axes.pcolormesh(np.ma.masked_invalid(values), cmap="Blues", vmin=0, vmax=100)
+    axes.invert_yaxis()
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            axes.text(
+                j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 55 else "black"
+            )
+    axes.set_xticks(np.arange(len(pairs)) + 0.5, [f"{a} →\n{b}" for a, b in pairs])
+    axes.set_yticks(np.arange(len(results.variants)) + 0.5, [v.name for v in results.variants])
+    return _plain(axes).figure
+
+
+def scaling(results: Results, families: dict[str, list[Variant]]) -> Any:
+    """The mean score over trainable parameters, a curve for every family."""
+    figure = _figure(6, 3.4)
+    axes = figure.subplots()
+    for colour, (name, variants) in zip(COLOURS, families.items(), strict=False):
+        points = sorted(
+            (results.cost(v)["parameters"] / 1e6, found)
+            for v in variants
+            if (found := results.mean_score(v)) and results.cost(v)
+        )
+        halves = [0 if np.isinf(f.half) else 100 * f.half for _, f in points]
+        axes.errorbar(
+            [x for x, _ in points],
+            [100 * f.mean for _, f in points],
+            halves,
+            fmt="o-",
+            color=colour,
+            label=name,
+            capsize=2,
+        )
+    axes.set_xscale("log")
+    axes.grid(color=INK, alpha=0.12)
+    _plain(axes, xlabel="trainable parameters, M", ylabel="mean score, %")
+    _legend(axes)
+    return figure
+
+
+def differences(rows: list[tuple[str, Estimate]], label: str) -> Any:
+    """Differences with their intervals, beside zero."""
+    figure = _figure(7, 0.3 * len(rows) + 0.8)
+    axes = figure.subplots()
+    for y, (_, found) in enumerate(rows):
+        colour = {"win": COLOURS[2], "loss": COLOURS[3], "tie": "#8a8a8a"}[found.verdict]
+        half = 0 if np.isinf(found.half) else 100 * found.half
+        axes.errorbar(100 * found.mean, y, xerr=half, fmt="o", color=colour, capsize=2, markersize=5)
+    axes.axvline(0, color=INK, alpha=0.5, linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="x", color=INK, alpha=0.12)
+    return _plain(axes, xlabel=label).figure
+
+
+def svg(figure: Any) -> str:
+    """For a page: without a background, text as text, in the page's colour."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "umbra", "font.family": "sans-serif"}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S).replace(INK, "currentColor")
+    return re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1system-ui, sans-serif", text)
+
+
+def png(figure: Any) -> bytes:
+    """For Markdown: on white."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110, facecolor="white")
+    return out.getvalue()

@@ -1,0 +1,136 @@
+"""The record of a run: one JSON file, in the form of PEFT's method comparison, with what that form has no place for under "umbra".
+
+docs/evaluate.md lists its fields. Records are read back leniently by the report, strictly by the sweep: one that is damaged, or
+of another schema, counts as not run.
+"""
+
+import json
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import folder
+from ..bench.machine import Device, commit
+from .study import SCHEMA, key_of
+
+PACKAGES = ("umbra-peft", "torch", "transformers", "peft", "datasets", "accelerate", "reasoning_gym", "lm_eval")
+ARGUMENTS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "max_steps",
+    "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "seed",
+    "bf16", "fp16", "use_cpu", "activation_checkpointing",
+)  # fmt: skip
+
+
+def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: float, error: str) -> dict[str, Any]:
+    """The record of a request.
+
+    Args:
+        found: what run.py has measured; empty where it failed.
+        error: the traceback, or nothing.
+    """
+    task = request["tasks"][request["task"]]
+    arguments, scores = found.get("arguments", {}), found.get("scores", {})
+    own = scores.get(request["task"], {}).get(request["modes"][0], {})
+    memory = {k: found.get(f"{k}_bytes", 0) for k in ("peak", "before")}
+    history = [
+        {"step": h["step"], "train loss": h["loss"], "learning rate": h.get("learning_rate")}
+        for h in found.get("history", [])
+    ]
+    last = {
+        "step": found.get("steps", 0), "test accuracy": own.get("value"), "train loss": found.get("train_loss"),
+        "train samples": found.get("steps", 0) * arguments.get("per_device_train_batch_size", 0),
+        "train total tokens": found.get("tokens", 0),
+    }  # fmt: skip
+    return {
+        "run_info": {
+            "created_at": created, "total_time": seconds, "error_msg": error, "peft_branch": "main",
+            "experiment_name": f"{request['kind']}/{request['task']}-{request['method']}-seed-{request['seed']}",
+            "train_config": {
+                "model_id": request["base"], "dtype": request["dtype"], "max_seq_length": task["max_length"],
+                "batch_size": arguments.get("per_device_train_batch_size"), "batch_size_eval": request["batch_size"],
+                "max_steps": found.get("steps", 0), "eval_steps": None, "compile": False, "query_template": None,
+                "seed": request["seed"], "grad_norm_clip": arguments.get("max_grad_norm"),
+                "optimizer_type": arguments.get("optim"),
+                "optimizer_kwargs": {"lr": arguments.get("learning_rate"), "weight_decay": arguments.get("weight_decay")},
+                "lr_scheduler": arguments.get("lr_scheduler_type"), "use_amp": bool(arguments.get("bf16") or arguments.get("fp16")),
+                "use_gc": bool(arguments.get("activation_checkpointing")), "autocast_adapter_dtype": True,
+                "generation_kwargs": {"max_new_tokens": task["max_new_tokens"]}, "attn_implementation": None,
+            },
+            "peft_config": found.get("adapter_config") or None,
+        },
+        "train_info": {
+            "accelerator_memory_max": memory["peak"], "accelerator_memory_reserved_avg": memory["before"],
+            "accelerator_memory_reserved_99th": memory["peak"], "train_time": found.get("train_seconds", 0.0),
+            "file_size": found.get("file_bytes", 0), "num_trainable_params": found.get("trainable_parameters", 0),
+            "num_total_params": found.get("total_parameters", 0), "status": "failed" if error else "success",
+            "metrics": [*history, last],
+        },
+        "meta_info": {
+            "model_info": {"sha": None, "created_at": None},
+            "dataset_info": {n: {"sha": d, "created_at": None} for n, d in request["data"].items()},
+            "package_info": _packages(), "system_info": _system(), "pytorch_info": torch.__config__.show(),
+        },
+        "umbra": {
+            "schema": SCHEMA, "key": key_of(request), "request": request, "scores": scores,
+            "validation_loss": found.get("validation_loss"), "commit": commit(), "machine": Device().describe(),
+        },
+    }  # fmt: skip
+
+
+def _packages() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in (*PACKAGES, "bitsandbytes"):
+        try:
+            found[f"{package}-version"] = version(package)
+        except PackageNotFoundError:
+            found[f"{package}-version"] = None
+    return found
+
+
+def _system() -> dict[str, str]:
+    told = {k: getattr(platform, k)() for k in ("system", "release", "version", "machine", "processor")}
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "N/A"
+    return {**told, "accelerator": gpu}
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def file_of(out: Path, request: dict[str, Any]) -> Path:
+    """Where the record of a request lies: readable names first, its key last."""
+    rate = request["training"].get("learning_rate")
+    parts = (request["task"], request["method"], f"rate-{rate}" if request["is_trial"] else f"seed-{request['seed']}")
+    name = "--".join(re.sub(r"[^\w.+=-]+", "-", str(p)).strip("-") or "x" for p in parts)
+    return out / ("trials" if request["is_trial"] else "runs") / f"{name}--{key_of(request)}.json"
+
+
+def write(out: Path, record: dict[str, Any]) -> None:
+    """Into its file, whole or not at all.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    file = file_of(out, record["umbra"]["request"])
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    folder.write_together(file.parent, lambda staging: folder.write_text(staging / file.name, text))
+
+
+def read_all(out: Path) -> dict[str, dict[str, Any]]:
+    """The records of a folder, by key; files that are none are left out."""
+    found = {}
+    for file in sorted((*out.glob("runs/*.json"), *out.glob("trials/*.json"))):
+        try:
+            record = json.loads(folder.read_text(file))
+            if record["umbra"]["schema"] == SCHEMA:
+                found[record["umbra"]["key"]] = record
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def succeeded(record: dict[str, Any] | None) -> bool:
+    return record is not None and record["train_info"]["status"] == "success"

@@ -1,0 +1,142 @@
+"""What a study has found: the records of its runs, put in order for the report."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from .. import folder
+from ..errors import CheckpointError
+from . import record
+from .methods import ATTACHED, KINDS, SHADOWS
+from .metrics import CHIEF, LOSS
+from .statistics import Estimate, difference, estimate
+
+Items = dict[int, list[float]]  # by seed: what every item got
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as it is scored: attached (or merged with its base), or the shadow alone."""
+
+    method: str
+    mode: str
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, detached" if self.mode != ATTACHED and self.kind == "umbra" else self.method
+
+    @property
+    def is_trained(self) -> bool:
+        return self.kind != "base"
+
+
+class Results:
+    """The runs of a study that have succeeded, and those that failed.
+
+    Raises:
+        CheckpointError: the folder holds no study.
+    """
+
+    def __init__(self, out: Path, study_file: str):
+        try:
+            self.about: dict[str, Any] = json.loads(folder.read_text(folder.find(out, study_file)))
+            self.study: dict[str, Any] = self.about["study"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{out} holds no study that umbra evaluate has run: {error}") from error
+        kept = record.read_all(out)
+        self.runs = [kept[k] for k in self.about["runs"] if record.succeeded(kept.get(k))]
+        self.trials = [kept[k] for k in self.about["trials"] if record.succeeded(kept.get(k))]
+        asked = [*self.about["trials"], *self.about["runs"]]
+        self.failed = [kept[k] for k in asked if k in kept and not record.succeeded(kept[k])]
+        self.missing = [k for k in asked if k not in kept]
+        self.trained: list[str] = self.study["trained"]
+        self.tasks: list[str] = list(self.study["tasks"])
+        self.variants = [
+            Variant(name, mode, method["kind"])
+            for name, method in self.study["methods"].items()
+            for mode in method["modes"]
+        ]
+        chosen = self.study["ours"] or [n for n, m in self.study["methods"].items() if m["kind"] == "umbra"]
+        self.ours = [v for v in self.variants if v.method in chosen]
+        self.rivals = [v for v in self.variants if v.kind not in SHADOWS]
+
+    def name_of(self, kept: dict[str, Any]) -> str:
+        """A record's method, as this study calls it."""
+        return self.about["methods"][kept["umbra"]["key"]]
+
+    def of(self, variant: Variant, trained: str | None = None) -> Iterator[dict[str, Any]]:
+        """The records of a variant, of one trained task or of all; the bare base has learned none."""
+        for kept in self.runs:
+            asked = kept["umbra"]["request"]
+            if self.name_of(kept) == variant.method and (
+                trained is None or not variant.is_trained or asked["task"] == trained
+            ):
+                yield kept
+
+    def items(self, variant: Variant, trained: str, tested: str) -> Items:
+        """What every item of a tested task got, by seed; the bare base says the same at every seed."""
+        found: Items = {}
+        for kept in self.of(variant, trained):
+            score = kept["umbra"]["scores"].get(tested, {}).get(variant.mode)
+            if score is not None:
+                found[kept["umbra"]["request"]["seed"]] = score["items"] or [score["value"]]
+        if not variant.is_trained and found:
+            return dict.fromkeys(self.study["seeds"], next(iter(found.values())))
+        return found
+
+    def metric(self, tested: str) -> str:
+        """What the chief number of a task is called."""
+        for kept in self.runs:
+            for score in kept["umbra"]["scores"].get(tested, {}).values():
+                return CHIEF.get(score["metric"]) or str(score["metric"])
+        return "score"
+
+    def is_loss(self, tested: str) -> bool:
+        return self.metric(tested) == CHIEF[LOSS]
+
+    def score(self, variant: Variant, trained: str, tested: str) -> Estimate | None:
+        """Mean over seeds and items, with its interval."""
+        found = self.items(variant, trained, tested)
+        if not found or len({len(i) for i in found.values()}) != 1:
+            return None
+        rows = list(found.values()) if variant.is_trained else [next(iter(found.values()))]
+        return estimate(np.array(rows, float))
+
+    def apart(self, ours: Variant, theirs: Variant, trained: str, tested: str) -> Estimate | None:
+        """How much better ours is: more of a score, less of a loss."""
+        found = difference(self.items(ours, trained, tested), self.items(theirs, trained, tested))
+        if found is None or not self.is_loss(tested):
+            return found
+        return Estimate(-found.mean, -found.high, -found.low, found.seeds, found.items)
+
+    def mean_score(self, variant: Variant) -> Estimate | None:
+        """The mean over the trained tasks, each tested on itself; None unless all are there."""
+        found = [self.score(variant, t, t) for t in self.trained if not self.is_loss(t)]
+        if not found or any(f is None for f in found):
+            return None
+        scores = [f for f in found if f is not None]
+        mean, half = sum(s.mean for s in scores) / len(scores), sum(s.half**2 for s in scores) ** 0.5 / len(scores)
+        return Estimate(mean, mean - half, mean + half, min(s.seeds for s in scores), sum(s.items for s in scores))
+
+    def cost(self, variant: Variant) -> dict[str, float]:
+        """Medians over a method's runs: parameters, seconds a step, peak memory, bytes of the adapter; nothing of the base."""
+        runs = [r for r in self.of(variant) if r["train_info"]["train_time"]]
+        if not runs:
+            return {}
+        told = [r["train_info"] for r in runs]
+        return {
+            "parameters": median(t["num_trainable_params"] for t in told),
+            "seconds": median(t["train_time"] / max(t["metrics"][-1]["step"], 1) for t in told),
+            "peak": median(t["accelerator_memory_max"] for t in told),
+            "rise": median(t["accelerator_memory_max"] - t["accelerator_memory_reserved_avg"] for t in told),
+            "bytes": median(t["file_size"] for t in told),
+        }
+
+    def about_kind(self, variant: Variant) -> str:
+        return KINDS[variant.kind].about

@@ -1,0 +1,224 @@
+"""One run: a request becomes a trained model, its scores, and a record (see study.py and docs/evaluate.md for both forms)."""
+
+import gc
+import math
+import shutil
+import tempfile
+import time
+import traceback
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer
+
+from ..bases import load_base, load_tokenizer
+from ..bench.machine import Device
+from ..bench.methods import naive_loss, trainable
+from ..core import IGNORED
+from ..data import Collator, Labels, Record, Writer, encode_all
+from ..errors import ConfigError
+from ..model import ShadowModel
+from ..runs import last_checkpoint, make_arguments
+from ..scoring import in_mode, score_classes, score_generation
+from ..trainers import ShadowTrainer
+from . import record as records
+from .methods import build
+from .metrics import LOSS, METRICS
+from .tasks import Task, TaskOptions, load_task, right_answers
+
+
+def run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[str, Any]:
+    """The record of a request. What fails inside is in the record, with its traceback; only an interruption is raised.
+
+    Args:
+        folder: where checkpoints may lie, and where a killed run goes on.
+        adapters: where the adapter is kept; None not to keep it.
+    """
+    began, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        found = _run(request, folder, adapters)
+        error = ""
+    except Exception:  # whatever a method, a data set or a library does wrong is this run's result, not the sweep's end
+        found, error = {}, traceback.format_exc()
+    gc.collect()
+    return records.make(request, found, created, time.perf_counter() - began, error)
+
+
+def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[str, Any]:
+    options = {n: TaskOptions(**t) for n, t in request["tasks"].items()}
+    tasks = {n: load_task(n, o) for n, o in options.items() if o.lm_eval is None}
+    tokenizer: Any = load_tokenizer(request["base"])
+    learned = tasks.get(request["task"])
+    labels = None
+    if learned is not None and learned.options.head == "classify":
+        labels = Labels.of(r["label"] for r in (*learned.train, *learned.validation))
+    classifier = None if labels is None else {**labels.config(), "pad_token_id": tokenizer.pad_token_id}
+    base = load_base(request["base"], classifier=classifier, dtype=request["dtype"])
+    torch.manual_seed(request["seed"])
+    model = build(request["kind"], base, request["fields"], labels is not None)
+    found: dict[str, Any] = {
+        "trainable_parameters": trainable(model) if request["kind"] != "base" else 0,
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "adapter_config": _configuration(model),
+    }
+    if request["kind"] != "base":
+        assert learned is not None
+        found |= _train(model, learned, tokenizer, labels, request, folder)
+        found["file_bytes"] = _save(model, adapters)
+    model.eval()
+    if request["is_trial"]:
+        assert learned is not None
+        with _as(model, request["modes"][0]) as runner:
+            found["validation_loss"] = loss_of(runner, tokenizer, learned.validation, labels, request["chat_template"])[
+                0
+            ]
+        return found
+    found["scores"] = {
+        name: {
+            mode: _score(model, mode, name, options[name], tasks.get(name), tokenizer, labels, request)
+            for mode in request["modes"]
+        }
+        for name in request["tests"]
+    }
+    return found
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    model: Any, task: Task, tokenizer: Any, labels: Labels | None, request: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """By transformers' Trainer, or ours, from the same batches in the same order."""
+    given = {"save_strategy": "no", **request["training"], "seed": request["seed"]}
+    arguments = make_arguments(folder, {"logging_strategy": "steps", **given})
+    examples = encode_all(
+        task.train, tokenizer, max_length=task.options.max_length, chat_template=request["chat_template"], labels=labels,
+        name=task.name,
+    )  # fmt: skip
+    device = Device("cuda" if arguments.device.type == "cuda" else "cpu")
+    trainer = (ShadowTrainer if isinstance(model, ShadowModel) else Trainer)(
+        model=model, args=arguments, train_dataset=examples, data_collator=Collator(int(tokenizer.pad_token_id)),  # type: ignore[arg-type]
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    gc.collect()
+    device.settle_memory()
+    before = device.memory()
+    with model.shadow_only() if request["kind"] == "alone" else nullcontext():
+        done = trainer.train(resume_from_checkpoint=last_checkpoint(folder) if folder.exists() else None)
+    peak = device.peak_memory()
+    shutil.rmtree(folder, ignore_errors=True)
+    history = [{k: h[k] for k in ("step", "loss", "learning_rate")} for h in trainer.state.log_history if "loss" in h]
+    return {
+        "train_seconds": done.metrics["train_runtime"], "steps": done.global_step, "examples": len(examples),
+        "tokens": sum(len(e["input_ids"]) for e in examples), "peak_bytes": peak, "before_bytes": before,
+        "train_loss": done.training_loss, "history": history,
+        "arguments": {k: v for k, v in arguments.to_dict().items() if k in records.ARGUMENTS},
+    }  # fmt: skip
+
+
+def _save(model: Any, adapters: Path | None) -> int:
+    """Bytes of the adapter's weights, as saved."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(adapters or scratch)
+        return sum(f.stat().st_size for f in Path(adapters or scratch).glob("*.safetensors"))
+
+
+def _configuration(model: Any) -> dict[str, Any]:
+    if isinstance(model, ShadowModel):
+        return {"peft_type": "UMBRA", **model.shadow_config.to_dict()}
+    configs = getattr(model, "peft_config", {})
+    found = next(iter(configs.values())).to_dict() if configs else {}
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in found.items()}
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def _as(model: Any, mode: str) -> Any:
+    return in_mode(model, mode) if isinstance(model, ShadowModel) else nullcontext(model)
+
+
+def _score(
+    model: Any, mode: str, name: str, options: TaskOptions, task: Task | None, tokenizer: Any, labels: Labels | None,
+    request: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """A score: its metric, its value, and what every item got."""
+    with _as(model, mode) as runner:
+        runner.eval()
+        if task is None:
+            return _lm_eval(runner, tokenizer, options, request)
+        if task.metric == LOSS:
+            value, each = loss_of(runner, tokenizer, task.test, None, request["chat_template"])
+            return {"metric": LOSS, "value": value, "items": each}
+        if task.options.head == "classify":
+            if labels is None:
+                raise ConfigError(f"task {name} has a classification head, which {request['task']} has not trained.")
+            replies, seconds = score_classes(runner, tokenizer, task.test, batch_size=request["batch_size"], name=name)
+            each = [{"exact": float(r["correct"])} for r in replies]
+        else:
+            replies, seconds, _ = score_generation(
+                runner, tokenizer, task.test, batch_size=request["batch_size"], max_new_tokens=task.max_new_tokens,
+                chat_template=request["chat_template"], name=name,
+            )  # fmt: skip
+            score = METRICS[task.metric]
+            each = [score(r["reply"], right_answers(t), task.pattern) for r, t in zip(replies, task.test, strict=True)]
+        means = {k: sum(e[k] for e in each) / len(each) for k in each[0]}
+        chief = next(iter(means))
+        items = [round(e[chief], 4) for e in each]
+        return {"metric": task.metric, "value": means[chief], "values": means, "items": items, "seconds": seconds}
+
+
+@torch.no_grad()
+def loss_of(
+    runner: Any, tokenizer: Any, found: list[Record], labels: Labels | None, chat_template: bool
+) -> tuple[float, list[float]]:
+    """Mean loss of the labelled tokens (nats a token, or a class), and each record's own."""
+    runner.eval()
+    if labels is None:
+        examples = _encoded(tokenizer, found, chat_template)
+    else:
+        examples = encode_all(found, tokenizer, max_length=512, labels=labels)
+    each, weights = [], []
+    for start in tqdm(range(0, len(examples), 8), desc="loss", disable=None, leave=False):
+        batch = Collator(int(tokenizer.pad_token_id))(examples[start : start + 8])
+        batch = {k: v.to(runner.device) for k, v in batch.items()}
+        targets = batch.pop("labels")
+        logits = runner(**batch).logits
+        for row, target in zip(logits, targets, strict=True):
+            if labels is None:
+                each.append(float(naive_loss(row[None], target[None])))
+                weights.append(int((target[1:] != IGNORED).sum()))
+            else:
+                each.append(float(torch.nn.functional.cross_entropy(row.float(), target)))
+                weights.append(1)
+    return sum(e * w for e, w in zip(each, weights, strict=True)) / sum(weights), [round(e, 5) for e in each]
+
+
+def _encoded(tokenizer: Any, found: list[Record], chat_template: bool) -> list[dict[str, Any]]:
+    writer = Writer(tokenizer, chat_template)
+    return [{k: v[:1024] for k, v in writer.encode(r).items()} for r in found]
+
+
+def _lm_eval(runner: Any, tokenizer: Any, options: TaskOptions, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError("Tasks of lm-eval need it: pip install 'umbra-peft[lm-eval]'.") from error
+    lm = HFLM(pretrained=runner, tokenizer=tokenizer, batch_size=request["batch_size"])
+    manager = TaskManager(include_path=options.lm_eval_path, include_defaults=options.lm_eval_path is None)
+    found = simple_evaluate(
+        lm, tasks=[options.lm_eval], limit=options.test_limit, task_manager=manager, bootstrap_iters=0, log_samples=True
+    )
+    assert found is not None
+    values = {k: v for k, v in found["results"][options.lm_eval].items() if isinstance(v, float) and not math.isnan(v)}
+    chief = next(iter(values))
+    name = chief.partition(",")[0]
+    items = [float(s[name]) for s in found["samples"][options.lm_eval] if isinstance(s.get(name), int | float)]
+    return {"metric": name, "value": values[chief], "values": values, "items": items}

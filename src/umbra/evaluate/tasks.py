@@ -1,0 +1,153 @@
+"""What is learned and what is tested: `TaskOptions`, as a study names it, becomes a `Task` of records.
+
+A task is one of the known sets, files of records of the user's own, or a task of lm-eval, which can only be tested. It is
+answered in words (head generate), by a classification head (classify), or scored by the loss of its text (text).
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..data import Record, read_records, record_kind
+from ..errors import ConfigError, DataError, unknown_key
+from ..options import flag
+from ..scoring import reference_of
+from .metrics import LOSS, METRICS
+from .sets import Item, items, known
+
+ALSO = "also"  # the column of a record that holds further right answers
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """One task of a study."""
+
+    set: str | None = flag(None, "a set that is known by name, or reasoning_gym:GENERATOR; default the task's own name")
+    data: str | None = flag(None, "folder with NAME.SPLIT.jsonl files of a known set; default the hub")
+    train: str | None = flag(None, "in place of a known set: records to learn, a .jsonl file or a hub id")
+    test: str | None = flag(None, "with train: records to test on")
+    lm_eval: str | None = flag(None, "a task of lm-eval, which is tested only")
+    lm_eval_path: str | None = flag(None, "folder with task files, in place of lm-eval's own")
+    head: Literal["generate", "classify", "text"] = flag(
+        "generate", "answered in words, by a classification head, or scored by the loss of its text"
+    )
+    metric: str | None = flag(None, "exact, number or squad; default the known set's, or exact")
+    pattern: str | None = flag(None, "regular expression whose last match is the answer")
+    max_new_tokens: int | None = flag(None, "tokens of an answer; default the known set's, or 64")
+    max_length: int = flag(512, "tokens of one example in training")
+    words: int | None = flag(None, "words of a known set's text at most")
+    train_limit: int | None = flag(None, "records that are learned, the first ones")
+    test_limit: int | None = flag(None, "records that are tested, the first ones")
+    validation: int = flag(200, "records at the end of the training data that are held out, to choose on")
+    training: dict = field(default_factory=dict, metadata={"help": "TrainingArguments, over the study's"})
+
+    def check(self, name: str) -> None:
+        """Refuse what cannot be loaded, before anything is.
+
+        Raises:
+            ConfigError: with the task's name.
+        """
+        where = f"task {name}"
+        if (self.train is None) != (self.test is None):
+            raise ConfigError(f"{where}: train and test go together.")
+        if self.metric is not None and self.metric not in METRICS:
+            raise unknown_key(self.metric, METRICS, f"the metrics ({where})")
+        if self.train is None and self.lm_eval is None:
+            known(self.set or name)
+        for key in ("max_new_tokens", "max_length", "words", "train_limit", "test_limit", "validation"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"{where}: {key} must be at least 1, got {value}.")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ConfigError(f"{where}: pattern is no regular expression: {error}") from error
+
+    def files(self, name: str) -> list[Path]:
+        """Local files that the records come from."""
+        if self.train is not None:
+            return [p for p in map(Path, (self.train, self.test or "")) if p.is_file()]
+        if self.data is None or self.lm_eval is not None:
+            return []
+        name = self.set or name
+        found = [Path(self.data) / f"{name}.{s}{e}" for s in known(name).splits for e in (".jsonl", ".jsonl.gz")]
+        return [f for f in found if f.is_file()]
+
+    def digest(self, name: str) -> str:
+        """Of these files."""
+        found = hashlib.sha256()
+        for file in self.files(name):
+            found.update(file.read_bytes())
+        return found.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Records, and how answers to them are scored."""
+
+    name: str
+    options: TaskOptions
+    train: list[Record]
+    validation: list[Record]
+    test: list[Record]
+    metric: str
+    pattern: str | None
+    max_new_tokens: int
+
+
+def load_task(name: str, options: TaskOptions) -> Task:
+    """All records of a task but lm-eval's.
+
+    Raises:
+        ConfigError: see `TaskOptions.check`.
+        DataError: data that cannot be read, or too little of it to hold any out.
+    """
+    options.check(name)
+    metric, pattern, new = options.metric, options.pattern, options.max_new_tokens
+    if options.train is not None:
+        learned, tested = read_records(options.train), read_records(options.test or "", "test")
+        wanted = {"classify": ("label",), "text": ("text",), "generate": ("completion", "messages")}[options.head]
+        for records in (learned, tested):
+            if (kind := record_kind(records[0], name)) not in wanted:
+                raise DataError(
+                    f"task {name} has head={options.head}, which takes {' or '.join(wanted)} records, not {kind}."
+                )
+    else:
+        found = known(options.set or name)
+        metric, pattern = metric or found.metric, pattern or found.pattern
+        new = new or found.max_new_tokens
+        learned, tested = (
+            [_record(i, options) for i in items(options.set or name, part, options.data)] for part in ("train", "test")
+        )
+    held = options.validation
+    if len(learned) <= held:
+        raise DataError(
+            f"task {name} has {len(learned)} training records, of which validation={held} leaves none to learn."
+        )
+    return Task(
+        name, options, learned[:-held][: options.train_limit], learned[-held:], tested[: options.test_limit],
+        LOSS if options.head == "text" else metric or "exact", pattern, new or 64,
+    )  # fmt: skip
+
+
+def _record(item: Item, options: TaskOptions) -> Record:
+    text = " ".join(item.text.split()[: options.words]) if options.words else item.text
+    if options.head == "classify":
+        return {"text": text or item.question, "label": item.answer}
+    if options.head == "text":
+        return {"text": "\n".join(filter(None, (text, item.question, item.answer)))}
+    return {"prompt": f"{text}\n{item.question}".strip(), "completion": item.answer, ALSO: list(item.also)}
+
+
+def right_answers(record: Record) -> list[str]:
+    """All texts that count as right."""
+    return [reference_of(record), *record.get(ALSO, [])]
+
+
+def read_options(name: str, values: Any, check: Any) -> TaskOptions:
+    """From a study's mapping; ``check(kind, values, where)`` holds them to a dataclass."""
+    options = TaskOptions(**check(TaskOptions, values or {}, f"task {name}"))
+    options.check(name)
+    return options

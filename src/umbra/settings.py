@@ -1,0 +1,60 @@
+"""Settings that are written down: a YAML file, in which 1e-3 is a number too. No torch in here."""
+
+import re
+from typing import Any
+
+from .errors import ConfigError, shown
+
+LARGEST_YAML = 2**17  # bytes
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def number(text: Any) -> Any:
+    """YAML's value of a text, but 1e-3 is a number too."""
+    import yaml
+
+    if not isinstance(text, str):
+        return text
+    if NUMBER.fullmatch(text):
+        return float(text) if any(c in text for c in ".eE") else int(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping that a file holds.
+
+    Raises:
+        ConfigError: no such file, no YAML, no mapping, or a key that stands twice.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(keys)) < len(keys):
+                raise ValueError(f"a key stands twice at line {node.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read(LARGEST_YAML + 1)
+        if len(text) > LARGEST_YAML:
+            raise ValueError(f"it is larger than {LARGEST_YAML:,} bytes")
+        values = _with_numbers(yaml.load(text, Loader))
+    except Exception as error:  # beside YAMLError, yaml's constructors raise most of what Python has
+        raise ConfigError(f"{path} cannot be read as YAML: {error!s:.500}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `field: value` lines, got {type(values).__name__}.")
+    return {shown(k) if not isinstance(k, str) else k: v for k, v in values.items()}
+
+
+def _with_numbers(value: Any) -> Any:
+    """With every text that is one as a number, however deep."""
+    if isinstance(value, dict):
+        return {k: _with_numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(v) for v in value]
+    return number(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value

@@ -1,0 +1,442 @@
+"""``umbra evaluate`` and ``umbra report``: every kind of method on tiny tasks, kept, resumed, compared with runs by hand."""
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import Trainer
+
+import umbra
+from conftest import make_tokenizer
+from umbra.bases import load_base
+from umbra.cli import main
+from umbra.data import Collator, encode_all, read_records
+from umbra.evaluate import evaluate, record
+from umbra.evaluate.report import write_report
+from umbra.evaluate.results import Results
+from umbra.evaluate.run import loss_of
+from umbra.evaluate.statistics import Estimate
+from umbra.options import EvalOptions, EvaluateOptions
+from umbra.runs import make_arguments
+from umbra.scoring import score_adapter
+
+run_module = importlib.import_module("umbra.evaluate.run")  # the package has a function of that name
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning"
+)  # PEFT's use of transformers
+SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(7) for b in range(7)]
+SIGNS = [{"prompt": f"{a}>{b}?", "completion": "yes" if a > b else "no"} for a in range(7) for b in range(7)]
+CLASSES = [{"text": r["prompt"], "label": r["completion"]} for r in SIGNS]
+TEXTS = [{"text": r["prompt"] + r["completion"]} for r in SUMS]
+METHODS = {
+    "base": {"kind": "base"},
+    "LoRA": {"kind": "lora"},
+    "DoRA": {"kind": "dora"},
+    "Lily": {"kind": "lily", "stride_A": 2, "num_B": 2},
+    "IA3": {"kind": "peft", "peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "PEFT Shadow": {"kind": "peft_shadow", "shadow_dropout": 0.0},
+    "Umbra": {"kind": "umbra", "alpha": 1.0, "rank": 4, "gate_rank": 4, "dropout": 0.0},
+    "Alone": {"kind": "alone", "rank": 4, "gate_rank": 4},
+}  # fmt: skip
+TRAINING = {
+    "max_steps": 8,
+    "per_device_train_batch_size": 4,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "learning_rate": 1e-2,
+}
+
+
+def lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def study_of(folder: Path, base: str, **changes) -> dict:
+    """All kinds of methods on all heads, two seeds."""
+    tasks = {}
+    for name, rows, more in (
+        ("sum", SUMS, {"max_new_tokens": 3}),
+        ("sign", SIGNS, {"max_new_tokens": 3}),
+        ("class", CLASSES, {"head": "classify"}),
+        ("text", TEXTS, {"head": "text"}),
+    ):
+        files = {
+            "train": lines(folder / f"{name}.train.jsonl", rows[::2]),
+            "test": lines(folder / f"{name}.test.jsonl", rows[1::2]),
+        }
+        tasks[name] = {**files, "validation": 6, **more}
+    given = {
+        "title": "Tiny", "base": base, "dtype": "float32", "seeds": [0, 1], "match": 20000, "tasks": tasks, "methods": METHODS,
+        "training": TRAINING, "transfer": {"sum": ["sign"]}, "forgetting": ["text"], "keep_adapters": True,
+        "search": {"learning_rate": [1e-4, 1e-2], "tasks": ["sum"], "max_steps": 4},
+    }  # fmt: skip
+    return {**given, **changes}
+
+
+def run_study(folder: Path, given: dict, out: str = "out", **options) -> dict:
+    (folder / "study.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    return evaluate(EvaluateOptions(str(folder / "study.yaml"), out=str(folder / out), **options))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, base_folder) -> Path:
+    """The folder of a study that was run."""
+    folder = tmp_path_factory.mktemp("study")
+    found = run_study(folder, study_of(folder, base_folder))
+    assert found["failed"] == 0
+    return folder
+
+
+def results_of(folder: Path, out: str = "out") -> Results:
+    return Results(folder / out, "study.json")
+
+
+def variant(results: Results, name: str):
+    return next(v for v in results.variants if v.name == name)
+
+
+def the_record(folder: Path, task: str, method: str, seed: int) -> dict:
+    return json.loads(next((folder / "out" / "runs").glob(f"{task}--{method}--seed-{seed}--*.json")).read_text())
+
+
+# -- the sweep ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_task_and_seed_is_scored(done):
+    results = results_of(done)
+    assert results.trained == ["sum", "class"]
+    for v in results.variants:
+        for task in results.trained:
+            found = results.items(v, task, task)
+            assert v.is_trained or task == "class" or found
+            if v.is_trained:
+                assert sorted(found) == [0, 1]
+                assert {len(i) for i in found.values()} == {24}
+        if v.kind != "base":
+            assert results.items(v, "sum", "sign") and results.items(v, "sum", "text")
+            assert results.score(v, "sum", "text").mean > 0
+    assert {v.name for v in results.variants} == {*METHODS, "Umbra, detached"}
+
+
+def test_matched_methods_train_equally_many_parameters(done):
+    results = results_of(done)
+    for v in results.variants:
+        if v.is_trained and v.method != "IA3":
+            measured = results.cost(v)["parameters"]
+            assert abs(results.about["parameters"][v.method] - 20000) <= 1000
+            assert measured == pytest.approx(
+                results.about["parameters"][v.method], abs=200
+            )  # of which a classifier's head
+
+
+def test_the_rate_that_is_trained_with_has_the_lowest_held_out_loss(done):
+    results = results_of(done)
+    for name in METHODS:
+        trials = {
+            t["umbra"]["request"]["training"]["learning_rate"]: t["umbra"]["validation_loss"]
+            for t in results.trials
+            if results.name_of(t) == name
+        }
+        if name == "base":
+            assert not trials
+            continue
+        assert sorted(trials) == [1e-4, 1e-2]
+        best = min(trials, key=trials.__getitem__)
+        for kept in results.runs:
+            if results.name_of(kept) == name:
+                assert kept["umbra"]["request"]["training"]["learning_rate"] == best
+                assert kept["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == best
+
+
+@pytest.mark.parametrize("mode", ["attached", "detached"])
+def test_scores_are_those_of_umbra_eval(mode, done):
+    kept = the_record(done, "sum", "Umbra", 1)
+    adapter = next((done / "out" / "adapters").glob("sum--Umbra--seed-1--*"))
+    options = EvalOptions(
+        str(adapter), str(done / "sum.test.jsonl"), modes=mode, max_new_tokens=3, batch_size=5, dtype="float32"
+    )
+    assert score_adapter(options)[0].accuracy == pytest.approx(kept["umbra"]["scores"]["sum"][mode]["value"])
+
+
+def test_lora_is_what_a_user_would_train(done, base_folder, tmp_path):
+    """PEFT and transformers called by hand: the same losses, the same answers."""
+    from peft import LoraConfig, get_peft_model
+
+    kept = the_record(done, "sum", "LoRA", 0)
+    rank, rate = kept["run_info"]["peft_config"]["r"], kept["run_info"]["train_config"]["optimizer_kwargs"]["lr"]
+    base, tokenizer = load_base(base_folder, dtype="float32"), make_tokenizer()
+    torch.manual_seed(0)
+    model = get_peft_model(
+        base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    examples = encode_all(read_records(str(done / "sum.train.jsonl"))[:-6], tokenizer, max_length=512)
+    arguments = make_arguments(tmp_path, {**TRAINING, "learning_rate": rate, "seed": 0, "save_strategy": "no"})
+    trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=Collator(0))  # type: ignore[arg-type]
+    assert trainer.train().training_loss == pytest.approx(kept["train_info"]["metrics"][-1]["train loss"], rel=1e-5)
+    held_out = read_records(str(done / "text.test.jsonl"))
+    assert loss_of(model, tokenizer, held_out, None, True)[0] == pytest.approx(
+        kept["umbra"]["scores"]["text"]["attached"]["value"], rel=1e-5
+    )
+
+
+def test_the_loss_is_of_a_token_whatever_the_batch(base_folder):
+    base, tokenizer = load_base(base_folder, dtype="float32"), make_tokenizer()
+    records = [{"text": "1+1=2"}, {"text": "13+25=38, and so on"}]
+    sums, count = 0.0, 0
+    for r in records:
+        ids = torch.tensor([tokenizer(r["text"])["input_ids"]])
+        with torch.no_grad():
+            logps = base(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+        sums, count = sums - float(logps.sum()), count + len(logps)
+    assert loss_of(base, tokenizer, records, None, True)[0] == pytest.approx(sums / count, rel=1e-5)
+
+
+def test_a_shadow_alone_never_sees_the_base(done):
+    kept = the_record(done, "sum", "Alone", 0)
+    assert list(kept["umbra"]["scores"]["sum"]) == ["detached"]
+    assert (
+        kept["train_info"]["num_trainable_params"]
+        < the_record(done, "sum", "Umbra", 0)["train_info"]["num_trainable_params"] * 1.05
+    )
+
+
+# -- kept, resumed, failed ---------------------------------------------------------------------------------------------
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in sorted(folder.glob("*/*.json"))}
+
+
+def test_what_was_run_is_not_run_again_and_what_changed_is(done, base_folder, monkeypatch):
+    asked = []
+
+    def refuse(request, *_):
+        asked.append((request["task"], request["method"], request["seed"]))
+        return record.make(request, {}, "2026-01-01T00:00:00+00:00", 0.0, "Error: not now")
+
+    monkeypatch.setattr(umbra.evaluate, "run", refuse)
+    before = stamps(done / "out")
+    given = study_of(done, base_folder)
+    assert run_study(done, given)["failed"] == 0
+    assert asked == [] and stamps(done / "out") == before
+    given["methods"] = {**METHODS, "LoRA": {**METHODS["LoRA"], "lora_dropout": 0.1}}
+    found = run_study(done, {**given, "seeds": [0, 1, 2]}, out="out")
+    assert {m for _, m, s in asked if s in (0, 1)} == {"LoRA"}
+    assert {s for _, m, s in asked if m != "LoRA"} == {2}
+    assert found["failed"] == len(asked)
+    assert all(stamps(done / "out")[k] == v for k, v in before.items())
+    results = results_of(done)
+    assert results.score(variant(results, "LoRA"), "sum", "sum") is None
+    assert "not now" in (done / "out" / "report.md").read_text()
+    run_study(done, study_of(done, base_folder))  # as the other tests want it
+
+
+def test_a_method_that_does_not_fit_the_base_is_told_before_anything_runs(tmp_path, base_folder):
+    methods = {"Bad": {"kind": "peft", "peft_type": "LORA", "target_modules": ["nowhere"]}}
+    given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None)
+    with pytest.raises(umbra.ConfigError, match=r"method Bad cannot be put on .*nowhere"):
+        run_study(tmp_path, given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_is_told_kept_and_tried_again_on_demand(tmp_path, base_folder, monkeypatch):
+    methods = {"LoRA": {"kind": "lora", "r": 2}, "Bad": {"kind": "lora", "r": 2, "training": {"learning_rate": 1e-3}}}
+    given = study_of(
+        tmp_path, base_folder, methods=methods, match=None, search=None, seeds=[0], forgetting=[], transfer={}
+    )
+    given["tasks"] = {"sum": given["tasks"]["sum"]}
+    broken = {"on": True}
+    original = run_module._train
+
+    def fails(model, task, *rest):
+        if broken["on"] and rest[2]["method"] == "Bad":
+            raise RuntimeError("out of luck")
+        return original(model, task, *rest)
+
+    monkeypatch.setattr(run_module, "_train", fails)
+    assert run_study(tmp_path, given)["failed"] == 1
+    assert "out of luck" in (tmp_path / "out" / "report.html").read_text()
+    broken["on"] = False
+    assert run_study(tmp_path, given)["failed"] == 1
+    assert run_study(tmp_path, given, retry=True)["failed"] == 0
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base_folder):
+    methods = {"LoRA": {"kind": "lora", "r": 2}, "Umbra": METHODS["Umbra"]}
+    given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None, forgetting=[], transfer={})
+    given["tasks"] = {"sum": given["tasks"]["sum"]}
+    given["training"] = {**TRAINING, "max_steps": 60}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(given))
+    command = [sys.executable, "-m", "umbra", "evaluate", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    runs = tmp_path / "out" / "runs"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None and not list(runs.glob("*.json")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {p.name: p.stat().st_mtime_ns for p in runs.glob("*.json")}
+    assert before
+    assert run_study(tmp_path, given)["failed"] == 0
+    after = {p.name: p.stat().st_mtime_ns for p in runs.glob("*.json")}
+    assert len(after) == 4 and before.items() <= after.items()
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_damaged_record_counts_as_not_run(done, base_folder):
+    file = next((done / "out" / "runs").glob("sum--IA3--seed-0--*.json"))
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2])
+    assert run_study(done, study_of(done, base_folder))["failed"] == 0
+    again, first = json.loads(file.read_text()), json.loads(whole)
+    assert again["umbra"]["scores"]["sum"]["attached"]["items"] == first["umbra"]["scores"]["sum"]["attached"]["items"]
+
+
+# -- the record --------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_has_what_pefts_method_comparison_reads(done):
+    """The fields that its processing script takes, with the types that it casts them to."""
+    for kept in results_of(done).runs:
+        info, train, meta = kept["run_info"], kept["train_info"], kept["meta_info"]
+        last = train["metrics"][-1]
+        assert isinstance(info["experiment_name"], str) and isinstance(info["train_config"]["model_id"], str)
+        assert info["peft_config"] is None or isinstance(info["peft_config"]["peft_type"], str)
+        for name in ("memory_reserved_avg", "memory_max", "memory_reserved_99th"):
+            assert isinstance(train[f"accelerator_{name}"], int)
+        assert isinstance(train["file_size"], int) and isinstance(train["train_time"], float)
+        assert isinstance(info["total_time"], float) and train["status"] == "success"
+        assert isinstance(last["train samples"], int) and isinstance(last["train total tokens"], int)
+        if info["peft_config"] is not None:
+            assert isinstance(last["test accuracy"], float) and isinstance(last["train loss"], float)
+            assert train["train_time"] > 0 and train["file_size"] > 4 * 200
+        assert {
+            "peft-version",
+            "transformers-version",
+            "datasets-version",
+            "torch-version",
+            "bitsandbytes-version",
+        } <= meta["package_info"].keys()
+        assert meta["system_info"] and info["created_at"][:2] == "20"
+
+
+# -- lm-eval -----------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_of_lm_eval_are_tested_by_name(tmp_path, base_folder):
+    pytest.importorskip("lm_eval")
+    questions = [
+        {"question": f"{a}+{b}=", "choices": ["7", "12", "no"], "answer": (a + b) % 3}
+        for a in range(3)
+        for b in range(3)
+    ]
+    lines(tmp_path / "toy.jsonl", questions)
+    (tmp_path / "toy.yaml").write_text(
+        f"task: toy\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/toy.jsonl}}}}\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: choices\ndoc_to_target: answer\n'
+        "metric_list: [{metric: acc}]\n"
+    )
+    methods = {"base": {"kind": "base"}, "LoRA": {"kind": "lora", "r": 2}, "Umbra": METHODS["Umbra"]}
+    given = study_of(
+        tmp_path, base_folder, methods=methods, match=None, search=None, seeds=[0], transfer={}, forgetting=["toy"]
+    )
+    given["tasks"] = {"sum": given["tasks"]["sum"], "toy": {"lm_eval": "toy", "lm_eval_path": str(tmp_path)}}
+    assert run_study(tmp_path, given)["failed"] == 0
+    results = results_of(tmp_path)
+    base = load_base(base_folder, dtype="float32")
+    tokenizer, right = make_tokenizer(), []
+    for q in questions:
+        sums = []
+        for choice in q["choices"]:
+            ids = torch.tensor([tokenizer(f"{q['question']} {choice}")["input_ids"]])
+            with torch.no_grad():
+                logps = base(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+            sums.append(float(logps[len(q["question"]) - 1 :].sum()))
+        right.append(float(sums.index(max(sums)) == q["answer"]))
+    assert results.items(variant(results, "base"), "sum", "toy")[0] == right
+    for name in ("LoRA", "Umbra", "Umbra, detached"):
+        assert len(results.items(variant(results, name), "sum", "toy")[0]) == 9
+    assert "Forgetting" in (tmp_path / "out" / "report.md").read_text()
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_else_and_knows_light_and_dark(done):
+    text = (done / "out" / "report.html").read_text()
+    assert not re.search(r"<(script|img|link|iframe)|url\((?!#)|(src|href)=.(?!#)", text)
+    assert "prefers-color-scheme: dark" in text and "currentColor" in text and "#010203" not in text
+    assert text.count("<svg") == 4
+    for title in (
+        "Scores",
+        "Wins, ties and losses",
+        "What it costs",
+        "Transfer",
+        "Forgetting",
+        "Search for the learning rate",
+    ):
+        assert f">{title}</h2>" in text
+    for name in METHODS:
+        assert f">{name}</td>" in text
+
+
+def test_markdown_and_page_tell_the_same(done):
+    written, page = ((done / "out" / f"report.{e}").read_text() for e in ("md", "html"))
+    rows = [line for line in written.splitlines() if line.startswith("| ")]
+    cells = [[re.sub(r"\*\*", "", c.strip()) for c in row[2:-2].split(" | ")] for row in rows]
+    found = re.findall(r"<tr>(.*?)</tr>", page)
+    assert cells == [[re.sub(r"<[^>]+>", "", c) for c in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in found]
+    for figure in re.findall(r"\]\((figures/\w+\.png)\)", written):
+        assert (done / "out" / figure).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_losses_stand_on_the_first_page(done, monkeypatch):
+    loss, win = Estimate(-0.2, -0.3, -0.1, 2, 24), Estimate(0.2, 0.1, 0.3, 2, 24)
+    monkeypatch.setattr(Results, "apart", lambda self, ours, theirs, *_: loss if theirs.name == "LoRA" else win)
+    write_report(done / "out", done / "elsewhere")
+    text = (done / "elsewhere" / "report.md").read_text()
+    first = text[: text.index("## ")]
+    assert "**Lost:** Umbra to LoRA on sum (-20.0 ± 10.0); Umbra to LoRA on class (-20.0 ± 10.0)." in first
+    assert "10 comparisons 8 are won, 0 tied and 2 lost" in first
+    assert (done / "elsewhere" / "figures" / "scores.png").exists()
+
+
+def test_families_and_ablations_have_sections_of_their_own(tmp_path, base_folder):
+    methods = {
+        "Umbra": METHODS["Umbra"], "Umbra, α = 0.1": {**METHODS["Umbra"], "alpha": 0.1},
+        "LoRA 2": {"kind": "lora", "r": 2, "family": "LoRA"}, "LoRA 4": {"kind": "lora", "r": 4, "family": "LoRA"},
+    }  # fmt: skip
+    given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None, transfer={}, forgetting=[])
+    given |= {"reference": "Umbra", "tasks": {"sum": given["tasks"]["sum"]}, "training": {**TRAINING, "max_steps": 2}}
+    assert run_study(tmp_path, given)["failed"] == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## Scaling" in text and "| LoRA: LoRA 4 |" in text
+    ablations = text[text.index("## Ablations") : text.index("## How")]
+    assert "| Umbra, α = 0.1 |" in ablations and "| LoRA 2 |" not in ablations
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_run_report_and_refuse(done, capsys):
+    assert main(["evaluate", str(done / "study.yaml"), "--out", str(done / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["failed"] == 0 and all(Path(f).exists() for f in found["report"])
+    assert main(["report", str(done / "out"), "--out", str(done / "again")]) == 0
+    assert (done / "again" / "report.html").exists()
+    assert main(["report", str(done / "nowhere")]) == 2
+    assert "holds no study" in capsys.readouterr().err
+    assert main(["evaluate", str(done / "nowhere.yaml")]) == 2
+    assert "cannot be read as YAML" in capsys.readouterr().err

@@ -1,0 +1,334 @@
+"""What a study is made of: known data sets in their own columns, metrics, statistics, and files that are refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from umbra.errors import ConfigError, DataError
+from umbra.evaluate import metrics
+from umbra.evaluate.sets import SETS, items, known
+from umbra.evaluate.statistics import difference, estimate, mcnemar
+from umbra.evaluate.study import Study, key_of
+from umbra.evaluate.tasks import TaskOptions, load_task, right_answers
+
+# A row of each set with the columns that it has on its hub or in its folder, and what becomes of it: prompt and answers.
+ROWS = {
+    "mmlu": (
+        {"question": "2 + 2?", "subject": "", "choices": ["3", "4", "5", "6"], "answer": 1},
+        ("2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer with the letter.", ["B"]),
+    ),
+    "gsm8k": (
+        {"question": "Six and six?", "answer": "6+6=<<6+6=12>>12\n#### 12"},
+        ("Six and six?", ["6+6=12\n#### 12"]),
+    ),
+    "squad_v2": (
+        {"context": "Ada met Bob.", "question": "Whom?", "answers": {"text": ["Bob", "Bob", "Bob."], "answer_start": [8] * 3}},
+        ("Ada met Bob.\nWhom?\nAnswer with words of the text, or with unanswerable.", ["Bob", "Bob."]),
+    ),
+    "amazon_reviews": (
+        {"id": "en_1", "text": "Broke at once.", "label": 0, "label_text": "0"},
+        ("Broke at once.\nHow many stars does this review give?", ["1 star"]),
+    ),
+    "20newsgroups": (
+        {"text": "The shuttle flew.", "label": 14, "label_text": "sci.space"},
+        ("The shuttle flew.\nWhich newsgroup is this from?", ["sci.space"]),
+    ),
+    "ag_news": (
+        {"text": "Stocks fell.", "label": 2},
+        ("Stocks fell.\nWorld, Sports, Business or Sci/Tech?", ["Business"]),
+    ),
+    "hotel_reviews": (
+        {"text": "Fine.", "label": "positive"},
+        ("Fine.\nIs this review positive, negative, neutral or ambivalent?", ["positive"]),
+    ),
+    "medicine_reviews": (
+        {"text": "Poor.", "label": "negative"},
+        ("Poor.\nIs this review positive, negative, neutral or ambivalent?", ["negative"]),
+    ),
+    "intents": ({"text": "Play it", "label": "play_music"}, ("Play it\nWhat is the intent?", ["play music"])),
+    "vitaminc": (
+        {"evidence": "It rained.", "claim": "It was dry.", "label": "False"},
+        ("Evidence: It rained.\nClaim: It was dry.\nTrue, False or Neither?", ["False"]),
+    ),
+    "social_iqa": (
+        {"question": "Why?", "choices": ["so", "no"], "answer": 0},
+        ("Why?\nA. so\nB. no\nAnswer with the letter.", ["A"]),
+    ),
+    "strategyqa": (
+        {"question": "Can it?", "choices": ["Yes", "No"], "answer": 1},
+        ("Can it?\nA. Yes\nB. No\nAnswer with the letter.", ["B"]),
+    ),
+    "disfl_qa": (
+        {"question": "Who no wait where?", "context": "In Rome.", "answer": "unknown"},
+        ("In Rome.\nWho no wait where?\nAnswer with words of the text, or with unknown.", ["unknown"]),
+    ),
+}  # fmt: skip
+
+
+def fixture(folder, name, row, count=3):
+    """Files of a set, in its own columns."""
+    for split in known(name).splits:
+        (folder / f"{name}.{split}.jsonl").write_text((json.dumps(row) + "\n") * count)
+
+
+# -- sets --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_set_has_a_fixture_or_is_generated():
+    assert set(ROWS) | {"gsm_symbolic"} == set(SETS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_becomes_a_prompt_and_answers(name, tmp_path):
+    row, (prompt, answers) = ROWS[name]
+    fixture(tmp_path, name, row)
+    task = load_task(name, TaskOptions(data=str(tmp_path), validation=1))
+    assert (len(task.train), len(task.validation), len(task.test)) == (2, 1, 3)
+    assert task.test[0]["prompt"] == prompt
+    assert right_answers(task.test[0]) == answers
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_hub_is_asked_for_the_papers_splits(name, tmp_path, monkeypatch):
+    """Those without a hub id are refused; a row comes back as from a folder."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(*where, split):
+        asked.append((*where, split))
+        return [ROWS[name][0]]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    if not SETS[name].hub:
+        with pytest.raises(ConfigError, match="on no hub: name the folder"):
+            items(name, "train")
+        return
+    for part, split in zip(("train", "test"), SETS[name].splits, strict=True):
+        found = items(name, part)[0]
+        assert f"{found.text}\n{found.question}".strip() == ROWS[name][1][0]
+        assert asked[-1] == (*SETS[name].hub, split)
+
+
+def test_a_question_without_an_answer_is_unanswerable(tmp_path):
+    fixture(tmp_path, "squad_v2", {**ROWS["squad_v2"][0], "answers": {"text": [], "answer_start": []}})
+    assert items("squad_v2", "test", str(tmp_path))[0].answer == "unanswerable"
+
+
+def test_generated_sets_are_never_tested_on_what_they_train_on():
+    pytest.importorskip("reasoning_gym")
+    task = load_task("gsm_symbolic", TaskOptions())
+    assert not {r["prompt"] for r in task.train} & {r["prompt"] for r in task.test}
+    assert "####" in task.train[0]["completion"]
+    other = load_task("x", TaskOptions(set="reasoning_gym:chain_sum"))
+    assert other.test[0]["completion"].lstrip("-").isdigit()
+    with pytest.raises(ConfigError, match="no generator 'chain_of_fools'"):
+        load_task("x", TaskOptions(set="reasoning_gym:chain_of_fools"))
+
+
+def test_words_heads_and_limits(tmp_path):
+    fixture(tmp_path, "hotel_reviews", {"text": "one two three four", "label": "neutral"}, 9)
+    given = {"data": str(tmp_path), "words": 2, "validation": 2, "train_limit": 4, "test_limit": 5}
+    task = load_task("hotel_reviews", TaskOptions(**given))
+    assert task.train[0]["prompt"].startswith("one two\nIs this")
+    assert (len(task.train), len(task.validation), len(task.test)) == (4, 2, 5)
+    classified = load_task("hotel_reviews", TaskOptions(**given, head="classify"))
+    assert classified.test[0] == {"text": "one two", "label": "neutral"}
+    told = load_task("hotel_reviews", TaskOptions(**given, head="text"))
+    assert told.test[0]["text"].startswith("one two\nIs this") and told.metric == "loss"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, r"hotel_reviews, train, row 2 \(columns 'text'\) is not as this set's"),
+        ({"label": "x", "text": None}, "row 2"),
+    ],
+)
+def test_a_row_that_is_not_as_the_sets_is_named(row, message, tmp_path):
+    for split in ("train", "test"):
+        lines = [{"text": "fine", "label": "positive"}, row]
+        (tmp_path / f"hotel_reviews.{split}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    with pytest.raises(DataError, match=message):
+        load_task("hotel_reviews", TaskOptions(data=str(tmp_path), validation=1, words=3))
+
+
+def test_a_folder_without_the_set_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"holds neither hotel_reviews\.train\.jsonl"):
+        load_task("hotel_reviews", TaskOptions(data=str(tmp_path)))
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reply", "right", "expected"),
+    [
+        ("#### 1,200", "#### 1200.0", 1), ("so #### 12\n#### 13", "#### 13", 1), ("#### 13.", "#### 13", 1),
+        ("13", "#### 13", 0), ("#### thirteen", "#### 13", 0), ("#### -13", "#### 13", 0),
+    ],
+)  # fmt: skip
+def test_numbers_are_compared_as_numbers(reply, right, expected):
+    assert metrics.number(reply, [right], SETS["gsm8k"].pattern) == {"exact": expected}
+
+
+@pytest.mark.parametrize(
+    ("reply", "right", "f1", "exact"),
+    [
+        ("The Eiffel Tower!", ["eiffel tower"], 1, 1),
+        ("in the old Eiffel tower", ["Eiffel tower", "Paris"], 2 * 2 / (4 + 2), 0),
+        ("Paris", ["Eiffel tower", "Paris"], 1, 1),
+        ("unanswerable", ["Paris"], 0, 0),
+        ("", ["Paris"], 0, 0),
+        ("the", ["a"], 1, 1),
+    ],
+)
+def test_spans_are_scored_as_squad_does(reply, right, f1, exact):
+    assert metrics.squad(reply, right) == {"f1": pytest.approx(f1), "exact": exact}
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def test_one_seed_gives_the_t_interval_over_items():
+    rng = np.random.default_rng(0)
+    d = rng.normal(0.2, 1, 40)
+    found, expected = estimate(d[None]), stats.ttest_1samp(d, 0).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_one_item_gives_the_t_interval_over_seeds():
+    d = np.random.default_rng(1).normal(0.2, 1, 5)
+    found, expected = estimate(d[:, None]), stats.ttest_1samp(d, 0).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(
+    ("of_seeds", "of_items", "rest"), [(0.3, 0.0, 1.0), (0.0, 0.5, 1.0), (0.2, 0.5, 0.5), (0.05, 0.0, 0.1)]
+)
+def test_intervals_hold_the_truth_as_often_as_they_say(of_seeds, of_items, rest):
+    """Three seeds and 100 items, drawn a thousand times: about 95 % hold the mean. Leaving either noise out would not do."""
+    rng = np.random.default_rng(2)
+    held = []
+    for _ in range(1000):
+        d = rng.normal(0, of_seeds, (3, 1)) + rng.normal(0, of_items, (1, 100)) + rng.normal(0, rest, (3, 100))
+        found = estimate(d)
+        held.append(found.low <= 0 <= found.high)
+    assert 0.91 <= np.mean(held) <= 1.0
+
+
+def test_a_difference_is_paired_and_judged():
+    rng = np.random.default_rng(3)
+    hard = rng.random(200)
+    ours = {s: (hard < 0.75).astype(float).tolist() for s in (0, 1, 2)}
+    theirs = {s: (hard < 0.65).astype(float).tolist() for s in (0, 1, 2)}
+    apart = difference(ours, theirs)
+    assert apart is not None and apart.verdict == "win"
+    assert difference(theirs, ours).verdict == "loss"
+    assert difference(ours, ours).verdict == "tie"
+    unpaired = math.hypot(estimate(np.array(list(ours.values()))).half, estimate(np.array(list(theirs.values()))).half)
+    assert apart.half < unpaired / 1.2
+    assert difference(ours, {5: theirs[0]}) is None
+    assert difference(ours, {0: theirs[0][:-1]}) is None
+
+
+def test_mcnemar_is_exact():
+    ours, theirs = [1.0] * 8 + [0.0] * 2, [0.0] * 6 + [1.0] * 2 + [0.0] * 2
+    assert mcnemar(ours, theirs) == pytest.approx(2 * 0.5**6)
+    assert mcnemar(ours, ours) == 1.0
+
+
+# -- studies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(tmp_path):
+    for name in ("a", "b"):
+        for part in ("train", "test"):
+            (tmp_path / f"{name}.{part}.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 4)
+    tasks = {
+        n: {"train": f"{tmp_path}/{n}.train.jsonl", "test": f"{tmp_path}/{n}.test.jsonl", "validation": 1} for n in "ab"
+    }
+    return {"tasks": tasks, "methods": {"Umbra": {"kind": "umbra", "rank": 4}}, "training": {"max_steps": 2}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": {}}, "names no tasks"),
+        ({"method": {}}, "Unknown key 'method'.*Did you mean 'methods'"),
+        ({"methods": {"x": {"kind": "lorra"}}}, "Unknown key 'lorra'.*'lora'"),
+        ({"methods": {"x": {"r": 8}}}, "method x needs a kind"),
+        ({"methods": {"x": {"kind": "lora", "rr": 8}}}, "Unknown key 'rr'.*LoraConfig"),
+        ({"methods": {"x": {"kind": "peft", "peft_type": "NONE"}}}, "peft_type of PEFT"),
+        ({"methods": {"x": {"kind": "umbra", "ranc": 8}}}, "Unknown key 'ranc'"),
+        ({"methods": {"x": {"kind": "umbra", "rank": 0}}}, "rank must be"),
+        ({"methods": {"x": {"kind": "lora", "modes": ["detached"]}}}, "modes are attached"),
+        ({"methods": {"x": {"kind": "base", "rank": 1}}}, "bare base has no fields"),
+        ({"methods": {"x": {"kind": "lora", "learning_rate": -1}}}, "learning_rate must be above 0"),
+        ({"seeds": []}, "seeds must be"),
+        ({"seeds": [-1]}, "seeds must be"),
+        ({"dtype": "float8"}, "Unknown dtype"),
+        ({"match": "LoRA"}, "Unknown key 'LoRA' in the study's methods"),
+        ({"match": 0}, "match must be"),
+        ({"reference": "LoRA"}, "study's methods .reference"),
+        ({"transfer": {"a": ["c"]}}, "study's tasks .transfer"),
+        ({"transfer": {"a": 3}}, "transfer.a must be a list"),
+        ({"forgetting": ["a", "b"]}, "Every task of the study is tested only"),
+        ({"search": {"learning_rates": [1]}}, "Unknown key 'learning_rates' in search"),
+        ({"search": {"tasks": ["c"]}}, "study's tasks .search"),
+        ({"training": {"max_step": 2}}, "max_step"),
+        ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size"),
+    ],
+)  # fmt: skip
+def test_a_study_that_cannot_be_run_is_refused(change, message, study):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        Study.of({**study, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": None}, "train and test go together"),
+        ({"metric": "bleu"}, "Unknown key 'bleu'.*metrics"),
+        ({"pattern": "("}, "no regular expression"),
+        ({"validation": 0}, "validation must be at least 1"),
+        ({"head": "regress"}, "head must be"),
+        ({"steps": 3}, "Unknown key 'steps' in task a"),
+        ({"train": None, "test": None}, "data sets that a study knows"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_refused(change, message, study):
+    study["tasks"]["a"] |= change
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        Study.of(study)
+
+
+def test_too_little_data_and_the_wrong_records_are_named(study):
+    with pytest.raises(DataError, match="4 training records, of which validation=4 leaves none"):
+        load_task("a", TaskOptions(**{**study["tasks"]["a"], "validation": 4}))
+    with pytest.raises(DataError, match="head=classify, which takes label records, not completion"):
+        load_task("a", TaskOptions(**study["tasks"]["a"], head="classify"))
+
+
+def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path):
+    def key(**changes):
+        made = Study.of({**study, **changes})
+        (name, method) = next(iter(made.methods.items()))
+        return key_of(next(made.runs({name: method.fields}, {})))
+
+    first = key()
+    assert key(title="Other", about="words", batch_size=3) == first
+    assert key(methods={"Renamed": study["methods"]["Umbra"]}) == first
+    assert key(seeds=[1]) != first
+    assert key(training={"max_steps": 3}) != first
+    assert key(methods={"Umbra": {"kind": "umbra", "rank": 5}}) != first
+    assert key(forgetting=["b"]) != first
+    (tmp_path / "moved.jsonl").write_bytes((tmp_path / "a.train.jsonl").read_bytes())
+    moved = {**study["tasks"]["a"], "train": str(tmp_path / "moved.jsonl")}
+    assert key(tasks={"a": moved}) == first
+    (tmp_path / "moved.jsonl").write_text('{"prompt": "1+1=", "completion": "3"}\n' * 4)
+    assert key(tasks={"a": moved}) != first
