@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -332,3 +333,11 @@ def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path
     assert key(tasks={"a": moved}) == first
     (tmp_path / "moved.jsonl").write_text('{"prompt": "1+1=", "completion": "3"}\n' * 4)
     assert key(tasks={"a": moved}) != first
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parent.parent / "bench" / "studies").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_the_studies_of_the_bench_can_be_read(file):
+    study = Study.read(str(file))
+    assert study.trained and all(study.tested(t) for t in study.trained)
