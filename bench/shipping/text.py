@@ -10,6 +10,8 @@ from umbra.data import Record
 
 Row = dict[str, Any]
 HELD_OUT = 300  # rows at the end of a training file: choices are made on them
+TESTED = 400  # rows of a test file at most
+WORDS = 48  # of a review or of evidence
 
 
 def rows(data: Path, name: str, split: str) -> list[Row]:
@@ -28,7 +30,7 @@ def rows(data: Path, name: str, split: str) -> list[Row]:
 
 
 def hotel_reviews(row: Row) -> Record:
-    words = row["text"].split()[:80]
+    words = row["text"].split()[:WORDS]
     return {
         "prompt": f"{' '.join(words)}\nIs this review positive, negative, neutral or ambivalent?",
         "completion": row["label"],
@@ -40,7 +42,7 @@ def intents(row: Row) -> Record:
 
 
 def vitaminc(row: Row) -> Record:
-    evidence = " ".join(row["evidence"].split()[:80])
+    evidence = " ".join(row["evidence"].split()[:WORDS])
     return {
         "prompt": f"Evidence: {evidence}\nClaim: {row['claim']}\nTrue, False or Neither?",
         "completion": row["label"],
@@ -52,20 +54,21 @@ def gsm_symbolic(row: Row) -> Record:
 
 
 class Task(NamedTuple):
-    """How a row becomes a record, steps and records a step, tokens of an answer, and what in it is compared."""
+    """How a row becomes a record, steps and records a step, tokens of an answer, the learning rate, and what is compared."""
 
     form: Callable[[Row], Record]
     steps: int
     batch: int
     answer: int
+    rate: float = 2e-3
     pattern: str | None = None
 
 
 TASKS = {
     "intents": Task(intents, 120, 8, 8),
-    "hotel_reviews": Task(hotel_reviews, 150, 8, 4),
-    "vitaminc": Task(vitaminc, 150, 8, 4),
-    "gsm_symbolic": Task(gsm_symbolic, 100, 8, 200, r"####\s*(-?[\d.,]+)"),
+    "hotel_reviews": Task(hotel_reviews, 300, 8, 4, 1e-3),
+    "vitaminc": Task(vitaminc, 100, 8, 4),
+    "gsm_symbolic": Task(gsm_symbolic, 100, 8, 200, pattern=r"####\s*(-?[\d.,]+)"),
 }
 
 
@@ -75,7 +78,7 @@ def write_task(data: Path, name: str, out: Path) -> dict[str, str]:
     if not all(f.exists() for f in files.values()):
         learned, tested = ([TASKS[name].form(r) for r in rows(data, name, s)] for s in ("train", "test"))
         held = min(HELD_OUT, len(learned) // 4)
-        for part, records in zip(files, (learned[:-held], learned[-held:], tested), strict=True):
+        for part, records in zip(files, (learned[:-held], learned[-held:], tested[:TESTED]), strict=True):
             _write(files[part], records)
     return {part: str(f) for part, f in files.items()}
 
