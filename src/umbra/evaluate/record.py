@@ -133,4 +133,5 @@ def read_all(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def succeeded(record: dict[str, Any] | None) -> bool:
+    """Whether there is one, and of a run that ended well."""
     return record is not None and record["train_info"]["status"] == "success"
