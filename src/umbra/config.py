@@ -55,6 +55,9 @@ class ShadowConfig:
     rank: int | None = option(None, "R, the rank of the injection; paper 16, peft 8")
     gate_rank: int | None = option(None, "G, hidden width of gate and transform; paper 10, peft the rank")
     alpha: float = option(0.1, "α, the strength of the injection")
+    backbone_rate: float = option(
+        1.0, "factor on the learning rate of the shadow's backbone, in our trainers; the couplings keep the rate itself"
+    )
     dropout: float = option(0.2, "dropout probability of the injection, in [0, 1)")
     auxiliary_loss_weight: float = option(0.05, "λ, the weight of the shadow's own loss; 0 runs no second head")
     auxiliary_loss_every: int = option(
@@ -110,6 +113,9 @@ class ShadowConfig:
     layers: tuple[int, ...] | None = option(
         None, "the coupled blocks, in place of first_layer, such as 20,22,24; default all from first_layer on"
     )
+    update: Literal["gated", "ungated", "none"] = option(
+        "gated", "for ablations: the state takes all of the transform (ungated), or stays s⁰ at every block (none)"
+    )
     norm: bool | None = option(None, "one shared LayerNorm before gate and transform; paper yes, peft no")
     activation: Literal["silu", "gelu"] | None = option(None, "activation of gate and transform; paper silu, peft gelu")
     bias: bool | None = option(None, "biases in gate and transform; paper no, peft yes")
@@ -148,6 +154,8 @@ class ShadowConfig:
             )
         if not _is_finite(self.init_scale) or self.init_scale <= 0:
             raise ConfigError(f"init_scale must be a finite number > 0, got {shown(self.init_scale)}.")
+        if not _is_finite(self.backbone_rate) or self.backbone_rate <= 0:
+            raise ConfigError(f"backbone_rate must be a finite number > 0, got {shown(self.backbone_rate)}.")
         if not _is_finite(self.alpha):
             raise ConfigError(f"alpha must be a finite number, got {shown(self.alpha)}.")
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
@@ -162,6 +170,7 @@ class ShadowConfig:
             "dialect": tuple(DIALECTS),
             "distillation_schedule": ("constant", "rise", "fall"),
             "init": ("random", "base"),
+            "update": ("gated", "ungated", "none"),
             "embeddings": ("auto", "base", "own"),
             "activation": (None, "silu", "gelu"),
             "dropout_position": (None, "rank", "delta"),

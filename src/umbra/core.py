@@ -48,20 +48,24 @@ class Injection(nn.Module):
 
 
 class Update(nn.Module):
-    """s ← s + σ(gate(n)) ⊙ (transform(n) − s), with gate and transform of shape D → G → D."""
+    """s ← s + σ(gate(n)) ⊙ (transform(n) − s), with gate and transform of shape D → G → D; ungated, s ← transform(n)."""
 
     def __init__(self, hidden_size: int, config: ShadowConfig):
         super().__init__()
         assert config.gate_rank is not None and config.bias is not None and config.activation is not None
         D, G, bias, activation = hidden_size, config.gate_rank, config.bias, ACTIVATIONS[config.activation]
         dropout = config.dropout if config.dropout_position == "rank" else 0.0
-        self.gate = nn.Sequential(nn.Linear(D, G, bias=bias), activation(), nn.Linear(G, D, bias=bias))
+        self.gate = None
+        if config.update == "gated":
+            self.gate = nn.Sequential(nn.Linear(D, G, bias=bias), activation(), nn.Linear(G, D, bias=bias))
         self.transform = nn.Sequential(
             nn.Linear(D, G, bias=bias), activation(), nn.Dropout(dropout), nn.Linear(G, D, bias=bias)
         )
 
     def forward(self, n: Tensor, s: Tensor) -> Tensor:
         """(B, T, D), (B, T, D) → (B, T, D) in s's dtype."""
+        if self.gate is None:
+            return self.transform(n).to(s.dtype)
         return (s + torch.sigmoid(self.gate(n)) * (self.transform(n) - s)).to(s.dtype)
 
 
@@ -82,9 +86,10 @@ class Couplings(nn.Module):
         self.config = config
         self.layers = layers = config.coupled(num_layers)
         self.injections = nn.ModuleDict({str(l): Injection(hidden_size, config) for l in layers})
-        self.updates = nn.ModuleDict({str(l): Update(hidden_size, config) for l in layers[:-1]})
-        self.norm = nn.LayerNorm(hidden_size) if config.norm and len(layers) > 1 else nn.Identity()
-        self.seams = sorted({*layers, *(l + 1 for l in layers[:-1])})
+        updated = () if config.update == "none" else layers[:-1]
+        self.updates = nn.ModuleDict({str(l): Update(hidden_size, config) for l in updated})
+        self.norm = nn.LayerNorm(hidden_size) if config.norm and updated else nn.Identity()
+        self.seams = sorted({*layers, *(l + 1 for l in updated)})
 
     def inject(self, l: int, h: Tensor, s: Tensor) -> Tensor:
         """The input of block l: h corrected towards what the state knows."""
@@ -93,7 +98,7 @@ class Couplings(nn.Module):
     def update(self, l: int, h: Tensor, s: Tensor) -> Tensor:
         """The state after block l, whose output is h."""
         update: Any = self.updates[str(l)]
-        n = self.norm(h.to(update.gate[0].weight.dtype))
+        n = self.norm(h.to(update.transform[0].weight.dtype))
         return update(n, s)
 
     def couple(self, l: int, h: Tensor, s: Tensor, fast: bool = True) -> tuple[Tensor, Tensor]:
@@ -116,10 +121,13 @@ class Couplings(nn.Module):
         return s.device.type == "cpu" and s.shape[0] * s.shape[1] <= kernels.FEW
 
     def _may_fuse(self, x: Tensor) -> bool:
-        return kernels.in_use() and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
+        may = kernels.in_use() and self.config.update != "ungated"
+        return may and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
 
     def packs(self) -> "dict[int, kernels.Pack]":
         """Each seam for `kernels.couple_few`; to be thrown away before the weights change."""
+        if self.config.update == "ungated":
+            return {}
         return {l: kernels.pack(self._seam(str(l - 1), str(l))) for l in self.seams}
 
     def _seam(self, before: str, here: str) -> Seam:

@@ -10,7 +10,7 @@ costs a fraction of the base's). So both paths learn the same objective, normali
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,14 @@ class _ShadowLoss:
         with self.model.disable_adapter():
             return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
 
+    def create_optimizer(self: Any, *args: Any, **options: Any) -> Any:
+        """The parent's, with the rate of the shadow's backbone multiplied by `ShadowConfig.backbone_rate`."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **options)  # type: ignore[misc]
+        if is_new and self.model.shadow_config.backbone_rate != 1:
+            _scale_rate(optimizer, self.model.shadow.backbone.parameters(), self.model.shadow_config.backbone_rate)
+        return optimizer
+
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -223,6 +231,19 @@ def with_shadow_loss(trainer_class: Any) -> Any:
         return ShadowTrainer
     about = {"__doc__": trainer_class.__doc__, "__module__": __name__}
     return type(f"Shadow{trainer_class.__name__}", (_ShadowLoss, trainer_class), about)
+
+
+def _scale_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Move these parameters into groups of their own, whose learning rate is multiplied."""
+    chosen = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if id(p) in chosen]
+        others = [p for p in group["params"] if id(p) not in chosen]
+        if mine and others:
+            group["params"] = others
+            optimizer.add_param_group({**group, "params": mine, "lr": factor * group["lr"]})
+        elif mine:
+            group["lr"] *= factor
 
 
 def _either(labels: torch.Tensor, shadow_targets: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ FIELDS |= {"auxiliary_loss_weight", "target_modules", "exclude_modules", "layers
 # These say nothing about the model: auto_mapping names classes, which are never imported.
 KNOWN = FIELDS | {"peft_type", "task_type", "base_model_name_or_path", "revision", "modules_to_save"}
 KNOWN |= {"auto_mapping", "inference_mode", "init_weights", "peft_version"}
-FIXED = {k: DIALECTS["peft"][k] for k in ("norm", "activation", "bias", "dropout_position")}
+FIXED = {"update": "gated", **{k: DIALECTS["peft"][k] for k in ("norm", "activation", "bias", "dropout_position")}}
 HEADS = ("classifier", "score")  # what PEFT saves of any classifier
 
 

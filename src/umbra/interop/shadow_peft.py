@@ -33,7 +33,7 @@ SIZES = {
 }
 NOTES = {"auxiliary_loss_weight", "base_model_name_or_path"}
 KNOWN = {"injection_hidden_size", "gate_hidden_size", "alpha", "dropout", "modules_to_save", *SIZES, *NOTES}
-FIXED = {k: DIALECTS["paper"][k] for k in ("norm", "activation", "bias", "dropout_position")}
+FIXED = {"update": "gated", **{k: DIALECTS["paper"][k] for k in ("norm", "activation", "bias", "dropout_position")}}
 # Whether the base is a classifier → their names of the two heads, and ours.
 HEADS = {
     False: {"lm_head": "attached", "shadow_lm_head": "shadow"},
