@@ -287,3 +287,17 @@ def test_transformers_own_trainer_resumes_and_loads_the_best(tmp_path, classifie
     found = weights(best.state.best_model_checkpoint)
     assert best.state.best_model_checkpoint.endswith("checkpoint-2")
     assert same({k.removeprefix("shadow."): v for k, v in found.items()}, best.model.shadow.state_dict())
+
+
+def test_a_run_of_an_earlier_version_is_known_again(settings):
+    """What its file does not mention had the default then; what differs from it is another run."""
+    first = train(settings)
+    file = f"{settings['output_dir']}/run.json"
+    with open(file) as opened:
+        held = json.load(opened)
+    del held["asked"]["backbone_rate"], held["asked"]["init_scale"]
+    with open(file, "w") as opened:
+        json.dump(held, opened)
+    assert train(settings) == first
+    with pytest.raises(umbra.CheckpointError, match=r"another run \(backbone_rate: 1.0 → 0.5\)"):
+        train({**settings, "backbone_rate": 0.5})

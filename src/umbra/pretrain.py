@@ -11,7 +11,6 @@ out is a stock model: `ShadowConfig(shadow=folder)` starts from it, and whatever
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     stages = _check(options)
     if shadow.escalation is not None:
         raise ConfigError("escalation is learned from records that are marked for it: give it to umbra train.")
-    run = Run.of(options.output_dir, FILES, asdict(options), shadow.to_dict(), rest)
+    run = Run.of(options.output_dir, FILES, options, shadow, rest)
     try:
         finished = run.claim(options.overwrite)
         if options.overwrite:

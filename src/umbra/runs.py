@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +103,21 @@ class Run:
 
     Args:
         asked: every setting that has a say in what is learned.
+        defaults: of settings that a run of an earlier version may not have noted.
         files: what a finished run has written there, beside `RUN_FILE` and checkpoints.
     """
 
     out: Path
     asked: dict[str, Any]
+    defaults: dict[str, Any]
     files: tuple[str, ...]
 
     @classmethod
-    def of(cls, out: str, files: tuple[str, ...], *settings: dict[str, Any]) -> "Run":
-        """The run of these settings."""
-        asked = {k: v for part in settings for k, v in part.items() if k not in HARMLESS}
-        return cls(Path(out), json.loads(json.dumps(asked, default=str)), files)
+    def of(cls, out: str, files: tuple[str, ...], options: Any, shadow: ShadowConfig, rest: dict[str, Any]) -> "Run":
+        """The run of these settings: the run's own, a dataclass, the shadow's and TrainingArguments'."""
+        asked = {k: v for k, v in {**asdict(options), **asdict(shadow), **rest}.items() if k not in HARMLESS}
+        defaults = {f.name: f.default for kind in (options, shadow) for f in fields(kind) if f.name not in HARMLESS}
+        return cls(Path(out), *json.loads(json.dumps([asked, defaults], default=str)), files)
 
     def claim(self, overwrite: bool) -> dict[str, Any] | None:
         """Make sure that the output folder is this run's; its metrics where it has finished.
@@ -143,6 +146,7 @@ class Run:
             before = run["asked"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error}. Choose another output_dir, or overwrite.") from error
+        before = {**self.defaults, **before}
         changed = sorted(k for k in self.asked.keys() | before.keys() if self.asked.get(k) != before.get(k))
         if changed:
             differences = ", ".join(f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed)

@@ -1,7 +1,7 @@
 """The run behind ``umbra train``: data, `ShadowTrainer`, and an output folder that can be resumed."""
 
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     )
     if options.detached_only:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # the threads of DataParallel would run the pair
-    run = Run.of(options.output_dir, FILES, asdict(options), shadow.to_dict(), rest)
+    run = Run.of(options.output_dir, FILES, options, shadow, rest)
     try:
         with arguments.main_process_first(local=False):
             finished = run.claim(options.overwrite)
