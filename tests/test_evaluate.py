@@ -18,9 +18,11 @@ from transformers import Trainer
 import umbra
 from conftest import make_tokenizer
 from umbra.bases import load_base
+from umbra.bench.base import Base
 from umbra.cli import main
 from umbra.data import Collator, encode_all, read_records
 from umbra.evaluate import evaluate, record
+from umbra.evaluate.methods import build, count, read_method
 from umbra.evaluate.report import write_report
 from umbra.evaluate.results import Results
 from umbra.evaluate.run import loss_of
@@ -137,6 +139,21 @@ def test_matched_methods_train_equally_many_parameters(done):
             assert measured == pytest.approx(
                 results.about["parameters"][v.method], abs=200
             )  # of which a classifier's head
+
+
+def test_copied_and_pretrained_shadows_are_counted_as_they_are(base_folder, tmp_path):
+    umbra.attach(load_base(base_folder, dtype="float32"), umbra.ShadowConfig()).detached().save_pretrained(
+        tmp_path / "shadow"
+    )
+    base = Base.named(base_folder, torch.float32, torch.device("cpu"))
+    for kind, fields in (
+        ("umbra", {"init": "base"}), ("umbra", {"shadow": str(tmp_path / "shadow")}), ("alone", {"shadow": str(tmp_path / "shadow")})
+    ):  # fmt: skip
+        method = read_method("x", {"kind": kind, **fields})
+        real = build(kind, load_base(base_folder, dtype="float32"), method.fields)
+        assert (
+            count(base, "x", method, method.fields) == sum(p.numel() for p in real.parameters() if p.requires_grad) > 0
+        )
 
 
 def test_the_rate_that_is_trained_with_has_the_lowest_held_out_loss(done):

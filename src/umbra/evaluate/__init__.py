@@ -69,7 +69,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 def _sizes(study: Study) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """The fields of every method with its size, and how many parameters it trains."""
-    base = Base.named(study.options.base, torch.float32, torch.device("meta"))
+    base = Base.named(study.options.base, torch.bfloat16, torch.device("cpu"))
     target = study.options.match
     if isinstance(target, str):
         target = count(base, target, study.methods[target], study.methods[target].fields)

@@ -79,12 +79,15 @@ class MethodOptions:
         return self.kind != "base"
 
     @property
+    def is_pretrained(self) -> bool:
+        """Whether it starts from a shadow in a folder."""
+        return self.kind in SHADOWS and ShadowConfig(**self.fields).is_pretrained
+
+    @property
     def is_fixed(self) -> bool:
-        """Whether its size is given, or lies in a pretrained folder."""
+        """Whether its size is given, or lies in such a folder."""
         size = KINDS[self.kind].size
-        return (
-            size is None or size in self.fields or (self.kind in SHADOWS and ShadowConfig(**self.fields).is_pretrained)
-        )
+        return size is None or size in self.fields or self.is_pretrained
 
     def sized(self, value: int) -> dict[str, Any]:
         """Its fields, with the one that sets its size."""
@@ -170,16 +173,19 @@ def _peft_config(name: str, fields: dict[str, Any], classifies: bool) -> Any:
 
 
 def count(base: Base, name: str, method: MethodOptions, fields: dict[str, Any]) -> int:
-    """Parameters that are trained of a method on a causal language model; no weights are made.
+    """Parameters that are trained of a method on a causal language model; no weights are made but those of a pretrained shadow.
 
     Raises:
         ConfigError: it cannot be put on this base.
     """
     if not method.is_trained:
         return 0
+    sizes = {k: v for k, v in fields.items() if not k.startswith("init")}  # there are no blocks to copy
     try:
+        if method.is_pretrained:
+            return trainable(build(method.kind, base.copy(), fields))
         with torch.device("meta"):
-            return trainable(build(method.kind, base.skeleton(), fields))
+            return trainable(build(method.kind, base.skeleton(), sizes))
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:  # PEFT's methods raise whatever comes
         raise ConfigError(f"method {name} cannot be put on this base: {error!s:.300}") from error
 
