@@ -385,6 +385,11 @@ def test_tasks_of_lm_eval_are_tested_by_name(tmp_path, base_folder):
     for name in ("LoRA", "Umbra", "Umbra, detached"):
         assert len(results.items(variant(results, name), "sum", "toy")[0]) == 9
     assert "Forgetting" in (tmp_path / "out" / "report.md").read_text()
+    given["tasks"]["toy"]["lm_eval"] = "toyy"
+    with pytest.raises(
+        umbra.ConfigError, match=r"(?s)Unknown key 'toyy' in the tasks of lm-eval .task toy.*Did you mean 'toy'"
+    ):
+        run_study(tmp_path, given, out="other")
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

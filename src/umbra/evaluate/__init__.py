@@ -1,12 +1,13 @@
 """``umbra evaluate``: methods × tasks × seeds, with one search for every method's learning rate; ``umbra report`` tells of it.
 
-sets.py and tasks.py say what is learned, methods.py by what, study.py declares both and names the runs, run.py makes one,
-record.py keeps it, statistics.py compares, report.py and page.py tell.
+sets.py, tasks.py and harness.py say what is learned and tested, methods.py by what, study.py declares both and names the runs,
+run.py makes one, record.py keeps it, results.py and statistics.py compare, report.py, plots.py and page.py tell.
 """
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .. import folder
 from ..bench.base import Base
 from ..errors import CheckpointError
 from ..options import EvaluateOptions
-from . import record
+from . import harness, record
 from .methods import count, match
 from .report import STUDY_FILE, write_report
 from .run import run
@@ -38,8 +39,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """
     study, out = Study.read(options.study), Path(options.out)
     for name, task in study.tasks.items():
-        if task.lm_eval is None:
-            load_task(name, task)
+        (load_task if task.lm_eval is None else harness.check)(name, task)
     sizes, parameters = _sizes(study)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -48,9 +48,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     trials = list(study.trials(sizes))
     bar = tqdm(total=len(trials) + _count(study, sizes), desc="study", disable=None, smoothing=0.1)
     done = record.read_all(out)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    _sweep(trials, done, out, study, bar, options.retry)
+    with _quiet():
+        _sweep(trials, done, out, study, bar, options.retry)
     rates = choose(study, trials, done)
     requests = list(study.runs(sizes, rates))
     about = {
@@ -60,11 +59,25 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     }  # fmt: skip
     text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
     folder.write_together(out, lambda staging: folder.write_text(staging / STUDY_FILE, text))
-    _sweep(requests, done, out, study, bar, options.retry)
+    with _quiet():
+        _sweep(requests, done, out, study, bar, options.retry)
     bar.close()
     shutil.rmtree(out / "work", ignore_errors=True)
     failed = [k for k in (*about["trials"], *about["runs"]) if not record.succeeded(done.get(k))]
     return {"runs": len(trials) + len(requests), "failed": len(failed), "report": [str(f) for f in write_report(out)]}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers says of each of many models."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 def _sizes(study: Study) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:

@@ -1,7 +1,6 @@
 """One run: a request becomes a trained model, its scores, and a record (see study.py and docs/evaluate.md for both forms)."""
 
 import gc
-import math
 import shutil
 import tempfile
 import time
@@ -25,6 +24,7 @@ from ..model import ShadowModel
 from ..runs import last_checkpoint, make_arguments
 from ..scoring import in_mode, score_classes, score_generation
 from ..trainers import ShadowTrainer
+from . import harness
 from . import record as records
 from .methods import build
 from .metrics import LOSS, METRICS
@@ -151,7 +151,7 @@ def _score(
     with _as(model, mode) as runner:
         runner.eval()
         if task is None:
-            return _lm_eval(runner, tokenizer, options, request)
+            return harness.score(runner, tokenizer, options, request["batch_size"])
         if task.metric == LOSS:
             value, each = loss_of(runner, tokenizer, task.test, None, request["chat_template"])
             return {"metric": LOSS, "value": value, "items": each}
@@ -202,23 +202,3 @@ def loss_of(
 def _encoded(tokenizer: Any, found: list[Record], chat_template: bool) -> list[dict[str, Any]]:
     writer = Writer(tokenizer, chat_template)
     return [{k: v[:1024] for k, v in writer.encode(r).items()} for r in found]
-
-
-def _lm_eval(runner: Any, tokenizer: Any, options: TaskOptions, request: dict[str, Any]) -> dict[str, Any]:
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError("Tasks of lm-eval need it: pip install 'umbra-peft[lm-eval]'.") from error
-    lm = HFLM(pretrained=runner, tokenizer=tokenizer, batch_size=request["batch_size"])
-    manager = TaskManager(include_path=options.lm_eval_path, include_defaults=options.lm_eval_path is None)
-    found = simple_evaluate(
-        lm, tasks=[options.lm_eval], limit=options.test_limit, task_manager=manager, bootstrap_iters=0, log_samples=True
-    )
-    assert found is not None
-    values = {k: v for k, v in found["results"][options.lm_eval].items() if isinstance(v, float) and not math.isnan(v)}
-    chief = next(iter(values))
-    name = chief.partition(",")[0]
-    items = [float(s[name]) for s in found["samples"][options.lm_eval] if isinstance(s.get(name), int | float)]
-    return {"metric": name, "value": values[chief], "values": values, "items": items}
