@@ -22,8 +22,8 @@ import umbra
 from umbra.bases import load_tokenizer
 from umbra.data import Record, Writer
 from umbra.detach import write_detached
-from umbra.scoring import MODES, Score, in_mode, score, table
 from umbra.options import EvalOptions
+from umbra.scoring import MODES, Score, in_mode, score, table
 from umbra.train import train
 
 HERE, OUT = Path(__file__).parent, Path("out/demo")

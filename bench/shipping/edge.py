@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from umbra.bases import load_base, load_tokenizer
 from umbra.checkpoint import WEIGHTS_FILE
 from umbra.data import Writer, read_records
-from umbra.scoring import answer_of, reference_of, wilson
 from umbra.export import export
 from umbra.export.run import __file__ as RUN
 from umbra.options import EMBEDDED, ExportOptions
+from umbra.scoring import answer_of, reference_of, wilson
 
 from .text import TASKS, write_task
 

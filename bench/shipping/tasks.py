@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from umbra.scoring import score_adapter
 from umbra.options import EvalOptions
+from umbra.scoring import score_adapter
 from umbra.train import train
 
 from .text import TASKS, write_task

@@ -104,7 +104,6 @@ def _pretrain(arguments: list[str]) -> int:
         "field below can stand in a flat YAML file and be overridden by a flag; so can every field of transformers' "
         "TrainingArguments (max_steps, learning_rate, …), for each stage. The same command again resumes a run that was killed.",
         PretrainOptions,
-        ReportOptions,
         arguments,
     )
     from .pretrain import pretrain

@@ -7,6 +7,7 @@ from .errors import ConfigError, shown
 
 LARGEST_YAML = 2**17  # bytes
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NUMBER_LINE = re.compile(f"^(?:{NUMBER.pattern})$")
 
 
 def number(text: Any) -> Any:
@@ -38,23 +39,15 @@ def read_yaml(path: str) -> dict[str, Any]:
                 raise ValueError(f"a key stands twice at line {node.start_mark.line + 1}")
             return super().construct_mapping(node, deep)
 
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER_LINE, list("+-.0123456789"))
     try:
         with open(path, "rb") as file:
             text = file.read(LARGEST_YAML + 1)
         if len(text) > LARGEST_YAML:
             raise ValueError(f"it is larger than {LARGEST_YAML:,} bytes")
-        values = _with_numbers(yaml.load(text, Loader))
+        values = yaml.load(text, Loader)
     except Exception as error:  # beside YAMLError, yaml's constructors raise most of what Python has
         raise ConfigError(f"{path} cannot be read as YAML: {error!s:.500}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `field: value` lines, got {type(values).__name__}.")
     return {shown(k) if not isinstance(k, str) else k: v for k, v in values.items()}
-
-
-def _with_numbers(value: Any) -> Any:
-    """With every text that is one as a number, however deep."""
-    if isinstance(value, dict):
-        return {k: _with_numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_with_numbers(v) for v in value]
-    return number(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
