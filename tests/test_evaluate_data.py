@@ -69,10 +69,13 @@ ROWS = {
 }  # fmt: skip
 
 
-def fixture(folder, name, row, count=3):
-    """Files of a set, in its own columns."""
+def fixture(folder, name, *rows, count=3):
+    """Files of a set, in its own columns: ``count`` times the rows to test on, and the same with other words to learn."""
+    asked = next(k for k in ("claim", "question", "text") if k in rows[0])
     for split in known(name).splits:
-        (folder / f"{name}.{split}.jsonl").write_text((json.dumps(row) + "\n") * count)
+        learned = split == known(name).splits[0]
+        told = [{**r, asked: f"{r[asked]} ({i})" if learned else r[asked]} for i in range(count) for r in rows]
+        (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in told))
 
 
 # -- sets --------------------------------------------------------------------------------------------------------------
@@ -131,15 +134,48 @@ def test_generated_sets_are_never_tested_on_what_they_train_on():
 
 
 def test_words_heads_and_limits(tmp_path):
-    fixture(tmp_path, "hotel_reviews", {"text": "one two three four", "label": "neutral"}, 9)
-    given = {"data": str(tmp_path), "words": 2, "validation": 2, "train_limit": 4, "test_limit": 5}
-    task = load_task("hotel_reviews", TaskOptions(**given))
-    assert task.train[0]["prompt"].startswith("one two\nIs this")
+    rows = [{"text": f"one two {k}", "label": k} for k in ("neutral", "positive")]
+    fixture(tmp_path, "hotel_reviews", *rows, count=6)
+    given = {"data": str(tmp_path), "validation": 2, "train_limit": 4, "test_limit": 5}
+    task = load_task("hotel_reviews", TaskOptions(**given, words=4))
+    assert task.train[0]["prompt"].startswith("one two ") and "(" in task.train[0]["prompt"]
+    assert task.test[0]["prompt"].split("\n")[0] in ("one two neutral", "one two positive")
     assert (len(task.train), len(task.validation), len(task.test)) == (4, 2, 5)
     classified = load_task("hotel_reviews", TaskOptions(**given, head="classify"))
-    assert classified.test[0] == {"text": "one two", "label": "neutral"}
+    assert classified.test[0] in rows
     told = load_task("hotel_reviews", TaskOptions(**given, head="text"))
-    assert told.test[0]["text"].startswith("one two\nIs this") and told.metric == "loss"
+    assert "\nIs this" in told.test[0]["text"] and told.metric == "loss"
+
+
+def test_nothing_that_is_learned_is_asked_and_order_says_nothing(tmp_path):
+    """Sets in order of their classes are shuffled, always alike; training records that the test asks are dropped."""
+    rows = [{"prompt": f"{k}{i}", "completion": k} for k in "ab" for i in range(40)]
+    for part, chosen in (("train", rows), ("test", rows[::4])):
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chosen))
+    options = TaskOptions(
+        train=f"{tmp_path}/train.jsonl", test=f"{tmp_path}/test.jsonl", validation=20, test_limit=10, train_limit=20
+    )
+    task = load_task("x", options)
+    asked = {r["prompt"] for r in rows[::4]}
+    assert not asked & {r["prompt"] for r in (*task.train, *task.validation)}
+    for part in (task.train, task.validation, task.test):
+        assert {r["completion"] for r in part} == {"a", "b"}
+    assert load_task("x", options) == task
+
+
+def test_classes_that_are_not_learned_are_told_before_training(tmp_path):
+    for part, labels in (("train", "ab"), ("test", "abc")):
+        rows = [{"text": f"{part} {k} {i}", "label": k} for k in labels for i in range(4)]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    given = {"train": f"{tmp_path}/train.jsonl", "test": f"{tmp_path}/test.jsonl", "validation": 2, "head": "classify"}
+    with pytest.raises(DataError, match="tests classes that it does not learn: c"):
+        load_task("x", TaskOptions(**given))
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{part}{i}", "label": 0.5 * i}) + "\n" for i in range(6))
+        )
+    with pytest.raises(DataError, match="one class each, not of regression"):
+        load_task("x", TaskOptions(**given))
 
 
 @pytest.mark.parametrize(
@@ -248,8 +284,10 @@ def test_mcnemar_is_exact():
 @pytest.fixture
 def study(tmp_path):
     for name in ("a", "b"):
-        for part in ("train", "test"):
-            (tmp_path / f"{name}.{part}.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 4)
+        for part, prompt in (("train", "1+1="), ("test", "1+2=")):
+            (tmp_path / f"{name}.{part}.jsonl").write_text(
+                (json.dumps({"prompt": prompt, "completion": "2"}) + "\n") * 4
+            )
     tasks = {
         n: {"train": f"{tmp_path}/{n}.train.jsonl", "test": f"{tmp_path}/{n}.test.jsonl", "validation": 1} for n in "ab"
     }
@@ -281,6 +319,21 @@ def study(tmp_path):
         ({"forgetting": ["a", "b"]}, "Every task of the study is tested only"),
         ({"search": {"learning_rates": [1]}}, "Unknown key 'learning_rates' in search"),
         ({"search": {"tasks": ["c"]}}, "study's tasks .search"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"base": "random:tiny"}, "is of the referee"),
+        ({"search": {"learning_rate": []}}, "search.learning_rate is empty"),
+        ({"search": {"max_steps": 0}}, "search.max_steps must be"),
+        ({"search": {"seed": -1}}, "search.seed at least 0"),
+        ({"search": {"tasks": ["b"]}, "transfer": {"a": ["b"]}}, "b, which is tested only"),
+        ({"forgetting": ["b"]}, "add a method of .kind: base"),
+        ({"methods": {"x": {"kind": "lora", "learning_rate": [1e-3, 1e-2]}}}, "several rates to try, but the study has no search"),
+        ({"methods": {"x": {"kind": "lora", "learning_rate": "fast"}}}, "method x: learning_rate must be"),
+        ({"methods": {"x": {"kind": "lora", "training": 5}}}, "method x: training must be"),
+        ({"methods": {"x": {"kind": ["lora"]}}}, "the kinds of method"),
+        ({"methods": {"x": {"kind": "lora", "training": {"learning_rate": 1}}}}, "beside training, not in it"),
+        ({"methods": {"x": {"kind": "umbra", "modes": "detachd"}}}, "modes are attached, detached"),
+        ({"training": {"per_device_train_batch_size": "eight"}}, "per_device_train_batch_size must be"),
+        ({"training": {"seed": 3}}, "Unknown key 'seed'"),
         ({"training": {"max_step": 2}}, "max_step"),
         ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size"),
     ],
@@ -293,7 +346,8 @@ def test_a_study_that_cannot_be_run_is_refused(change, message, study):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": None}, "train and test go together"),
+        ({"test": None}, "train needs test"),
+        ({"words": 3}, "words is of a known set"),
         ({"metric": "bleu"}, "Unknown key 'bleu'.*metrics"),
         ({"pattern": "("}, "no regular expression"),
         ({"validation": 0}, "validation must be at least 1"),
@@ -309,7 +363,9 @@ def test_a_task_that_cannot_be_run_is_refused(change, message, study):
 
 
 def test_too_little_data_and_the_wrong_records_are_named(study):
-    with pytest.raises(DataError, match="4 training records, of which validation=4 leaves none"):
+    with pytest.raises(
+        DataError, match="4 training records that its test does not ask, of which validation=4 leaves none"
+    ):
         load_task("a", TaskOptions(**{**study["tasks"]["a"], "validation": 4}))
     with pytest.raises(DataError, match="head=classify, which takes label records, not completion"):
         load_task("a", TaskOptions(**study["tasks"]["a"], head="classify"))
@@ -318,8 +374,7 @@ def test_too_little_data_and_the_wrong_records_are_named(study):
 def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path):
     def key(**changes):
         made = Study.of({**study, **changes})
-        (name, method) = next(iter(made.methods.items()))
-        return key_of(next(made.runs({name: method.fields}, {})))
+        return key_of(next(made.runs({n: m.fields for n, m in made.methods.items()}, {})))
 
     first = key()
     assert key(title="Other", about="words", batch_size=3) == first
@@ -327,7 +382,16 @@ def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path
     assert key(seeds=[1]) != first
     assert key(training={"max_steps": 3}) != first
     assert key(methods={"Umbra": {"kind": "umbra", "rank": 5}}) != first
-    assert key(forgetting=["b"]) != first
+    assert key(transfer={"a": ["b"]}) != first
+    assert key(tasks={"a": {**study["tasks"]["a"], "train": "org/a", "test": "org/t"}}) != key(
+        tasks={"a": {**study["tasks"]["a"], "train": "org/b", "test": "org/t"}}
+    )
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "config.json").write_text("{}")
+    pretrained = {"Umbra": {"kind": "umbra", "shadow": str(tmp_path / "shadow")}}
+    before = key(methods=pretrained)
+    (tmp_path / "shadow" / "config.json").write_text('{"again": 1}')
+    assert key(methods=pretrained) != before
     (tmp_path / "moved.jsonl").write_bytes((tmp_path / "a.train.jsonl").read_bytes())
     moved = {**study["tasks"]["a"], "train": str(tmp_path / "moved.jsonl")}
     assert key(tasks={"a": moved}) == first

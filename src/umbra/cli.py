@@ -145,6 +145,7 @@ def _eval(arguments: list[str]) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     options = _parse("umbra evaluate", EvaluateOptions, arguments)
+    _check_installed("umbra evaluate", "evaluate", ("peft", "scipy", "matplotlib"))
     from .evaluate import evaluate
 
     found = evaluate(options)
@@ -154,6 +155,7 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     options = _parse("umbra report", ReportOptions, arguments)
+    _check_installed("umbra report", "evaluate", ("scipy", "matplotlib"))
     from pathlib import Path
 
     from .evaluate.report import write_report
@@ -241,12 +243,17 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _lm_eval(arguments: list[str]) -> int:
-    if find_spec("lm_eval") is None:
-        raise ConfigError("lm-eval is not installed: pip install 'umbra-peft[lm-eval]'.")
+    _check_installed("umbra lm_eval", "lm-eval", ("lm_eval",))
     from .lm_eval import main
 
     main(arguments)
     return 0
+
+
+def _check_installed(command: str, extra: str, packages: tuple[str, ...]) -> None:
+    missing = [p for p in packages if find_spec(p) is None]
+    if missing:
+        raise ConfigError(f"{command} needs {', '.join(missing)}: pip install 'umbra-peft[{extra}]'.")
 
 
 def _leave_ranks() -> None:

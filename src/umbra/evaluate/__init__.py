@@ -5,6 +5,7 @@ run.py makes one, record.py keeps it, results.py and statistics.py compare, repo
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -45,26 +46,37 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"out={out} cannot be made: {error}") from error
-    trials = list(study.trials(sizes))
+    trials, done = list(study.trials(sizes)), record.read_all(out)
     bar = tqdm(total=len(trials) + _count(study, sizes), desc="study", disable=None, smoothing=0.1)
-    done = record.read_all(out)
+    note = {
+        "study": _plain(study),
+        "parameters": parameters,
+        "command": f"umbra evaluate {options.study} --out {options.out}",
+    }
+    _note(out, note, trials, [], {})
     with _quiet():
         _sweep(trials, done, out, study, bar, options.retry)
     rates = choose(study, trials, done)
-    requests = list(study.runs(sizes, rates))
-    about = {
-        "study": _plain(study), "parameters": parameters, "command": f"umbra evaluate {options.study} --out {options.out}",
-        "trials": [key_of(r) for r in trials], "runs": [key_of(r) for r in requests],
-        "methods": {key_of(r): r["method"] for r in (*trials, *requests)},
-    }  # fmt: skip
-    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
-    folder.write_together(out, lambda staging: folder.write_text(staging / STUDY_FILE, text))
+    requests = list(study.runs(sizes, {k: rate for k, (rate, _) in rates.items()}))
+    _note(out, note, trials, requests, rates)
     with _quiet():
         _sweep(requests, done, out, study, bar, options.retry)
     bar.close()
     shutil.rmtree(out / "work", ignore_errors=True)
-    failed = [k for k in (*about["trials"], *about["runs"]) if not record.succeeded(done.get(k))]
+    failed = [r for r in (*trials, *requests) if not record.succeeded(done.get(key_of(r)))]
     return {"runs": len(trials) + len(requests), "failed": len(failed), "report": [str(f) for f in write_report(out)]}
+
+
+def _note(
+    out: Path, note: dict[str, Any], trials: list[dict[str, Any]], requests: list[dict[str, Any]], rates: "Rates"
+) -> None:
+    """What the report reads, also while runs are missing."""
+    about = {
+        **note, "trials": [key_of(r) for r in trials], "runs": [key_of(r) for r in requests],
+        "methods": _names((*trials, *requests)), "rates": [[*k, *found] for k, found in rates.items()],
+    }  # fmt: skip
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    folder.write_together(out, lambda staging: folder.write_text(staging / STUDY_FILE, text))
 
 
 @contextmanager
@@ -92,6 +104,14 @@ def _sizes(study: Study) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     return fields, {n: count(base, n, m, fields[n]) for n, m in study.methods.items()}
 
 
+def _names(requests: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """By key, the methods that a run stands for: two of one configuration share theirs."""
+    found: dict[str, list[str]] = {}
+    for request in requests:
+        found.setdefault(key_of(request), []).append(request["method"])
+    return found
+
+
 def _count(study: Study, sizes: dict[str, dict[str, Any]]) -> int:
     return sum(1 for _ in study.runs(sizes, {}))
 
@@ -115,28 +135,38 @@ def _sweep(
         bar.update()
 
 
-def choose(study: Study, trials: list[dict[str, Any]], done: dict[str, Any]) -> dict[tuple[str, str], float | None]:
-    """The learning rate of every method and task: the one whose held-out loss is lowest, on the task itself where it was
-    searched on, else over those that were (each task's losses relative to its lowest). None leaves what `training` says.
+Rates = dict[tuple[str, str], tuple[float | None, str]]
+
+
+def choose(study: Study, trials: list[dict[str, Any]], done: dict[str, Any]) -> Rates:
+    """The learning rate of every method and task, and where it comes from: the one whose held-out loss is lowest, on the task
+    itself where it was searched on, else over those that were (each task's losses relative to its lowest).
     """
     found: dict[tuple[str, str], dict[float, float]] = {}
     for request in trials:
         kept = done.get(key_of(request))
         loss = kept["umbra"]["validation_loss"] if kept is not None and record.succeeded(kept) else None
-        if loss is not None and loss == loss:
+        if loss is not None and math.isfinite(loss):
             found.setdefault((request["method"], request["task"]), {})[request["training"]["learning_rate"]] = loss
-    rates: dict[tuple[str, str], float | None] = {}
+    rates: Rates = {}
     for name, method in study.methods.items():
         given = study.rates(method)
         searched = [task for method_name, task in found if method_name == name]
-        for task in study.trained:
+        for task in study.trained if method.is_trained else []:
             if len(given) == 1:
-                rates[name, task] = given[0]
+                rates[name, task] = given[0], "given"
                 continue
             judged = [found[name, of] for of in ([task] if task in searched else searched)]
             common = [r for r in given if judged and all(r in losses for losses in judged)]
             worse = {r: sum(losses[r] / max(min(losses.values()), 1e-9) for losses in judged) for r in common}
-            rates[name, task] = min(worse, key=lambda r: worse[r]) if worse else None
+            if worse:
+                best = min(worse, key=lambda r: worse[r])
+                rates[name, task] = best, "searched" if task in searched else f"searched on {', '.join(searched)}"
+            else:
+                rates[name, task] = (
+                    None,
+                    "no trial has succeeded: the training's own" if given else "the training's own",
+                )
     return rates
 
 

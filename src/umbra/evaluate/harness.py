@@ -8,32 +8,39 @@ from .tasks import TaskOptions
 
 
 def check(name: str, options: TaskOptions) -> None:
-    """Refuse a task that lm-eval does not know, before anything is trained for it.
+    """Refuse a task that lm-eval does not know or cannot score as one, before anything is trained for it.
 
     Raises:
-        ConfigError: none such, or no lm-eval.
+        ConfigError: none such, a tag or a group without a score of its own, or no lm-eval.
     """
-    known = _manager(options).all_tasks
-    if options.lm_eval not in known:
-        raise unknown_key(str(options.lm_eval), known, f"the tasks of lm-eval (task {name})")
+    manager, wanted = _manager(options), str(options.lm_eval)
+    if wanted not in manager.all_tasks:
+        raise unknown_key(wanted, manager.all_tasks, f"the tasks of lm-eval (task {name})")
+    if wanted not in manager.all_subtasks:
+        raise ConfigError(
+            f"task {name}: {wanted} is a group of lm-eval's tasks; name one of them, or each as a task of its own."
+        )
 
 
 def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) -> dict[str, Any]:
-    """The task's first metric, all its values, and what every sample got."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    """The task's first metric, which way it is better, all its values, and what every sample got."""
+    import lm_eval
+    from lm_eval.models import huggingface
 
-    lm, name = HFLM(pretrained=runner, tokenizer=tokenizer, batch_size=batch_size), str(options.lm_eval)
-    found = simple_evaluate(
+    run: Any = lm_eval.simple_evaluate
+    make: Any = huggingface.HFLM
+    lm, name = make(pretrained=runner, tokenizer=tokenizer, batch_size=batch_size), str(options.lm_eval)
+    found = run(
         lm, tasks=[name], limit=options.test_limit, task_manager=_manager(options), bootstrap_iters=0, log_samples=True
     )
-    assert found is not None
     values = {k: v for k, v in found["results"][name].items() if isinstance(v, float) and not math.isnan(v)}
+    values = {k: v for k, v in values.items() if not k.partition(",")[0].endswith("_stderr")}
     chief = next(iter(values))
-    metric = chief.partition(",")[0]
-    samples = [sample for of_task in found["samples"].values() for sample in of_task]
+    metric, _, chosen = chief.partition(",")
+    samples = [s for s in found["samples"][name] if s.get("filter", chosen) == chosen]
     items = [float(s[metric]) for s in samples if isinstance(s.get(metric), int | float)]
-    return {"metric": metric, "value": values[chief], "values": values, "items": items}
+    less = found.get("higher_is_better", {}).get(name, {}).get(metric) is False
+    return {"metric": metric, "less_is_better": less, "value": values[chief], "values": values, "items": items}
 
 
 def _manager(options: TaskOptions) -> Any:

@@ -16,7 +16,7 @@ from ..bench.methods import trainable
 from ..config import ShadowConfig
 from ..errors import ConfigError, unknown_key
 from ..model import attach
-from ..options import names
+from ..options import check_types, names
 from ..train import leave_the_pair
 
 ATTACHED, DETACHED = "attached", "detached"
@@ -51,7 +51,7 @@ KINDS = {
     "peft_shadow": Kind("PEFT's ShadowConfig", {"peft_type": "SHADOW"}, "shadow_intermediate_size"),
     "peft": Kind("any configuration of PEFT, by its peft_type"),
     "umbra": Kind("Umbra", {}, "shadow_intermediate_size", (ATTACHED, DETACHED)),
-    "alone": Kind("the shadow's architecture, trained without the base", {}, "shadow_intermediate_size", (DETACHED,)),
+    "alone": Kind("the shadow's architecture, trained without the base", {}, None, (DETACHED,)),
 }  # fmt: skip
 SHADOWS = ("umbra", "alone")
 
@@ -85,9 +85,9 @@ class MethodOptions:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether its size is given, or lies in such a folder."""
+        """Whether its size is given, lies in such a folder, or is that of the base's blocks."""
         size = KINDS[self.kind].size
-        return size is None or size in self.fields or self.is_pretrained
+        return size is None or size in self.fields or self.is_pretrained or self.fields.get("init") == "base"
 
     def sized(self, value: int) -> dict[str, Any]:
         """Its fields, with the one that sets its size."""
@@ -104,23 +104,29 @@ def read_method(name: str, values: dict[str, Any]) -> MethodOptions:
     if not isinstance(values, dict) or "kind" not in values:
         raise ConfigError(f"method {name} needs a kind, one of {', '.join(KINDS)}: such as {{kind: lora, r: 8}}.")
     own = {k: v for k, v in values.items() if k in names(MethodOptions) and k != "fields"}
-    fields = {k: v for k, v in values.items() if k not in own}
-    if own["kind"] not in KINDS:
+    fields = {str(k): v for k, v in values.items() if k not in own}
+    if not isinstance(own["kind"], str) or own["kind"] not in KINDS:
         raise unknown_key(str(own["kind"]), KINDS, f"the kinds of method ({name})")
     kind = KINDS[own["kind"]]
+    own = {k: [v] if k in ("modes", "learning_rate") and not isinstance(v, list) else v for k, v in own.items()}
+    try:
+        check_types(MethodOptions, {**own, "modes": tuple(own.get("modes", ()))})
+    except ConfigError as error:
+        raise ConfigError(f"method {name}: {error}") from error
+    if "learning_rate" in own.get("training", {}):
+        raise ConfigError(
+            f"method {name}: give learning_rate beside training, not in it: the search would override it."
+        )
     modes = tuple(own.get("modes") or kind.modes)
     if set(modes) - set(kind.modes):
         raise ConfigError(
             f"method {name}: modes are {', '.join(kind.modes)} for {own['kind']}, got {', '.join(modes)}."
         )
-    rates = own.get("learning_rate")
-    if rates is not None:
-        own["learning_rate"] = [float(r) for r in (rates if isinstance(rates, list) else [rates])]
     if own["kind"] in SHADOWS:
         ShadowConfig(**fields)
     elif own["kind"] != "base":
         fields = {**kind.defaults, **fields}
-        _peft_config(name, fields, False)
+        _peft_config(str(own["kind"]), fields, False, name)
     elif fields:
         raise ConfigError(f"method {name}: the bare base has no fields, got {', '.join(fields)}.")
     return MethodOptions(**{**own, "fields": fields, "modes": modes})
@@ -145,23 +151,25 @@ def build(kind: str, base: Any, fields: dict[str, Any], classifies: bool = False
     return model
 
 
-def _peft_config(name: str, fields: dict[str, Any], classifies: bool) -> Any:
+def _peft_config(kind: str, fields: dict[str, Any], classifies: bool, name: str = "") -> Any:
+    """PEFT's configuration; ``name`` is of the method, for messages."""
+    name = name or kind
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError as error:
         raise ConfigError(f"method {name} needs PEFT: pip install 'umbra-peft[evaluate]'.") from error
     fields = {"task_type": "SEQ_CLS" if classifies else "CAUSAL_LM", **fields}
-    kind = str(fields.pop("peft_type", "")).upper()
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    form = str(fields.pop("peft_type", "")).upper()
+    if form not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise unknown_key(
-            kind, [str(k.value) for k in PEFT_TYPE_TO_CONFIG_MAPPING], f"the peft_type of PEFT (method {name})"
+            form, [str(k.value) for k in PEFT_TYPE_TO_CONFIG_MAPPING], f"the peft_type of PEFT (method {name})"
         )
-    config: Callable[..., Any] = PEFT_TYPE_TO_CONFIG_MAPPING[kind]  # type: ignore[index]
+    config: Callable[..., Any] = PEFT_TYPE_TO_CONFIG_MAPPING[form]  # type: ignore[index]
     known = inspect.signature(config).parameters
     for key in fields:
         if key not in known:
             raise unknown_key(key, known, f"the fields of {config.__name__} (method {name})")
-    if kind == "LORA" and "lora_alpha" not in fields:
+    if kind in ("lora", "dora") and "lora_alpha" not in fields:
         fields["lora_alpha"] = 2 * fields.get("r", 8)
     try:
         return config(**fields)

@@ -23,7 +23,6 @@ th:first-child, td:first-child { text-align: left } th { font-weight: 600; color
 tbody tr:hover { background: var(--raised) }
 code { background: var(--raised); padding: .1em .35em; border-radius: 4px; font-size: .9em }
 figure { margin: 1rem 0 } figure svg { max-width: 100%; height: auto; color: var(--ink) }
-figcaption { color: var(--soft); font-size: .92rem }
 """
 
 
@@ -41,7 +40,6 @@ class Section:
     header: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     figure: str | None = None
-    caption: str = ""
 
 
 def markdown(title: str, lead: list[str], sections: list[Section], pictures: dict[str, str]) -> str:
@@ -53,7 +51,7 @@ def markdown(title: str, lead: list[str], sections: list[Section], pictures: dic
             rule = "|---|" + "---:|" * (len(s.header) - 1)
             lines += [_row(s.header), rule, *map(_row, s.rows), ""]
         if s.figure in pictures:
-            lines += [f"![{s.caption or s.title}]({pictures[s.figure]})", ""]
+            lines += [f"![{s.title}]({pictures[s.figure]})", ""]
     return "\n".join(lines)
 
 
@@ -74,8 +72,7 @@ def page(title: str, lead: list[str], sections: list[Section], pictures: dict[st
                 f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
             )
         if s.figure in pictures:
-            caption = f"<figcaption>{_inline(s.caption)}</figcaption>" if s.caption else ""
-            parts.append(f"<figure>{pictures[s.figure]}{caption}</figure>")
+            parts.append(f"<figure>{pictures[s.figure]}</figure>")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"

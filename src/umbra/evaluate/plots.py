@@ -75,15 +75,8 @@ def pareto(results: Results) -> Any:
             mean, cost = results.mean_score(variant), results.cost(variant)
             if mean is not None and cost:
                 half = 0 if np.isinf(mean.half) else 100 * mean.half
-                axes.errorbar(
-                    cost[name] / unit,
-                    100 * mean.mean,
-                    yerr=half,
-                    fmt="o",
-                    color=palette[variant.name],
-                    label=variant.name,
-                    capsize=2,
-                )
+                look = {"fmt": "o", "color": palette[variant.name], "label": variant.name, "capsize": 2}
+                axes.errorbar(cost[name] / unit, 100 * mean.mean, yerr=half, **look)
         axes.grid(color=INK, alpha=0.12)
         axes.set_xlim(left=0)
         _plain(axes, xlabel=label, ylabel="mean score, %" if name == "parameters" else "")
@@ -125,21 +118,11 @@ def scaling(results: Results, families: dict[str, list[Variant]]) -> Any:
     figure = _figure(6, 3.4)
     axes = figure.subplots()
     for colour, (name, variants) in zip(COLOURS, families.items(), strict=False):
-        points = sorted(
-            (results.cost(v)["parameters"] / 1e6, found)
-            for v in variants
-            if (found := results.mean_score(v)) and results.cost(v)
-        )
+        told = [(results.cost(v), results.mean_score(v)) for v in variants]
+        points = sorted(((c["parameters"] / 1e6, f) for c, f in told if c and f), key=lambda point: point[0])
         halves = [0 if np.isinf(f.half) else 100 * f.half for _, f in points]
-        axes.errorbar(
-            [x for x, _ in points],
-            [100 * f.mean for _, f in points],
-            halves,
-            fmt="o-",
-            color=colour,
-            label=name,
-            capsize=2,
-        )
+        x, y = [x for x, _ in points], [100 * f.mean for _, f in points]
+        axes.errorbar(x, y, halves, fmt="o-", color=colour, label=name, capsize=2)
     axes.set_xscale("log")
     axes.grid(color=INK, alpha=0.12)
     _plain(axes, xlabel="trainable parameters, M", ylabel="mean score, %")

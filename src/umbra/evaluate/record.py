@@ -42,8 +42,7 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
     ]
     last = {
         "step": found.get("steps", 0), "test accuracy": own.get("value"), "train loss": found.get("train_loss"),
-        "train samples": found.get("steps", 0) * arguments.get("per_device_train_batch_size", 0),
-        "train total tokens": found.get("tokens", 0),
+        "train samples": found.get("samples", 0), "train total tokens": found.get("tokens", 0),
     }  # fmt: skip
     return {
         "run_info": {
@@ -63,8 +62,8 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
             "peft_config": found.get("adapter_config") or None,
         },
         "train_info": {
-            "accelerator_memory_max": memory["peak"], "accelerator_memory_reserved_avg": memory["before"],
-            "accelerator_memory_reserved_99th": memory["peak"], "train_time": found.get("train_seconds", 0.0),
+            "accelerator_memory_max": memory["peak"], "accelerator_memory_reserved_avg": 0,
+            "accelerator_memory_reserved_99th": 0, "train_time": found.get("train_seconds", 0.0),
             "file_size": found.get("file_bytes", 0), "num_trainable_params": found.get("trainable_parameters", 0),
             "num_total_params": found.get("total_parameters", 0), "status": "failed" if error else "success",
             "metrics": [*history, last],
@@ -76,7 +75,9 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
         },
         "umbra": {
             "schema": SCHEMA, "key": key_of(request), "request": request, "scores": scores,
-            "validation_loss": found.get("validation_loss"), "commit": commit(), "machine": Device().describe(),
+            "validation_loss": found.get("validation_loss"), "memory_before": memory["before"],
+            "seconds_per_step": found.get("train_seconds", 0.0) / max(found.get("timed_steps", 1), 1), "commit": commit(),
+            "machine": Device(found.get("device", "cpu")).describe(),
         },
     }  # fmt: skip
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import folder
 from ..errors import CheckpointError
 from . import plots
-from .methods import ATTACHED, SHADOWS
+from .methods import ATTACHED, FIT, SHADOWS
 from .page import Section, markdown, page
 from .results import Results, Variant
 from .statistics import Estimate, mcnemar
@@ -24,7 +24,6 @@ def write_report(out: Path, to: Path | None = None) -> list[Path]:
 
     Raises:
         CheckpointError: no study there, or a disk that refuses.
-        ConfigError: matplotlib or scipy is not installed.
     """
     results, to = Results(out, STUDY_FILE), to or out
     sections, drawings = _sections(results)
@@ -42,7 +41,12 @@ def write_report(out: Path, to: Path | None = None) -> list[Path]:
         "report.html": page(title, lead, sections, svgs),
         "report.md": markdown(title, lead, sections, {n: f"{FIGURES}/{n}.png" for n in figures}),
     }
-    folder.write_together(to, lambda staging: [folder.write_text(staging / n, t) for n, t in files.items()] and None)
+
+    def write(staging: Path) -> None:
+        for name, text in files.items():
+            folder.write_text(staging / name, text)
+
+    folder.write_together(to, write)
     return [to / n for n in files]
 
 
@@ -65,39 +69,53 @@ Made = tuple[Section | None, Callable[[], Any] | None]
 
 
 def _lead(results: Results) -> list[str]:
-    study = results.study
-    kept = next(iter((*results.runs, *results.trials)), None)
+    study, found = results.study, _comparisons(results)
     lead = [study["about"]] if study["about"] else []
-    lead.append(f"{study['base']} in {study['dtype']}; seeds {', '.join(map(str, study['seeds']))}. {_where(kept)}")
-    losses, wins, ties = [], 0, 0
-    for ours, theirs, task, found in _pairs(results):
-        wins, ties = wins + (found.verdict == "win"), ties + (found.verdict == "tie")
-        if found.verdict == "loss":
-            losses.append(f"{ours.name} to {theirs.name} on {task} ({_signed(found, results.is_loss(task))})")
-    if wins + ties + len(losses):
-        told = f"Of {wins + ties + len(losses)} comparisons {wins} are won, {ties} tied and {len(losses)} lost."
-        lead.append(f"{told} **Lost:** {'; '.join(losses)}." if losses else f"{told} No loss is beyond the noise.")
+    lead.append(f"{study['base']} in {study['dtype']}; seeds {', '.join(map(str, study['seeds']))}. {_where(results)}")
+    counts = {verdict: sum(c.apart.verdict == verdict for c in found) for verdict in ("win", "tie", "loss")}
+    lost = [
+        f"{c.ours.name} to {c.theirs.name} on {c.task} ({_signed(c.apart, results.is_loss(c.tested))})"
+        for c in found if c.apart.verdict == "loss"
+    ]  # fmt: skip
+    if found:
+        told = f"Of {len(found)} comparisons {counts['win']} are won, {counts['tie']} tied and {counts['loss']} lost."
+        lead.append(f"{told} **Lost:** {'; '.join(lost)}." if lost else f"{told} No loss is beyond the noise.")
+    if results.failed:
+        lead.append(f"**{len(results.failed)} runs have failed** and are in no comparison: see the end.")
     if results.missing:
         lead.append(f"**{len(results.missing)} runs are missing:** the study was not run to its end.")
+    sizes = results.about["parameters"]
+    target = max((sizes[v.method] for v in results.ours), default=0)
+    other = [
+        n
+        for n in sizes
+        if sizes[n] and abs(sizes[n] - target) > FIT * target and n not in {v.method for v in results.alone}
+    ]
+    if study["match"] is not None and other:
+        lead.append(f"Not of equal size: {', '.join(f'{n} ({sizes[n] / 1e6:.2f} M)' for n in other)}.")
     return lead
 
 
-def _where(kept: dict[str, Any] | None) -> str:
-    if kept is None:
-        return ""
-    machine, packages = kept["umbra"]["machine"], kept["meta_info"]["package_info"]
-    versions = ", ".join(
-        f"{n.removesuffix('-version')} {v}" for n, v in packages.items() if v and n != "bitsandbytes-version"
-    )
-    what = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}, {machine['threads']} threads"
-    return f"{what}; {versions}; commit {kept['umbra']['commit']}; {kept['run_info']['created_at'][:10]}."
+def _where(results: Results) -> str:
+    """Machines, versions, commits and days of all runs."""
+    told: dict[str, None] = {}
+    for kept in (*results.runs, *results.trials):
+        machine, packages = kept["umbra"]["machine"], kept["meta_info"]["package_info"]
+        versions = [
+            f"{n.removesuffix('-version')} {v}" for n, v in packages.items() if v and not n.startswith("bitsandbytes")
+        ]
+        what = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}, {machine['threads']} threads"
+        told[
+            f"{what}; {', '.join(versions)}; commit {kept['umbra']['commit']}; {kept['run_info']['created_at'][:10]}"
+        ] = None
+    return ". ".join(told) + "." if told else ""
 
 
 def _told(found: Estimate | None, is_loss: bool = False) -> str:
     if found is None:
         return "–"
     scale, form = (1, "{:.3f}") if is_loss else (100, "{:.1f}")
-    half = "" if found.half in (0, float("inf")) else f" ± {form.format(scale * found.half)}"
+    half = "" if found.half == float("inf") else f" ± {form.format(scale * found.half)}"
     return form.format(scale * found.mean) + half
 
 
@@ -115,15 +133,35 @@ def _judged(found: Estimate | None, is_loss: bool = False) -> str:
     return f"{_signed(found, is_loss)} {'tie' if found.verdict == 'tie' else f'**{found.verdict}**'}"
 
 
-def _pairs(results: Results) -> list[tuple[Variant, Variant, str, Estimate]]:
-    """Ours attached against every trained rival, on every task."""
+class Comparison(NamedTuple):
+    """Ours beside theirs: trained on one task, tested on it or on another."""
+
+    ours: Variant
+    theirs: Variant
+    trained: str
+    tested: str
+    apart: Estimate
+
+    @property
+    def task(self) -> str:
+        return self.trained if self.trained == self.tested else f"{self.trained} → {self.tested}"
+
+
+def _opponents(results: Results) -> list[tuple[Variant, Variant]]:
+    """Ours attached and every trained rival; ours detached and what was trained alone."""
+    pairs = [(a, b) for a in results.ours if a.mode == ATTACHED for b in results.rivals if b.is_trained]
+    return pairs + [(a, b) for a in results.ours if a.mode != ATTACHED for b in results.alone]
+
+
+def _comparisons(results: Results) -> list[Comparison]:
+    """Of all opponents, on every task and on what is tested after it."""
     found = []
-    for ours in (v for v in results.ours if v.mode == ATTACHED):
-        for theirs in (v for v in results.rivals if v.is_trained):
-            for task in results.trained:
-                apart = results.apart(ours, theirs, task, task)
+    for ours, theirs in _opponents(results):
+        for trained in results.trained:
+            for tested in results.study["tested"][trained]:
+                apart = results.apart(ours, theirs, trained, tested)
                 if apart is not None:
-                    found.append((ours, theirs, task, apart))
+                    found.append(Comparison(ours, theirs, trained, tested, apart))
     return found
 
 
@@ -144,47 +182,51 @@ def _scores(results: Results) -> Made:
             text = _told(found, results.is_loss(task))
             cells.append(f"**{text}**" if found is not None and found.mean == best[task] else text)
         cost = results.cost(v)
-        size = f"{cost['parameters'] / 1e6:.2f} M" if cost else "0"
-        rows.append([v.name, size, *cells, _told(results.mean_score(v))])
+        costs = (
+            [f"{cost['parameters'] / 1e6:.2f} M", f"{cost['seconds']:.2f}", f"{cost['peak'] / 1e9:.2f}"]
+            if cost
+            else ["–"] * 3
+        )
+        rows.append([v.name, *cells, _told(results.mean_score(v)), *costs])
     units = [f"{t}, {results.metric(t)}" + ("" if results.is_loss(t) else " %") for t in tasks]
+    noise = (
+        "what a seed and what the choice of test items brings"
+        if len(results.study["seeds"]) > 1
+        else ("what the choice of test items brings; what a seed brings is unknown, since there is one")
+    )
     text = [
-        "Each method, trained on a task and tested on its test set: the mean over seeds, and half its 95 % interval, which counts "
-        "both what a seed and what the choice of test items brings. The best of a column is bold, whether or not it is ahead of "
-        "the noise: the next table tells that."
+        "Each method, trained on a task and tested on its test set: the mean over seeds, and half its 95 % interval, which "
+        f"counts {noise}. The best of a column is bold, whether or not it is ahead of the noise: the next table tells that. "
+        "Beside them the parameters that are trained, seconds a step and the peak memory of training, GB."
     ]  # fmt: skip
-    section = Section("Scores", text, ["method", "trained", *units, "mean"], rows, "scores")
-    return section, lambda: plots.scores(results)
+    header = ["method", *units, "mean", "trained", "s a step", "GB"]
+    return Section("Scores", text, header, rows, "scores"), lambda: plots.scores(results)
 
 
 def _verdicts(results: Results) -> Made:
-    rows, pairs = [], _pairs(results)
-    for ours, theirs in dict.fromkeys((a, b) for a, b, _, _ in pairs):
-        cells: list[str] = []
-        counts: dict[str, int] = dict.fromkeys(("win", "tie", "loss"), 0)
-        for task in results.trained:
-            found = results.apart(ours, theirs, task, task)
-            cells.append(_judged(found, results.is_loss(task)))
-            if found is not None:
-                counts[found.verdict] += 1
-        rows.append([f"{ours.name} − {theirs.name}", *cells, " / ".join(map(str, counts.values()))])
+    rows, found = [], [c for c in _comparisons(results) if c.trained == c.tested]
+    for ours, theirs in dict.fromkeys((c.ours, c.theirs) for c in found):
+        mine = {c.trained: c.apart for c in found if (c.ours, c.theirs) == (ours, theirs)}
+        counts = [sum(a.verdict == verdict for a in mine.values()) for verdict in ("win", "tie", "loss")]
+        cells = [_judged(mine.get(t), results.is_loss(t)) for t in results.trained]
+        rows.append([f"{ours.name} − {theirs.name}", *cells, " / ".join(map(str, counts))])
     if not rows:
         return None, None
     text = [
         "Differences are paired, seed by seed and item by item (two-way random effects, Student's t with Satterthwaite's degrees "
-        "of freedom). One whose 95 % interval holds zero is a tie. " + _exact(results, pairs)
+        "of freedom). One whose 95 % interval holds zero is a tie. " + _exact(results, found)
     ]  # fmt: skip
-    section = Section(
-        "Wins, ties and losses", text, ["difference", *results.trained, "win / tie / loss"], rows, "differences"
-    )
-    named = [(f"{a.name} − {b.name}, {task}", found) for a, b, task, found in pairs if not results.is_loss(task)]
+    named = [(f"{c.ours.name} − {c.theirs.name}, {c.trained}", c.apart) for c in found if not results.is_loss(c.tested)]
+    figure = "differences" if named else None
+    section = Section("Wins, ties and losses", text, ["difference", *results.trained, "win / tie / loss"], rows, figure)
     return section, lambda: plots.differences(named, "ours − theirs, points")
 
 
-def _exact(results: Results, pairs: list[tuple[Variant, Variant, str, Estimate]]) -> str:
+def _exact(results: Results, found: list[Comparison]) -> str:
     """How many single-seed comparisons McNemar's exact test calls different."""
     tests, apart = 0, 0
-    for ours, theirs, task, _ in pairs:
-        a, b = results.items(ours, task, task), results.items(theirs, task, task)
+    for c in found:
+        a, b = (results.items(v, c.trained, c.tested) for v in (c.ours, c.theirs))
         for seed in a.keys() & b.keys():
             if {*a[seed], *b[seed]} <= {0.0, 1.0} and len(a[seed]) == len(b[seed]):
                 tests, apart = tests + 1, apart + (mcnemar(a[seed], b[seed]) < 0.05)
@@ -210,42 +252,43 @@ def _costs(results: Results) -> Made:
         "follow one another by the hour: for speed as such see the referee, `umbra bench`, which takes turns."
     ]  # fmt: skip
     header = ["method", "trained", "adapter, MB", "s a step", "time", "peak, GB", "rise, GB", "rise"]
-    return Section("What it costs", text, header, rows, "pareto"), lambda: plots.pareto(results)
+    figure = "pareto" if any(results.mean_score(v) for v in costs) else None
+    return Section("What it costs", text, header, rows, figure), lambda: plots.pareto(results)
 
 
 def _transfer(results: Results) -> Made:
-    tested = results.study["tested"]
+    named, tested = results.study["transfer"], results.study["tested"]
     pairs = [
-        (a, b) for a in results.trained if results.study["transfer"].get(a) for b in tested[a] if b != a and not results.is_loss(b)
+        (a, b) for a in results.trained if named.get(a) for b in tested[a]
+        if b != a and b not in results.study["forgetting"] and not results.is_loss(b)
     ]  # fmt: skip
     if not pairs:
         return None, None
     rows = [[v.name, *(_told(results.score(v, *pair)) for pair in pairs)] for v in results.variants]
-    for ours in (v for v in results.ours if v.mode == ATTACHED):
-        for theirs in results.rivals:
-            cells = [_judged(results.apart(ours, theirs, *pair)) for pair in pairs]
-            rows.append([f"{ours.name} − {theirs.name}", *cells])
+    for ours, theirs in _opponents(results):
+        rows.append([f"{ours.name} − {theirs.name}", *(_judged(results.apart(ours, theirs, *pair)) for pair in pairs)])
     text = ["Trained on one task and tested on another, of which nothing was seen; %. Below, how far apart they are."]
     section = Section("Transfer", text, ["method", *(f"{a} → {b}" for a, b in pairs)], rows, "transfer")
     return section, lambda: plots.transfer(results, pairs)
 
 
 def _forgetting(results: Results) -> Made:
-    names, base = results.study["forgetting"], next((v for v in results.variants if not v.is_trained), None)
-    if not names or base is None:
+    base = next((v for v in results.variants if not v.is_trained), None)
+    if not results.study["forgetting"] or base is None:
         return None, None
     rows = []
-    for v in (v for v in results.variants if v.is_trained):
-        for tested in names:
+    for tested in results.study["forgetting"]:
+        pairs = [(v, base) for v in results.variants if v.is_trained] + _opponents(results)
+        for ours, theirs in pairs:
             cells = [
-                "–" if task == tested else _judged(results.apart(v, base, task, tested), results.is_loss(tested))
+                "–" if task == tested else _judged(results.apart(ours, theirs, task, tested), results.is_loss(tested))
                 for task in results.trained
-            ]
-            rows.append([f"{v.name}: {tested}", *cells])
-    units = ", ".join(f"{n} ({results.metric(n)})" for n in names)
+            ]  # fmt: skip
+            rows.append([f"{tested}: {ours.name} − {theirs.name}", *cells])
+    units = ", ".join(f"{n} ({results.metric(n)})" for n in results.study["forgetting"])
     text = [
-        f"What was never trained, after training on the task of a column, beside the bare base: {units}. Negative means forgotten; "
-        "losses count as less is better."
+        f"What was never trained, after training on the task of a column, beside the bare base and beside each other: {units}. "
+        "Negative means worse: beside the base, forgotten."
     ]  # fmt: skip
     return Section("Forgetting", text, ["after training on", *results.trained], rows), None
 
@@ -295,24 +338,33 @@ def _search(results: Results) -> Made:
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for kept in results.trials:
         asked = kept["umbra"]["request"]
-        key = asked["task"], results.name_of(kept)
-        found.setdefault(key, []).append((asked["training"]["learning_rate"], kept["umbra"]["validation_loss"]))
+        for name in results.names_of(kept):
+            told = asked["training"]["learning_rate"], kept["umbra"]["validation_loss"]
+            found.setdefault((asked["task"], name), []).append(told)
     if not found:
         return None, None
+    rates: dict[str, list[str]] = {}
+    for name, task, rate, source in results.about["rates"]:
+        if source != "given":
+            rates.setdefault(name, []).append(f"{task} {'–' if rate is None else f'{rate:g}'}" + _note_of(source))
     rows = []
     for (task, name), losses in found.items():
         best = min(loss for _, loss in losses)
-        cells = [
-            f"**{rate:g}: {loss:.4f}**" if loss == best else f"{rate:g}: {loss:.4f}" for rate, loss in sorted(losses)
-        ]
-        rows.append([f"{task}: {name}", " · ".join(cells)])
-    search = results.study["search"]
+        cells = [f"**{r:g}: {loss:.4f}**" if loss == best else f"{r:g}: {loss:.4f}" for r, loss in sorted(losses)]
+        rows.append([f"{task}: {name}", " · ".join(cells), ", ".join(rates.get(name, []))])
+    search, counts = results.study["search"], {len(losses) for losses in found.values()}
     steps = f"{search['max_steps']} steps" if search["max_steps"] else "as many steps as a run"
+    budget = "Every method had as many trials" if len(counts) == 1 else "Methods had different numbers of trials"
     text = [
-        f"Every method had the same trials: {steps} at seed {search['seed']}, scored by the loss of the answers that were held out "
-        "of the training set. Tasks without trials take the rate that is best over those with."
+        f"{budget}: {steps} at seed {search['seed']}, scored by the loss of the answers that were held out of the training set. A "
+        "task without trials of its own takes the rate that is best over those with."
     ]  # fmt: skip
-    return Section("Search for the learning rate", text, ["task: method", "rate: held-out loss"], rows), None
+    header = ["task: method", "rate: held-out loss", "trained with"]
+    return Section("Search for the learning rate", text, header, rows), None
+
+
+def _note_of(source: str) -> str:
+    return "" if source.startswith("searched") else f" ({source})"
 
 
 def _failures(results: Results) -> Made:
@@ -321,7 +373,8 @@ def _failures(results: Results) -> Made:
     rows = []
     for kept in results.failed:
         asked, error = kept["umbra"]["request"], kept["run_info"]["error_msg"].strip().splitlines()[-1:]
-        rows.append([f"{asked['task']}: {asked['method']}, seed {asked['seed']}", "".join(error)[:200]])
+        name = f"{asked['task']}: {', '.join(results.names_of(kept))}, seed {asked['seed']}"
+        rows.append([name, "".join(error)[:200]])
     return Section("Failed", ["These runs ended with an error, and are in no table."], ["run", "error"], rows), None
 
 

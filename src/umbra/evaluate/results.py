@@ -64,17 +64,18 @@ class Results:
         ]
         chosen = self.study["ours"] or [n for n, m in self.study["methods"].items() if m["kind"] == "umbra"]
         self.ours = [v for v in self.variants if v.method in chosen]
-        self.rivals = [v for v in self.variants if v.kind not in SHADOWS]
+        self.rivals = [v for v in self.variants if v.kind not in SHADOWS and v.method not in chosen]
+        self.alone = [v for v in self.variants if v.kind == "alone"]
 
-    def name_of(self, kept: dict[str, Any]) -> str:
-        """A record's method, as this study calls it."""
+    def names_of(self, kept: dict[str, Any]) -> list[str]:
+        """A record's methods, as this study calls them: several of one configuration share it."""
         return self.about["methods"][kept["umbra"]["key"]]
 
     def of(self, variant: Variant, trained: str | None = None) -> Iterator[dict[str, Any]]:
         """The records of a variant, of one trained task or of all; the bare base has learned none."""
         for kept in self.runs:
             asked = kept["umbra"]["request"]
-            if self.name_of(kept) == variant.method and (
+            if variant.method in self.names_of(kept) and (
                 trained is None or not variant.is_trained or asked["task"] == trained
             ):
                 yield kept
@@ -92,13 +93,15 @@ class Results:
 
     def metric(self, tested: str) -> str:
         """What the chief number of a task is called."""
-        for kept in self.runs:
-            for score in kept["umbra"]["scores"].get(tested, {}).values():
-                return CHIEF.get(score["metric"]) or str(score["metric"])
-        return "score"
+        return next((CHIEF.get(s["metric"]) or str(s["metric"]) for s in self._scores(tested)), "score")
 
     def is_loss(self, tested: str) -> bool:
-        return self.metric(tested) == CHIEF[LOSS]
+        """Whether less of it is better, and it is no share."""
+        return any(s["metric"] == LOSS or s.get("less_is_better") for s in self._scores(tested))
+
+    def _scores(self, tested: str) -> Iterator[dict[str, Any]]:
+        for kept in self.runs:
+            yield from kept["umbra"]["scores"].get(tested, {}).values()
 
     def score(self, variant: Variant, trained: str, tested: str) -> Estimate | None:
         """Mean over seeds and items, with its interval."""
@@ -132,9 +135,9 @@ class Results:
         told = [r["train_info"] for r in runs]
         return {
             "parameters": median(t["num_trainable_params"] for t in told),
-            "seconds": median(t["train_time"] / max(t["metrics"][-1]["step"], 1) for t in told),
+            "seconds": median(r["umbra"]["seconds_per_step"] for r in runs),
             "peak": median(t["accelerator_memory_max"] for t in told),
-            "rise": median(t["accelerator_memory_max"] - t["accelerator_memory_reserved_avg"] for t in told),
+            "rise": median(r["train_info"]["accelerator_memory_max"] - r["umbra"]["memory_before"] for r in runs),
             "bytes": median(t["file_size"] for t in told),
         }
 

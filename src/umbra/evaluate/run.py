@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer
 
 from ..bases import load_base, load_tokenizer
 from ..bench.machine import Device
-from ..bench.methods import naive_loss, trainable
+from ..bench.methods import trainable
 from ..core import IGNORED
-from ..data import Collator, Labels, Record, Writer, encode_all
-from ..errors import ConfigError
+from ..data import Collator, Labels, Record, encode_all
 from ..model import ShadowModel
 from ..runs import last_checkpoint, make_arguments
 from ..scoring import in_mode, score_classes, score_generation
@@ -57,6 +57,7 @@ def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[s
     if learned is not None and learned.options.head == "classify":
         labels = Labels.of(r["label"] for r in (*learned.train, *learned.validation))
     classifier = None if labels is None else {**labels.config(), "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(request["seed"])  # of a classifier's head
     base = load_base(request["base"], classifier=classifier, dtype=request["dtype"])
     torch.manual_seed(request["seed"])
     model = build(request["kind"], base, request["fields"], labels is not None)
@@ -69,13 +70,15 @@ def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[s
         assert learned is not None
         found |= _train(model, learned, tokenizer, labels, request, folder)
         found["file_bytes"] = _save(model, adapters)
+    else:
+        model.to("cuda" if torch.cuda.is_available() and not request["training"].get("use_cpu") else "cpu")
     model.eval()
+    found["device"] = str(next(model.parameters()).device)
     if request["is_trial"]:
         assert learned is not None
         with _as(model, request["modes"][0]) as runner:
-            found["validation_loss"] = loss_of(runner, tokenizer, learned.validation, labels, request["chat_template"])[
-                0
-            ]
+            given = learned, learned.validation, labels, request["chat_template"]
+            found["validation_loss"] = loss_of(runner, tokenizer, *given)[0]
         return found
     found["scores"] = {
         name: {
@@ -95,6 +98,7 @@ def _train(
 ) -> dict[str, Any]:
     """By transformers' Trainer, or ours, from the same batches in the same order."""
     given = {"save_strategy": "no", **request["training"], "seed": request["seed"]}
+    last = last_checkpoint(folder) if folder.exists() else None
     arguments = make_arguments(folder, {"logging_strategy": "steps", **given})
     examples = encode_all(
         task.train, tokenizer, max_length=task.options.max_length, chat_template=request["chat_template"], labels=labels,
@@ -109,20 +113,24 @@ def _train(
     device.settle_memory()
     before = device.memory()
     with model.shadow_only() if request["kind"] == "alone" else nullcontext():
-        done = trainer.train(resume_from_checkpoint=last_checkpoint(folder) if folder.exists() else None)
+        done = trainer.train(resume_from_checkpoint=last)
     peak = device.peak_memory()
     shutil.rmtree(folder, ignore_errors=True)
+    samples = done.global_step * arguments.train_batch_size * arguments.gradient_accumulation_steps
     history = [{k: h[k] for k in ("step", "loss", "learning_rate")} for h in trainer.state.log_history if "loss" in h]
     return {
-        "train_seconds": done.metrics["train_runtime"], "steps": done.global_step, "examples": len(examples),
-        "tokens": sum(len(e["input_ids"]) for e in examples), "peak_bytes": peak, "before_bytes": before,
-        "train_loss": done.training_loss, "history": history,
+        "train_seconds": done.metrics["train_runtime"], "steps": done.global_step,
+        "timed_steps": done.global_step - (int(last.rpartition("-")[2]) if last else 0), "samples": samples,
+        "tokens": round(samples * sum(len(e["input_ids"]) for e in examples) / len(examples)), "peak_bytes": peak,
+        "before_bytes": before, "train_loss": done.training_loss, "history": history,
         "arguments": {k: v for k, v in arguments.to_dict().items() if k in records.ARGUMENTS},
     }  # fmt: skip
 
 
 def _save(model: Any, adapters: Path | None) -> int:
     """Bytes of the adapter's weights, as saved."""
+    if adapters is not None:
+        shutil.rmtree(adapters, ignore_errors=True)  # of a run that was interrupted after it had saved
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(adapters or scratch)
         return sum(f.stat().st_size for f in Path(adapters or scratch).glob("*.safetensors"))
@@ -153,11 +161,9 @@ def _score(
         if task is None:
             return harness.score(runner, tokenizer, options, request["batch_size"])
         if task.metric == LOSS:
-            value, each = loss_of(runner, tokenizer, task.test, None, request["chat_template"])
-            return {"metric": LOSS, "value": value, "items": each}
+            each = loss_of(runner, tokenizer, task, task.test, None, request["chat_template"])[1]
+            return {"metric": LOSS, "value": sum(each) / len(each), "items": each}
         if task.options.head == "classify":
-            if labels is None:
-                raise ConfigError(f"task {name} has a classification head, which {request['task']} has not trained.")
             replies, seconds = score_classes(runner, tokenizer, task.test, batch_size=request["batch_size"], name=name)
             each = [{"exact": float(r["correct"])} for r in replies]
         else:
@@ -175,30 +181,23 @@ def _score(
 
 @torch.no_grad()
 def loss_of(
-    runner: Any, tokenizer: Any, found: list[Record], labels: Labels | None, chat_template: bool
+    runner: Any, tokenizer: Any, task: Task, found: list[Record], labels: Labels | None, chat_template: bool
 ) -> tuple[float, list[float]]:
-    """Mean loss of the labelled tokens (nats a token, or a class), and each record's own."""
+    """Mean loss of all labelled tokens (nats a token, or a class), and each record's own mean.
+
+    Records are cut as in training; those without a label within the task's ``max_length`` are left out.
+    """
     runner.eval()
-    if labels is None:
-        examples = _encoded(tokenizer, found, chat_template)
-    else:
-        examples = encode_all(found, tokenizer, max_length=512, labels=labels)
-    each, weights = [], []
+    examples = encode_all(
+        found, tokenizer, max_length=task.options.max_length, chat_template=chat_template, labels=labels, name=task.name
+    )
+    sums, counts = [], []
     for start in tqdm(range(0, len(examples), 8), desc="loss", disable=None, leave=False):
         batch = Collator(int(tokenizer.pad_token_id))(examples[start : start + 8])
         batch = {k: v.to(runner.device) for k, v in batch.items()}
         targets = batch.pop("labels")
-        logits = runner(**batch).logits
-        for row, target in zip(logits, targets, strict=True):
-            if labels is None:
-                each.append(float(naive_loss(row[None], target[None])))
-                weights.append(int((target[1:] != IGNORED).sum()))
-            else:
-                each.append(float(torch.nn.functional.cross_entropy(row.float(), target)))
-                weights.append(1)
-    return sum(e * w for e, w in zip(each, weights, strict=True)) / sum(weights), [round(e, 5) for e in each]
-
-
-def _encoded(tokenizer: Any, found: list[Record], chat_template: bool) -> list[dict[str, Any]]:
-    writer = Writer(tokenizer, chat_template)
-    return [{k: v[:1024] for k, v in writer.encode(r).items()} for r in found]
+        for row, target in zip(runner(**batch).logits, targets, strict=True):
+            row, target = (row[None], target[None]) if labels is not None else (row[:-1], target[1:])
+            sums.append(float(F.cross_entropy(row.float(), target, reduction="sum", ignore_index=IGNORED)))
+            counts.append(int((target != IGNORED).sum()))
+    return sum(sums) / sum(counts), [round(s / n, 5) for s, n in zip(sums, counts, strict=True)]

@@ -136,7 +136,7 @@ def known(name: str) -> KnownSet:
         ConfigError: none.
     """
     if name.startswith(GYM):
-        return KnownSet(_generated, max_new_tokens=64)
+        return SETS.get(name.removeprefix(GYM), KnownSet(_generated, max_new_tokens=64))
     if name not in SETS:
         raise unknown_key(name, (*SETS, GYM + "…"), "the data sets that a study knows")
     return SETS[name]

@@ -9,14 +9,18 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
+from ..bench.base import RANDOM
 from ..errors import ConfigError, shown, unknown_key
 from ..options import EMBEDDED, check_dtype, check_types, flag, names
 from ..runs import make_arguments
 from ..settings import read_yaml
 from .methods import MethodOptions, read_method
-from .tasks import TaskOptions, read_options
+from .tasks import TaskOptions, digest_of, read_options
 
 SCHEMA = 1  # of requests and of records
 
@@ -99,6 +103,12 @@ class Study:
     def _check(self) -> None:
         options = self.options
         check_dtype(options.dtype)
+        if options.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {options.batch_size}.")
+        if options.base.startswith(RANDOM):
+            raise ConfigError(
+                f"base={options.base!r} is of the referee: a study learns from real weights; name a model."
+            )
         if not options.seeds or not all(isinstance(s, int) and 0 <= s < 2**32 for s in options.seeds):
             raise ConfigError(f"seeds must be a list of whole numbers from 0 on, got {shown(options.seeds)}.")
         named = {
@@ -126,7 +136,42 @@ class Study:
             raise ConfigError("Every task of the study is tested only: name one that is learned.")
         for name in self.trained:
             for method in self.methods.values():
-                make_arguments("unused", {**options.training, **self.tasks[name].training, **method.training})
+                self._check_training({**options.training, **self.tasks[name].training, **method.training}, name)
+        self._check_search()
+        for trained in self.trained:
+            for name in self._named(trained):
+                if self._classifies(name) != self._classifies(trained):
+                    told = "a classification head" if self._classifies(trained) else "words"
+                    raise ConfigError(
+                        f"{trained} is answered by {told}, so it cannot be tested on {name}: give both one head."
+                    )
+        if options.forgetting and all(m.is_trained for m in self.methods.values()):
+            raise ConfigError("forgetting is measured beside the bare base: add a method of {kind: base}.")
+
+    def _check_training(self, given: dict[str, Any], task: str) -> None:
+        known = [f for f in TrainingArguments.__dataclass_fields__ if not f.startswith("_")]
+        for key in given:
+            if key not in known or key in ("output_dir", "seed"):
+                raise unknown_key(key, [k for k in known if k not in ("output_dir", "seed")], f"training (task {task})")
+        check_types(TrainingArguments, given)
+        make_arguments("unused", given)
+
+    def _check_search(self) -> None:
+        search = self.search
+        for name, method in self.methods.items():
+            if search is None and len(method.learning_rate or []) > 1:
+                raise ConfigError(f"method {name} has several rates to try, but the study has no search.")
+        if search is None:
+            return
+        if not search.learning_rate:
+            raise ConfigError("search.learning_rate is empty: name the rates to try.")
+        if (search.max_steps is not None and search.max_steps < 1) or not 0 <= search.seed < 2**32:
+            raise ConfigError("search.max_steps must be at least 1, and search.seed at least 0.")
+        for name in search.tasks or []:
+            if name not in self.trained:
+                raise ConfigError(
+                    f"search.tasks names {name}, which is tested only: a rate is chosen on tasks that are learned."
+                )
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
@@ -134,16 +179,21 @@ class Study:
     def only_tested(self) -> set[str]:
         """Tasks that are tested after others were learned, and not learned."""
         elsewhere = {n for v in self.options.transfer.values() for n in _listed(v, "")} | set(self.options.forgetting)
-        return {n for n, t in self.tasks.items() if t.lm_eval or (n in elsewhere and n not in self.options.transfer)}
+        return {
+            n for n, t in self.tasks.items() if not t.is_learned or (n in elsewhere and n not in self.options.transfer)
+        }  # fmt: skip
 
     @property
     def trained(self) -> list[str]:
         return [n for n in self.tasks if n not in self.only_tested]
 
     def tested(self, task: str) -> list[str]:
-        """What a method that has learned this task is tested on: a classifier on classes, a language model on the rest."""
-        named = [task, *_listed(self.options.transfer.get(task, []), ""), *self.options.forgetting]
-        return [n for n in dict.fromkeys(named) if self._classifies(n) == self._classifies(task)]
+        """What a method that has learned this task is tested on; of what is forgotten, a classifier on classes alone."""
+        forgotten = [n for n in self.options.forgetting if self._classifies(n) == self._classifies(task)]
+        return list(dict.fromkeys([task, *self._named(task), *forgotten]))
+
+    def _named(self, task: str) -> list[str]:
+        return _listed(self.options.transfer.get(task, []), f"transfer.{task}")
 
     def _classifies(self, task: str) -> bool:
         return self.tasks[task].head == "classify"
@@ -190,9 +240,8 @@ class Study:
     ) -> dict[str, Any]:  # fmt: skip
         """All that a run's result depends on, as plain values."""
         how, options = self.methods[method], self.options
-        settings = (
-            {**options.training, **self.tasks[task].training, **how.training, **training} if how.is_trained else {}
-        )
+        settings = {**options.training, **self.tasks[task].training, **how.training, **training}
+        settings = settings if how.is_trained else {k: v for k, v in settings.items() if k == "use_cpu"}
         tests = [] if is_trial else tests or self.tested(task)
         involved = dict.fromkeys([task, *tests])
         return json.loads(json.dumps({
@@ -201,16 +250,25 @@ class Study:
             "training": settings, "is_trial": is_trial, "tests": tests, "batch_size": options.batch_size,
             "tasks": {n: asdict(self.tasks[n]) for n in involved},
             "data": {n: self.tasks[n].digest(n) for n in involved},
+            "models": {p: digest_of(_weights(p)) for p in (options.base, fields.get("shadow", "")) if _weights(p)},
         }))  # fmt: skip
 
 
 def key_of(request: dict[str, Any]) -> str:
-    """Under which a request's result is kept. A method's name and where data lies have no say in it."""
+    """Under which a request's result is kept. A method's name and the places of files, whose contents count, have no say."""
     asked = {k: v for k, v in request.items() if k not in ("method", "batch_size")}
     asked["tasks"] = {
-        n: {k: v for k, v in t.items() if k not in ("data", "train", "test")} for n, t in request["tasks"].items()
-    }
+        n: {k: v for k, v in t.items() if k != "data" and not (k in ("train", "test") and v and Path(v).is_file())}
+        for n, t in request["tasks"].items()
+    }  # fmt: skip
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _weights(path: str) -> list[Path]:
+    """The files of a model in a folder; none of one that has another name."""
+    if not path or not Path(path).is_dir():
+        return []
+    return sorted(f for ending in ("*.json", "*.safetensors") for f in Path(path).glob(ending))
 
 
 def checked(kind: type, values: Any, where: str) -> dict[str, Any]:

@@ -5,12 +5,14 @@ answered in words (head generate), by a classification head (classify), or score
 """
 
 import hashlib
+import json
+import random
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data import Record, read_records, record_kind
+from ..data import Labels, Record, read_records, record_kind
 from ..errors import ConfigError, DataError, unknown_key
 from ..options import flag
 from ..scoring import reference_of
@@ -27,7 +29,7 @@ class TaskOptions:
     set: str | None = flag(None, "a set that is known by name, or reasoning_gym:GENERATOR; default the task's own name")
     data: str | None = flag(None, "folder with NAME.SPLIT.jsonl files of a known set; default the hub")
     train: str | None = flag(None, "in place of a known set: records to learn, a .jsonl file or a hub id")
-    test: str | None = flag(None, "with train: records to test on")
+    test: str | None = flag(None, "records to test on, likewise; without train, a task that is tested only")
     lm_eval: str | None = flag(None, "a task of lm-eval, which is tested only")
     lm_eval_path: str | None = flag(None, "folder with task files, in place of lm-eval's own")
     head: Literal["generate", "classify", "text"] = flag(
@@ -50,11 +52,14 @@ class TaskOptions:
             ConfigError: with the task's name.
         """
         where = f"task {name}"
-        if (self.train is None) != (self.test is None):
-            raise ConfigError(f"{where}: train and test go together.")
+        if self.train is not None and self.test is None:
+            raise ConfigError(f"{where}: train needs test, records to test on.")
+        for other in ("set", "data", "words"):
+            if self.test is not None and getattr(self, other) is not None:
+                raise ConfigError(f"{where}: {other} is of a known set; with test, name files of records alone.")
         if self.metric is not None and self.metric not in METRICS:
             raise unknown_key(self.metric, METRICS, f"the metrics ({where})")
-        if self.train is None and self.lm_eval is None:
+        if self.test is None and self.lm_eval is None:
             known(self.set or name)
         for key in ("max_new_tokens", "max_length", "words", "train_limit", "test_limit", "validation"):
             value = getattr(self, key)
@@ -65,11 +70,18 @@ class TaskOptions:
         except re.error as error:
             raise ConfigError(f"{where}: pattern is no regular expression: {error}") from error
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether it has records to learn."""
+        return self.lm_eval is None and (self.test is None or self.train is not None)
+
     def files(self, name: str) -> list[Path]:
-        """Local files that the records come from."""
-        if self.train is not None:
-            return [p for p in map(Path, (self.train, self.test or "")) if p.is_file()]
-        if self.data is None or self.lm_eval is not None:
+        """Local files that the records come from, those that are learned first."""
+        if self.lm_eval is not None:
+            return sorted(Path(self.lm_eval_path).rglob("*.yaml")) if self.lm_eval_path else []
+        if self.train is not None or self.test is not None:
+            return [p for p in map(Path, (self.train or "", self.test or "")) if p.is_file()]
+        if self.data is None:
             return []
         name = self.set or name
         found = [Path(self.data) / f"{name}.{s}{e}" for s in known(name).splits for e in (".jsonl", ".jsonl.gz")]
@@ -77,10 +89,7 @@ class TaskOptions:
 
     def digest(self, name: str) -> str:
         """Of these files."""
-        found = hashlib.sha256()
-        for file in self.files(name):
-            found.update(file.read_bytes())
-        return found.hexdigest()[:16]
+        return digest_of(self.files(name))
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,13 @@ class Task:
     max_new_tokens: int
 
 
+def digest_of(files: list[Path]) -> str:
+    """Of the contents of files, in their order."""
+    return hashlib.sha256("".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in files).encode()).hexdigest()[:16]
+
+
 def load_task(name: str, options: TaskOptions) -> Task:
-    """All records of a task but lm-eval's.
+    """All records of a task but lm-eval's: shuffled, always alike, then cut; none that is learned is asked in the test.
 
     Raises:
         ConfigError: see `TaskOptions.check`.
@@ -106,10 +120,11 @@ def load_task(name: str, options: TaskOptions) -> Task:
     """
     options.check(name)
     metric, pattern, new = options.metric, options.pattern, options.max_new_tokens
-    if options.train is not None:
-        learned, tested = read_records(options.train), read_records(options.test or "", "test")
+    if options.test is not None:
+        learned = read_records(options.train) if options.train else []
+        tested = read_records(options.test, "test")
         wanted = {"classify": ("label",), "text": ("text",), "generate": ("completion", "messages")}[options.head]
-        for records in (learned, tested):
+        for records in filter(None, (learned, tested)):
             if (kind := record_kind(records[0], name)) not in wanted:
                 raise DataError(
                     f"task {name} has head={options.head}, which takes {' or '.join(wanted)} records, not {kind}."
@@ -121,15 +136,41 @@ def load_task(name: str, options: TaskOptions) -> Task:
         learned, tested = (
             [_record(i, options) for i in items(options.set or name, part, options.data)] for part in ("train", "test")
         )
+    asked = {_asked(r) for r in tested}
+    learned = [r for r in learned if _asked(r) not in asked]
+    for records in (learned, tested):
+        random.Random(0).shuffle(records)
     held = options.validation
-    if len(learned) <= held:
+    if options.is_learned and len(learned) <= held:
         raise DataError(
-            f"task {name} has {len(learned)} training records, of which validation={held} leaves none to learn."
+            f"task {name} has {len(learned)} training records that its test does not ask, of which validation={held} leaves none "
+            "to learn."
         )
-    return Task(
+    task = Task(
         name, options, learned[:-held][: options.train_limit], learned[-held:], tested[: options.test_limit],
         LOSS if options.head == "text" else metric or "exact", pattern, new or 64,
     )  # fmt: skip
+    if options.head == "classify":
+        _check_classes(task)
+    return task
+
+
+def _asked(record: Record) -> str:
+    """What of a record is given, or all of a text."""
+    if "messages" in record:
+        return json.dumps(record["messages"][:-1], sort_keys=True)
+    return json.dumps(record.get("prompt", record.get("text")), sort_keys=True)
+
+
+def _check_classes(task: Task) -> None:
+    labels = Labels.of(r["label"] for r in (*task.train, *task.validation, *task.test))
+    if labels.problem_type != "single_label_classification":
+        raise DataError(
+            f"task {task.name}: a study compares classifiers of one class each, not of {labels.problem_type}."
+        )
+    other = {str(r["label"]) for r in task.test} - {str(r["label"]) for r in (*task.train, *task.validation)}
+    if task.train and other:
+        raise DataError(f"task {task.name} tests classes that it does not learn: {', '.join(sorted(other))}.")
 
 
 def _record(item: Item, options: TaskOptions) -> Record:
