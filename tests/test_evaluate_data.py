@@ -93,6 +93,7 @@ def test_a_row_becomes_a_prompt_and_answers(name, tmp_path):
     assert (len(task.train), len(task.validation), len(task.test)) == (2, 1, 3)
     assert task.test[0]["prompt"] == prompt
     assert right_answers(task.test[0]) == answers
+    assert load_task(name, TaskOptions(data=str(tmp_path), validation=1), False).test[0]["prompt"] == prompt + "\n"
 
 
 @pytest.mark.parametrize("name", ROWS)

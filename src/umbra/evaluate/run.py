@@ -50,7 +50,7 @@ def run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[st
 
 def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[str, Any]:
     options = {n: TaskOptions(**t) for n, t in request["tasks"].items()}
-    tasks = {n: load_task(n, o) for n, o in options.items() if o.lm_eval is None}
+    tasks = {n: load_task(n, o, request["chat_template"]) for n, o in options.items() if o.lm_eval is None}
     tokenizer: Any = load_tokenizer(request["base"])
     learned = tasks.get(request["task"])
     labels = None

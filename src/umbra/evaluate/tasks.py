@@ -111,8 +111,11 @@ def digest_of(files: list[Path]) -> str:
     return hashlib.sha256("".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in files).encode()).hexdigest()[:16]
 
 
-def load_task(name: str, options: TaskOptions) -> Task:
+def load_task(name: str, options: TaskOptions, chat_template: bool = True) -> Task:
     """All records of a task but lm-eval's: shuffled, always alike, then cut; none that is learned is asked in the test.
+
+    Args:
+        chat_template: without one, the question of a known set ends its line.
 
     Raises:
         ConfigError: see `TaskOptions.check`.
@@ -134,7 +137,8 @@ def load_task(name: str, options: TaskOptions) -> Task:
         metric, pattern = metric or found.metric, pattern or found.pattern
         new = new or found.max_new_tokens
         learned, tested = (
-            [_record(i, options) for i in items(options.set or name, part, options.data)] for part in ("train", "test")
+            [_record(i, options, chat_template) for i in items(options.set or name, part, options.data)]
+            for part in ("train", "test")
         )
     asked = {_asked(r) for r in tested}
     learned = [r for r in learned if _asked(r) not in asked]
@@ -173,13 +177,14 @@ def _check_classes(task: Task) -> None:
         raise DataError(f"task {task.name} tests classes that it does not learn: {', '.join(sorted(other))}.")
 
 
-def _record(item: Item, options: TaskOptions) -> Record:
+def _record(item: Item, options: TaskOptions, chat_template: bool) -> Record:
     text = " ".join(item.text.split()[: options.words]) if options.words else item.text
     if options.head == "classify":
         return {"text": text or item.question, "label": item.answer}
     if options.head == "text":
         return {"text": "\n".join(filter(None, (text, item.question, item.answer)))}
-    return {"prompt": f"{text}\n{item.question}".strip(), "completion": item.answer, ALSO: list(item.also)}
+    prompt = f"{text}\n{item.question}".strip() + ("" if chat_template else "\n")
+    return {"prompt": prompt, "completion": item.answer, ALSO: list(item.also)}
 
 
 def right_answers(record: Record) -> list[str]:
