@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from umbra.bases import load_base, load_tokenizer
 from umbra.checkpoint import WEIGHTS_FILE
-from umbra.data import Writer, read_records
+from umbra.data import Record, Writer, read_records
 from umbra.export import export
 from umbra.export.run import __file__ as RUN
 from umbra.options import EMBEDDED, ExportOptions
@@ -36,30 +38,40 @@ class Row(NamedTuple):
 
 
 def run(data: Path, out: Path, adapter: Path, task: str) -> list[dict[str, Any]]:
-    """Each row: bytes, peak_bytes, load_seconds; and by threads first_token_seconds and tokens_per_second; right of asked."""
-    test = write_task(data, task, out / "tasks")["test"]
-    records = read_records(test)[:QUESTIONS]
-    found = []
-    for row in _rows(out / "edge", adapter, write_task(data, task, out / "tasks")["train"]):
-        tokenizer: Any = load_tokenizer(row.tokenizer)
-        writer = Writer(tokenizer)
-        prompts = [writer.tokens(writer.prompt(r)) for r in records]
-        asked = {"prompts": prompts, "max_new_tokens": TASKS[task].answer, "end": [tokenizer.eos_token_id]}
-        timed = {"prompts": prompts[:TIMED], "max_new_tokens": TOKENS, "end": []}
-        right = [
-            answer_of(tokenizer.decode(ids, skip_special_tokens=True), TASKS[task].pattern)
-            == answer_of(reference_of(record), TASKS[task].pattern)
-            for record, ids in zip(records, _ask(out, row, asked, THREADS[-1])["answers"], strict=True)
-        ]  # fmt: skip
-        times = {threads: _ask(out, row, timed, threads) for threads in THREADS}
-        found.append({
-            "who": row.who, "runtime": row.runtime, "form": row.form, "bytes": row.bytes, "asked": len(right),
-            "right": sum(right), "interval": wilson(sum(right), len(right)),
-            "peak_bytes": times[THREADS[0]]["peak_bytes"], "load_seconds": times[THREADS[0]]["load_seconds"],
-            "first_token_seconds": {t: sorted(x["first_token_seconds"])[TIMED // 2] for t, x in times.items()},
-            "tokens_per_second": {t: x["tokens_per_second"] for t, x in times.items()},
-        })  # fmt: skip
+    """Each row: bytes, peak_bytes, load_seconds; and by threads first_token_seconds and tokens_per_second; right of asked.
+
+    A row that was measured before is kept, in ``out``/edge/rows.
+    """
+    files = write_task(data, task, out / "tasks")
+    records, found = read_records(files["test"])[:QUESTIONS], []
+    for row in tqdm(_rows(out / "edge", adapter, files["train"]), desc="edge"):
+        kept = out / "edge" / "rows" / f"{row.who}-{row.runtime}-{row.form}.json".replace(" ", "-")
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(_measured(row, records, task, out)), encoding="utf-8")
+        found.append(json.loads(kept.read_text(encoding="utf-8")))
     return found
+
+
+def _measured(row: Row, records: list[Record], task: str, out: Path) -> dict[str, Any]:
+    tokenizer: Any = load_tokenizer(row.tokenizer)
+    writer = Writer(tokenizer)
+    prompts = [writer.tokens(writer.prompt(r)) for r in records]
+    asked = {"prompts": prompts, "max_new_tokens": TASKS[task].answer, "end": [tokenizer.eos_token_id]}
+    timed = {"prompts": prompts[:TIMED], "max_new_tokens": TOKENS, "end": []}
+    right = [
+        answer_of(tokenizer.decode(ids, skip_special_tokens=True), TASKS[task].pattern)
+        == answer_of(reference_of(record), TASKS[task].pattern)
+        for record, ids in zip(records, _ask(out, row, asked, THREADS[-1])["answers"], strict=True)
+    ]  # fmt: skip
+    times = {threads: _ask(out, row, timed, threads) for threads in THREADS}
+    return {
+        "who": row.who, "runtime": row.runtime, "form": row.form, "bytes": row.bytes, "asked": len(right),
+        "right": sum(right), "interval": wilson(sum(right), len(right)),
+        "peak_bytes": times[THREADS[0]]["peak_bytes"], "load_seconds": times[THREADS[0]]["load_seconds"],
+        "first_token_seconds": {t: sorted(x["first_token_seconds"])[TIMED // 2] for t, x in times.items()},
+        "tokens_per_second": {t: x["tokens_per_second"] for t, x in times.items()},
+    }  # fmt: skip
 
 
 def _ask(out: Path, row: Row, request: dict[str, Any], threads: int) -> dict[str, Any]:

@@ -20,7 +20,9 @@ COMMON: dict[str, Any] = {
     "max_length": 320, "bf16": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 10,
 }  # fmt: skip
 COPIED = {**SIZE, "init": "base"}
-DISTILLED = {"distillation_weight": 0.5}  # better than 2 for the detached shadow on intents' choice slice, two seeds (85.9, 83.0 %)
+DISTILLED = {
+    "distillation_weight": 0.5
+}  # better than 2 for the detached shadow on intents' choice slice, two seeds (85.9, 83.0 %)
 ALONE = {"detached_only": True}
 # What each row is trained with; "pretrained" stands for the folder of the pretrained shadow.
 ROWS: dict[str, dict[str, Any]] = {
