@@ -16,7 +16,9 @@ PAIR, ALONE = "attached", "detached"
 
 def about(held: dict[str, Any]) -> list[str]:
     """Where it was measured."""
-    return [f"SmolLM2-135M-Instruct in bf16, {held['machine']}; {held['versions']}; {held['date']}.", ""]
+    machine = held["machine"]
+    where = f"{machine['cores']} cores of {machine['cpu']} ({machine['capability']}), {machine['threads']} threads"
+    return [f"SmolLM2-135M-Instruct in bf16; {where}; {held['versions']}; {held['date']}.", ""]
 
 
 def told(values: list[float], form: str = "{:.1f}", unit: str = "") -> str:
