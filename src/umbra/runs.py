@@ -117,7 +117,8 @@ class Run:
         """The run of these settings: the run's own, a dataclass, the shadow's and TrainingArguments'."""
         asked = {k: v for k, v in {**asdict(options), **asdict(shadow), **rest}.items() if k not in HARMLESS}
         defaults = {f.name: f.default for kind in (options, shadow) for f in fields(kind) if f.name not in HARMLESS}
-        return cls(Path(out), *json.loads(json.dumps([asked, defaults], default=str)), files)
+        asked, defaults = json.loads(json.dumps([asked, defaults], default=str))
+        return cls(Path(out), asked, defaults, files)
 
     def claim(self, overwrite: bool) -> dict[str, Any] | None:
         """Make sure that the output folder is this run's; its metrics where it has finished.
