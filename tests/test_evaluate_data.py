@@ -406,3 +406,26 @@ def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path
 def test_the_studies_of_the_bench_can_be_read(file):
     study = Study.read(str(file))
     assert study.trained and all(study.tested(t) for t in study.trained)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_map_writes_each_score_into_its_cell():
+    from types import SimpleNamespace
+
+    from umbra.evaluate import plots
+
+    scores = {("A", "x"): 0.25, ("A", "y"): 0.5, ("B", "y"): 0.75}
+    results = SimpleNamespace(
+        variants=[SimpleNamespace(name=n) for n in "AB"],
+        score=lambda v, _, tested: (
+            None if (v.name, tested) not in scores else estimate(np.array([[scores[v.name, tested]]]))
+        ),
+    )
+    (axes,) = plots.transfer(results, [("t", "x"), ("t", "y")]).axes  # type: ignore[arg-type]
+    assert {t.get_text(): t.get_position() for t in axes.texts} == {
+        "25": (0.5, 0.5),
+        "50": (1.5, 0.5),
+        "75": (1.5, 1.5),
+    }

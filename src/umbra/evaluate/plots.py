@@ -105,9 +105,8 @@ def transfer(results: Results, pairs: list[tuple[str, str]]) -> Any:
     axes.invert_yaxis()
     for (i, j), value in np.ndenumerate(values):
         if not np.isnan(value):
-            axes.text(
-                j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 55 else "black"
-            )
+            shade = "white" if value > 55 else "black"
+            axes.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=8, color=shade)
     axes.set_xticks(np.arange(len(pairs)) + 0.5, [f"{a} →\n{b}" for a, b in pairs])
     axes.set_yticks(np.arange(len(results.variants)) + 0.5, [v.name for v in results.variants])
     return _plain(axes).figure
