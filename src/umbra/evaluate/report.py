@@ -74,7 +74,7 @@ def _lead(results: Results) -> list[str]:
     lead.append(f"{study['base']} in {study['dtype']}; seeds {', '.join(map(str, study['seeds']))}. {_where(results)}")
     counts = {verdict: sum(c.apart.verdict == verdict for c in found) for verdict in ("win", "tie", "loss")}
     lost = [
-        f"{c.ours.name} to {c.theirs.name} on {c.task} ({_signed(c.apart, results.is_loss(c.tested))})"
+        f"{c.ours.name} to {c.theirs.name} on {c.task} ({_told(c.apart, results.is_loss(c.tested), '+')})"
         for c in found if c.apart.verdict == "loss"
     ]  # fmt: skip
     if found:
@@ -111,26 +111,19 @@ def _where(results: Results) -> str:
     return ". ".join(told) + "." if told else ""
 
 
-def _told(found: Estimate | None, is_loss: bool = False) -> str:
+def _told(found: Estimate | None, is_loss: bool = False, sign: str = "") -> str:
+    """Mean ± half the interval, in % but for losses; "+" as the sign shows one always."""
     if found is None:
         return "–"
-    scale, form = (1, "{:.3f}") if is_loss else (100, "{:.1f}")
-    half = "" if found.half == float("inf") else f" ± {form.format(scale * found.half)}"
-    return form.format(scale * found.mean) + half
-
-
-def _signed(found: Estimate | None, is_loss: bool = False) -> str:
-    if found is None:
-        return "–"
-    scale, form = (1, "{:+.3f}") if is_loss else (100, "{:+.1f}")
-    half = "" if found.half == float("inf") else f" ± {form.format(scale * found.half).lstrip('+')}"
-    return form.format(scale * found.mean) + half
+    scale, digits = (1, ".3f") if is_loss else (100, ".1f")
+    half = "" if found.half == float("inf") else f" ± {scale * found.half:{digits}}"
+    return f"{scale * found.mean:{sign}{digits}}{half}"
 
 
 def _judged(found: Estimate | None, is_loss: bool = False) -> str:
     if found is None:
         return "–"
-    return f"{_signed(found, is_loss)} {'tie' if found.verdict == 'tie' else f'**{found.verdict}**'}"
+    return f"{_told(found, is_loss, '+')} {'tie' if found.verdict == 'tie' else f'**{found.verdict}**'}"
 
 
 class Comparison(NamedTuple):
