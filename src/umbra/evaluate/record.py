@@ -1,7 +1,6 @@
 """The record of a run: one JSON file, in the form of PEFT's method comparison, with what that form has no place for under "umbra".
 
-docs/evaluate.md lists its fields. Records are read back leniently by the report, strictly by the sweep: one that is damaged, or
-of another schema, counts as not run.
+docs/evaluate.md lists its fields. One that is damaged, or of another schema, counts as not run.
 """
 
 import json

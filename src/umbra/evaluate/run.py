@@ -35,7 +35,7 @@ def run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[st
     """The record of a request. What fails inside is in the record, with its traceback; only an interruption is raised.
 
     Args:
-        folder: where checkpoints may lie, and where a killed run goes on.
+        folder: where checkpoints lie, if `save_strategy` asks for any, and where a killed run then goes on.
         adapters: where the adapter is kept; None not to keep it.
     """
     began, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
