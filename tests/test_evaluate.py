@@ -446,6 +446,23 @@ def test_losses_stand_on_the_first_page(done, monkeypatch):
     assert (done / "elsewhere" / "figures" / "scores.png").exists()
 
 
+def test_costs_are_multiples_run_by_run(done, monkeypatch):
+    """The multiple is the mean over runs of the same seed and task, with an interval over both."""
+    results = results_of(done)
+    ours, theirs = (variant(results, n) for n in ("Umbra", "LoRA"))
+    found = results.beside(ours, theirs, "seconds")
+    by_hand = [
+        the_record(done, t, "Umbra", s)["umbra"]["seconds_per_step"]
+        / the_record(done, t, "LoRA", s)["umbra"]["seconds_per_step"]
+        for t in results.trained
+        for s in results.study["seeds"]
+    ]
+    assert found.mean == pytest.approx(sum(by_hand) / len(by_hand)) and found.low < found.mean < found.high
+    assert results.beside(theirs, theirs, "seconds").half == 0
+    text = (done / "out" / "report.md").read_text()
+    assert f"{found.mean:.2f} ± {found.half:.2f} ×" in text[text.index("## What it costs") :]
+
+
 def test_families_and_ablations_have_sections_of_their_own(tmp_path, base_folder):
     methods = {
         "Umbra": METHODS["Umbra"], "Umbra, α = 0.1": {**METHODS["Umbra"], "alpha": 0.1},

@@ -130,8 +130,21 @@ def test_generated_sets_are_never_tested_on_what_they_train_on():
     assert "####" in task.train[0]["completion"]
     other = load_task("x", TaskOptions(set="reasoning_gym:chain_sum"))
     assert other.test[0]["completion"].lstrip("-").isdigit()
+    assert other.score(other.test[0]["completion"], other.test[0]) == {"exact": 1.0}
     with pytest.raises(ConfigError, match="no generator 'chain_of_fools'"):
         load_task("x", TaskOptions(set="reasoning_gym:chain_of_fools"))
+
+
+def test_a_puzzle_with_several_right_answers_is_judged_by_its_generator():
+    pytest.importorskip("reasoning_gym")
+    task = load_task("x", TaskOptions(set="reasoning_gym:n_queens", test_limit=5))
+    for record in task.test:
+        right = record["puzzle"]["metadata"]["valid_answers"]
+        assert all(task.score(f" {answer}\n", record) == {"exact": 1.0} for answer in right)
+        assert task.score(right[0].replace("Q", "_"), record) == {"exact": 0.0}
+    assert any(len(r["puzzle"]["metadata"]["valid_answers"]) > 1 for r in task.test)
+    asked = load_task("x", TaskOptions(set="reasoning_gym:n_queens", test_limit=1, metric="exact"))
+    assert asked.score(asked.test[0]["completion"], asked.test[0]) == {"exact": 1.0}
 
 
 def test_words_heads_and_limits(tmp_path):

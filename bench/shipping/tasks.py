@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from umbra.options import EvalOptions
+from umbra.export import export
+from umbra.options import EvalOptions, ExportOptions
 from umbra.scoring import score_adapter
 from umbra.train import train
 
@@ -24,12 +25,15 @@ DISTILLED = {
     "distillation_weight": 0.5
 }  # better than 2 for the detached shadow on intents' choice slice, two seeds (85.9, 83.0 %)
 ALONE = {"detached_only": True}
-# What each row is trained with; "pretrained" stands for the folder of the pretrained shadow.
+# What each row is trained with; "pretrained" stands for the folder of the pretrained shadow, "alone" for what the row
+# `FIRST` has made of it.
+FIRST = "pretrained, alone"
 ROWS: dict[str, dict[str, Any]] = {
     "random": SIZE,
     "copied": COPIED,
     "pretrained": {"shadow": "pretrained"},
     "pretrained, distilled": {"shadow": "pretrained", **DISTILLED},
+    "pretrained, alone first, distilled": {"shadow": "alone", **DISTILLED},
     "random, alone": {**SIZE, **ALONE},
     "pretrained, alone": {"shadow": "pretrained", **ALONE},
 }
@@ -51,15 +55,21 @@ def run(
 
 def _one(data: Path, out: Path, pretrained: Path, task: str, row: str, seed: int) -> list[dict[str, Any]]:
     files, given = write_task(data, task, out / "tasks"), TASKS[task]
-    folder = out / "adapters" / f"{task} {row} {seed}".replace(" ", "_").replace(",", "")
-    fields = {k: str(pretrained) if v == "pretrained" else v for k, v in ROWS[row].items()}
+    folder = _folder(out, task, row, seed)
+    fields = dict(ROWS[row])
+    if fields.get("shadow") == "pretrained":
+        fields["shadow"] = str(pretrained)
+    elif fields.get("shadow") == "alone":
+        fields["shadow"] = _alone(data, out, pretrained, task, seed)
+    is_alone = "detached_only" in fields
     train({
         **COMMON, **fields, "train_data": files["train"], "output_dir": str(folder), "seed": seed,
-        "max_steps": given.steps, "learning_rate": given.rate, "per_device_train_batch_size": given.batch,
+        "max_steps": given.alone if is_alone else given.steps, "learning_rate": given.alone_rate if is_alone else given.rate,
+        "per_device_train_batch_size": given.batch,
     })  # fmt: skip
     scores = folder / "scores.json"
     if not scores.exists():
-        modes = "detached" if "detached_only" in fields else "attached,detached"
+        modes = "detached" if is_alone else "attached,detached"
         options = EvalOptions(
             str(folder), files["test"], dtype="bfloat16", modes=modes, batch_size=32, max_new_tokens=given.answer,
             answer_pattern=given.pattern, output=str(folder / "replies.jsonl"),
@@ -67,3 +77,16 @@ def _one(data: Path, out: Path, pretrained: Path, task: str, row: str, seed: int
         found = score_adapter(options)
         scores.write_text(json.dumps([asdict(s) for s in found]) + "\n", encoding="utf-8")
     return json.loads(scores.read_text(encoding="utf-8"))
+
+
+def _alone(data: Path, out: Path, pretrained: Path, task: str, seed: int) -> str:
+    """A stock model, which has learned the task without the base."""
+    folder = out / "alone" / f"{task} {seed}".replace(" ", "_")
+    if not folder.exists():
+        _one(data, out, pretrained, task, FIRST, seed)
+        export(ExportOptions(str(_folder(out, task, FIRST, seed)), to="hf", out=str(folder)))
+    return str(folder)
+
+
+def _folder(out: Path, task: str, row: str, seed: int) -> Path:
+    return out / "adapters" / f"{task} {row} {seed}".replace(" ", "_").replace(",", "")

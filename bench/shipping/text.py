@@ -54,13 +54,22 @@ def gsm_symbolic(row: Row) -> Record:
 
 
 class Task(NamedTuple):
-    """How a row becomes a record, steps and records a step, tokens of an answer, the learning rate, and what is compared."""
+    """How a row becomes a record, and how it is learned.
+
+    Args:
+        steps: beside the base, of ``batch`` records each, at ``rate``.
+        answer: tokens of an answer.
+        alone: steps without the base, each a small part of one beside it, at ``alone_rate``.
+        pattern: whose last match is compared.
+    """
 
     form: Callable[[Row], Record]
     steps: int
     batch: int
     answer: int
     rate: float = 2e-3
+    alone: int = 600
+    alone_rate: float = 5e-4
     pattern: str | None = None
 
 

@@ -52,7 +52,7 @@ def read_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
     if Path(source).suffix in (".jsonl", ".gz", ".json") or Path(source).is_file():
         rows = _read_lines(Path(source))
     else:
-        rows = _read_hub(source, split)
+        rows = read_hub(source, split=split)
     if not rows:
         raise DataError(f"{source} holds no record.")
     return rows
@@ -80,13 +80,20 @@ def _read_lines(path: Path) -> list[Record]:
     return records
 
 
-def _read_hub(source: str, split: str) -> list[Record]:
+def read_hub(*source: str, split: str) -> list[Record]:
+    """The rows of a data set: its id, and its configuration if it has several.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
     import datasets
 
     try:
-        return list(datasets.load_dataset(source, split=split))  # type: ignore[arg-type]
+        return list(datasets.load_dataset(*source, split=split))  # type: ignore[arg-type]
     except Exception as error:  # the library raises a dozen unrelated types
-        raise DataError(f"{source!r} is neither a .jsonl file nor a data set that can be loaded: {error}") from error
+        raise DataError(
+            f"{'/'.join(source)!r} is neither a .jsonl file nor a data set that can be loaded: {error!s:.300}"
+        ) from error
 
 
 def record_kind(record: Record, where: str) -> str:

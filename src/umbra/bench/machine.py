@@ -5,7 +5,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ctypes import CDLL
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -97,10 +97,10 @@ def session(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"date": date.today().isoformat(), "commit": commit(), "versions": versions(), "arguments": arguments}
 
 
-def versions() -> dict[str, str | None]:
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
     """Of each package, None where it is not installed."""
     found: dict[str, str | None] = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

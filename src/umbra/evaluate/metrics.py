@@ -5,6 +5,8 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
+from functools import cache
+from typing import Any
 
 from ..scoring import answer_of
 
@@ -49,6 +51,25 @@ def _f1(said: list[str], right: list[str]) -> float:
     return 2 * shared / (len(said) + len(right))
 
 
+def puzzle(reply: str, row: dict[str, Any], pattern: str | None = None) -> dict[str, float]:
+    """Whether reasoning-gym holds the answer to this row of its own for fully right: there may be several that are."""
+    judge = _judge(row["metadata"]["source_dataset"])
+    return {"exact": float(judge(answer_of(reply, pattern), row) >= 1)}
+
+
+@cache
+def _judge(generator: str) -> Callable[[str, dict[str, Any]], float]:
+    import reasoning_gym
+
+    return reasoning_gym.get_score_answer_fn(generator)  # type: ignore[return-value]
+
+
 METRICS: dict[str, Metric] = {"exact": exact, "number": number, "squad": squad}
+PUZZLE = "puzzle"  # judged by what generated it
 LOSS = "loss"  # nats a token, of which less is better
-CHIEF = {"exact": "accuracy", "number": "accuracy", "squad": "F1"}  # what the chief number is called
+CHIEF = {
+    "exact": "accuracy",
+    "number": "accuracy",
+    "puzzle": "accuracy",
+    "squad": "F1",
+}  # what the chief number is called

@@ -6,17 +6,18 @@ docs/evaluate.md lists its fields. One that is damaged, or of another schema, co
 import json
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import folder
-from ..bench.machine import Device, commit
+from ..bench.machine import Device, commit, versions
 from .study import SCHEMA, key_of
 
-PACKAGES = ("umbra-peft", "torch", "transformers", "peft", "datasets", "accelerate", "reasoning_gym", "lm_eval")
+PACKAGES = (
+    "umbra-peft", "torch", "transformers", "peft", "datasets", "accelerate", "reasoning_gym", "lm_eval", "bitsandbytes",
+)  # fmt: skip
 ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "max_steps",
     "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "seed",
@@ -70,7 +71,8 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
         "meta_info": {
             "model_info": {"sha": None, "created_at": None},
             "dataset_info": {n: {"sha": d, "created_at": None} for n, d in request["data"].items()},
-            "package_info": _packages(), "system_info": _system(), "pytorch_info": torch.__config__.show(),
+            "package_info": {f"{k}-version": v for k, v in versions(PACKAGES).items()},
+            "system_info": _system(), "pytorch_info": torch.__config__.show(),
         },
         "umbra": {
             "schema": SCHEMA, "key": key_of(request), "request": request, "scores": scores,
@@ -79,16 +81,6 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
             "machine": Device(found.get("device", "cpu")).describe(),
         },
     }  # fmt: skip
-
-
-def _packages() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in (*PACKAGES, "bitsandbytes"):
-        try:
-            found[f"{package}-version"] = version(package)
-        except PackageNotFoundError:
-            found[f"{package}-version"] = None
-    return found
 
 
 def _system() -> dict[str, str]:

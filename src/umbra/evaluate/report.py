@@ -1,5 +1,6 @@
 """``umbra report``: what a study found, as report.md, report.html and its pictures. Losses stand on the first page."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +117,7 @@ def _told(found: Estimate | None, is_loss: bool = False, sign: str = "") -> str:
     if found is None:
         return "–"
     scale, digits = (1, ".3f") if is_loss else (100, ".1f")
-    half = "" if found.half == float("inf") else f" ± {scale * found.half:{digits}}"
+    half = "" if found.half == math.inf else f" ± {scale * found.half:{digits}}"
     return f"{scale * found.mean:{sign}{digits}}{half}"
 
 
@@ -124,6 +125,13 @@ def _judged(found: Estimate | None, is_loss: bool = False) -> str:
     if found is None:
         return "–"
     return f"{_told(found, is_loss, '+')} {'tie' if found.verdict == 'tie' else f'**{found.verdict}**'}"
+
+
+def _times(found: Estimate | None) -> str:
+    """A multiple, with half its interval."""
+    if found is None:
+        return "–"
+    return f"{found.mean:.2f}" + ("" if found.half in (0, math.inf) else f" ± {found.half:.2f}") + " ×"
 
 
 class Comparison(NamedTuple):
@@ -235,14 +243,15 @@ def _costs(results: Results) -> Made:
     rows = [
         [
             v.name, f"{c['parameters'] / 1e6:.2f} M", f"{c['bytes'] / 1e6:.1f}", f"{c['seconds']:.2f}",
-            f"{c['seconds'] / costs[first]['seconds']:.2f} ×", f"{c['peak'] / 1e9:.2f}", f"{c['rise'] / 1e9:.2f}",
-            f"{c['rise'] / costs[first]['rise']:.2f} ×" if costs[first]["rise"] > 0 else "–",
+            _times(results.beside(v, first, "seconds")), f"{c['peak'] / 1e9:.2f}", f"{c['rise'] / 1e9:.2f}",
+            _times(results.beside(v, first, "rise")),
         ]
         for v, c in costs.items()
     ]  # fmt: skip
     text = [
-        f"Medians over all runs; × is beside {first.name}. Memory is of the whole process, and its rise during training. Runs "
-        "follow one another by the hour: for speed as such see the referee, `umbra bench`, which takes turns."
+        f"Medians over all runs; × is beside {first.name}, task by task and seed by seed, with half the 95 % interval. Memory is "
+        "of the whole process, and its rise during training. Runs follow one another by the hour: for speed as such see the "
+        "referee, `umbra bench`, which takes turns."
     ]  # fmt: skip
     header = ["method", "trained", "adapter, MB", "s a step", "time", "peak, GB", "rise, GB", "rise"]
     figure = "pareto" if any(results.mean_score(v) for v in costs) else None

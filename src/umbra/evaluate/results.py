@@ -1,7 +1,7 @@
 """What a study has found: the records of its runs, put in order for the report."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,13 @@ from .metrics import CHIEF, LOSS
 from .statistics import Estimate, difference, estimate
 
 Items = dict[int, list[float]]  # by seed: what every item got
+COSTS: dict[str, Callable[[dict[str, Any]], float]] = {  # of a run, by its record
+    "parameters": lambda r: r["train_info"]["num_trainable_params"],
+    "seconds": lambda r: r["umbra"]["seconds_per_step"],
+    "peak": lambda r: r["train_info"]["accelerator_memory_max"],
+    "rise": lambda r: r["train_info"]["accelerator_memory_max"] - r["umbra"]["memory_before"],
+    "bytes": lambda r: r["train_info"]["file_size"],
+}
 
 
 @dataclass(frozen=True)
@@ -132,14 +139,19 @@ class Results:
         runs = [r for r in self.of(variant) if r["train_info"]["train_time"]]
         if not runs:
             return {}
-        told = [r["train_info"] for r in runs]
-        return {
-            "parameters": median(t["num_trainable_params"] for t in told),
-            "seconds": median(r["umbra"]["seconds_per_step"] for r in runs),
-            "peak": median(t["accelerator_memory_max"] for t in told),
-            "rise": median(r["train_info"]["accelerator_memory_max"] - r["umbra"]["memory_before"] for r in runs),
-            "bytes": median(t["file_size"] for t in told),
-        }
+        return {name: median(cost(r) for r in runs) for name, cost in COSTS.items()}
+
+    def beside(self, variant: Variant, other: Variant, cost: str) -> Estimate | None:
+        """A cost as a multiple of another method's, run by run: the mean over the seeds and tasks that both have."""
+        ours, theirs = (self._costs(v, cost) for v in (variant, other))
+        tasks = [t for t in self.trained if all((t, s) in ours and (t, s) in theirs for s in self.study["seeds"])]
+        if not tasks or any(theirs[t, s] <= 0 for t in tasks for s in self.study["seeds"]):
+            return None
+        return estimate(np.array([[ours[t, s] / theirs[t, s] for t in tasks] for s in self.study["seeds"]]))
+
+    def _costs(self, variant: Variant, cost: str) -> dict[tuple[str, int], float]:
+        asked = [(r["umbra"]["request"], r) for r in self.of(variant) if r["train_info"]["train_time"]]
+        return {(q["task"], q["seed"]): COSTS[cost](r) for q, r in asked}
 
     def about_kind(self, variant: Variant) -> str:
         return KINDS[variant.kind].about

@@ -27,8 +27,8 @@ from ..trainers import ShadowTrainer
 from . import harness
 from . import record as records
 from .methods import build
-from .metrics import LOSS, METRICS
-from .tasks import Task, TaskOptions, load_task, right_answers
+from .metrics import LOSS
+from .tasks import Task, TaskOptions, load_task
 
 
 def run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[str, Any]:
@@ -171,8 +171,7 @@ def _score(
                 runner, tokenizer, task.test, batch_size=request["batch_size"], max_new_tokens=task.max_new_tokens,
                 chat_template=request["chat_template"], name=name,
             )  # fmt: skip
-            score = METRICS[task.metric]
-            each = [score(r["reply"], right_answers(t), task.pattern) for r, t in zip(replies, task.test, strict=True)]
+            each = [task.score(r["reply"], t) for r, t in zip(replies, task.test, strict=True)]
         means = {k: sum(e[k] for e in each) / len(each) for k in each[0]}
         chief = next(iter(means))
         items = [round(e[chief], 4) for e in each]

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data import read_rows
+from ..data import read_hub, read_rows
 from ..errors import ConfigError, DataError, unknown_key
+from .metrics import PUZZLE
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJ"
@@ -23,12 +24,13 @@ GYM_SIZES = {"train": 3300, "test": 200}
 
 
 class Item(NamedTuple):
-    """A text (which may be cut), what is asked of it, the answer to learn, and further answers that are right."""
+    """A text (which may be cut), what is asked of it, the answer to learn, further answers that are right, and its puzzle."""
 
     text: str
     question: str
     answer: str
     also: tuple[str, ...] = ()
+    puzzle: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class KnownSet:
 
     Args:
         splits: what is trained on, and what is tested on.
-        metric: a name of `metrics.METRICS`.
+        metric: a name of `metrics.METRICS`, or `metrics.PUZZLE`.
         pattern: a regular expression whose last match is the answer; None for all of it.
         max_new_tokens: of an answer.
     """
@@ -96,7 +98,7 @@ def _worked(row: Row) -> Item:
 
 
 def _generated(row: Row) -> Item:
-    return Item("", row["question"], (row.get("metadata") or {}).get("answer_cot") or row["answer"])
+    return Item("", row["question"], (row.get("metadata") or {}).get("answer_cot") or row["answer"], puzzle=row)
 
 
 STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
@@ -136,7 +138,7 @@ def known(name: str) -> KnownSet:
         ConfigError: none.
     """
     if name.startswith(GYM):
-        return SETS.get(name.removeprefix(GYM), KnownSet(_generated, max_new_tokens=64))
+        return SETS.get(name.removeprefix(GYM), KnownSet(_generated, metric=PUZZLE, max_new_tokens=64))
     if name not in SETS:
         raise unknown_key(name, (*SETS, GYM + "…"), "the data sets that a study knows")
     return SETS[name]
@@ -181,14 +183,11 @@ def _rows(name: str, given: KnownSet, split: str, part: str, folder: str | None)
         raise DataError(f"{folder} holds neither {name}.{split}.jsonl nor {name}.{split}.jsonl.gz.")
     if not given.hub:
         raise ConfigError(f"The set {name} is on no hub: name the folder that holds {name}.{split}.jsonl as `data`.")
-    import datasets
-
     try:
-        return list(datasets.load_dataset(*given.hub, split=split))  # type: ignore[arg-type]
-    except Exception as error:  # the library raises a dozen unrelated types
+        return read_hub(*given.hub, split=split)
+    except DataError as error:
         raise DataError(
-            f"{'/'.join(given.hub)} of the hub cannot be loaded: {error!s:.300}. With a copy of it in a folder, as "
-            f"{name}.{split}.jsonl, name that folder as `data`."
+            f"{error}. With a copy of it in a folder, as {name}.{split}.jsonl, name that folder as `data`."
         ) from error
 
 

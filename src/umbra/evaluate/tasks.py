@@ -16,10 +16,10 @@ from ..data import Labels, Record, read_records, record_kind
 from ..errors import ConfigError, DataError, unknown_key
 from ..options import flag
 from ..scoring import reference_of
-from .metrics import LOSS, METRICS
+from .metrics import LOSS, METRICS, PUZZLE, puzzle
 from .sets import Item, items, known
 
-ALSO = "also"  # the column of a record that holds further right answers
+ALSO, ROW = "also", "puzzle"  # columns of a record: further right answers, and what reasoning-gym judges them by
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,12 @@ class Task:
     pattern: str | None
     max_new_tokens: int
 
+    def score(self, reply: str, record: Record) -> dict[str, float]:
+        """What a reply is worth, by names of scores: 0 to 1, the chief one first."""
+        if self.metric == PUZZLE:
+            return puzzle(reply, record[ROW], self.pattern)
+        return METRICS[self.metric](reply, right_answers(record), self.pattern)
+
 
 def digest_of(files: list[Path]) -> str:
     """Of the contents of files, in their order."""
@@ -184,7 +190,7 @@ def _record(item: Item, options: TaskOptions, chat_template: bool) -> Record:
     if options.head == "text":
         return {"text": "\n".join(filter(None, (text, item.question, item.answer)))}
     prompt = f"{text}\n{item.question}".strip() + ("" if chat_template else "\n")
-    return {"prompt": prompt, "completion": item.answer, ALSO: list(item.also)}
+    return {"prompt": prompt, "completion": item.answer, ALSO: list(item.also), ROW: item.puzzle}
 
 
 def right_answers(record: Record) -> list[str]:
