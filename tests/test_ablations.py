@@ -32,7 +32,8 @@ def by_hand(model, ids: torch.Tensor) -> torch.Tensor:
                 held["s"] = held["s"] + gate * (update.transform(n) - held["s"])
             if str(l) in couplings.injections:
                 injection = couplings.injections[str(l)]
-                h = h + config.alpha * (h - held["s"]) @ injection.down.weight.T @ injection.up.weight.T
+                c = 1 if injection.channels is None else injection.channels
+                h = h + config.alpha * ((h - held["s"]) * c) @ injection.down.weight.T @ injection.up.weight.T
             return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
 
         return hook
@@ -43,7 +44,7 @@ def by_hand(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("fields", [{}, {"first_layer": 2}, {"layers": (1, 3)}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"first_layer": 2}, {"layers": (1, 3)}, {"channel_scale": "measured"}], ids=str)
 def test_each_is_its_equations(update, fields):
     model, ids = make(update=update, **fields), tokens()
     with torch.no_grad():

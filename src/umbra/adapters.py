@@ -61,7 +61,9 @@ class Adapters:
             ConfigError: the name is taken or no name, or sizes that do not fit the base.
         """
         self._check_new_name(name)
-        self._seat(name, Shadow(anatomy.locate(self.base), config.resolve()))
+        with self.disable_adapter():  # the base may be asked for its hidden states
+            shadow = Shadow(anatomy.locate(self.base), config.resolve())
+        self._seat(name, shadow)
 
     def load_adapter(
         self,

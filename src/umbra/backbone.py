@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
-from . import anatomy, dense, shards
+from . import anatomy, channels, dense, shards
 from .anatomy import Anatomy
 from .config import ShadowConfig
 from .core import Couplings
@@ -80,10 +80,11 @@ class Shadow(nn.Module):
 
         device = torch.device(anatomy.device_of(base.embeddings) if device is None else device)
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
-        if shards.is_partitioned(base.embeddings.weight) and (train_heads or config.init == "base"):
+        measures = config.channel_scale == "measured" and backbone_config is None  # or else they come from a file
+        if shards.is_partitioned(base.embeddings.weight) and (train_heads or config.init == "base" or measures):
             raise BaseModelError(
-                "ZeRO-3 has partitioned this base already, and train_heads and init='base' copy its weights: load the base "
-                "before TrainingArguments(deepspeed=…) are made, or use FSDP2 or ZeRO-2."
+                "ZeRO-3 has partitioned this base already, and train_heads, init='base' and channel_scale='measured' read its "
+                "weights: load the base before TrainingArguments(deepspeed=…) are made, or use FSDP2 or ZeRO-2."
             )
         self.heads = nn.ModuleDict()
         if train_heads and base.head.weight.is_meta and device.type != "meta":
@@ -100,6 +101,8 @@ class Shadow(nn.Module):
         dtype = torch.float64 if base.model.dtype == torch.float64 else torch.float32
         # Beside a base without weights, which are yet to come from rank 0 or from a file, it stays where it was made.
         self.to(device=None if device.type == "meta" else device, dtype=dtype)
+        if measures and device.type != "meta":
+            channels.measure(base, self.couplings)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, table: nn.Module, **batch: Any) -> Tensor:
         """The initial state s⁰ (B, T, D), in the shadow's dtype.

@@ -55,6 +55,10 @@ class ShadowConfig:
     rank: int | None = option(None, "R, the rank of the injection; paper 16, peft 8")
     gate_rank: int | None = option(None, "G, hidden width of gate and transform; paper 10, peft the rank")
     alpha: float = option(0.1, "α, the strength of the injection")
+    channel_scale: Literal["none", "measured"] = option(
+        "none", "measured: each channel that the injection reads is divided by its own size, measured on the base at attach, so "
+        "that the few large ones do not drown the rest; training is faster and steadier"
+    )  # fmt: skip
     backbone_rate: float = option(
         1.0, "factor on the learning rate of the shadow's backbone, in our trainers; the couplings keep the rate itself"
     )
@@ -170,6 +174,7 @@ class ShadowConfig:
             "dialect": tuple(DIALECTS),
             "distillation_schedule": ("constant", "rise", "fall"),
             "init": ("random", "base"),
+            "channel_scale": ("none", "measured"),
             "update": ("gated", "ungated", "none"),
             "embeddings": ("auto", "base", "own"),
             "activation": (None, "silu", "gelu"),

@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D base hidden size, R injection rank, G gate rank, L
 
     s⁰            = projection(shadow_backbone(x))                     # (B, T, D), see backbone.py
     inject        h ← h + α · dropout((h − s) · W_down) · W_up         # before block l ≥ first; W_up starts at 0
+                  (with (h − s) ⊙ c in its place where channels are scaled: see channels.py)
     block l       h ← base_block_l(h)                                  # frozen
     update        n = norm(h);  s ← s + σ(gate(n)) ⊙ (transform(n) − s)
     loss          = CE(base head, y) + λ · CE(head(s⁰), y)             # see model.py
@@ -26,7 +27,12 @@ ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU}
 
 
 class Injection(nn.Module):
-    """h ← h + α · dropout((h − s) · W_down) · W_up, with ``down.weight`` (R, D) and ``up.weight`` (D, R)."""
+    """h ← h + α · dropout(((h − s) ⊙ c) · W_down) · W_up, with ``down.weight`` (R, D), ``up.weight`` (D, R).
+
+    c is 1, or ``channels`` (D,), which is measured and not trained.
+    """
+
+    channels: Tensor | None
 
     def __init__(self, hidden_size: int, config: ShadowConfig):
         super().__init__()
@@ -34,6 +40,8 @@ class Injection(nn.Module):
         self.alpha = config.alpha
         self.down = nn.Linear(hidden_size, config.rank, bias=False)
         self.up = nn.Linear(config.rank, hidden_size, bias=False)
+        measured = config.channel_scale == "measured"
+        self.register_buffer("channels", torch.ones(hidden_size) if measured else None)
         self.dropout_delta = nn.Dropout(config.dropout if config.dropout_position == "delta" else 0.0)
         self.dropout_rank = nn.Dropout(config.dropout if config.dropout_position == "rank" else 0.0)
         if config.down_init == "normal":
@@ -43,8 +51,13 @@ class Injection(nn.Module):
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """(B, T, D), (B, T, D) → (B, T, D) in h's dtype; computed in the dtype of the weights."""
         delta = (h - s).to(self.down.weight.dtype)
+        delta = delta if self.channels is None else delta * self.channels
         correction = self.up(self.dropout_rank(self.down(self.dropout_delta(delta))))
         return h + (self.alpha * correction).to(h.dtype)
+
+    def reader(self) -> Tensor:
+        """c ⊙ W_down (R, D), which reads h − s itself."""
+        return self.down.weight if self.channels is None else self.down.weight * self.channels
 
 
 class Update(nn.Module):
@@ -139,7 +152,7 @@ class Couplings(nn.Module):
             _pair(update.gate) if update else None,
             _pair(update.transform) if update else None,
             self.config.activation or "",
-            injection.down.weight if injection else None,
+            injection.reader() if injection else None,
             injection.up.weight if injection else None,
             injection.alpha if injection else 0.0,
         )

@@ -14,7 +14,7 @@ from ..checkpoint import CONFIG_FILE, read_json
 from ..errors import CheckpointError, ConfigError
 from ..model import ShadowModel
 from . import peft, shadow_peft
-from .foreign import Foreign
+from .foreign import Foreign, plain_state
 from .layout import check_names
 
 FORMATS = {"peft": peft, "shadow-peft": shadow_peft}
@@ -63,7 +63,7 @@ def convert(model: ShadowModel, path: str | Path, to: str) -> Path:
     values, layouts = form.write(shadow, anatomy.locate(model.base))
     files = {name: layout.write(to) for name, layout in layouts.items()}
     held = {key for layout in layouts.values() for slot in layout.slots.values() for key in slot.mine}
-    check_names(held, shadow.state_dict(), path)
+    check_names(held, plain_state(shadow), path)
 
     def write(staging: Path) -> None:
         folder.write_text(staging / form.CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -157,6 +157,16 @@ def explicit(path: str) -> tuple[PretrainedConfig, bool]:
     return config, projected
 
 
+def plain_state(shadow: Shadow) -> Tensors:
+    """Its tensors, with the measured scale of channels, which the peers do not have, multiplied into W_down."""
+    state = shadow.state_dict()
+    for l, injection in shadow.couplings.injections.items():
+        name = f"couplings.injections.{l}."
+        if state.pop(f"{name}channels", None) is not None:
+            state[f"{name}down.weight"] = injection.reader().detach()  # type: ignore[operator]
+    return state
+
+
 def dead_update(base: Anatomy, config: ShadowConfig) -> Tensors:
     """Zeros for the update after the last coupled block, which both peers carry: it feeds nothing."""
     with torch.device("meta"):

@@ -131,7 +131,7 @@ class Adapter(Foreign):
 
 
 def _layout(shadow: Shadow, base: Anatomy) -> Layout:
-    layout = Layout(shadow.state_dict())
+    layout = Layout(foreign.plain_state(shadow))
     layout.module(BACKBONE, "backbone.")
     if not shadow.owns_embeddings:
         foreign.dead_table(layout, BACKBONE, base)

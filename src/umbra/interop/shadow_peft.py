@@ -124,7 +124,7 @@ class Adapter(Foreign):
 
 
 def _layout(shadow: Shadow, base: Anatomy) -> Layout:
-    layout = Layout(shadow.state_dict())
+    layout = Layout(foreign.plain_state(shadow))
     layout.module("shadow_model.", "backbone.")
     if not shadow.config.is_pretrained:
         foreign.dead_table(layout, "shadow_model.", base)
@@ -152,7 +152,7 @@ def _layout(shadow: Shadow, base: Anatomy) -> Layout:
 
 
 def _heads(shadow: Shadow, base: Anatomy, names: list[str]) -> Layout:
-    layout = Layout(shadow.state_dict())
+    layout = Layout(foreign.plain_state(shadow))
     for name in names:
         layout.module(f"{name}.", f"heads.{HEADS[base.is_classifier][name]}.")
     return layout
