@@ -29,6 +29,7 @@ ORDER = [
     "dense",
     "shards",
     "anatomy",
+    "channels",
     "caches",
     "hooks",
     "decoding",

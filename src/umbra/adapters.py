@@ -13,7 +13,7 @@ from .backbone import Shadow
 from .config import ShadowConfig
 from .errors import ConfigError, StateError
 from .fingerprint import fingerprint
-from .hooks import Attachment
+from .hooks import Attachment, Frame
 
 DEFAULT = "default"  # the name of the shadow that `attach` and `load` make
 BASE = "__base__"  # in adapter_names: no adapter, as is None
@@ -61,7 +61,7 @@ class Adapters:
             ConfigError: the name is taken or no name, or sizes that do not fit the base.
         """
         self._check_new_name(name)
-        with self.disable_adapter():  # the base may be asked for its hidden states
+        with Frame(self._attachment, disabled=True):  # the base may be asked for its hidden states
             shadow = Shadow(anatomy.locate(self.base), config.resolve())
         self._seat(name, shadow)
 
