@@ -451,12 +451,11 @@ def test_costs_are_multiples_run_by_run(done, monkeypatch):
     results = results_of(done)
     ours, theirs = (variant(results, n) for n in ("Umbra", "LoRA"))
     found = results.beside(ours, theirs, "seconds")
-    by_hand = [
-        the_record(done, t, "Umbra", s)["umbra"]["seconds_per_step"]
-        / the_record(done, t, "LoRA", s)["umbra"]["seconds_per_step"]
-        for t in results.trained
-        for s in results.study["seeds"]
-    ]
+    seconds = {}
+    for kept in results.runs:
+        asked = kept["umbra"]["request"]
+        seconds[asked["method"], asked["task"], asked["seed"]] = kept["umbra"]["seconds_per_step"]
+    by_hand = [seconds["Umbra", t, s] / seconds["LoRA", t, s] for t in results.trained for s in results.study["seeds"]]
     assert found.mean == pytest.approx(sum(by_hand) / len(by_hand)) and found.low < found.mean < found.high
     assert results.beside(theirs, theirs, "seconds").half == 0
     text = (done / "out" / "report.md").read_text()
