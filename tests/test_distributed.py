@@ -31,6 +31,7 @@ MODELS = {
     "narrow": {**NARROW, "shadow_head_dim": 8},
     "own_embeddings": {"embeddings": "own"},
     "trained_heads": {"train_heads": True},
+    "scaled": {"channel_scale": "measured"},
     "no_auxiliary": {"auxiliary_loss_weight": 0.0},
     "no_auxiliary_heads": {"train_heads": True, "auxiliary_loss_weight": 0.0},
 }
@@ -164,13 +165,15 @@ def test_a_resting_adapter_takes_no_part(pair, engine):
     assert_same_step(pair(ranks.step, engine, resting=True), reference())
 
 
+@pytest.mark.parametrize("scale", ["none", "measured"])
 @pytest.mark.parametrize("empty", [False, True], ids=["loaded", "meta"])
 @pytest.mark.compat(
     "Distributed", "RAM-efficient loading", "rank 1 holds the base without weights; FSDP2 hands them out"
 )
-def test_ram_efficient_loading(pair, tmp_path, empty):
-    make(auxiliary_loss_weight=LAMBDA).save_pretrained(tmp_path)
-    assert_same_step(pair(ranks.ram_efficient, str(tmp_path), empty), reference(auxiliary_loss_weight=LAMBDA))
+def test_ram_efficient_loading(pair, tmp_path, empty, scale):
+    given = {"auxiliary_loss_weight": LAMBDA, "channel_scale": scale}
+    make(**given).save_pretrained(tmp_path)
+    assert_same_step(pair(ranks.ram_efficient, str(tmp_path), empty), reference(**given))
 
 
 @pytest.mark.parametrize("engine", ["none", "blocks"], ids=["whole", "sharded"])
@@ -377,7 +380,7 @@ def test_a_launched_run(settings, tmp_path):
 def test_a_base_that_zero3_partitioned_when_it_was_loaded(pair, settings, tmp_path):
     """The fingerprint is of the whole base, the folder is whole; what would copy missing weights is refused."""
     pytest.importorskip("deepspeed")
-    for refused in ({"train_heads": True}, {"init": "base"}):
+    for refused in ({"train_heads": True}, {"init": "base"}, {"channel_scale": "measured"}):
         with pytest.raises(AssertionError, match="ZeRO-3 has partitioned this base already"):
             pair(ranks.train_with_zero3, {**settings, **refused, "use_cpu": False, "output_dir": str(tmp_path / "no")})
     found, _ = pair(ranks.train_with_zero3, {**settings, "use_cpu": False, "per_device_eval_batch_size": 4})

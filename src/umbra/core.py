@@ -32,7 +32,7 @@ class Injection(nn.Module):
     c is 1, or ``channels`` (D,), which is measured and not trained.
     """
 
-    channels: Tensor | None
+    channels: nn.Parameter | None
 
     def __init__(self, hidden_size: int, config: ShadowConfig):
         super().__init__()
@@ -40,8 +40,8 @@ class Injection(nn.Module):
         self.alpha = config.alpha
         self.down = nn.Linear(hidden_size, config.rank, bias=False)
         self.up = nn.Linear(config.rank, hidden_size, bias=False)
-        measured = config.channel_scale == "measured"
-        self.register_buffer("channels", torch.ones(hidden_size) if measured else None)
+        scale = nn.Parameter(torch.ones(hidden_size), requires_grad=False)  # engines spread parameters, and few buffers
+        self.register_parameter("channels", scale if config.channel_scale == "measured" else None)
         self.dropout_delta = nn.Dropout(config.dropout if config.dropout_position == "delta" else 0.0)
         self.dropout_rank = nn.Dropout(config.dropout if config.dropout_position == "rank" else 0.0)
         if config.down_init == "normal":
