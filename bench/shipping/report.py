@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.quality import interval
 
-from .tasks import ROWS
+from .tasks import FIRST, ROWS
 from .text import TASKS
 
 Run = dict[str, Any]
@@ -63,13 +63,12 @@ def tasks(held: dict[str, Any]) -> str:
         "# Tasks, beside the base and without it", "", *about(held),
         "A shadow of two blocks, trained on each task; % of the test file that it answers rightly. *Pretrained* began as a shadow",
         "that learned the base's distribution ([shipping-pretrain.json](shipping-pretrain.json)); *alone* was trained without the",
-        "base, for more steps, which cost little; *alone first* began as what that had made. *Of the pair*: the detached shadow's",
-        "share of the attached pair's accuracy. `python -m bench.shipping tasks`.",
+        "base. *Of the pair*: the detached shadow's share of the attached pair's accuracy. `python -m bench.shipping tasks`.",
     ]  # fmt: skip
     for task in (t for t in TASKS if any(r["task"] == t for r in runs)):
         tested = next(r["total"] for r in runs if r["task"] == task)
         lines += [
-            "", f"## {task}: {TASKS[task].steps} steps of {TASKS[task].batch}, alone {TASKS[task].alone}; {tested} tested", "",
+            "", f"## {task}: {TASKS[task].steps} steps of {TASKS[task].batch}, {tested} tested", "",
             "| shadow | seeds | attached | less random | detached | less random | of the pair |",
             "|---|---:|---:|---:|---:|---:|---:|",
         ]  # fmt: skip
@@ -84,7 +83,8 @@ def tasks(held: dict[str, Any]) -> str:
                 ]
             pair, alone = (_accuracies(runs, task, row, mode) for mode in (PAIR, ALONE))
             share = [alone[s] / pair[s] for s in alone if pair.get(s)]
-            lines.append(f"| {row} | {len(alone)} | {' | '.join(cells)} | {told(share, '{:.2f}') if share else ''} |")
+            name = f"{row} ({TASKS[task].alone} steps)" if row == FIRST else row
+            lines.append(f"| {name} | {len(alone)} | {' | '.join(cells)} | {told(share, '{:.2f}') if share else ''} |")
     return "\n".join(lines) + "\n"
 
 

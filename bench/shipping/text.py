@@ -57,9 +57,9 @@ class Task(NamedTuple):
     """How a row becomes a record, and how it is learned.
 
     Args:
-        steps: beside the base, of ``batch`` records each, at ``rate``.
+        steps: of ``batch`` records each, at ``rate``.
         answer: tokens of an answer.
-        alone: steps without the base, each a small part of one beside it, at ``alone_rate``.
+        alone: steps of a shadow that is trained for longer without the base, at ``alone_rate``.
         pattern: whose last match is compared.
     """
 
