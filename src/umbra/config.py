@@ -57,7 +57,7 @@ class ShadowConfig:
     alpha: float = option(0.1, "α, the strength of the injection")
     channel_scale: Literal["none", "measured"] = option(
         "none", "measured: each channel that the injection reads is divided by its own size, measured on the base at attach, so "
-        "that the few large ones do not drown the rest; training is faster and steadier"
+        "that the few large ones do not drown the rest"
     )  # fmt: skip
     backbone_rate: float = option(
         1.0, "factor on the learning rate of the shadow's backbone, in our trainers; the couplings keep the rate itself"

@@ -142,7 +142,7 @@ class Results:
         return {name: median(cost(r) for r in runs) for name, cost in COSTS.items()}
 
     def beside(self, variant: Variant, other: Variant, cost: str) -> Estimate | None:
-        """A cost as a multiple of another method's, run by run: the mean over the seeds and tasks that both have."""
+        """A cost as a multiple of another method's, run by run: the mean over the tasks that both have at every seed."""
         ours, theirs = (self._costs(v, cost) for v in (variant, other))
         tasks = [t for t in self.trained if all((t, s) in ours and (t, s) in theirs for s in self.study["seeds"])]
         if not tasks or any(theirs[t, s] <= 0 for t in tasks for s in self.study["seeds"]):
