@@ -156,6 +156,10 @@ TABLE = {
         "bias": False,
         "dropout_position": "rank",
         "down_init": "normal",
+        "alpha": 0.1,
+        "dropout": 0.2,
+        "channel_scale": "none",
+        "init": "random",
     },
     "peft": {
         "rank": 8,
@@ -166,22 +170,27 @@ TABLE = {
         "bias": True,
         "dropout_position": "delta",
         "down_init": "linear",
+        "alpha": 0.1,
+        "dropout": 0.2,
+        "channel_scale": "none",
+        "init": "random",
     },
 }
-BOTH = {"alpha": 0.1, "dropout": 0.2, "auxiliary_loss_weight": 0.05}
+OURS = {"alpha": 1.0, "dropout": 0.0, "channel_scale": "measured", "init": "auto", "first_layer": 0.25}
+TABLE["umbra"] = {**TABLE["paper"], **OURS}
 
 
 @pytest.mark.parametrize("dialect", TABLE)
 def test_a_dialect_fills_in_the_table_of_the_design(dialect):
     resolved = ShadowConfig(dialect=dialect).resolve()
-    assert resolved.to_dict().items() >= {**TABLE[dialect], **BOTH}.items()
+    assert resolved.to_dict().items() >= {**TABLE[dialect], "auxiliary_loss_weight": 0.05}.items()
     assert resolved.resolve() == resolved
 
 
 @pytest.mark.parametrize("dialect", TABLE)
 @pytest.mark.parametrize("name", TABLE["paper"])
 def test_an_explicit_field_beats_the_dialect(dialect, name):
-    other = {"paper": "peft", "peft": "paper"}[dialect]
+    other = {"paper": "umbra", "umbra": "peft", "peft": "paper"}[dialect]
     resolved = ShadowConfig(dialect=dialect, **{name: TABLE[other][name]}).resolve()
     expected = {**TABLE[dialect], name: TABLE[other][name]}
     if (dialect, name) == ("peft", "rank"):
@@ -197,6 +206,10 @@ def test_the_gate_rank_of_peft_follows_the_rank_and_that_of_the_paper_does_not()
 def test_replacing_the_dialect_replaces_all_of_it():
     config = dataclasses.replace(ShadowConfig(dialect="paper", alpha=0.3), dialect="peft")
     assert config.resolve() == ShadowConfig(dialect="peft", alpha=0.3).resolve()
+
+
+def test_what_measured_best_is_the_default():
+    assert ShadowConfig().resolve() == ShadowConfig(dialect="umbra").resolve() != ShadowConfig(dialect="paper").resolve()
 
 
 def test_replacing_by_a_bad_value_raises():

@@ -324,14 +324,14 @@ def test_scores_of_replies_that_are_passed_on():
     assert Score.of("base", replies, 1, 1.0).escalated is None
 
 
-def test_trainers_that_compute_a_loss_by_themselves_take_both_labels(base_folder):
+def test_trainers_that_compute_a_loss_by_themselves_take_both_labels(tmp_path):
     """Label smoothing: the second pass reads the shadow's labels, the first never sees them."""
     model = make(auxiliary_loss_weight=0.5)
     scramble(model.shadow, 3)
     ids, labels, own = two_labels()
     from transformers import TrainingArguments
 
-    args = TrainingArguments(output_dir="unused", label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
     trainer = umbra.ShadowTrainer(model=model.train(), args=args)
     trainer.current_gradient_accumulation_steps = 1
     loss = trainer.compute_loss(model, {"input_ids": ids, "labels": labels, "shadow_targets": own})

@@ -15,7 +15,7 @@ import umbra
 from folders import FILES, WEIGHTS, assert_same_weights, names
 from pair import Pair
 from tiny import assert_same, gradients, make, make_base, shadow_logits, tokens
-from umbra.bases import load_tokenizer
+from umbra.bases import load_base, load_tokenizer
 from umbra.cli import main
 from umbra.data import Collator, encode_all, read_records
 from umbra.train import train
@@ -378,11 +378,10 @@ def test_a_launched_run(settings, tmp_path):
 
 
 def test_a_base_that_zero3_partitioned_when_it_was_loaded(pair, settings, tmp_path):
-    """The fingerprint is of the whole base, the folder is whole; what would copy missing weights is refused."""
+    """The fingerprint is of the whole base, the folder is whole; a copy of missing heads is refused."""
     pytest.importorskip("deepspeed")
-    for refused in ({"train_heads": True}, {"init": "base"}, {"channel_scale": "measured"}):
-        with pytest.raises(AssertionError, match="ZeRO-3 has partitioned this base already"):
-            pair(ranks.train_with_zero3, {**settings, **refused, "use_cpu": False, "output_dir": str(tmp_path / "no")})
+    with pytest.raises(AssertionError, match="ZeRO-3 has partitioned this base already"):
+        pair(ranks.train_with_zero3, {**settings, "train_heads": True, "use_cpu": False, "output_dir": str(tmp_path / "no")})
     found, _ = pair(ranks.train_with_zero3, {**settings, "use_cpu": False, "per_device_eval_batch_size": 4})
     model = umbra.load(settings["output_dir"]).eval()
     examples = encode_all(read_records(settings["eval_data"], "train"), load_tokenizer(settings["base"]), max_length=99)
@@ -390,6 +389,20 @@ def test_a_base_that_zero3_partitioned_when_it_was_loaded(pair, settings, tmp_pa
         out = model(**Collator(0)(examples))
     assert found["eval_loss"] == pytest.approx(float(out.loss), abs=1e-4)
     assert found["eval_shadow_loss"] == pytest.approx(float(out.shadow_loss), abs=1e-4)
+
+
+def test_what_is_read_of_a_partitioned_base_is_as_of_a_whole_one(pair, settings, tmp_path):
+    """Copied blocks and measured channels; nothing is learned at a rate of 0."""
+    pytest.importorskip("deepspeed")
+    more = {"init": "base", "channel_scale": "measured", "learning_rate": 0.0, "use_cpu": False}
+    pair(ranks.train_with_zero3, {**settings, **more, "output_dir": str(tmp_path / "still")})
+    found = umbra.load(tmp_path / "still").shadow
+    whole = umbra.attach(load_base(settings["base"]), found.config).shadow.state_dict()
+    read = {k: v for k, v in found.state_dict().items() if k.startswith("backbone.") or k.endswith(".channels")}
+    assert any(k.endswith(".channels") for k in read)
+    for key, value in read.items():
+        torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-6)
+    assert all(float(v.std()) > 0 for k, v in read.items() if k.endswith(".channels"))
 
 
 def test_a_bad_configuration_is_said_once(settings, tmp_path):

@@ -26,6 +26,7 @@ from umbra.train import DEFAULTS
 SEEDS = {"train": 0, "validation": 10_000_000, "test": 20_000_000}  # item i is drawn from seed + i
 LONGEST = 512  # tokens of an example
 SHADOW = umbra.ShadowConfig(
+    dialect="paper",
     init="base",  # under a scaled norm: what the first blocks give would make the head far too sure
     first_layer=0.5,
     shadow_num_hidden_layers=2,

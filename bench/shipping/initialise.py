@@ -19,7 +19,7 @@ NARROW = {
     "shadow_num_hidden_layers": 4, "shadow_hidden_size": 384, "shadow_num_attention_heads": 6, "shadow_num_key_value_heads": 2,
     "shadow_intermediate_size": 1024, "shadow_head_dim": 64,
 }  # fmt: skip
-TWO: dict[str, Any] = {"shadow_num_hidden_layers": 2}
+TWO: dict[str, Any] = {"shadow_num_hidden_layers": 2, "init": "random"}
 COPIED = {**TWO, "init": "base"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "random": TWO,
@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "blocks 0, 1, final norm × 0.1": {**COPIED, "init_scale": 0.1},
     "blocks 0, 15": {**COPIED, "init_layers": [0, 15]},
     "blocks 0, 29": {**COPIED, "init_layers": [0, 29]},
-    "narrow, random": NARROW,
+    "narrow, random": {**NARROW, "init": "random"},
     "narrow, blocks 0 – 3 pruned": {**NARROW, "init": "base"},
     "another checkpoint": {"shadow": "another"},
 }

@@ -47,6 +47,9 @@ class Shadow(nn.Module):
     ):  # fmt: skip
         super().__init__()
         D, L = base.config.hidden_size, len(base.blocks)
+        if config.init == "auto":
+            copies = backbone_config is None and _can_copy(base, config)
+            config = dataclasses.replace(config, init="base" if copies else "random")
         self.config = config
         self.adapter_id = uuid.uuid4().hex
         self.classifier: dict[str, Any] = {}  # label names, where they are not those of the base's configuration
@@ -81,10 +84,10 @@ class Shadow(nn.Module):
         device = torch.device(anatomy.device_of(base.embeddings) if device is None else device)
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
         measures = config.channel_scale == "measured" and backbone_config is None  # or else they come from a file
-        if shards.is_partitioned(base.embeddings.weight) and (train_heads or config.init == "base" or measures):
+        if shards.is_partitioned(base.embeddings.weight) and train_heads:
             raise BaseModelError(
-                "ZeRO-3 has partitioned this base already, and train_heads, init='base' and channel_scale='measured' read its "
-                "weights: load the base before TrainingArguments(deepspeed=…) are made, or use FSDP2 or ZeRO-2."
+                "ZeRO-3 has partitioned this base already, and train_heads copies its head: load the base before "
+                "TrainingArguments(deepspeed=…) are made, or use FSDP2 or ZeRO-2."
             )
         self.heads = nn.ModuleDict()
         if train_heads and base.head.weight.is_meta and device.type != "meta":
@@ -249,12 +252,24 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
     if max(layers) >= len(base.blocks):
         raise ConfigError(f"init='base' copies blocks {list(layers)}, the base's are 0 to {len(base.blocks) - 1}.")
     narrowed = anatomy.Narrowed(None, None)
-    if anatomy.is_narrower(backbone.config, base.config):
-        narrowed = anatomy.prune_blocks(base, backbone, layers)
-    else:
-        anatomy.copy_blocks(base, backbone, layers)
+    left = {id(p) for l, block in enumerate(base.blocks) if l not in layers for p in block.parameters()}
+    with shards.gathered(p for p in base.decoder.parameters() if id(p) not in left):
+        if anatomy.is_narrower(backbone.config, base.config):
+            narrowed = anatomy.prune_blocks(base, backbone, layers)
+        else:
+            anatomy.copy_blocks(base, backbone, layers)
     anatomy.scale_final_norm(backbone, config.init_scale)
     return Built(backbone, narrowed.projection, narrowed.embed_projection)
+
+
+def _can_copy(base: Anatomy, config: ShadowConfig) -> bool:
+    """Whether the shadow's blocks are as the base's first ones, whose weights are at hand or yet to come for both."""
+    given = {k for k in config.keys() if k.startswith("shadow_") and getattr(config, k) is not None}
+    depth = config.shadow_num_hidden_layers or 1
+    if config.shadow != "mirror" or given - {"shadow_num_hidden_layers"} or depth > len(base.blocks):
+        return False
+    weights = [p for block in base.blocks[:depth] for p in block.parameters()]
+    return anatomy.is_cheap_to_mirror(base.config) and all(p.is_meta == base.embeddings.weight.is_meta for p in weights)
 
 
 def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:

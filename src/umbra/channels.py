@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import anatomy
+from . import anatomy, shards
 from .anatomy import Anatomy
 from .core import Couplings
 
@@ -38,7 +38,8 @@ def measure(base: Anatomy, couplings: Couplings) -> None:
     was_training = base.model.training
     base.model.eval()
     try:
-        base.decoder(input_ids=ids, use_cache=False)
+        with shards.gathered_while_computing(base.decoder):
+            base.decoder(input_ids=ids, use_cache=False)
     finally:
         base.model.train(was_training)
         for handle in handles:

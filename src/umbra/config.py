@@ -8,22 +8,36 @@ from typing import Any, Literal
 
 from .errors import ConfigError, shown, unknown_key
 
-Dialect = Literal["paper", "peft"]
+Dialect = Literal["umbra", "paper", "peft"]
 LARGEST = 2**20  # of any size: what lies beyond is a slip of the pen, and would fill any memory
 
-# What a field left at None means in each of the two published dialects.
+# What a field left at None means in each of the two published dialects, and in ours: the paper's, with what measured best.
+PAPER = {
+    "rank": 16,
+    "gate_rank": 10,
+    "alpha": 0.1,
+    "channel_scale": "none",
+    "dropout": 0.2,
+    "init": "random",
+    "first_layer": 1,
+    "norm": True,
+    "activation": "silu",
+    "bias": False,
+    "dropout_position": "rank",
+    "down_init": "normal",
+}
 DIALECTS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "rank": 16,
-        "gate_rank": 10,
-        "first_layer": 1,
-        "norm": True,
-        "activation": "silu",
-        "bias": False,
-        "dropout_position": "rank",
-        "down_init": "normal",
+    "umbra": {
+        **PAPER,
+        "alpha": 1.0,
+        "channel_scale": "measured",
+        "dropout": 0.0,
+        "init": "auto",
+        "first_layer": 0.25,
     },
+    "paper": PAPER,
     "peft": {
+        **PAPER,
         "rank": 8,
         "gate_rank": None,
         "first_layer": 0,
@@ -51,18 +65,23 @@ class ShadowConfig:
         ConfigError: a value outside its range, or an unknown key (the nearest known one is named).
     """
 
-    dialect: Dialect = option("paper", "published form to follow: paper (shadow-peft) or peft (PEFT's ShadowConfig)")
-    rank: int | None = option(None, "R, the rank of the injection; paper 16, peft 8")
-    gate_rank: int | None = option(None, "G, hidden width of gate and transform; paper 10, peft the rank")
-    alpha: float = option(0.1, "α, the strength of the injection")
-    channel_scale: Literal["none", "measured"] = option(
-        "none", "measured: each channel that the injection reads is divided by its own size, measured on the base at attach, so "
-        "that the few large ones do not drown the rest"
+    dialect: Dialect = option(
+        "umbra", "what a field that is not given is: as published in shadow-peft (paper) or by PEFT's ShadowConfig (peft), or "
+        "umbra, the paper's form with what measured best (docs/LOG.md)"
+    )  # fmt: skip
+    rank: int | None = option(None, "R, the rank of the injection; default 16, peft 8")
+    gate_rank: int | None = option(None, "G, hidden width of gate and transform; default 10, peft the rank")
+    alpha: float | None = option(None, "α, the strength of the injection; default 1, paper and peft 0.1")
+    channel_scale: Literal["none", "measured"] | None = option(
+        None, "measured (default; paper and peft none): each channel that the injection reads is divided by its own size, "
+        "measured on the base at attach, so that the few large ones do not drown the rest"
     )  # fmt: skip
     backbone_rate: float = option(
         1.0, "factor on the learning rate of the shadow's backbone, in our trainers; the couplings keep the rate itself"
     )
-    dropout: float = option(0.2, "dropout probability of the injection, in [0, 1)")
+    dropout: float | None = option(
+        None, "dropout probability of the injection, in [0, 1); default 0, paper and peft 0.2"
+    )
     auxiliary_loss_weight: float = option(0.05, "λ, the weight of the shadow's own loss; 0 runs no second head")
     auxiliary_loss_every: int = option(
         1, "k: the shadow's own losses read every k-th labelled token, from a random one on, and weigh it k times"
@@ -92,9 +111,10 @@ class ShadowConfig:
     shadow_num_attention_heads: int | None = option(None, "attention heads of the shadow; default the base's")
     shadow_num_key_value_heads: int | None = option(None, "key-value heads of the shadow; default the base's")
     shadow_head_dim: int | None = option(None, "width of one attention head of the shadow; default the base's")
-    init: Literal["random", "base"] = option(
-        "random", "initial weights of a mirrored shadow: random, or base (copied blocks)"
-    )
+    init: Literal["auto", "random", "base"] | None = option(
+        None, "initial weights of a mirrored shadow: random (paper and peft), base (copied blocks), auto (default: base for a "
+        "shadow of the base's sizes, else random)"
+    )  # fmt: skip
     init_layers: tuple[int, ...] | None = option(
         None, "init=base: the block that is copied for each of the shadow's, such as 0,1; default the first ones"
     )
@@ -112,7 +132,7 @@ class ShadowConfig:
 
     first_layer: int | float | None = option(
         None, "first block with an injection; or the share of the blocks below it, such as 0.67: the fewer are coupled, the "
-        "cheaper is training; paper 1, peft 0"
+        "cheaper is training; default 0.25, paper 1, peft 0"
     )  # fmt: skip
     layers: tuple[int, ...] | None = option(
         None, "the coupled blocks, in place of first_layer, such as 20,22,24; default all from first_layer on"
@@ -120,14 +140,14 @@ class ShadowConfig:
     update: Literal["gated", "ungated", "none"] = option(
         "gated", "for ablations: the state takes all of the transform (ungated), or stays s⁰ at every block (none)"
     )
-    norm: bool | None = option(None, "one shared LayerNorm before gate and transform; paper yes, peft no")
-    activation: Literal["silu", "gelu"] | None = option(None, "activation of gate and transform; paper silu, peft gelu")
-    bias: bool | None = option(None, "biases in gate and transform; paper no, peft yes")
+    norm: bool | None = option(None, "one shared LayerNorm before gate and transform; default yes, peft no")
+    activation: Literal["silu", "gelu"] | None = option(None, "activation of gate and transform; default silu, peft gelu")
+    bias: bool | None = option(None, "biases in gate and transform; default no, peft yes")
     dropout_position: Literal["rank", "delta"] | None = option(
-        None, "dropout after W_down and inside the transform (rank, paper) or on h − s before W_down (delta, peft)"
+        None, "dropout after W_down and inside the transform (rank, default) or on h − s before W_down (delta, peft)"
     )
     down_init: Literal["normal", "linear"] | None = option(
-        None, "W_down starts from N(0, 0.02) (normal, paper) or nn.Linear's own (linear, peft)"
+        None, "W_down starts from N(0, 0.02) (normal, default) or nn.Linear's own (linear, peft)"
     )
 
     def __post_init__(self) -> None:
@@ -160,9 +180,9 @@ class ShadowConfig:
             raise ConfigError(f"init_scale must be a finite number > 0, got {shown(self.init_scale)}.")
         if not _is_finite(self.backbone_rate) or self.backbone_rate <= 0:
             raise ConfigError(f"backbone_rate must be a finite number > 0, got {shown(self.backbone_rate)}.")
-        if not _is_finite(self.alpha):
+        if self.alpha is not None and not _is_finite(self.alpha):
             raise ConfigError(f"alpha must be a finite number, got {shown(self.alpha)}.")
-        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
+        if self.dropout is not None and (not _is_finite(self.dropout) or not 0 <= self.dropout < 1):
             raise ConfigError(f"dropout must lie in [0, 1), got {shown(self.dropout)}.")
         for name in ("auxiliary_loss_weight", "distillation_weight"):
             if not _is_finite(getattr(self, name)) or getattr(self, name) < 0:
@@ -173,8 +193,8 @@ class ShadowConfig:
         choices = {
             "dialect": tuple(DIALECTS),
             "distillation_schedule": ("constant", "rise", "fall"),
-            "init": ("random", "base"),
-            "channel_scale": ("none", "measured"),
+            "init": (None, "auto", "random", "base"),
+            "channel_scale": (None, "none", "measured"),
             "update": ("gated", "ungated", "none"),
             "embeddings": ("auto", "base", "own"),
             "activation": (None, "silu", "gelu"),

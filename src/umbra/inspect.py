@@ -44,8 +44,8 @@ def inspect(path: str) -> dict[str, Any]:
 
 
 def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
-    config = ShadowConfig.from_dict(values["shadow"])
-    own = {k: v for k, v in DIALECTS[config.dialect].items() if k not in ("rank", "gate_rank")}
+    config = ShadowConfig.from_dict(values["shadow"]).resolve()
+    own = {k: v for k, v in DIALECTS[config.dialect].items() if k not in ("rank", "gate_rank", "alpha", "init")}
     changed = {k: getattr(config, k) for k, v in own.items() if getattr(config, k) != v}
     shadow, base = values["shadow_model_config"], values["base"]
     return {

@@ -62,7 +62,7 @@ def attach(
 
     Args:
         base: a decoder with a language-model head, or with a sequence-classification head.
-        config: default `ShadowConfig()`, the paper's.
+        config: default `ShadowConfig()`.
         backbone_config: of a shadow that was saved before (see `umbra.load`).
 
     Raises:

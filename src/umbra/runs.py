@@ -115,8 +115,9 @@ class Run:
     @classmethod
     def of(cls, out: str, files: tuple[str, ...], options: Any, shadow: ShadowConfig, rest: dict[str, Any]) -> "Run":
         """The run of these settings: the run's own, a dataclass, the shadow's and TrainingArguments'."""
-        asked = {k: v for k, v in {**asdict(options), **asdict(shadow), **rest}.items() if k not in HARMLESS}
-        defaults = {f.name: f.default for kind in (options, shadow) for f in fields(kind) if f.name not in HARMLESS}
+        asked = {**asdict(options), **shadow.resolve().to_dict(), **rest}
+        asked = {k: v for k, v in asked.items() if k not in HARMLESS}
+        defaults = {f.name: f.default for f in fields(options) if f.name not in HARMLESS}
         asked, defaults = json.loads(json.dumps([asked, defaults], default=str))
         return cls(Path(out), asked, defaults, files)
 
@@ -144,10 +145,11 @@ class Run:
             return None
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
-            before = run["asked"]
+            before = {**self.defaults, **run["asked"]}
+            shadow = ShadowConfig.from_dict({k: v for k, v in before.items() if k in ShadowConfig.keys()})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error}. Choose another output_dir, or overwrite.") from error
-        before = {**self.defaults, **before}
+        before |= json.loads(json.dumps(shadow.resolve().to_dict()))
         changed = sorted(k for k in self.asked.keys() | before.keys() if self.asked.get(k) != before.get(k))
         if changed:
             differences = ", ".join(f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed)

@@ -35,6 +35,27 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[bool]:
         yield False
 
 
+@contextmanager
+def gathered_while_computing(model: nn.Module) -> Iterator[None]:
+    """A context in which a model that ZeRO-3 has partitioned can run, outside its engine: each part is whole while it runs."""
+    open_contexts: dict[nn.Module, Any] = {}
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        open_contexts[module] = gathered(module.parameters(recurse=False))
+        open_contexts[module].__enter__()
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        open_contexts.pop(module).__exit__(None, None, None)
+
+    parts = [m for m in model.modules() if any(is_partitioned(p) for p in m.parameters(recurse=False))]
+    handles = [m.register_forward_pre_hook(enter) for m in parts] + [m.register_forward_hook(leave) for m in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def is_whole(tensor: Tensor) -> bool:
     """Whether this process holds all of a tensor and may compute with it at any time."""
     return not is_partitioned(tensor) and not isinstance(tensor, DTensor)

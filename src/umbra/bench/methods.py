@@ -159,11 +159,15 @@ class Method:
         return self.package is None or find_spec(self.package) is not None
 
 
+def _config(width: int, **fields: Any) -> ShadowConfig:
+    return ShadowConfig(**{"dialect": "paper", "shadow_intermediate_size": width, "dropout": 0.0, **fields})
+
+
 def umbra(name: str, about: str, only: str | None = None, recomputes: bool = False, **fields: Any) -> Method:
-    """A row of Umbra: fields of `ShadowConfig`."""
+    """A row of Umbra: fields of `ShadowConfig`, over the paper's with no dropout."""
 
     def build(base: Any, rank: int, width: int) -> Any:
-        model = attach(base, ShadowConfig(**{"shadow_intermediate_size": width, "dropout": 0.0, **fields}))
+        model = attach(base, _config(width, **fields))
         return _recomputing(model) if recomputes else model
 
     return Method(name, about, build, None, True, True, only=only, task=_task_of_umbra)
@@ -171,14 +175,14 @@ def umbra(name: str, about: str, only: str | None = None, recomputes: bool = Fal
 
 def _cast(base: Any, rank: int, width: int) -> Any:
     """As it would be served: nothing of it is trained any more."""
-    model: Any = attach(base, ShadowConfig(shadow_intermediate_size=width, dropout=0.0))
+    model: Any = attach(base, _config(width))
     model.shadow.to(base.dtype)
     return model
 
 
 def _plain(base: Any, rank: int, width: int) -> Any:
     """Umbra with core.py's own forms in place of the kernels."""
-    model: Any = attach(base, ShadowConfig(shadow_intermediate_size=width, dropout=0.0))
+    model: Any = attach(base, _config(width))
     model.forward, model.generate = kernels.reference()(model.forward), kernels.reference()(model.generate)
     return model
 
@@ -201,7 +205,7 @@ METHODS = (
         "shadow-peft", "the authors' package at its defaults", _shadow_peft, "shadow_peft", True, task=_task_of_shadow_peft
     ),
     Method("Umbra plain", "core.py as it reads, without the kernels", _plain, None, True, True, task=_task_of_umbra),
-    umbra("Umbra", "at its defaults"),
+    umbra("Umbra", "as in the paper: every block but the first is coupled, α = 0.1"),
     Method("Umbra cast", "its weights in the base's precision", _cast, None, True, True, only="inference", task=_task_of_umbra),
     umbra("Umbra λ=0", "no loss of the shadow's own", only="training", auxiliary_loss_weight=0.0),
     umbra("Umbra 4th", "the shadow's own loss on every 4th label", only="training", auxiliary_loss_every=4),

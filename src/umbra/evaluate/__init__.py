@@ -95,12 +95,12 @@ def _quiet() -> Iterator[None]:
 def _sizes(study: Study) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """The fields of every method with its size, and how many parameters it trains."""
     base = Base.named(study.options.base, torch.bfloat16, torch.device("cpu"))
-    target = study.options.match
+    fields, target = {n: m.fields for n, m in study.methods.items()}, study.options.match
     if isinstance(target, str):
-        target = count(base, target, study.methods[target], study.methods[target].fields)
-    fields = (
-        {n: m.fields for n, m in study.methods.items()} if target is None else match(base, study.methods, int(target))
-    )
+        others = {n: m for n, m in study.methods.items() if n != target}
+        fields |= match(base, others, count(base, target, study.methods[target], fields[target]))
+    elif target is not None:
+        fields = match(base, study.methods, int(target))
     return fields, {n: count(base, n, m, fields[n]) for n, m in study.methods.items()}
 
 
