@@ -107,7 +107,7 @@ def trained(factor: float, folder, **more):
     trainer = umbra.ShadowTrainer(model=model, args=arguments, train_dataset=examples, data_collator=Collator(0))  # type: ignore[arg-type]
     trainer.train()
     moved = {
-        k: float((v - before[k]).abs().max()) for k, v in model.shadow.state_dict().items() if v.is_floating_point()
+        k: float((v.detach() - before[k]).abs().max()) for k, v in model.shadow.named_parameters() if v.requires_grad
     }
     return trainer, moved
 

@@ -12,7 +12,7 @@ from umbra.channels import LARGEST, LENGTH, ROWS, SEED, scale_of
 from umbra.interop import convert
 from umbra.kernels import reference
 
-MEASURED = {"channel_scale": "measured"}
+MEASURED, PLAIN = {"channel_scale": "measured"}, {"channel_scale": "none"}
 
 
 def test_it_is_its_equation():
@@ -51,7 +51,7 @@ def test_it_is_measured_on_the_base_which_stays_as_it_was(name):
 
 def test_it_changes_coordinates_alone():
     """The same function as a plain shadow whose W_down is c ⊙ W_down, gradients by the chain rule."""
-    scaled, plain, ids = make(**MEASURED), make(), tokens()
+    scaled, plain, ids = make(**MEASURED), make(**PLAIN), tokens()
     state = scaled.shadow.state_dict()
     for l, injection in scaled.shadow.couplings.injections.items():
         state[f"couplings.injections.{l}.down.weight"] = injection.reader().detach()
@@ -136,7 +136,7 @@ def test_an_unknown_scale_is_refused():
 
 def test_scrambled_shadows_are_told_apart():
     model, ids = make(**MEASURED), tokens()
-    plain = make()
+    plain = make(**PLAIN)
     scramble(plain.shadow, 1)
     with torch.no_grad():
         assert float((model(ids).logits - plain(ids).logits).abs().max()) > 1e-3

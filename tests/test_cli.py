@@ -109,7 +109,7 @@ def test_sampling_is_seeded(run, capsys):
 
 def test_inspect_explains_an_adapter_without_its_base(run, capsys):
     text = output(capsys, "inspect", run / "out")
-    assert "dialect     paper" in text
+    assert "dialect     umbra" in text
     assert "rank 4" in text
     found = json.loads(output(capsys, "inspect", run / "out", "--json"))
     assert found["parameters"]["total"] == sum(v for k, v in found["parameters"].items() if k != "total")

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import umbra
-from tiny import LAYERS, make_base, tokens
+from tiny import HIDDEN, LAYERS, make_base, tokens
 from umbra import BaseModelError, ConfigError, ShadowConfig
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -38,13 +38,13 @@ def test_a_count_is_an_integer_of_at_least_1(name, value):
 
 
 BAD = [
-    *[("alpha", value) for value in (NAN, INFINITY, -INFINITY, "0.1", None, True, [0.1], 10**400)],
-    *[("dropout", value) for value in (-0.1, 1, 1.0, 1.5, NAN, "0.2", None, False)],
+    *[("alpha", value) for value in (NAN, INFINITY, -INFINITY, "0.1", True, [0.1], 10**400)],
+    *[("dropout", value) for value in (-0.1, 1, 1.0, 1.5, NAN, "0.2", False)],
     *[("auxiliary_loss_weight", value) for value in (-0.05, NAN, INFINITY, "0", None, True, 10**400)],
     *[("first_layer", value) for value in (-1, 0.0, -0.5, 1.0, NAN, "1", True)],
     *[(name, value) for name in ("train_heads", "norm", "bias") for value in (0, 1, "true", [])],
     *[("dialect", value) for value in ("Paper", "lora", "", None, 1)],
-    *[("init", value) for value in ("copy", None, True)],
+    *[("init", value) for value in ("copy", True)],
     *[("embeddings", value) for value in ("shared", None, False)],
     *[("activation", value) for value in ("relu", "SiLU", True)],
     *[("dropout_position", value) for value in ("up", 0)],
@@ -176,7 +176,14 @@ TABLE = {
         "init": "random",
     },
 }
-OURS = {"alpha": 1.0, "dropout": 0.0, "channel_scale": "measured", "init": "auto", "first_layer": 0.25}
+OURS = {
+    "alpha": 1.0,
+    "dropout": 0.0,
+    "channel_scale": "measured",
+    "init": "auto",
+    "first_layer": 0.25,
+    "down_init": "scaled",
+}
 TABLE["umbra"] = {**TABLE["paper"], **OURS}
 
 
@@ -209,7 +216,9 @@ def test_replacing_the_dialect_replaces_all_of_it():
 
 
 def test_what_measured_best_is_the_default():
-    assert ShadowConfig().resolve() == ShadowConfig(dialect="umbra").resolve() != ShadowConfig(dialect="paper").resolve()
+    assert (
+        ShadowConfig().resolve() == ShadowConfig(dialect="umbra").resolve() != ShadowConfig(dialect="paper").resolve()
+    )
 
 
 def test_replacing_by_a_bad_value_raises():
@@ -345,6 +354,42 @@ def test_the_blocks_below_the_first_coupled_one_may_be_told_as_a_share(share, fi
     assert umbra.load(tmp_path, model.unload()).shadow_config.first_layer == share
     with pytest.raises(ConfigError, match=r"first_layer=0\.99"):
         umbra.attach(make_base(), ShadowConfig(first_layer=0.99))
+
+
+@pytest.mark.parametrize(
+    ("kind", "std"), [("scaled", 3 / HIDDEN**0.5), ("normal", 0.02), ("linear", (3 * HIDDEN) ** -0.5)]
+)
+def test_how_the_injection_starts(kind, std):
+    injections = umbra.attach(make_base(), ShadowConfig(rank=64, down_init=kind)).shadow.couplings.injections.values()
+    down = torch.cat([i.down.weight.detach().flatten() for i in injections])
+    assert float(down.std()) == pytest.approx(std, rel=0.05) and abs(float(down.mean())) < 0.05 * std
+    assert all(float(i.up.weight.abs().max()) == 0 for i in injections)
+
+
+AUTO = {
+    "the base's sizes": ("llama", {}, "base"),
+    "two blocks": ("gemma3_text", {"shadow_num_hidden_layers": 2}, "base"),
+    "told otherwise": ("llama", {"init": "random"}, "random"),
+    "another dialect": ("llama", {"dialect": "paper"}, "random"),
+    "narrower": ("llama", {"shadow_intermediate_size": 24}, "random"),
+    "experts": ("qwen3_moe", {}, "random"),
+    "dense": ("llama", {"shadow": "dense"}, "random"),
+    "deeper than the base": ("llama", {"shadow_num_hidden_layers": LAYERS + 1}, "random"),
+}
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_a_shadow_like_the_base_starts_as_its_first_blocks(case, tmp_path):
+    name, fields, expected = AUTO[case]
+    model = umbra.attach(make_base(name), ShadowConfig(rank=4, **fields))
+    assert model.shadow_config.init == expected
+    mine, theirs = (
+        model.shadow.backbone.layers[0].self_attn.q_proj.weight,
+        model.base.model.layers[0].self_attn.q_proj.weight,
+    )
+    assert torch.equal(mine, theirs) == (expected == "base")
+    model.save_pretrained(tmp_path)
+    assert umbra.load(tmp_path, model.unload()).shadow_config.init == expected
 
 
 # -- pretrained shadows --------------------------------------------------------------------------------------------

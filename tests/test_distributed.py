@@ -381,7 +381,10 @@ def test_a_base_that_zero3_partitioned_when_it_was_loaded(pair, settings, tmp_pa
     """The fingerprint is of the whole base, the folder is whole; a copy of missing heads is refused."""
     pytest.importorskip("deepspeed")
     with pytest.raises(AssertionError, match="ZeRO-3 has partitioned this base already"):
-        pair(ranks.train_with_zero3, {**settings, "train_heads": True, "use_cpu": False, "output_dir": str(tmp_path / "no")})
+        pair(
+            ranks.train_with_zero3,
+            {**settings, "train_heads": True, "use_cpu": False, "output_dir": str(tmp_path / "no")},
+        )
     found, _ = pair(ranks.train_with_zero3, {**settings, "use_cpu": False, "per_device_eval_batch_size": 4})
     model = umbra.load(settings["output_dir"]).eval()
     examples = encode_all(read_records(settings["eval_data"], "train"), load_tokenizer(settings["base"]), max_length=99)

@@ -22,12 +22,14 @@ from umbra.bench.base import Base
 from umbra.bench.methods import trainable
 from umbra.cli import main
 from umbra.data import Collator, encode_all
+from umbra.evaluate import _sizes as sizes_of
 from umbra.evaluate import evaluate, record
 from umbra.evaluate.methods import build, count, read_method
 from umbra.evaluate.report import write_report
 from umbra.evaluate.results import Results
 from umbra.evaluate.run import loss_of
 from umbra.evaluate.statistics import Estimate
+from umbra.evaluate.study import Study
 from umbra.evaluate.tasks import Task, TaskOptions, load_task
 from umbra.options import EvalOptions, EvaluateOptions
 from umbra.runs import make_arguments
@@ -141,6 +143,13 @@ def test_matched_methods_train_equally_many_parameters(done):
             assert measured == pytest.approx(
                 results.about["parameters"][v.method], abs=200
             )  # of which a classifier's head
+
+
+def test_the_method_that_others_are_matched_to_stays_as_it_is(tmp_path, base_folder):
+    methods = {"LoRA": {"kind": "lora"}, "Umbra": {"kind": "umbra"}, "Other": {"kind": "umbra", "rank": 2}}
+    fields, counts = sizes_of(Study.of(study_of(tmp_path, base_folder, methods=methods, match="Umbra", forgetting=[])))
+    assert fields["Umbra"] == {} and "shadow_intermediate_size" in fields["Other"]
+    assert all(abs(n - counts["Umbra"]) <= 0.05 * counts["Umbra"] for n in counts.values())
 
 
 @pytest.mark.parametrize(("kind", "fields"), [("umbra", {"init": "base"}), ("umbra", None), ("alone", None)])

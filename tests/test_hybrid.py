@@ -155,4 +155,4 @@ def test_a_narrow_shadow(name):
     model = cast(build(name), shadow_num_hidden_layers=2, shadow_head_dim=8, **sizes)
     assert torch.equal(model.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY, use_cache=False))
     model.train()(IDS, labels=IDS).loss.backward()
-    assert all(p.grad is not None for p in model.shadow.parameters())
+    assert all(p.grad is not None for p in model.shadow.parameters() if p.requires_grad)

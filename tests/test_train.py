@@ -31,6 +31,7 @@ def settings(tmp_path, base_folder):
         "rank": 4,
         "gate_rank": 4,
         "alpha": 1.0,
+        "init": "random",
         "auxiliary_loss_weight": 0.5,
         "per_device_train_batch_size": 4,
         "num_train_epochs": 1,
@@ -57,13 +58,13 @@ def same(a, b, tolerance=0.0):
 
 
 def test_both_losses_fall_and_the_adapter_is_written(settings):
-    metrics = train({**settings, "num_train_epochs": 6, "learning_rate": 1e-2})
+    metrics = train({**settings, "num_train_epochs": 6, "learning_rate": 3e-3})
     history = losses(settings["output_dir"])
-    assert history[-1][0] < history[0][0] - 0.5
-    assert history[-1][1] < history[0][1] - 0.5
+    assert history[-1][0] < history[0][0] - 0.4
+    assert history[-1][1] < history[0][1] - 0.4
     assert metrics["global_step"] == len(history) == 36
-    model = umbra.load(settings["output_dir"])
-    assert metrics["trainable_parameters"] == sum(p.numel() for p in model.shadow.parameters())
+    model = umbra.load(settings["output_dir"], trainable=True)
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in model.shadow.parameters() if p.requires_grad)
     assert not (set(os.listdir(settings["output_dir"])) & {"model.safetensors", "training_args.bin"})
 
 

@@ -17,7 +17,7 @@ from .text import TASKS, write_task
 
 SIZE: dict[str, Any] = {"shadow_num_hidden_layers": 2}
 COMMON: dict[str, Any] = {
-    "dialect": "paper", "dtype": "bfloat16", "first_layer": 0.5, "alpha": 1.0, "rank": 16, "auxiliary_loss_weight": 1.0, "dropout": 0.0,
+    "dialect": "paper", "dtype": "bfloat16", "first_layer": 0.5, "alpha": 1.0, "auxiliary_loss_weight": 1.0, "dropout": 0.0,
     "max_length": 320, "bf16": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 10,
 }  # fmt: skip
 COPIED = {**SIZE, "init": "base"}

@@ -47,9 +47,6 @@ class Shadow(nn.Module):
     ):  # fmt: skip
         super().__init__()
         D, L = base.config.hidden_size, len(base.blocks)
-        if config.init == "auto":
-            copies = backbone_config is None and _can_copy(base, config)
-            config = dataclasses.replace(config, init="base" if copies else "random")
         self.config = config
         self.adapter_id = uuid.uuid4().hex
         self.classifier: dict[str, Any] = {}  # label names, where they are not those of the base's configuration
@@ -59,7 +56,9 @@ class Shadow(nn.Module):
         self.owns_embeddings = _owns_embeddings(base, config)
         if backbone_config is not None and not self.owns_embeddings:
             backbone_config.vocab_size = anatomy.vocabulary_size(base.embeddings)
-        self.backbone, projection, into = build_backbone(base, config, backbone_config)
+        self.backbone, projection, into, copied = build_backbone(base, config, backbone_config)
+        if config.init == "auto":
+            self.config = config = dataclasses.replace(config, init="base" if copied else "random")
         chooses = config.embeddings == "auto" and backbone_config is None
         if self.owns_embeddings and chooses and _has_the_bases_table(base, self.backbone):
             self.config, self.owns_embeddings = dataclasses.replace(config, embeddings="base"), False
@@ -227,6 +226,7 @@ class Built(NamedTuple):
     backbone: PreTrainedModel
     projection: Tensor | None = None
     embed_projection: Tensor | None = None
+    is_copied: bool = False
 
 
 def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None) -> Built:
@@ -246,30 +246,44 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
         backbone = build(chosen, dtype=torch.float32)
     except Exception as error:  # transformers and torch raise several unrelated types
         raise ConfigError(f"No shadow can be built from these sizes: {error!s:.500}") from error
-    if config.init != "base" or backbone_config is not None:
+    if (
+        backbone_config is not None
+        or config.init == "random"
+        or (config.init == "auto" and not _can_copy(base, config, backbone))
+    ):
         return Built(backbone)
+    try:
+        return _copied(base, backbone, config)
+    except ConfigError:
+        if config.init == "base":
+            raise
+        return build_backbone(base, dataclasses.replace(config, init="random"), None)
+
+
+def _copied(base: Anatomy, backbone: PreTrainedModel, config: ShadowConfig) -> Built:
     layers = config.init_layers or tuple(range(backbone.config.num_hidden_layers))
     if max(layers) >= len(base.blocks):
         raise ConfigError(f"init='base' copies blocks {list(layers)}, the base's are 0 to {len(base.blocks) - 1}.")
     narrowed = anatomy.Narrowed(None, None)
     left = {id(p) for l, block in enumerate(base.blocks) if l not in layers for p in block.parameters()}
-    with shards.gathered(p for p in base.decoder.parameters() if id(p) not in left):
+    read = [p for p in base.decoder.parameters() if id(p) not in left]
+    with shards.gathered(read), shards.gathered(backbone.parameters(), to_change=True):
         if anatomy.is_narrower(backbone.config, base.config):
             narrowed = anatomy.prune_blocks(base, backbone, layers)
         else:
             anatomy.copy_blocks(base, backbone, layers)
-    anatomy.scale_final_norm(backbone, config.init_scale)
-    return Built(backbone, narrowed.projection, narrowed.embed_projection)
+        anatomy.scale_final_norm(backbone, config.init_scale)
+    return Built(backbone, narrowed.projection, narrowed.embed_projection, True)
 
 
-def _can_copy(base: Anatomy, config: ShadowConfig) -> bool:
-    """Whether the shadow's blocks are as the base's first ones, whose weights are at hand or yet to come for both."""
-    given = {k for k in config.keys() if k.startswith("shadow_") and getattr(config, k) is not None}
+def _can_copy(base: Anatomy, config: ShadowConfig, backbone: PreTrainedModel) -> bool:
+    """Whether the shadow's blocks are as the base's first ones, whose weights are at hand, or neither's are."""
+    given = {k for k, v in config.to_dict().items() if k.startswith("shadow_") and v is not None}
     depth = config.shadow_num_hidden_layers or 1
     if config.shadow != "mirror" or given - {"shadow_num_hidden_layers"} or depth > len(base.blocks):
         return False
-    weights = [p for block in base.blocks[:depth] for p in block.parameters()]
-    return anatomy.is_cheap_to_mirror(base.config) and all(p.is_meta == base.embeddings.weight.is_meta for p in weights)
+    at_hand = not any(p.is_meta for block in base.blocks[:depth] for p in block.parameters())
+    return anatomy.is_cheap_to_mirror(base.config) and (at_hand or next(backbone.parameters()).is_meta)
 
 
 def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:

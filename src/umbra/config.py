@@ -34,6 +34,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
         "init": "auto",
         "first_layer": 0.25,
+        "down_init": "scaled",
     },
     "paper": PAPER,
     "peft": {
@@ -141,14 +142,17 @@ class ShadowConfig:
         "gated", "for ablations: the state takes all of the transform (ungated), or stays s⁰ at every block (none)"
     )
     norm: bool | None = option(None, "one shared LayerNorm before gate and transform; default yes, peft no")
-    activation: Literal["silu", "gelu"] | None = option(None, "activation of gate and transform; default silu, peft gelu")
+    activation: Literal["silu", "gelu"] | None = option(
+        None, "activation of gate and transform; default silu, peft gelu"
+    )
     bias: bool | None = option(None, "biases in gate and transform; default no, peft yes")
     dropout_position: Literal["rank", "delta"] | None = option(
         None, "dropout after W_down and inside the transform (rank, default) or on h − s before W_down (delta, peft)"
     )
-    down_init: Literal["normal", "linear"] | None = option(
-        None, "W_down starts from N(0, 0.02) (normal, default) or nn.Linear's own (linear, peft)"
-    )
+    down_init: Literal["scaled", "normal", "linear"] | None = option(
+        None, "W_down starts from N(0, 3/√D), D the base's width (scaled, default), N(0, 0.02) (normal, paper) or nn.Linear's "
+        "own (linear, peft)"
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("rank", "gate_rank", "auxiliary_loss_every", *(n for n in self.keys() if n.startswith("shadow_"))):
@@ -199,7 +203,7 @@ class ShadowConfig:
             "embeddings": ("auto", "base", "own"),
             "activation": (None, "silu", "gelu"),
             "dropout_position": (None, "rank", "delta"),
-            "down_init": (None, "normal", "linear"),
+            "down_init": (None, "scaled", "normal", "linear"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

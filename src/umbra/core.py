@@ -24,6 +24,7 @@ from .kernels.couple import NO_MASKS, Masks, Seam
 
 IGNORED = -100  # the label of a position that carries no loss
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU}
+SCALED = 3.0  # √D times the standard deviation that W_down starts with, if that goes by the width
 
 
 class Injection(nn.Module):
@@ -44,8 +45,8 @@ class Injection(nn.Module):
         self.register_parameter("channels", scale if config.channel_scale == "measured" else None)
         self.dropout_delta = nn.Dropout(config.dropout if config.dropout_position == "delta" else 0.0)
         self.dropout_rank = nn.Dropout(config.dropout if config.dropout_position == "rank" else 0.0)
-        if config.down_init == "normal":
-            nn.init.normal_(self.down.weight, std=0.02)
+        if config.down_init != "linear":
+            nn.init.normal_(self.down.weight, std=0.02 if config.down_init == "normal" else SCALED / hidden_size**0.5)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor, s: Tensor) -> Tensor:

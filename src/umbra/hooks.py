@@ -40,6 +40,12 @@ def packed(couplings: Iterable[Couplings]) -> Iterator[None]:
         _frames.packs = before
 
 
+def check_free(blocks: nn.ModuleList) -> None:
+    """Raise a BaseModelError where a shadow is attached already."""
+    if any(isinstance(hook, _Hook) for block in blocks for hook in block._forward_pre_hooks.values()):
+        raise BaseModelError("This base already carries a shadow: unload() it first.")
+
+
 class Attachment:
     """The handle on a base's hooks: `remove` takes every one of them away again.
 
@@ -54,8 +60,7 @@ class Attachment:
     def __init__(
         self, blocks: nn.ModuleList, head: nn.Module, decoder: nn.Module | None = None, stream: int | None = None
     ):
-        if any(isinstance(hook, _Hook) for block in blocks for hook in block._forward_pre_hooks.values()):
-            raise BaseModelError("This base already carries a shadow: unload() it first.")
+        check_free(blocks)
         self.blocks, self.hooked, self.stream = blocks, [], stream
         self.block_handles: list[Any] = []
         self.head_handles: list[Any] = []

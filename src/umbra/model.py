@@ -19,7 +19,7 @@ from .core import classification_loss, labelled_positions, token_loss
 from .drafting import Drafting
 from .errors import BaseModelError, ConfigError
 from .fingerprint import fingerprint
-from .hooks import Attachment, HeadPlan
+from .hooks import Attachment, HeadPlan, check_free
 from .losses import Labelled, Labels, Losses
 from .paths import Paths
 
@@ -84,6 +84,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         located = anatomy.locate(base)
+        check_free(located.blocks)
         repacking = dense.keep_unpacked(base)
         resolved = config.resolve()
         layers = len(located.blocks)

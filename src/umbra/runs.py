@@ -146,7 +146,7 @@ class Run:
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
             before = {**self.defaults, **run["asked"]}
-            shadow = ShadowConfig.from_dict({k: v for k, v in before.items() if k in ShadowConfig.keys()})
+            shadow = ShadowConfig.from_dict({k: v for k, v in before.items() if k in names(ShadowConfig)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error}. Choose another output_dir, or overwrite.") from error
         before |= json.loads(json.dumps(shadow.resolve().to_dict()))

@@ -23,13 +23,16 @@ def whole_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 @contextmanager
-def gathered(parameters: Iterable[Tensor]) -> Iterator[bool]:
-    """A context in which what ZeRO-3 has partitioned of these parameters is whole; whether there is any."""
+def gathered(parameters: Iterable[Tensor], to_change: bool = False) -> Iterator[bool]:
+    """A context in which what ZeRO-3 has partitioned of these parameters is whole; whether there is any.
+
+    Changes are lost, unless they are to be made: then all ranks get those of rank 0.
+    """
     partitioned = [p for p in parameters if is_partitioned(p)]
     if partitioned:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(partitioned):
+        with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if to_change else None):
             yield True
     else:
         yield False

@@ -186,8 +186,10 @@ def copy_blocks(source: Anatomy, backbone: PreTrainedModel, layers: tuple[int, .
             found = dense.linear_weight(module, source.model.dtype)
             mine = backbone.get_submodule(key.rpartition(".")[0])
             found = found if isinstance(mine, nn.Linear) else found.T  # GPT-2's Conv1D
-        elif name == "weight" and isinstance(module, nn.Embedding):
+        elif name == "weight" and module is source.embeddings:
             found = embedding_rows(module)
+            if found.shape != value.shape:
+                continue  # it is another's width that this table has, as OPT-350m's
         if found is None or found.shape != value.shape:
             raise ConfigError(
                 f"init='base' copies blocks of the base, but {key} does not fit: the shadow has {tuple(value.shape)}, the "

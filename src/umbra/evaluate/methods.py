@@ -188,7 +188,8 @@ def count(base: Base, name: str, method: MethodOptions, fields: dict[str, Any]) 
     """
     if not method.is_trained:
         return 0
-    sizes = {k: v for k, v in fields.items() if not k.startswith("init")}  # there are no blocks to copy
+    sizes = {k: v for k, v in fields.items() if not k.startswith("init")}
+    sizes |= {"init": "random"} if method.kind in SHADOWS else {}  # there are no blocks to copy
     try:
         if method.is_pretrained:
             return trainable(build(method.kind, base.copy(), fields))

@@ -124,6 +124,13 @@ def check_sizes(values: dict[str, Any], names: Iterable[str], tensors: Tensors) 
             raise ConfigError(f"{name}={value}, but no tensor beside it is larger than {largest}.")
 
 
+def given(values: dict[str, Any], name: str, default: Any) -> Any:
+    """Raise a ConfigError for a null, which in a `ShadowConfig` would stand for the dialect's value."""
+    if values.get(name, default) is None:
+        raise ConfigError(f"{name} is null; leave it out for {default}.")
+    return values.get(name, default)
+
+
 def mirror(base: Anatomy, form: str, sizes: dict[str, Any]) -> PretrainedConfig:
     """The configuration of the backbone that the peers mirror from a base, whatever its blocks are.
 

@@ -78,8 +78,8 @@ class Adapter(Foreign):
             dialect="peft",
             rank=values.get("r", 8),
             gate_rank=values.get("update_hidden_size") or None,
-            alpha=values.get("shadow_alpha", 0.1),
-            dropout=values.get("shadow_dropout", 0.2),
+            alpha=foreign.given(values, "shadow_alpha", 0.1),
+            dropout=foreign.given(values, "shadow_dropout", 0.2),
             auxiliary_loss_weight=values.get("auxiliary_loss_weight", 0.05),
             shadow="./dense" if path == "dense" else path,  # a folder of that name
             embeddings="base" if shares else "own",
