@@ -37,7 +37,7 @@ class Injection(nn.Module):
 
     def __init__(self, hidden_size: int, config: ShadowConfig):
         super().__init__()
-        assert config.rank is not None
+        assert config.rank is not None and config.dropout is not None
         self.alpha = config.alpha
         self.down = nn.Linear(hidden_size, config.rank, bias=False)
         self.up = nn.Linear(config.rank, hidden_size, bias=False)
@@ -66,7 +66,7 @@ class Update(nn.Module):
 
     def __init__(self, hidden_size: int, config: ShadowConfig):
         super().__init__()
-        assert config.gate_rank is not None and config.bias is not None and config.activation is not None
+        assert config.gate_rank and config.bias is not None and config.activation and config.dropout is not None
         D, G, bias, activation = hidden_size, config.gate_rank, config.bias, ACTIVATIONS[config.activation]
         dropout = config.dropout if config.dropout_position == "rank" else 0.0
         self.gate = None
@@ -160,7 +160,7 @@ class Couplings(nn.Module):
 
     def _masks(self, before: str, here: str, h: Tensor) -> Masks:
         """As `nn.Dropout` would draw them in turn."""
-        p = self.config.dropout
+        p = self.config.dropout or 0.0
         if not self.training or p == 0:
             return NO_MASKS
 
