@@ -120,7 +120,7 @@ def test_detached_only_is_the_training_of_the_detached_model(settings):  # noqa:
     """Against a loop of plain PyTorch over the stock model."""
     settings = {**settings, "detached_only": True, "per_device_train_batch_size": 24, "max_steps": 3, "dropout": 0.0,
                 "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0}  # fmt: skip
-    fields = ("rank", "gate_rank", "alpha", "auxiliary_loss_weight", "dropout")
+    fields = ("rank", "gate_rank", "alpha", "init", "auxiliary_loss_weight", "dropout")
     torch.manual_seed(settings["seed"])
     base = umbra.bases.load_base(settings["base"])
     edge = umbra.attach(base, umbra.ShadowConfig(**{k: settings[k] for k in fields})).detached().train()
