@@ -60,7 +60,6 @@ class Attachment:
     def __init__(
         self, blocks: nn.ModuleList, head: nn.Module, decoder: nn.Module | None = None, stream: int | None = None
     ):
-        check_free(blocks)
         self.blocks, self.hooked, self.stream = blocks, [], stream
         self.block_handles: list[Any] = []
         self.head_handles: list[Any] = []

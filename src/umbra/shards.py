@@ -1,11 +1,11 @@
 """Tensors that an engine has spread over ranks: putting them together, and spreading them again.
 
 FSDP2 keeps each parameter as a `DTensor`, DeepSpeed's ZeRO-3 as an empty tensor with a ``ds_id``. What is gathered is
-the adapter alone; the frozen base is never put together.
+the adapter; of the frozen base a few blocks to copy, or one part after another.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,14 +41,14 @@ def gathered(parameters: Iterable[Tensor], to_change: bool = False) -> Iterator[
 @contextmanager
 def gathered_while_computing(model: nn.Module) -> Iterator[None]:
     """A context in which a model that ZeRO-3 has partitioned can run, outside its engine: each part is whole while it runs."""
-    open_contexts: dict[nn.Module, Any] = {}
+    running: dict[nn.Module, ExitStack] = {}
 
     def enter(module: nn.Module, args: tuple) -> None:
-        open_contexts[module] = gathered(module.parameters(recurse=False))
-        open_contexts[module].__enter__()
+        running[module] = ExitStack()
+        running[module].enter_context(gathered(module.parameters(recurse=False)))
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
-        open_contexts.pop(module).__exit__(None, None, None)
+        running.pop(module).close()
 
     parts = [m for m in model.modules() if any(is_partitioned(p) for p in m.parameters(recurse=False))]
     handles = [m.register_forward_pre_hook(enter) for m in parts] + [m.register_forward_hook(leave) for m in parts]
@@ -57,6 +57,8 @@ def gathered_while_computing(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        for module in list(running):  # in which it failed
+            running.pop(module).close()
 
 
 def is_whole(tensor: Tensor) -> bool:
