@@ -239,6 +239,14 @@ def test_its_channels_can_be_measured(name):
         assert torch.isfinite(injection.channels).all() and float(injection.channels.std()) > 0
 
 
+@pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.shadow == "mirror"])
+def test_its_first_block_is_copied(name):
+    """By default, without a word where that cannot be; so which those are is held here."""
+    model = umbra.attach(build(name), umbra.ShadowConfig(rank=4))
+    only_the_last_has_a_bias = name == "gpt_neox_japanese"
+    assert model.shadow_config.init == ("random" if only_the_last_has_a_bias else "base")
+
+
 # -- what cannot be ------------------------------------------------------------------------------------------------
 
 

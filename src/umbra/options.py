@@ -223,8 +223,8 @@ class BenchOptions:
     methods: str = flag(
         "*",
         "rows, shell patterns separated by commas: bare base, PEFT LoRA (these two always run), bare base +, "
-        "PEFT LoRA +, PEFT LoRA lean, PEFT DoRA, PEFT Shadow, shadow-peft, Umbra plain, Umbra, Umbra cast, Umbra λ=0, "
-        "Umbra 4th, Umbra upper half, Umbra upper third, Umbra lean",
+        "PEFT LoRA +, PEFT LoRA lean, PEFT DoRA, PEFT Shadow, shadow-peft, Umbra plain, Umbra, Umbra default, Umbra cast, "
+        "Umbra λ=0, Umbra 4th, Umbra upper half, Umbra upper third, Umbra lean; all but Umbra default are of the paper's dialect",
     )
     cases: str = flag(
         "*",
