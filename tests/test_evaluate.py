@@ -27,7 +27,7 @@ from umbra.evaluate import evaluate, record
 from umbra.evaluate.methods import build, count, read_method
 from umbra.evaluate.report import write_report
 from umbra.evaluate.results import Results
-from umbra.evaluate.run import loss_of
+from umbra.evaluate.run import _run, loss_of
 from umbra.evaluate.statistics import Estimate
 from umbra.evaluate.study import Study
 from umbra.evaluate.tasks import Task, TaskOptions, load_task
@@ -214,6 +214,29 @@ def test_lora_is_what_a_user_would_train(done, base_folder, tmp_path):
     text = load_task("text", TaskOptions(**given["text"]))
     each = loss_of(model, tokenizer, text, text.test, None, True)[1]
     assert each == pytest.approx(kept["umbra"]["scores"]["text"]["attached"]["items"], abs=2e-4)
+
+
+def test_a_task_may_be_scored_by_the_loss_of_its_answers(base_folder, tmp_path):
+    """Of the answers alone: the questions' tokens are not in it."""
+    given = study_of(tmp_path, base_folder)["tasks"]["sum"]
+    request = {
+        "base": str(base_folder), "dtype": "float32", "kind": "base", "fields": {}, "seed": 0, "task": None, "training": {},
+        "tasks": {"sum": {**given, "metric": "loss", "test_limit": 3}}, "tests": ["sum"], "modes": ["attached"],
+        "chat_template": False, "batch_size": 2, "is_trial": False,
+    }  # fmt: skip
+    score = _run(request, tmp_path / "work", None)["scores"]["sum"]["attached"]
+    base, tokenizer = load_base(base_folder, dtype="float32"), make_tokenizer()
+    means = []
+    for r in load_task("sum", TaskOptions(**request["tasks"]["sum"]), False).test:
+        asked = len(tokenizer(r["prompt"])["input_ids"])
+        ids = torch.tensor(
+            [tokenizer(r["prompt"])["input_ids"] + tokenizer(r["completion"])["input_ids"] + [tokenizer.eos_token_id]]
+        )
+        with torch.no_grad():
+            logps = base(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+        means.append(-float(logps[asked - 1 :].mean()))
+    assert score["metric"] == "loss" and score["items"] == pytest.approx(means, abs=1e-4)
+    assert score["value"] == pytest.approx(sum(means) / 3, abs=1e-4)
 
 
 def test_the_loss_is_of_a_token_whatever_the_batch(base_folder):

@@ -363,6 +363,7 @@ def test_a_study_that_cannot_be_run_is_refused(change, message, study):
         ({"test": None}, "train needs test"),
         ({"words": 3}, "words is of a known set"),
         ({"metric": "bleu"}, "Unknown key 'bleu'.*metrics"),
+        ({"metric": "loss", "head": "classify"}, "metric=loss is of an answer in words"),
         ({"pattern": "("}, "no regular expression"),
         ({"validation": 0}, "validation must be at least 1"),
         ({"head": "regress"}, "head must be"),

@@ -35,7 +35,9 @@ class TaskOptions:
     head: Literal["generate", "classify", "text"] = flag(
         "generate", "answered in words, by a classification head, or scored by the loss of its text"
     )
-    metric: str | None = flag(None, "exact, number or squad; default the known set's, or exact")
+    metric: str | None = flag(
+        None, "exact, number, squad, or loss: of the right answer, nats a token; default the known set's, or exact"
+    )
     pattern: str | None = flag(None, "regular expression whose last match is the answer")
     max_new_tokens: int | None = flag(None, "tokens of an answer; default the known set's, or 64")
     max_length: int = flag(512, "tokens of one example in training")
@@ -57,8 +59,12 @@ class TaskOptions:
         for other in ("set", "data", "words"):
             if self.test is not None and getattr(self, other) is not None:
                 raise ConfigError(f"{where}: {other} is of a known set; with test, name files of records alone.")
-        if self.metric is not None and self.metric not in METRICS:
-            raise unknown_key(self.metric, METRICS, f"the metrics ({where})")
+        if self.metric is not None and self.metric not in (*METRICS, LOSS):
+            raise unknown_key(self.metric, (*METRICS, LOSS), f"the metrics ({where})")
+        if self.metric == LOSS and self.head == "classify":
+            raise ConfigError(
+                f"{where}: metric=loss is of an answer in words; a classification head is scored by accuracy."
+            )
         if self.test is None and self.lm_eval is None:
             known(self.set or name)
         for key in ("max_new_tokens", "max_length", "words", "train_limit", "test_limit", "validation"):
