@@ -4,11 +4,13 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from umbra.bench.methods import trainable
 from umbra.cli import main
 from umbra.data import Collator, encode_all
 from umbra.evaluate import _sizes as sizes_of
-from umbra.evaluate import evaluate, record
+from umbra.evaluate import evaluate, harness, record, report
 from umbra.evaluate.methods import build, count, read_method
 from umbra.evaluate.report import write_report
 from umbra.evaluate.results import Results
@@ -33,7 +35,7 @@ from umbra.evaluate.study import Study
 from umbra.evaluate.tasks import Task, TaskOptions, load_task
 from umbra.options import EvalOptions, EvaluateOptions
 from umbra.runs import make_arguments
-from umbra.scoring import score_adapter
+from umbra.scoring import score_adapter, score_classes
 
 run_module = importlib.import_module("umbra.evaluate.run")  # the package has a function of that name
 pytestmark = pytest.mark.filterwarnings(
@@ -325,6 +327,84 @@ def test_a_failure_is_told_kept_and_tried_again_on_demand(tmp_path, base_folder,
     assert run_study(tmp_path, given, retry=True)["failed"] == 0
 
 
+def test_a_loss_that_is_not_finite_is_a_failed_run_and_a_diverged_trial(tmp_path, base_folder, monkeypatch):
+    methods = {"LoRA": {"kind": "lora", "r": 2}}
+    given = study_of(tmp_path, base_folder, methods=methods, match=None, seeds=[0], forgetting=[], transfer={})
+    given["tasks"] = {"sum": {**given["tasks"]["sum"], "metric": "loss"}}
+    monkeypatch.setattr(run_module, "loss_of", lambda *_: (float("nan"), [1.0, float("nan")]))
+    assert run_study(tmp_path, given)["failed"] == 1
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "The loss on sum is not finite: training has diverged." in text
+    assert "0.0001: diverged · 0.01: diverged" in text
+
+
+def test_classes_that_a_trained_task_lacks_are_told_before_anything_runs(tmp_path, base_folder):
+    given = study_of(
+        tmp_path, base_folder, match=None, search=None, forgetting=[], transfer={"class": ["other"], "other": []}
+    )
+    files = {
+        p: lines(tmp_path / f"other.{p}.jsonl", [{"text": "1", "label": "x"}, {"text": "2", "label": "y"}] * 5)
+        for p in ("train", "test")
+    }
+    given["tasks"]["other"] = {
+        **files,
+        "test": lines(tmp_path / "o.jsonl", [{"text": "3", "label": "x"}]),
+        "validation": 1,
+        "head": "classify",
+    }
+    with pytest.raises(umbra.ConfigError, match="class cannot be tested on other: it does not learn the classes x"):
+        run_study(tmp_path, given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_classified_is_cut_as_in_training(base_folder):
+    base = load_base(base_folder, classifier={"num_labels": 2, "pad_token_id": 0}, dtype="float32")
+    torch.nn.init.normal_(base.score.weight)
+    base.config.problem_type, base.config.label2id = "single_label_classification", {"LABEL_0": 0, "LABEL_1": 1}
+    records = [{"text": a * 3 + b * 9, "label": "LABEL_0"} for a in "12345678" for b in "+-=" * 2]
+    cut = [{**r, "text": r["text"][:3]} for r in records]
+    long, short, kept = (
+        [r["reply"] for r in score_classes(base, make_tokenizer(), found, max_length=length)[0]]
+        for found, length in ((records, 3), (cut, None), (records, None))
+    )
+    assert long == short and kept != short
+
+
+def test_methods_with_virtual_tokens_have_a_loss(base_folder):
+    from peft import PromptTuningConfig, get_peft_model
+
+    base, tokenizer = load_base(base_folder, dtype="float32"), make_tokenizer()
+    model: Any = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    records = [{"text": "13+25=38"}, {"text": "1+1"}]
+    task = Task("x", TaskOptions(head="text"), [], [], [], "loss", None, 1)
+    ids = [torch.tensor([tokenizer(r["text"])["input_ids"]]) for r in records]
+    with torch.no_grad():
+        losses = [float(model(input_ids=i, labels=i).loss) for i in ids]
+    # PEFT's own loss counts the first token too, which the prompt predicts
+    with torch.no_grad():
+        firsts = [-float(model(input_ids=i).logits.log_softmax(-1)[0, 2, i[0, 0]]) for i in ids]
+    expected = [
+        (n * loss - first) / (n - 1) for i, loss, first in zip(ids, losses, firsts, strict=True) for n in (i.shape[1],)
+    ]
+    assert loss_of(model, tokenizer, task, records, None, True)[1] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_report_is_whole_while_a_further_search_runs(done, base_folder, tmp_path, monkeypatch):
+    shutil.copytree(done / "out", tmp_path / "out")
+    given = study_of(tmp_path, base_folder, methods={**METHODS, "LoRA 3": {"kind": "lora", "r": 3}})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("umbra.evaluate.run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(tmp_path, given)
+    write_report(tmp_path / "out")
+    before, after = ((d / "out" / "report.md").read_text() for d in (done, tmp_path))
+    row = next(line for line in before.splitlines() if line.startswith("| LoRA |"))
+    assert row in after and "runs are missing" in after
+
+
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base_folder):
     methods = {"LoRA": {"kind": "lora", "r": 2}, "Umbra": METHODS["Umbra"]}
     given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None, forgetting=[], transfer={})
@@ -423,11 +503,29 @@ def test_tasks_of_lm_eval_are_tested_by_name(tmp_path, base_folder):
     for name in ("LoRA", "Umbra", "Umbra, detached"):
         assert len(results.items(variant(results, name), "sum", "toy")[0]) == 9
     assert "Forgetting" in (tmp_path / "out" / "report.md").read_text()
+    lines(tmp_path / "toy.jsonl", questions[:2])  # other data is another run
+    assert run_study(tmp_path, given)["failed"] == 0
+    assert len(results_of(tmp_path).items(variant(results, "LoRA"), "sum", "toy")[0]) == 2
     given["tasks"]["toy"]["lm_eval"] = "toyy"
     with pytest.raises(
         umbra.ConfigError, match=r"(?s)Unknown key 'toyy' in the tasks of lm-eval .task toy.*Did you mean 'toy'"
     ):
         run_study(tmp_path, given, out="other")
+
+
+def test_a_metric_of_lm_eval_that_is_no_mean_over_samples_is_a_value_alone(tmp_path, base_folder):
+    """Its samples of perplexity are log-likelihoods, of which more is better."""
+    pytest.importorskip("lm_eval")
+    lines(tmp_path / "toy.jsonl", [{"question": f"{a}+{a}=", "answer": str(2 * a)} for a in range(4)])
+    (tmp_path / "toy.yaml").write_text(
+        f"task: toy\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/toy.jsonl}}}}\ntest_split: test\n"
+        'output_type: loglikelihood\ndoc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+        "metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]\n"
+    )
+    base, options = load_base(base_folder, dtype="float32"), TaskOptions(lm_eval="toy", lm_eval_path=str(tmp_path))
+    found = harness.score(base, make_tokenizer(), options, 2)
+    assert found["metric"] == "perplexity" and found["less_is_better"] and found["items"] == []
+    assert found["value"] > 1
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -476,6 +574,48 @@ def test_losses_stand_on_the_first_page(done, monkeypatch):
         assert f"Umbra to LoRA on {lost}" in first
     assert "are won, 0 tied and 4 lost" in first and "Umbra, detached to" not in first
     assert (done / "elsewhere" / "figures" / "scores.png").exists()
+
+
+def test_a_missing_seed_is_told(done, tmp_path):
+    shutil.copytree(done / "out", tmp_path / "out")
+    next((tmp_path / "out" / "runs").glob("sum--LoRA--seed-1--*.json")).unlink()
+    write_report(tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "**1 runs are missing:**" in text
+    scores, verdicts = (text[text.index(f"## {t}") :] for t in ("Scores", "Wins"))
+    for section, name in ((scores, "LoRA"), (verdicts, "Umbra − LoRA")):
+        row = next(line for line in section.splitlines() if line.startswith(f"| {name} |"))
+        assert row.count("(1 of 2 seeds)") >= 1 and "seeds" not in row.split(" | ")[2]
+
+
+def test_transfer_to_a_loss_is_in_the_table_and_not_in_the_map(done):
+    results = results_of(done)
+    results.study["transfer"] = {"sum": ["sign", "text"]}
+    section, draw = report._transfer(results)
+    assert section.header[2] == "sum → text, loss" and draw().axes[0].get_xticklabels()[-1].get_text() == "sum →\nsign"
+    row = next(r for r in section.rows if r[0] == "Umbra − LoRA")
+    ours, theirs = (results.score(variant(results, n), "sum", "text").mean for n in ("Umbra", "LoRA"))
+    assert row[2].startswith(f"{theirs - ours:+.3f}")
+    results.study["transfer"] = {"sum": ["text"]}
+    assert report._transfer(results)[0].figure is None
+
+
+def test_sizes_are_held_to_what_they_were_matched_to(done):
+    results = results_of(done)
+    first = results.about["parameters"]
+    results.study["match"], results.about["parameters"] = 5000.0, {**dict.fromkeys(first, 5000), "IA3": 30}
+    assert "Not of equal size: IA3 (0.00 M)." in "".join(report._lead(results))
+    results.study["match"], results.about["parameters"] = "LoRA", {**dict.fromkeys(first, 5000), "Umbra": 9000}
+    assert "Not of equal size: Umbra (0.01 M)." in "".join(report._lead(results))
+
+
+def test_every_method_that_is_not_ours_is_a_rival(tmp_path, done):
+    shutil.copytree(done / "out", tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "study.json").read_text())
+    about["study"]["ours"] = ["LoRA"]
+    (tmp_path / "out" / "study.json").write_text(json.dumps(about))
+    pairs = {(a.name, b.name) for a, b in report._opponents(results_of(tmp_path))}
+    assert pairs == {("LoRA", n) for n in ("DoRA", "Lily", "IA3", "PEFT Shadow", "Umbra")}
 
 
 def test_costs_are_multiples_run_by_run(done, monkeypatch):

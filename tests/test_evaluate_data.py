@@ -157,6 +157,10 @@ def test_words_heads_and_limits(tmp_path):
     assert (len(task.train), len(task.validation), len(task.test)) == (4, 2, 5)
     classified = load_task("hotel_reviews", TaskOptions(**given, head="classify"))
     assert classified.test[0] in rows
+    claimed = [{"evidence": "a b c d", "claim": "It is.", "label": str(label)} for label in (True, False)]
+    fixture(tmp_path, "vitaminc", *claimed, count=6)
+    claims = load_task("vitaminc", TaskOptions(**given, head="classify", words=3))
+    assert claims.test[0]["text"] == "Evidence: a b\nClaim: It is.\nTrue, False or Neither?"
     told = load_task("hotel_reviews", TaskOptions(**given, head="text"))
     assert "\nIs this" in told.test[0]["text"] and told.metric == "loss"
 
@@ -286,6 +290,22 @@ def test_a_difference_is_paired_and_judged():
     assert difference(ours, {0: theirs[0][:-1]}) is None
 
 
+@pytest.mark.parametrize(("items", "verdict"), [(1, "tie"), (2, "tie"), (5, "tie"), (6, "win"), (50, "win")])
+def test_what_never_differs_is_no_proof_where_it_is_little(items, verdict):
+    """All for one side: as McNemar's exact test judges it."""
+    apart = difference({0: [1.0] * items}, {0: [0.0] * items})
+    assert apart is not None and apart.verdict == verdict
+    assert (mcnemar([1.0] * items, [0.0] * items) < 0.05) == (verdict == "win")
+
+
+def test_the_interval_of_scores_that_are_all_alike():
+    """Clopper's and Pearson's; over seeds where there is one item; none where nothing is known."""
+    low = stats.binomtest(9, 9).proportion_ci(method="exact").low
+    assert estimate(np.ones((1, 9))).low == pytest.approx(low)
+    assert estimate(np.ones((3, 1))).half == pytest.approx(1 - 0.025 ** (1 / 3))
+    assert estimate(np.ones((1, 1))).half == math.inf and estimate(np.ones((3, 4)), span=0).half == 0
+
+
 def test_mcnemar_is_exact():
     ours, theirs = [1.0] * 8 + [0.0] * 2, [0.0] * 6 + [1.0] * 2 + [0.0] * 2
     assert mcnemar(ours, theirs) == pytest.approx(2 * 0.5**6)
@@ -340,6 +360,7 @@ def study(tmp_path):
         ({"search": {"seed": -1}}, "search.seed at least 0"),
         ({"search": {"tasks": ["b"]}, "transfer": {"a": ["b"]}}, "b, which is tested only"),
         ({"forgetting": ["b"]}, "add a method of .kind: base"),
+        ({"tasks": {n: {"set": "intents", "data": ".", "head": "classify"} for n in "ab"}, "forgetting": ["b"]}, "no head for"),
         ({"methods": {"x": {"kind": "lora", "learning_rate": [1e-3, 1e-2]}}}, "several rates to try, but the study has no search"),
         ({"methods": {"x": {"kind": "lora", "learning_rate": "fast"}}}, "method x: learning_rate must be"),
         ({"methods": {"x": {"kind": "lora", "training": 5}}}, "method x: training must be"),
@@ -412,6 +433,19 @@ def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path
     assert key(tasks={"a": moved}) == first
     (tmp_path / "moved.jsonl").write_text('{"prompt": "1+1=", "completion": "3"}\n' * 4)
     assert key(tasks={"a": moved}) != first
+
+
+def test_a_key_follows_all_files_of_a_task_of_lm_eval_and_not_their_place(study, tmp_path):
+    def key(folder):
+        tasks = {**study["tasks"], "b": {"lm_eval": "toy", "lm_eval_path": str(folder)}}
+        made = Study.of({**study, "tasks": tasks, "transfer": {"a": ["b"]}})
+        return key_of(next(made.runs({n: m.fields for n, m in made.methods.items()}, {})))
+
+    for folder, data in (("one", "1"), ("two", "1"), ("three", "2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "toy.yaml").write_text("task: toy")
+        (tmp_path / folder / "toy.jsonl").write_text(data)
+    assert key(tmp_path / "one") == key(tmp_path / "two") != key(tmp_path / "three")
 
 
 @pytest.mark.parametrize(

@@ -166,9 +166,13 @@ def score_classes(
     records: list[Record],
     *,
     batch_size: int = 16,
+    max_length: int | None = None,
     name: str = "",
 ) -> tuple[list[dict[str, Any]], float]:
     """The class of every record: the largest logit, or for several labels at once all above zero.
+
+    Args:
+        max_length: tokens of a text at most; None for all of it.
 
     Raises:
         DataError: a regression model, or a label that the model does not have.
@@ -183,7 +187,10 @@ def score_classes(
     runner.eval()
     for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
         part = records[start : start + batch_size]
-        batch = tokenizer([r["text"] for r in part], padding=True, padding_side="right", return_tensors="pt")
+        batch = tokenizer(
+            [r["text"] for r in part], padding=True, padding_side="right", return_tensors="pt",
+            truncation=max_length is not None, max_length=max_length,
+        )  # fmt: skip
         began = time.perf_counter()
         logits = runner(
             input_ids=batch["input_ids"].to(runner.device),

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .. import folder
 from ..bench.base import Base
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..options import EvaluateOptions
 from . import harness, record
 from .methods import count, match
@@ -39,8 +39,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         ConfigError, DataError: a study, or data of it, that nothing could be run from: before any training.
     """
     study, out = Study.read(options.study), Path(options.out)
-    for name, task in study.tasks.items():
-        (load_task if task.lm_eval is None else harness.check)(name, task)
+    _check_data(study)
     sizes, parameters = _sizes(study)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -53,18 +52,35 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "parameters": parameters,
         "command": f"umbra evaluate {options.study} --out {options.out}",
     }
-    _note(out, note, trials, [], {})
-    with _quiet():
-        _sweep(trials, done, out, study, bar, options.retry)
-    rates = choose(study, trials, done)
-    requests = list(study.runs(sizes, {k: rate for k, (rate, _) in rates.items()}))
-    _note(out, note, trials, requests, rates)
-    with _quiet():
-        _sweep(requests, done, out, study, bar, options.retry)
+    requests: list[dict[str, Any]] = []
+    for stage in (trials, requests):
+        rates = choose(study, trials, done)
+        requests[:] = study.runs(sizes, {k: rate for k, (rate, _) in rates.items()})
+        _note(out, note, trials, requests, rates)
+        with _quiet():
+            _sweep(stage, done, out, study, bar, options.retry)
     bar.close()
     shutil.rmtree(out / "work", ignore_errors=True)
     failed = [r for r in (*trials, *requests) if not record.succeeded(done.get(key_of(r)))]
     return {"runs": len(trials) + len(requests), "failed": len(failed), "report": [str(f) for f in write_report(out)]}
+
+
+def _check_data(study: Study) -> None:
+    """Load all that is learned and tested, once."""
+    labels = {}
+    for name, options in study.tasks.items():
+        if options.lm_eval is not None:
+            harness.check(name, options)
+            continue
+        task = load_task(name, options)
+        if options.head == "classify":
+            labels[name] = [{str(r["label"]) for r in part} for part in ((*task.train, *task.validation), task.test)]
+    for trained in labels.keys() & set(study.trained):
+        for tested in study.tested(trained):
+            if other := labels[tested][1] - labels[trained][0]:
+                raise ConfigError(
+                    f"{trained} cannot be tested on {tested}: it does not learn the classes {', '.join(sorted(other))}."
+                )
 
 
 def _note(

@@ -23,7 +23,10 @@ def check(name: str, options: TaskOptions) -> None:
 
 
 def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) -> dict[str, Any]:
-    """The task's first metric, which way it is better, all its values, and what every sample got."""
+    """The task's first metric, which way it is better, all its values, and what every sample got.
+
+    Of a metric that is no mean over samples, as perplexity is, the value stands alone.
+    """
     import lm_eval
     from lm_eval.models import huggingface
 
@@ -35,10 +38,14 @@ def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) ->
     )
     values = {k: v for k, v in found["results"][name].items() if isinstance(v, float) and not math.isnan(v)}
     values = {k: v for k, v in values.items() if not k.partition(",")[0].endswith("_stderr")}
+    if not values:
+        raise ValueError(f"lm-eval gives {name} no number: {found['results'][name]}")
     chief = next(iter(values))
     metric, _, chosen = chief.partition(",")
     samples = [s for s in found["samples"][name] if s.get("filter", chosen) == chosen]
     items = [float(s[metric]) for s in samples if isinstance(s.get(metric), int | float)]
+    if not items or not math.isclose(sum(items) / len(items), values[chief], rel_tol=1e-6, abs_tol=1e-9):
+        items = []
     less = found.get("higher_is_better", {}).get(name, {}).get(metric) is False
     return {"metric": metric, "less_is_better": less, "value": values[chief], "values": values, "items": items}
 

@@ -86,12 +86,9 @@ def _lead(results: Results) -> list[str]:
     if results.missing:
         lead.append(f"**{len(results.missing)} runs are missing:** the study was not run to its end.")
     sizes = results.about["parameters"]
-    target = max((sizes[v.method] for v in results.ours), default=0)
-    other = [
-        n
-        for n in sizes
-        if sizes[n] and abs(sizes[n] - target) > FIT * target and n not in {v.method for v in results.alone}
-    ]
+    target = sizes.get(study["match"], study["match"]) or 0
+    alone = {v.method for v in results.alone}
+    other = [n for n in sizes if sizes[n] and abs(sizes[n] - target) > FIT * target and n not in alone]
     if study["match"] is not None and other:
         lead.append(f"Not of equal size: {', '.join(f'{n} ({sizes[n] / 1e6:.2f} M)' for n in other)}.")
     return lead
@@ -118,7 +115,8 @@ def _told(found: Estimate | None, is_loss: bool = False, sign: str = "") -> str:
         return "–"
     scale, digits = (1, ".3f") if is_loss else (100, ".1f")
     half = "" if found.half == math.inf else f" ± {scale * found.half:{digits}}"
-    return f"{scale * found.mean:{sign}{digits}}{half}"
+    missing = f" ({found.seeds} of {found.asked} seeds)" if found.seeds < found.asked else ""
+    return f"{scale * found.mean:{sign}{digits}}{half}{missing}"
 
 
 def _judged(found: Estimate | None, is_loss: bool = False) -> str:
@@ -198,10 +196,21 @@ def _scores(results: Results) -> Made:
     text = [
         "Each method, trained on a task and tested on its test set: the mean over seeds, and half its 95 % interval, which "
         f"counts {noise}. The best of a column is bold, whether or not it is ahead of the noise: the next table tells that. "
-        "Beside them the parameters that are trained, seconds a step and the peak memory of training, GB."
+        "Beside them the parameters that are trained, seconds a step and the peak memory of training, GB." + _of_losses(results)
     ]  # fmt: skip
     header = ["method", *units, "mean", "trained", "s a step", "GB"]
     return Section("Scores", text, header, rows, "scores"), lambda: plots.scores(results)
+
+
+def _of_losses(results: Results) -> str:
+    """What is to be known where a score is a loss."""
+    losses = [t for t in results.trained if results.is_loss(t)]
+    if not losses:
+        return ""
+    return (
+        f" Of {', '.join(losses)} it is the loss, of which less is better: it is in no mean, and a difference is positive where "
+        "the first has less."
+    )
 
 
 def _verdicts(results: Results) -> Made:
@@ -215,7 +224,7 @@ def _verdicts(results: Results) -> Made:
         return None, None
     text = [
         "Differences are paired, seed by seed and item by item (two-way random effects, Student's t with Satterthwaite's degrees "
-        "of freedom). One whose 95 % interval holds zero is a tie. " + _exact(results, found)
+        "of freedom). One whose 95 % interval holds zero is a tie." + _of_losses(results) + _exact(results, found)
     ]  # fmt: skip
     named = [(f"{c.ours.name} − {c.theirs.name}, {c.trained}", c.apart) for c in found if not results.is_loss(c.tested)]
     figure = "differences" if named else None
@@ -231,7 +240,7 @@ def _exact(results: Results, found: list[Comparison]) -> str:
         for seed in a.keys() & b.keys():
             if {*a[seed], *b[seed]} <= {0.0, 1.0} and len(a[seed]) == len(b[seed]):
                 tests, apart = tests + 1, apart + (mcnemar(a[seed], b[seed]) < 0.05)
-    return f"Seed by seed, McNemar's exact test finds {apart} of {tests} pairs of runs apart at 0.05." if tests else ""
+    return f" Seed by seed, McNemar's exact test finds {apart} of {tests} pairs of runs apart at 0.05." if tests else ""
 
 
 def _costs(results: Results) -> Made:
@@ -259,19 +268,22 @@ def _costs(results: Results) -> Made:
 
 
 def _transfer(results: Results) -> Made:
-    named, tested = results.study["transfer"], results.study["tested"]
+    named = results.study["transfer"]
     pairs = [
-        (a, b) for a in results.trained if named.get(a) for b in tested[a]
-        if b != a and b not in results.study["forgetting"] and not results.is_loss(b)
+        (a, b) for a in results.trained for b in results.study["tested"][a]
+        if b != a and b in ([named[a]] if isinstance(named.get(a), str) else named.get(a, []))
     ]  # fmt: skip
     if not pairs:
         return None, None
-    rows = [[v.name, *(_told(results.score(v, *pair)) for pair in pairs)] for v in results.variants]
+    rows = [[v.name, *(_told(results.score(v, *p), results.is_loss(p[1])) for p in pairs)] for v in results.variants]
     for ours, theirs in _opponents(results):
-        rows.append([f"{ours.name} − {theirs.name}", *(_judged(results.apart(ours, theirs, *pair)) for pair in pairs)])
-    text = ["Trained on one task and tested on another, of which nothing was seen; %. Below, how far apart they are."]
-    section = Section("Transfer", text, ["method", *(f"{a} → {b}" for a, b in pairs)], rows, "transfer")
-    return section, lambda: plots.transfer(results, pairs)
+        cells = [_judged(results.apart(ours, theirs, *p), results.is_loss(p[1])) for p in pairs]
+        rows.append([f"{ours.name} − {theirs.name}", *cells])
+    text = ["Trained on one task and tested on another, of which nothing was seen. Below, how far apart they are."]
+    header = ["method", *(f"{a} → {b}, {results.metric(b)}{'' if results.is_loss(b) else ' %'}" for a, b in pairs)]
+    shares = [p for p in pairs if not results.is_loss(p[1])]
+    section = Section("Transfer", text, header, rows, "transfer" if shares else None)
+    return section, lambda: plots.transfer(results, shares)
 
 
 def _forgetting(results: Results) -> Made:
@@ -302,7 +314,7 @@ def _scaling(results: Results) -> Made:
         if family and v.mode == results.study["methods"][v.method]["modes"][0]:
             families.setdefault(family, []).append(v)
     families = {n: vs for n, vs in families.items() if len(vs) > 1}
-    if not families:
+    if not families or all(results.is_loss(t) for t in results.trained):
         return None, None
     rows = [
         [
@@ -332,12 +344,13 @@ def _ablations(results: Results) -> Made:
         rows.append([v.name, *cells, _told(results.mean_score(v))])
     text = [
         f"Each row is {name} with what its name says, less {name}: a loss is what the part that was taken out had brought."
+        + _of_losses(results)
     ]
     return Section("Ablations", text, ["variant", *results.trained, "mean, %"], rows), None
 
 
 def _search(results: Results) -> Made:
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    found: dict[tuple[str, str], list[tuple[float, float | None]]] = {}
     for kept in results.trials:
         asked = kept["umbra"]["request"]
         for name in results.names_of(kept):
@@ -351,8 +364,11 @@ def _search(results: Results) -> Made:
             rates.setdefault(name, []).append(f"{task} {'–' if rate is None else f'{rate:g}'}" + _note_of(source))
     rows = []
     for (task, name), losses in found.items():
-        best = min(loss for _, loss in losses)
-        cells = [f"**{r:g}: {loss:.4f}**" if loss == best else f"{r:g}: {loss:.4f}" for r, loss in sorted(losses)]
+        best = min((loss for _, loss in losses if loss is not None), default=None)
+        shown = [
+            (loss == best, f"{r:g}: " + ("diverged" if loss is None else f"{loss:.4f}")) for r, loss in sorted(losses)
+        ]
+        cells = [f"**{text}**" if is_best and best is not None else text for is_best, text in shown]
         rows.append([f"{task}: {name}", " · ".join(cells), ", ".join(rates.get(name, []))])
     search, counts = results.study["search"], {len(losses) for losses in found.values()}
     steps = f"{search['max_steps']} steps" if search["max_steps"] else "as many steps as a run"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from .. import folder
 from ..errors import CheckpointError
 from . import record
-from .methods import ATTACHED, KINDS, SHADOWS
+from .methods import ATTACHED, KINDS
 from .metrics import CHIEF, LOSS
 from .statistics import Estimate, difference, estimate
 
@@ -71,7 +71,7 @@ class Results:
         ]
         chosen = self.study["ours"] or [n for n, m in self.study["methods"].items() if m["kind"] == "umbra"]
         self.ours = [v for v in self.variants if v.method in chosen]
-        self.rivals = [v for v in self.variants if v.kind not in SHADOWS and v.method not in chosen]
+        self.rivals = [v for v in self.variants if v.mode == ATTACHED and v.method not in chosen]
         self.alone = [v for v in self.variants if v.kind == "alone"]
 
     def names_of(self, kept: dict[str, Any]) -> list[str]:
@@ -115,15 +115,18 @@ class Results:
         found = self.items(variant, trained, tested)
         if not found or len({len(i) for i in found.values()}) != 1:
             return None
-        rows = list(found.values()) if variant.is_trained else [next(iter(found.values()))]
-        return estimate(np.array(rows, float))
+        if not variant.is_trained:
+            return estimate(np.array([next(iter(found.values()))], float))
+        return replace(estimate(np.array(list(found.values()), float)), asked=len(self.study["seeds"]))
 
     def apart(self, ours: Variant, theirs: Variant, trained: str, tested: str) -> Estimate | None:
         """How much better ours is: more of a score, less of a loss."""
         found = difference(self.items(ours, trained, tested), self.items(theirs, trained, tested))
-        if found is None or not self.is_loss(tested):
-            return found
-        return Estimate(-found.mean, -found.high, -found.low, found.seeds, found.items)
+        if found is None:
+            return None
+        if self.is_loss(tested):
+            found = replace(found, mean=-found.mean, low=-found.high, high=-found.low)
+        return replace(found, asked=len(self.study["seeds"]))
 
     def mean_score(self, variant: Variant) -> Estimate | None:
         """The mean over the trained tasks, each tested on itself; None unless all are there."""
@@ -132,7 +135,8 @@ class Results:
             return None
         scores = [f for f in found if f is not None]
         mean, half = sum(s.mean for s in scores) / len(scores), sum(s.half**2 for s in scores) ** 0.5 / len(scores)
-        return Estimate(mean, mean - half, mean + half, min(s.seeds for s in scores), sum(s.items for s in scores))
+        seeds, items = min(s.seeds for s in scores), sum(s.items for s in scores)
+        return Estimate(mean, mean - half, mean + half, seeds, items, max(s.asked for s in scores))
 
     def cost(self, variant: Variant) -> dict[str, float]:
         """Medians over a method's runs: parameters, seconds a step, peak memory, bytes of the adapter; nothing of the base."""
@@ -147,7 +151,7 @@ class Results:
         tasks = [t for t in self.trained if all((t, s) in ours and (t, s) in theirs for s in self.study["seeds"])]
         if not tasks or any(theirs[t, s] <= 0 for t in tasks for s in self.study["seeds"]):
             return None
-        return estimate(np.array([[ours[t, s] / theirs[t, s] for t in tasks] for s in self.study["seeds"]]))
+        return estimate(np.array([[ours[t, s] / theirs[t, s] for t in tasks] for s in self.study["seeds"]]), span=0)
 
     def _costs(self, variant: Variant, cost: str) -> dict[tuple[str, int], float]:
         asked = [(r["umbra"]["request"], r) for r in self.of(variant) if r["train_info"]["train_time"]]

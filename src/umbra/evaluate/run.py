@@ -1,6 +1,7 @@
 """One run: a request becomes a trained model, its scores, and a record (see study.py and docs/evaluate.md for both forms)."""
 
 import gc
+import math
 import shutil
 import tempfile
 import time
@@ -78,7 +79,8 @@ def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[s
         assert learned is not None
         with _as(model, request["modes"][0]) as runner:
             given = learned, learned.validation, labels, request["chat_template"]
-            found["validation_loss"] = loss_of(runner, tokenizer, *given)[0]
+            loss = loss_of(runner, tokenizer, *given)[0]
+        found["validation_loss"] = loss if math.isfinite(loss) else None
         return found
     found["scores"] = {
         name: {
@@ -162,9 +164,13 @@ def _score(
             return harness.score(runner, tokenizer, options, request["batch_size"])
         if task.metric == LOSS:
             each = loss_of(runner, tokenizer, task, task.test, None, request["chat_template"])[1]
+            if not all(map(math.isfinite, each)):
+                raise ValueError(f"The loss on {name} is not finite: training has diverged.")
             return {"metric": LOSS, "value": sum(each) / len(each), "items": each}
         if task.options.head == "classify":
-            replies, seconds = score_classes(runner, tokenizer, task.test, batch_size=request["batch_size"], name=name)
+            replies, seconds = score_classes(
+                runner, tokenizer, task.test, batch_size=request["batch_size"], max_length=task.options.max_length, name=name
+            )  # fmt: skip
             each = [{"exact": float(r["correct"])} for r in replies]
         else:
             replies, seconds, _ = score_generation(
@@ -196,7 +202,8 @@ def loss_of(
         batch = {k: v.to(runner.device) for k, v in batch.items()}
         targets = batch.pop("labels")
         for row, target in zip(runner(**batch).logits, targets, strict=True):
-            row, target = (row[None], target[None]) if labels is not None else (row[:-1], target[1:])
+            own = row[-len(target) :] if labels is None else row  # PEFT's prompts stand before the tokens
+            row, target = (own[None], target[None]) if labels is not None else (own[:-1], target[1:])
             sums.append(float(F.cross_entropy(row.float(), target, reduction="sum", ignore_index=IGNORED)))
             counts.append(int((target != IGNORED).sum()))
     return sum(sums) / sum(counts), [round(s / n, 5) for s, n in zip(sums, counts, strict=True)]

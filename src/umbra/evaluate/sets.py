@@ -42,6 +42,7 @@ class KnownSet:
         metric: a name of `metrics.METRICS`, or `metrics.PUZZLE`.
         pattern: a regular expression whose last match is the answer; None for all of it.
         max_new_tokens: of an answer.
+        asks: whether what is asked differs by row, so that a classifier has to read it, too.
     """
 
     form: Callable[[Row], Item]
@@ -50,6 +51,7 @@ class KnownSet:
     metric: str = "exact"
     pattern: str | None = None
     max_new_tokens: int = 16
+    asks: bool = False
 
 
 # -- forms -------------------------------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ SETS: dict[str, KnownSet] = {
     # of the paper
     "mmlu": KnownSet(_choice, ("cais/mmlu", "all"), ("auxiliary_train", "test"), max_new_tokens=2),
     "gsm8k": KnownSet(_worked, ("openai/gsm8k", "main"), metric="number", pattern=AFTER_HASHES, max_new_tokens=256),
-    "squad_v2": KnownSet(_span, ("rajpurkar/squad_v2",), ("train", "validation"), metric="squad", max_new_tokens=32),
+    "squad_v2": KnownSet(_span, ("rajpurkar/squad_v2",), ("train", "validation"), metric="squad", max_new_tokens=32, asks=True),
     "amazon_reviews": KnownSet(
         _labelled("How many stars does this review give?", STARS), ("mteb/amazon_reviews_multi", "en"), max_new_tokens=4
     ),
@@ -120,10 +122,10 @@ SETS: dict[str, KnownSet] = {
     "hotel_reviews": KnownSet(_labelled(SENTIMENT), max_new_tokens=4),
     "medicine_reviews": KnownSet(_labelled(SENTIMENT), max_new_tokens=4),
     "intents": KnownSet(_intent, max_new_tokens=8),
-    "vitaminc": KnownSet(_claim, max_new_tokens=4),
+    "vitaminc": KnownSet(_claim, max_new_tokens=4, asks=True),
     "social_iqa": KnownSet(_choice, max_new_tokens=2),
     "strategyqa": KnownSet(_choice, max_new_tokens=2),
-    "disfl_qa": KnownSet(_span_or_unknown, metric="squad", max_new_tokens=24),
+    "disfl_qa": KnownSet(_span_or_unknown, metric="squad", max_new_tokens=24, asks=True),
     "gsm_symbolic": KnownSet(_generated, metric="number", pattern=AFTER_HASHES, max_new_tokens=200),
 }  # fmt: skip
 

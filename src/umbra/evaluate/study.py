@@ -145,6 +145,11 @@ class Study:
                     raise ConfigError(
                         f"{trained} is answered by {told}, so it cannot be tested on {name}: give both one head."
                     )
+        for name in options.forgetting:
+            if self._classifies(name):
+                raise ConfigError(
+                    f"forgetting names {name}, which the bare base has no head for: give it head: generate."
+                )
         if options.forgetting and all(m.is_trained for m in self.methods.values()):
             raise ConfigError("forgetting is measured beside the bare base: add a method of {kind: base}.")
 
@@ -188,8 +193,8 @@ class Study:
         return [n for n in self.tasks if n not in self.only_tested]
 
     def tested(self, task: str) -> list[str]:
-        """What a method that has learned this task is tested on; of what is forgotten, a classifier on classes alone."""
-        forgotten = [n for n in self.options.forgetting if self._classifies(n) == self._classifies(task)]
+        """What a method that has learned this task is tested on; a classifier says nothing of what is forgotten."""
+        forgotten = [] if self._classifies(task) else self.options.forgetting
         return list(dict.fromkeys([task, *self._named(task), *forgotten]))
 
     def _named(self, task: str) -> list[str]:
@@ -258,17 +263,24 @@ def key_of(request: dict[str, Any]) -> str:
     """Under which a request's result is kept. A method's name and the places of files, whose contents count, have no say."""
     asked = {k: v for k, v in request.items() if k not in ("method", "batch_size")}
     asked["tasks"] = {
-        n: {k: v for k, v in t.items() if k != "data" and not (k in ("train", "test") and v and Path(v).is_file())}
+        n: {k: v for k, v in t.items() if k != "data" and not _is_a_place(k, v)}
         for n, t in request["tasks"].items()
     }  # fmt: skip
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_a_place(field: str, value: Any) -> bool:
+    """Whether a task's field names local files, whose contents are in the digest."""
+    if not value:
+        return False
+    return (field in ("train", "test") and Path(value).is_file()) or (field == "lm_eval_path" and Path(value).is_dir())
 
 
 def _weights(path: str) -> list[Path]:
     """The files of a model in a folder; none of one that has another name."""
     if not path or not Path(path).is_dir():
         return []
-    return sorted(f for ending in ("*.json", "*.safetensors") for f in Path(path).glob(ending))
+    return sorted(f for ending in ("*.json", "*.safetensors", "*.bin") for f in Path(path).glob(ending))
 
 
 def checked(kind: type, values: Any, where: str) -> dict[str, Any]:

@@ -84,7 +84,8 @@ class TaskOptions:
     def files(self, name: str) -> list[Path]:
         """Local files that the records come from, those that are learned first."""
         if self.lm_eval is not None:
-            return sorted(Path(self.lm_eval_path).rglob("*.yaml")) if self.lm_eval_path else []
+            found = Path(self.lm_eval_path).rglob("*") if self.lm_eval_path else ()
+            return sorted(f for f in found if f.is_file() and "__pycache__" not in f.parts)
         if self.train is not None or self.test is not None:
             return [p for p in map(Path, (self.train or "", self.test or "")) if p.is_file()]
         if self.data is None:
@@ -149,7 +150,7 @@ def load_task(name: str, options: TaskOptions, chat_template: bool = True) -> Ta
         metric, pattern = metric or found.metric, pattern or found.pattern
         new = new or found.max_new_tokens
         learned, tested = (
-            [_record(i, options, chat_template) for i in items(options.set or name, part, options.data)]
+            [_record(i, options, chat_template, found.asks) for i in items(options.set or name, part, options.data)]
             for part in ("train", "test")
         )
     asked = {_asked(r) for r in tested}
@@ -189,10 +190,10 @@ def _check_classes(task: Task) -> None:
         raise DataError(f"task {task.name} tests classes that it does not learn: {', '.join(sorted(other))}.")
 
 
-def _record(item: Item, options: TaskOptions, chat_template: bool) -> Record:
+def _record(item: Item, options: TaskOptions, chat_template: bool, asks: bool) -> Record:
     text = " ".join(item.text.split()[: options.words]) if options.words else item.text
     if options.head == "classify":
-        return {"text": text or item.question, "label": item.answer}
+        return {"text": f"{text}\n{item.question}".strip() if asks or not text else text, "label": item.answer}
     if options.head == "text":
         return {"text": "\n".join(filter(None, (text, item.question, item.answer)))}
     prompt = f"{text}\n{item.question}".strip() + ("" if chat_template else "\n")
