@@ -302,6 +302,9 @@ def test_the_detached_model_passes_on_what_was_marked_and_the_pair_does_not(esca
     marked = sum(r["prompt"][0] in "34" for r in RECORDS)
     assert (base["escalated"], attached["escalated"]) == (0, 0)
     assert abs(detached["escalated"] - marked) <= 2
+    assert main(["eval", out, escalating["train_data"], "--max_new_tokens", "3", "--modes", "detached", "--json"]) == 0
+    [short] = json.loads(capsys.readouterr().out)
+    assert short["escalated"] == detached["escalated"], "it is not cut off in the middle of that"
     assert cascade["mode"] == "cascade" and cascade["correct"] >= detached["correct"] and cascade["escalated"] is None
     assert detached["kept_accuracy"] == pytest.approx(detached["correct"] / (24 - detached["escalated"]))
     assert main(["eval", out, escalating["train_data"], "--modes", "detached"]) == 0

@@ -21,6 +21,7 @@ from umbra.bases import load_base, load_tokenizer
 from umbra.cli import main
 from umbra.data import Writer
 from umbra.export import export, parity, to_gguf, vocabulary
+from umbra.export.vocabulary import needed, special_ids, trim_model, trim_tokenizer
 from umbra.options import EMBEDDED, ExportOptions
 
 pytest.importorskip("onnxruntime")
@@ -282,7 +283,6 @@ def test_a_prompt_longer_than_llama_takes_at_once(made, gguf):
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        (None, ["FROM ./x.gguf", "PARAMETER num_ctx 4096", "PARAMETER temperature 0"]),
         ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}", ["FROM ./x.gguf"]),
         ("{{ raise_exception('no system turn') }}", ["FROM ./x.gguf"]),
     ],
@@ -293,6 +293,13 @@ def test_a_template_that_is_no_chatml_is_left_to_the_gguf(template, expected):
     lines = room.modelfile(Writer(tokenizer), "x.gguf", 8192).splitlines()
     assert lines[: len(expected)] == expected
     assert not any(line.startswith(("TEMPLATE", "SYSTEM")) for line in lines)
+
+
+def test_prompts_without_a_template_are_left_as_they_are():
+    """Ollama would take one that it knows from the GGUF file, punish repetitions, and sample."""
+    text = room.modelfile(Writer(make_tokenizer(), False), "x.gguf", 8192)
+    parameters = "PARAMETER num_ctx 4096\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
+    assert text == f'FROM ./x.gguf\nTEMPLATE """{{{{ .Prompt }}}}"""\n{parameters}'
 
 
 def test_chatml_and_its_system_prompt(tokenizer):
@@ -366,9 +373,9 @@ def test_a_trimmed_export(made, tmp_path, tokenizer, to):
     (tmp_path / "more.jsonl").write_text(json.dumps(records[0]) + "\n")
     names = f"{tmp_path}/text.txt,{tmp_path}/more.jsonl"
     wanted = {"onnx": "fp32,int8", "gguf": "f16", "hf": None}[to]
-    first, *rest = run(made, "narrow", tmp_path / "out", to=to, vocabulary=names, quantization=wanted)
+    first, *rest, whole = run(made, "narrow", tmp_path / "out", to=to, vocabulary=names, quantization=wanted)
     assert_same(first, 0.1)
-    assert first.bytes < 10**6
+    assert first.bytes < 10**6 < whole.bytes and whole.file == parity.WHOLE and whole.tokens == 18
     assert all(row.same_next > 0.5 and row.bytes < first.bytes for row in rest)
     if to == "hf":
         text, small = Writer(tokenizer).ask("Where is the lighthouse?"), AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -493,8 +500,47 @@ def test_the_command_prints_a_table_json_and_the_answer(small, made, tmp_path, c
     assert not (tmp_path / "gguf" / "model-f16.gguf").exists(), "it was compared, but not asked for"
 
 
-def test_the_default_questions_make_a_thousand_tokens():
+def test_the_default_questions_make_a_thousand_tokens_however_short_the_answers(made, tokenizer):
+    """What would come after the end of an answer is compared too."""
     assert len(set(parity.QUESTIONS)) * ExportOptions(adapter="").max_new_tokens > 1500
+    model = AutoModelForCausalLM.from_pretrained(made / "qwen3")
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token, before = None, tokenizer.eos_token
+    whole = parity.answer(model, Writer(tokenizer), ["one", "two"], 6)
+    tokenizer.eos_token = before
+    model.generation_config.eos_token_id = whole.paths[0][2]
+    short = parity.answer(model, Writer(tokenizer), ["one", "two"], 6)
+    assert short.paths == whole.paths == whole.answers
+    assert short.answers[0] == whole.paths[0][: whole.paths[0].index(whole.paths[0][2]) + 1]
+    row = parity.compare(short, made, 0, parity.Stock(model, Writer(tokenizer)))
+    assert (row.tokens, row.same_next, row.same_answers) == (12, 1, 2)
+
+
+def test_a_model_is_compared_with_what_it_was_before_trimming(made, tokenizer):
+    """Along the answers of the trimmed one the whole one says the same but where it would take a token that is gone."""
+    model = AutoModelForCausalLM.from_pretrained(made / "qwen3").eval()
+    writer, texts = Writer(tokenizer), ["one and two", "three"]
+    kept = needed(tokenizer, [writer.ask(t) for t in texts], special_ids(model))
+    small, less = trim_model(model, kept), trim_tokenizer(tokenizer, kept)
+    reference = parity.answer(small, Writer(less), texts, 5)
+    found = parity.compare_whole(reference, kept, model, writer)
+    same = []
+    for prompt, path in zip(reference.prompts, reference.paths, strict=True):
+        ids = torch.tensor([[kept[i] for i in (*prompt, *path)]])
+        with torch.no_grad():
+            said = model(ids).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        same += (said == ids[0, len(prompt) :]).tolist()
+    assert found.same_next == sum(same) / 10 < 1 and found.logits_max is None and found.prompts_tokenised_alike == 2
+    assert "| – | – |" in parity.table([found])
+
+
+def test_what_a_killed_export_has_left_is_in_nobodys_way(small, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n")
+    (tmp_path / "out" / ".umbra-staged-x").mkdir(parents=True)
+    export(
+        ExportOptions(small, to="hf", out=str(tmp_path / "out"), prompts=f"{tmp_path}/prompts.txt", max_new_tokens=2)
+    )
+    assert not (tmp_path / "out" / ".umbra-staged-x").exists()
 
 
 def test_the_readmes_commands_run(made, tmp_path, monkeypatch, capsys):

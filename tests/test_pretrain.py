@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import umbra
 from conftest import make_tokenizer
-from tiny import make, make_base, tokens
+from tiny import LLAMA_LIKE, make, make_base, randomise, tokens
 from umbra import divergence, pretrain
 from umbra.cli import main
 from umbra.corpus import Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
@@ -135,7 +135,8 @@ def test_packed_blocks_are_the_documents_one_after_another():
 def test_held_out_blocks_are_of_every_source_and_of_no_batch():
     blocks = [np.arange(n * 3).reshape(n, 3) + 1000 * n for n in (40, 10, 1)]
     rest, held_out = hold_out(blocks, 10)
-    assert [len(b) for b in rest] == [32, 8, 1]
+    assert [len(b) for b in rest] == [36, 9, 1]
+    assert [len(b) for b in hold_out(blocks, 2)[0]] == [38, 9, 1]
     every = np.concatenate([*rest, held_out])
     assert len({tuple(row) for row in every}) == len(every) == 51
     with pytest.raises(umbra.DataError, match="none can be held out"):
@@ -324,6 +325,19 @@ def test_a_shadow_of_another_width_is_aligned_in_closed_form(settings, tmp_path)
     torch.testing.assert_close(model.shadow.projection.weight.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "fields"), [("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.25})])
+def test_logits_that_a_family_scales_are_scaled_once(settings, tmp_path, kind, fields):
+    randomise(AutoConfig.for_model(kind, **{**LLAMA_LIKE, **fields})).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    narrow = {k: v for k, v in NARROW.items() if k != "shadow_head_dim"}  # which these do not have
+    pretrain.pretrain({**settings, **narrow, "base": str(tmp_path / "base"), "max_steps": 4})
+    stock, ids = AutoModelForCausalLM.from_pretrained(settings["output_dir"]).eval(), tokens(2)
+    config = umbra.ShadowConfig(shadow=settings["output_dir"])
+    model = umbra.attach(umbra.bases.load_base(str(tmp_path / "base")), config).eval()
+    with torch.no_grad(), model.shadow_only():
+        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_alignment_trains_the_projection_alone(settings, tmp_path):
     stages = {"stages": "alignment,distillation", "shadow": settings["base"], "output_dir": str(tmp_path / "aligned")}
     base = str(tmp_path / "wider")
@@ -354,6 +368,8 @@ REFUSED = {
     "no output": ({"output_dir": ""}, "output_dir is missing"),
     "blocks too long": ({"max_length": 10**6}, "fewer than one block"),
     "no prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
+    "a source twice": ({"data": "a.txt,a.txt"}, "names a source twice"),
+    "evaluation": ({"eval_strategy": "steps"}, "eval_strategy is of umbra train"),
 }
 
 
@@ -363,6 +379,38 @@ def test_refused_before_any_work(settings, form, tmp_path):
     with pytest.raises(umbra.UmbraError, match=message):
         pretrain.pretrain({**settings, **changed})
     assert not (tmp_path / "out").exists(), "the next attempt finds the folder free"
+
+
+def test_a_source_of_copies_alone_is_refused(settings, text, tmp_path):
+    (tmp_path / "copy.txt").write_text(Path(text).read_text().upper())
+    with pytest.raises(umbra.DataError, match=r"All \d+ documents of .*copy.txt are copies"):
+        pretrain.pretrain({**settings, "data": f"{text},{tmp_path}/copy.txt"})
+
+
+def test_text_that_the_base_wrote_is_read_as_a_file_like_others(settings, tmp_path, monkeypatch):
+    """Also beside what it writes in this run, which has another name."""
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": f"{i} and more " * 9}) + "\n" for i in range(40)))
+    monkeypatch.chdir(tmp_path)
+    own = {"data": "own.jsonl", "max_length": 16, "max_steps": 1, "save_strategy": "no"}
+    pretrain.pretrain({**settings, **own})
+    both = {**own, "prompts": "prompts.txt", "own_documents": 30, "own_new_tokens": 20, "weights": "1,2"}
+    assert "start" in pretrain.pretrain({**settings, **both, "output_dir": "both"})
+
+
+def test_the_switch_to_the_plain_kernels_is_no_obstacle(settings):
+    with umbra.kernels.reference():
+        assert "start" in pretrain.pretrain({**settings, "max_steps": 1})
+
+
+def test_what_cannot_be_written_in_the_end_is_told_in_the_beginning(settings, monkeypatch):
+    def refuse(model):
+        raise umbra.DetachError("no such model")
+
+    monkeypatch.setattr(pretrain, "detach", refuse)
+    monkeypatch.setattr(pretrain, "_run_stage", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(umbra.DetachError):
+        pretrain.pretrain(settings)
 
 
 def test_another_run_in_the_folder_is_refused(settings):
@@ -475,6 +523,39 @@ def test_a_shadow_with_another_tokenizer_is_refused(settings, tmp_path, run):
     (shadow / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(umbra.ConfigError, match="2 tokens have other numbers"):
         call({**again, "output_dir": str(tmp_path / "third")})
+
+
+def test_vocabularies_are_compared_where_they_are_attached(settings, tmp_path):
+    """By number: also two that have few words in common."""
+    pretrain.pretrain({**settings, "max_steps": 1})
+    shadow, base = str(tmp_path / "out"), umbra.bases.load_base(settings["base"])
+    umbra.attach(base, umbra.ShadowConfig(shadow=shadow)).unload()
+    saved = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    words = saved["model"]["vocab"]
+    saved["model"]["vocab"] = {(t if t.startswith("<") else f"other {t}"): i for t, i in words.items()}
+    (tmp_path / "out" / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(umbra.ConfigError, match="has another tokenizer than the base"):
+        umbra.attach(base, umbra.ShadowConfig(shadow=shadow))
+
+
+def test_rows_that_are_no_tokens_do_not_part_a_family(settings, tmp_path):
+    """A base whose table is padded further than that of the shadow's own base, with the same tokenizer."""
+    pretrain.pretrain({**settings, **NARROW, "max_steps": 1})
+    base = umbra.bases.load_base(settings["base"])
+    base.resize_token_embeddings(base.config.vocab_size + 7, mean_resizing=False)
+    model = umbra.attach(base, umbra.ShadowConfig(shadow=str(tmp_path / "out")))
+    rows = len(model.shadow.backbone.get_input_embeddings().weight)
+    assert rows == base.config.vocab_size
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = tokens()
+    with torch.no_grad():
+        said, expected = model.detached()(ids).logits, stock(ids).logits
+    assert said.shape[-1] == rows
+    torch.testing.assert_close(said[..., : expected.shape[-1]], expected, rtol=1e-3, atol=1e-3)
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    model.unload()
+    with pytest.raises(umbra.BaseModelError, match="they must share one tokenizer"):
+        umbra.attach(base, umbra.ShadowConfig(shadow=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("column", ["prompt", "text"])

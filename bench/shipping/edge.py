@@ -104,8 +104,8 @@ def _rows(out: Path, adapter: Path, train: str) -> list[Row]:
     ]
     rows: list[Row] = []
     for who, folder, options in wanted:
-        if not folder.exists():
-            export(ExportOptions(**options, out=str(folder)))
+        if not (folder / ("config.json" if options["to"] == "hf" else "parity.json")).exists():
+            export(ExportOptions(**options, out=str(folder), overwrite=True))
         if options["to"] == "hf":
             continue
         for file in sorted((f for f in folder.iterdir() if f.suffix in (".onnx", ".gguf")), key=_size, reverse=True):

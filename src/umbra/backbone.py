@@ -19,7 +19,7 @@ from .anatomy import Anatomy
 from .config import ShadowConfig
 from .core import Couplings
 from .errors import BaseModelError, ConfigError, shown
-from .pretrained import load_pretrained
+from .pretrained import check_vocabulary, load_pretrained
 
 ROWS = 2**14  # of a head, multiplied at once
 RIDGE = 1e-9  # of the mean square of a head's column: keeps a matrix without full rank solvable
@@ -309,7 +309,10 @@ def _pretrained(base: Anatomy, path: str) -> Built:
         )
     backbone.train()
     rows, needed = backbone.config.vocab_size, anatomy.vocabulary_size(base.embeddings)
-    if rows < needed:
+    used = check_vocabulary(path, base.model.name_or_path)
+    if rows < needed and used is not None and used <= rows:  # the base has rows that are no tokens
+        backbone.resize_token_embeddings(needed, mean_resizing=False)
+    elif rows < needed:
         raise BaseModelError(
             f"The pretrained shadow {path!r} knows {rows} tokens, the base {needed}: they must share one tokenizer. "
             "Take a shadow of the base's family, or shadow='mirror'."

@@ -56,8 +56,11 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
     return model
 
 
-def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | None, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a base; it has a padding token afterwards.
+
+    Args:
+        options: for ``from_pretrained``.
 
     Raises:
         BaseModelError: no tokenizer there.
@@ -66,7 +69,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
         raise BaseModelError("The base has no name to load its tokenizer by: load it by path or hub id.")
     path, extra = _resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **extra, **options)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:

@@ -24,6 +24,7 @@ from .options import speaks
 
 TEXT_FILES = (".txt", ".md")
 SPACES = re.compile(r"\s+")
+HELD_OUT = 0.1  # of all blocks at most
 
 
 def read_documents(source: str, split: str, writer: Writer) -> list[str]:
@@ -71,17 +72,21 @@ def pack(documents: list[str], writer: Writer, length: int, name: str) -> np.nda
         rows.append(np.asarray([*writer.tokens(text), *([] if end is None else [end])], np.int32))
     tokens = np.concatenate(rows)
     if len(tokens) < length:
-        raise DataError(f"{name} holds {len(tokens)} tokens, fewer than one block of max_length={length}: lower it.")
+        raise DataError(
+            f"{name} holds {len(tokens)} tokens, copies left out, fewer than one block of max_length={length}: lower it."
+        )
     return tokens[: len(tokens) // length * length].reshape(-1, length)
 
 
 def hold_out(blocks: list[np.ndarray], count: int) -> tuple[list[np.ndarray], np.ndarray]:
     """The blocks (N_k, T) of each source without its last ones, and those (M, T): about ``count``, by the sources' sizes.
 
+    No more than `HELD_OUT` of them, but one at least of each source that has two.
+
     Raises:
         DataError: the sources have too few blocks for that.
     """
-    share = count / sum(map(len, blocks))
+    share = min(count / sum(map(len, blocks)), HELD_OUT)
     taken = [min(len(b) - 1, max(1, round(share * len(b)))) for b in blocks]
     if not any(taken):
         raise DataError(

@@ -149,7 +149,7 @@ def check_target(out: str | Path, overwrite: bool) -> Path:
         CheckpointError: it is a file, or a folder that is not empty and ``overwrite`` is False.
     """
     out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+    if out.is_file() or (out.is_dir() and not overwrite and not all(map(folder.is_staged, out.iterdir()))):
         raise CheckpointError(f"{out} is not empty: choose another folder, or overwrite (--overwrite).")
     return out
 

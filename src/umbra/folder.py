@@ -20,6 +20,11 @@ COMMITTED = ".umbra-commit"
 STAGED_PREFIX = ".umbra-staged-"
 
 
+def is_staged(path: Path) -> bool:
+    """Whether this is what a killed save has left, which the next one takes away."""
+    return path.name.startswith(STAGED_PREFIX)
+
+
 def write_together(folder: Path, write: Callable[[Path], None]) -> None:
     """Run ``write(staging)`` and put what it wrote into ``folder`` as one.
 

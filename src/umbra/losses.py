@@ -182,9 +182,11 @@ class Labelled(CausalPaths):
         return indices[(indices + torch.randint(k, (), device=indices.device)) % k == 0], k
 
     def _fused_heads(self: Any) -> tuple[Head, Head] | None:
+        """The heads of the two paths for the fast form of their losses; None where the plain one is to run."""
+        return self._heads() if kernels.in_use() else None
+
+    def _heads(self: Any) -> tuple[Head, Head] | None:
         """The heads of the two paths, if a product with their weights is all there is to them."""
-        if not kernels.in_use():
-            return None
         modules = self.shadow.heads.values() if self.shadow.heads else [self.base_head] * 2
         if not all(type(m) is nn.Linear and dense.is_plain(m.weight) and shards.is_whole(m.weight) for m in modules):
             return None

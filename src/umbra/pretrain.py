@@ -26,19 +26,21 @@ from .card import pretrained_card
 from .core import labelled_positions
 from .corpus import Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
 from .data import Writer
-from .detach import write_detached
+from .detach import detach, write_detached
 from .divergence import KINDS, Teacher, linear_divergence, teach
-from .errors import BaseModelError, CheckpointError, ConfigError
+from .errors import BaseModelError, CheckpointError, ConfigError, DataError
 from .kernels import Head, linear_loss
 from .model import attach
 from .options import PretrainOptions, speaks
-from .runs import Run, check_tokenizer, last_checkpoint, make_arguments, sort_settings
+from .pretrained import check_vocabulary
+from .runs import Run, last_checkpoint, make_arguments, sort_settings
 from .teacher import TeacherCache
 from .trainers import ShadowTrainer
 
 LOSSES = ("alignment", "distillation", "next_token")
 STAGES = "stages"  # folders of the stages, in the output folder
-OWN = "own.jsonl"  # what the base has written
+OWN = "own.jsonl"  # what the base has written, a file of the output folder
+OWN_SOURCE = "text of the base's own"
 TEACHER = "teacher"  # what it says of each token of the text
 FILES = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE)
 SAVES = {"save_strategy": "steps", "save_steps": 100}  # one epoch is long
@@ -63,6 +65,10 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     """
     options, shadow, rest = sort_settings(values, PretrainOptions, ("output_dir",), "the configuration of pretraining")
     stages = _check(options)
+    if rest.get("eval_strategy", "no") != "no":
+        raise ConfigError(
+            "eval_strategy is of umbra train: a pretrained shadow is measured after each stage, on held_out blocks."
+        )
     if shadow.escalation is not None:
         raise ConfigError("escalation is learned from records that are marked for it: give it to umbra train.")
     run = Run.of(options.output_dir, FILES, options, shadow, rest)
@@ -85,7 +91,8 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
         args._n_gpu = min(args.n_gpu, 1)  # transformers would spread a batch over all by DataParallel
 
     tokenizer: Any = load_tokenizer(options.base)
-    check_tokenizer(shadow, options.base, tokenizer)
+    if shadow.is_pretrained:
+        check_vocabulary(shadow.shadow, options.base, tokenizer)
     writer = Writer(tokenizer, options.chat_template)
     documents = _documents(options, writer)
     base: Any = load_base(options.base, dtype=options.dtype)
@@ -93,10 +100,11 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     model: Any = attach(base, shadow)
     if model.shadow.projection is None and any("alignment" in losses for losses in stages.values()):
         raise ConfigError("The stage alignment trains the projection of a shadow of another width: this one has none.")
-    if model._fused_heads() is None:
+    if model._heads() is None:
         raise BaseModelError(
             f"{type(base).__name__} has a head that is more than one plain linear layer: use another base."
         )
+    detach(model)  # raises now what would be the end of all stages
     if options.prompts:
         run.record()
         documents |= _own(options, model, writer, run.out / OWN, arguments[0])
@@ -148,12 +156,15 @@ def _check(options: PretrainOptions) -> dict[str, tuple[str, ...]]:
             "teacher_cache is for distillation: alignment reads the base's states, next_token nothing of it."
         )
     _weights(options)
+    _sources(options)
     return stages
 
 
 def _sources(options: PretrainOptions) -> list[str]:
     named = [part.strip() for part in (options.data or "").split(",") if part.strip()]
-    return [*named, *([OWN] if options.prompts else [])]
+    if len(set(named)) < len(named):
+        raise ConfigError(f"data={options.data!r} names a source twice: raise its weight instead.")
+    return [*named, *([OWN_SOURCE] if options.prompts else [])]
 
 
 def _weights(options: PretrainOptions) -> list[float] | None:
@@ -176,7 +187,7 @@ def _weights(options: PretrainOptions) -> list[float] | None:
 def _documents(options: PretrainOptions, writer: Writer) -> dict[str, list[str]]:
     if options.prompts:
         read_prompts(options.prompts)
-    return {s: read_documents(s, options.data_split, writer) for s in _sources(options) if s != OWN}
+    return {s: read_documents(s, options.data_split, writer) for s in _sources(options) if s != OWN_SOURCE}
 
 
 def _own(options: PretrainOptions, model: Any, writer: Writer, out: Path, args: Any) -> dict[str, list[str]]:
@@ -186,7 +197,7 @@ def _own(options: PretrainOptions, model: Any, writer: Writer, out: Path, args: 
             batch_size=args.per_device_eval_batch_size, new=options.own_new_tokens,
             temperature=options.own_temperature, seed=args.seed,
         )  # fmt: skip
-    return {OWN: texts}
+    return {OWN_SOURCE: texts}
 
 
 def _mix(
@@ -194,6 +205,9 @@ def _mix(
 ) -> tuple[Mixture, np.ndarray]:
     """What is trained on, and the held-out blocks (N, T)."""
     kept, copies = without_copies(list(documents.values()))
+    for (source, before), after in zip(documents.items(), kept, strict=True):
+        if not after:
+            raise DataError(f"All {len(before)} documents of {source} are copies of others: leave it out.")
     blocks = [pack(texts, writer, options.max_length, s) for s, texts in zip(documents, kept, strict=True)]
     blocks, held_out = hold_out(blocks, options.held_out)
     if speaks():
@@ -220,7 +234,7 @@ class Pretrainer(ShadowTrainer):
         inputs = dict(inputs)
         blocks, (positions, targets) = inputs.pop("block"), labelled_positions(inputs.pop("labels"))
         chosen, factor = model._every(positions)
-        heads, places = model._fused_heads(), positions[chosen]
+        heads, places = model._heads(), positions[chosen]
         rows = shadow_states(model, inputs)[places]
         needs_base = set(self.losses) != {"next_token"} and self.teacher is None
         teacher = base_states(model, inputs)[places] if needs_base else None
@@ -282,7 +296,7 @@ def say(model: Any, ids: Tensor, options: PretrainOptions) -> Teacher:
     ids = ids.to(model.device)
     positions, _ = labelled_positions(ids)
     rows = base_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[positions]
-    head = model._fused_heads()[0]
+    head = model._heads()[0]
     parts = [teach(head.logits(part), options.temperature, options.teacher_top_k) for part in rows.split(ROWS)]
     return Teacher(*(torch.cat(found) for found in zip(*parts, strict=True)))
 
@@ -328,7 +342,7 @@ def measure(model: Any, blocks: np.ndarray, batch_size: int) -> dict[str, float]
     """cross_entropy and divergence KL(base ‖ shadow), nats a token, and agreement, on blocks (N, T)."""
     was_training = model.training
     model.eval()
-    attached, shadow = model._fused_heads()
+    attached, shadow = model._heads()
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     for start in tqdm(
         range(0, len(blocks), batch_size), desc="measure", leave=False, disable=None if speaks() else True

@@ -21,7 +21,9 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from .errors import ConfigError
+from . import anatomy
+from .bases import load_tokenizer
+from .errors import BaseModelError, ConfigError, shown
 
 PROJECTED = "causal_lm_with_hidden_projection"
 BACKBONE_PREFIX, PROJECTION = "shadow_model.", "shadow_hidden_projection.weight"
@@ -32,7 +34,10 @@ NOT_OF_THE_MODEL = (
 
 
 class Pretrained(NamedTuple):
-    """A backbone in float32; its projection (D, Ds) to a base's width, or else the head (V, Ds) of its own, if it has one."""
+    """A backbone in float32; its projection (D, Ds) to a base's width, or else the head (V, Ds) of its own, if it has one.
+
+    The head is multiplied by what the model multiplies its logits by.
+    """
 
     backbone: PreTrainedModel
     projection: Tensor | None = None
@@ -59,10 +64,40 @@ def load_pretrained(path: str) -> Pretrained:
             whole: Any = AutoModelForCausalLM.from_pretrained(path, **options)
             head = whole.get_output_embeddings()
             if type(whole.base_model) is MODEL_MAPPING.get(type(whole.config), None) and isinstance(head, nn.Linear):
-                return Pretrained(whole.base_model, head=head.weight.detach())
+                return Pretrained(whole.base_model, head=head.weight.detach() * anatomy.logit_factor(whole.config))
         return Pretrained(AutoModel.from_pretrained(path, **options))
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"shadow={path!r} is no model that transformers can load: {error}") from error
+
+
+def check_vocabulary(path: str, base: str | None, tokenizer: Any = None) -> int | None:
+    """Hold the tokenizer that a pretrained shadow brings to the base's.
+
+    Args:
+        tokenizer: the base's; None looks for the one that lies on this machine under the name ``base``.
+
+    Returns:
+        How many rows of embeddings the base's tokens need; None where either tokenizer is not at hand.
+
+    Raises:
+        ConfigError: a number that is another token to each.
+    """
+    try:
+        if not cached_file(path, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False):
+            return None
+        own = load_tokenizer(path, local_files_only=True).get_vocab()
+        tokenizer = tokenizer or load_tokenizer(base, local_files_only=True)
+    except (OSError, BaseModelError):
+        return None
+    names = {i: token for token, i in own.items()}
+    numbers = tokenizer.get_vocab()
+    other = [token for token, i in numbers.items() if names.get(i, token) != token]
+    if other:
+        raise ConfigError(
+            f"The pretrained shadow {path} has another tokenizer than the base {base}: {len(other)} tokens have other "
+            f"numbers, {shown(other[0])} first. Take a shadow of the base's family, or make one: umbra pretrain --base {base}."
+        )
+    return 1 + max(numbers.values())
 
 
 def backbone_config(path: str) -> tuple[PretrainedConfig, bool]:

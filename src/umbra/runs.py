@@ -9,9 +9,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from . import checkpoint, folder
-from .bases import load_tokenizer
 from .config import ShadowConfig
-from .errors import CheckpointError, ConfigError, shown, unknown_key
+from .errors import CheckpointError, ConfigError, unknown_key
 from .options import check_dtype, check_types, names
 
 RUN_FILE = "run.json"  # what a run was asked for; lies in its output folder
@@ -60,23 +59,6 @@ def sort_settings(
     rest = {k: v for k, v in values.items() if k in arguments and k not in names(kind, ShadowConfig)}
     check_types(TrainingArguments, rest)
     return options, shadow, rest
-
-
-def check_tokenizer(shadow: ShadowConfig, base: str, tokenizer: Any) -> None:
-    """Hold the tokenizer that lies in a pretrained shadow's folder to the base's.
-
-    Raises:
-        ConfigError: a token that both have has another number.
-    """
-    if not shadow.is_pretrained or not (Path(shadow.shadow) / "tokenizer.json").exists():
-        return
-    own = load_tokenizer(shadow.shadow).get_vocab()
-    other = [t for t, i in tokenizer.get_vocab().items() if own.get(t, i) != i]
-    if other:
-        raise ConfigError(
-            f"The pretrained shadow {shadow.shadow} has another tokenizer than the base {base}: {len(other)} tokens have other "
-            f"numbers, {shown(other[0])} first. Take a shadow of the base's family, or make one: umbra pretrain --base {base}."
-        )
 
 
 def make_arguments(out: Path | str, given: dict[str, Any]) -> TrainingArguments:

@@ -222,16 +222,19 @@ def score(
 ) -> tuple[Score, list[dict[str, Any]]]:
     """One mode's score and its replies."""
     tokens: int | None = None
+    escalation = model.shadow_config.escalation if model.can_generate() else None
+    new = options.max_new_tokens
+    if escalation is not None and mode == "detached":  # which is to have said it before it is cut off
+        new = max(new, len(Writer(tokenizer).tokens(escalation)) + 1)
     with in_mode(model, mode) as runner:
         if model.can_generate():
             replies, seconds, tokens = score_generation(
-                runner, tokenizer, records, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens,
+                runner, tokenizer, records, batch_size=options.batch_size, max_new_tokens=new,
                 answer_pattern=options.answer_pattern, chat_template=options.chat_template, name=mode,
             )  # fmt: skip
         else:
             replies, seconds = score_classes(runner, tokenizer, records, batch_size=options.batch_size, name=mode)
         parameters = count_parameters(model, mode, runner)
-    escalation = model.shadow_config.escalation if model.can_generate() else None
     return Score.of(mode, replies, parameters, seconds, tokens, escalation), replies
 
 

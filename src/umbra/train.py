@@ -16,7 +16,8 @@ from .drafting import frequent_tokens
 from .errors import BaseModelError, CheckpointError, ConfigError, DataError
 from .model import attach
 from .options import TrainOptions, speaks
-from .runs import Run, check_tokenizer, last_checkpoint, make_arguments, sort_settings
+from .pretrained import check_vocabulary
+from .runs import Run, last_checkpoint, make_arguments, sort_settings
 from .trainers import ShadowTrainer
 
 FILES = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.CARD_FILE)
@@ -67,7 +68,8 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     shadow = _with_escalation(shadow, records, options.train_data)
     tokenizer = load_tokenizer(options.base)
     _check_escalation(shadow.escalation, tokenizer)
-    check_tokenizer(shadow, options.base, tokenizer)
+    if shadow.is_pretrained:
+        check_vocabulary(shadow.shadow, options.base, tokenizer)
     pad = tokenizer.pad_token_id
     classifier = None if labels is None else {**labels.config(), "pad_token_id": pad}
     base = load_base(options.base, classifier=classifier, dtype=options.dtype)

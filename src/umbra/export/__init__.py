@@ -20,7 +20,7 @@ from ..detach import check_target, detach, parse_dtype, save_stock
 from ..errors import ConfigError, ExportError
 from ..options import ExportOptions
 from . import parity
-from .parity import Parity, Stock, answer, check, compare, end_tokens
+from .parity import Parity, Stock, answer, check, compare, compare_whole, end_tokens
 from .quiet import quiet
 from .to_gguf import check_architecture, modelfile, pre_tokenizer, write_gguf
 from .vocabulary import needed, read_specification, read_texts, special_ids, trim_model, trim_tokenizer
@@ -58,18 +58,19 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
     writer = Writer(tokenizer, options.chat_template)
     if options.to == "gguf":
         check_architecture(model)
-    pre = None
+    pre, whole, kept = None, (model, writer), None
     if options.vocabulary:
-        model, tokenizer, pre = _trim(model, writer, options)
+        model, tokenizer, kept, pre = _trim(model, writer, options)
         writer = Writer(tokenizer, options.chat_template)
     reference = answer(model, writer, prompts, options.max_new_tokens)
     rows: list[Parity] = []
+    trimmed = [] if kept is None else [compare_whole(reference, kept, *whole)]
 
     def write(staging: Path) -> None:
         if options.to == "hf":
             with quiet():
                 save_stock(model, staging, tokenizer, parse_dtype(options.dtype))
-            rows.append(_compare_stock(reference, staging, options))
+            rows.extend([_compare_stock(reference, staging, options), *trimmed])
             return
         _write_around(model, writer, staging, wanted, options)
         kinds = list(dict.fromkeys([KINDS[options.to][0], *wanted]))  # what is not quantised is compared in any case
@@ -83,6 +84,7 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
         if kinds[0] not in wanted:
             for part in staging.glob(f"model-{kinds[0]}.*"):
                 part.unlink()
+        rows.extend(trimmed)
         folder.write_text(staging / PARITY, json.dumps([asdict(r) for r in rows], indent=2) + "\n")
 
     try:
@@ -161,7 +163,7 @@ def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def _trim(
     model: PreTrainedModel, writer: Writer, options: ExportOptions
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int], str | None]:
     tokenizer, pre = writer.tokenizer, None
     read_specification(tokenizer)
     texts = read_texts(options.vocabulary or "", writer)
@@ -172,7 +174,7 @@ def _trim(
             tokenizer.save_pretrained(whole)
             pre = pre_tokenizer(Path(whole), model)
     kept = needed(tokenizer, [*texts, writer.ask("")], special_ids(model))
-    return trim_model(model, kept), trim_tokenizer(tokenizer, kept), pre
+    return trim_model(model, kept), trim_tokenizer(tokenizer, kept), kept, pre
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ..errors import ExportError
 from .run import answer as greedy
 from .run import measure
 
+WHOLE = "before trimming, in PyTorch"
 LEAST = 0.99  # share of equal next tokens under which an export that is not quantised is refused
 COMPARED = 8  # tokens at the beginning of each answer whose logits are compared, all of them
 QUESTIONS = (
@@ -51,11 +52,15 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model answers in PyTorch: token ids, the first logits (n, V) of each answer, and the prompts as text."""
+    """What the model answers in PyTorch: token ids, the first logits (n, V) of each answer, and the prompts as text.
+
+    ``paths`` are the answers and what would come after their ends, ``new`` tokens each: what is compared token by token.
+    """
 
     texts: list[str]
     prompts: list[list[int]]
     answers: list[list[int]]
+    paths: list[list[int]]
     logits: list[np.ndarray]
     end: list[int]
     new: int
@@ -63,7 +68,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Parity:
-    """One file against the reference. ``tokens`` were compared given the same prefix, the rest of the fields says how."""
+    """One file against the reference. ``tokens`` were compared given the same prefix, the rest of the fields says how.
+
+    Where no logits were compared theirs are None.
+    """
 
     file: str
     bytes: int
@@ -71,8 +79,8 @@ class Parity:
     same_next: float
     answers: int
     same_answers: int
-    logits_max: float
-    logits_mean: float
+    logits_max: float | None
+    logits_mean: float | None
     prompts_tokenised_alike: int
 
 
@@ -137,11 +145,16 @@ def answer(model: PreTrainedModel, writer: Writer, prompts: Iterable[str], new: 
     end, runner = end_tokens(model, writer.tokenizer), Recorded(model, writer)
     texts = [writer.ask(p) for p in prompts]
     ids = [writer.tokens(t) for t in texts]
-    answers, logits = [], []
+    paths, logits = [], []
     for prompt in ids:
-        answers.append(list(greedy(runner, prompt, new, end)))
+        paths.append(list(greedy(runner, prompt, new, [])))
         logits.append(np.concatenate(runner.said))
-    return Reference(texts, ids, answers, logits, end, new)
+    return Reference(texts, ids, [_to_the_end(path, end) for path in paths], paths, logits, end, new)
+
+
+def _to_the_end(path: list[int], end: list[int]) -> list[int]:
+    ends = [i for i, token in enumerate(path) if token in end]
+    return path[: ends[0] + 1] if ends else path
 
 
 def compare(reference: Reference, file: Path, size: int, runner: Path | Stock) -> Parity:
@@ -151,24 +164,42 @@ def compare(reference: Reference, file: Path, size: int, runner: Path | Stock) -
         ExportError: the runtime failed.
     """
     with TemporaryDirectory() as folder:
-        stored = Path(folder) / "logits"
-        np.concatenate(reference.logits).tofile(stored)
         request: dict[str, Any] = {
-            "prompts": reference.prompts, "answers": reference.answers, "max_new_tokens": reference.new, "end": reference.end,
-            "logits": str(stored), "rows": list(map(len, reference.logits)), "texts": reference.texts,
+            "prompts": reference.prompts, "answers": reference.paths, "max_new_tokens": reference.new, "end": reference.end,
+            "texts": reference.texts,
         }  # fmt: skip
+        if reference.logits:
+            stored = Path(folder) / "logits"
+            np.concatenate(reference.logits).tofile(stored)
+            request |= {"logits": str(stored), "rows": list(map(len, reference.logits))}
         found = measure(runner, request, []) if isinstance(runner, Stock) else _ask(runner, file, request, Path(folder))
-    said = [
-        a == b for xs, ys in zip(found["next"], reference.answers, strict=True) for a, b in zip(xs, ys, strict=True)
-    ]
+    said = [a == b for xs, ys in zip(found["next"], reference.paths, strict=True) for a, b in zip(xs, ys, strict=True)]
     alike = sum(
         p[-len(t) :] == t for p, t in zip(reference.prompts, found["tokens"], strict=True)
     )  # but for a start token
     same = sum(a == b for a, b in zip(found["answers"], reference.answers, strict=True))
-    off = found["logits"]
+    off = found["logits"] or {"max": None, "mean": None}
     return Parity(
         file.name, size, len(said), sum(said) / len(said), len(reference.answers), same, off["max"], off["mean"], alike
     )
+
+
+def compare_whole(reference: Reference, kept: list[int], whole: PreTrainedModel, writer: Writer) -> Parity:
+    """The model before tokens were left out of its vocabulary against what it says without them.
+
+    Args:
+        kept: the ids that were left, by their new ones.
+    """
+
+    def old(rows: list[list[int]]) -> list[list[int]]:
+        return [[kept[i] for i in row] for row in rows]
+
+    asked = Reference(
+        reference.texts, old(reference.prompts), old(reference.answers), old(reference.paths), [], old([reference.end])[0],
+        reference.new,
+    )  # fmt: skip
+    size = sum(p.numel() * p.element_size() for p in whole.parameters())
+    return compare(asked, Path(WHOLE), size, Stock(whole, writer))
 
 
 def _ask(script: Path, file: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -200,6 +231,7 @@ def table(rows: Iterable[Parity]) -> str:
     for r in rows:
         lines.append(
             f"| {r.file} | {r.bytes / 1e6:.1f} | {100 * r.same_next:.2f} % of {r.tokens} | {r.same_answers} of {r.answers} "
-            f"| {r.logits_max:.2g} | {r.logits_mean:.2g} |"
+            + "".join(f"| {'–' if off is None else f'{off:.2g}'} " for off in (r.logits_max, r.logits_mean))
+            + "|"
         )
     return "\n".join(lines)

@@ -117,8 +117,11 @@ def _run(call: Callable[[], Any], trouble: str) -> Any:
 
 
 def modelfile(writer: Writer, file: str, context: int) -> str:
-    """What `ollama create` reads; a template that is no ChatML is left to the one within the GGUF file."""
-    lines = [f"FROM ./{file}"]
+    """What `ollama create` reads; a template that is no ChatML is left to the one within the GGUF file.
+
+    Ollama would punish repetitions and sample if it were not told otherwise.
+    """
+    lines = [f"FROM ./{file}", *([] if writer.chats else ['TEMPLATE """{{ .Prompt }}"""'])]
     turns = [("system", "be brief"), ("user", "one"), ("assistant", "two"), ("user", "three")]
     render: Any = writer.tokenizer.apply_chat_template
     if writer.chats and _rendered(render, turns) == _chatml(turns):
@@ -128,7 +131,7 @@ def modelfile(writer: Writer, file: str, context: int) -> str:
         if opening and '"""' not in opening[1]:
             lines.append(f'SYSTEM """{opening[1]}"""')
         lines.append('PARAMETER stop "<|im_end|>"')
-    lines += [f"PARAMETER num_ctx {min(context, 4096)}", "PARAMETER temperature 0"]
+    lines += [f"PARAMETER num_ctx {min(context, 4096)}", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     return "\n".join(lines) + "\n"
 
 
