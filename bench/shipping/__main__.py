@@ -45,7 +45,7 @@ def main() -> None:
         "initialise": lambda: initialise.run(given.data, given.out, given.seeds),
         "pretrain": lambda: pretrain.run(given.data, given.out, pretrained),
         "tasks": lambda: tasks.run(given.data, given.out, pretrained, given.tasks, given.rows, given.seeds),
-        "widths": lambda: widths.run(given.data, given.out, pretrained),
+        "widths": lambda: widths.run(given.data, given.out, pretrained, given.seeds),
         "edge": lambda: edge.run(given.data, given.out, adapter, EDGE_TASK),
     }
     for step in given.steps:

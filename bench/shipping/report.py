@@ -119,10 +119,14 @@ def widths(held: dict[str, Any]) -> str:
         "# A pretrained shadow beside a base of another width", "", *about(held),
         "The base's channels shuffled and padded: the same logits from other weights. Divergence KL(base ‖ shadow) on held-out",
         "text, nats a token. `python -m bench.shipping widths`.", "",
-        "| beside | divergence | agreement | seconds |", "|---|---:|---:|---:|",
+        "| beside | seeds | divergence | agreement | seconds |", "|---|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for r in held["runs"]:
-        lines.append(f"| {r['beside']} | {r['divergence']:.3f} | {100 * r['agreement']:.1f} % | {r['seconds']:.0f} |")
+    for name in dict.fromkeys(r["beside"] for r in held["runs"]):
+        mine = [r for r in held["runs"] if r["beside"] == name]
+        cells = [told([r["divergence"] for r in mine], "{:.3f}"), told([100 * r["agreement"] for r in mine], unit=" %")]
+        lines.append(
+            f"| {name} | {len(mine)} | {' | '.join(cells)} | {statistics.mean(r['seconds'] for r in mine):.0f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -49,8 +49,12 @@ def widened(base: Any, width: int, seed: int = 0) -> Any:
     return wide
 
 
-def run(data: Path, out: Path, folder: Path) -> list[dict[str, Any]]:
-    """What the shadow ``folder`` says of held-out text beside its own base, and beside the other, as it is and aligned."""
+def run(data: Path, out: Path, folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
+    """What the shadow ``folder`` says of held-out text beside its own base, and beside the other, as it is and aligned.
+
+    Args:
+        seeds: of projections at random, and of the training of what was solved for.
+    """
     files = write_text(data, out / "short text", 120)
     tokenizer: Any = load_tokenizer(EMBEDDED)
     writer = Writer(tokenizer)
@@ -61,30 +65,28 @@ def run(data: Path, out: Path, folder: Path) -> list[dict[str, Any]]:
     apart = float((wide(ids).logits - base(ids).logits).abs().max())
     found = [{"beside": f"its own base, width {base.config.hidden_size}", **_measured(base, folder, held)}]
     other = {"logits_apart": apart}
-    found.append(
-        {"beside": f"a base of width {WIDTH}, projection at random", **other, **_measured(wide, folder, held, False)}
-    )
-    found.append(
-        {"beside": f"a base of width {WIDTH}, projection solved for", **other, **_measured(wide, folder, held)}
-    )
+    place = f"a base of width {WIDTH}"
+    found += [{"beside": f"{place}, projection at random", **other, **_measured(wide, folder, held, s)} for s in seeds]
+    found.append({"beside": f"{place}, projection solved for", **other, **_measured(wide, folder, held)})
     path = out / "wide base"
     if not path.exists():
         wide.save_pretrained(path)
         tokenizer.save_pretrained(path)
-    began = time.perf_counter()
-    after = pretrain({
-        **ALIGNMENT, "base": str(path), "shadow": str(folder), "data": ",".join(files), "output_dir": str(out / "aligned"),
-    })["1-alignment"]  # fmt: skip
-    found.append({"beside": f"a base of width {WIDTH}, then aligned", "seconds": time.perf_counter() - began, **after})
+    given = {**ALIGNMENT, "base": str(path), "shadow": str(folder), "data": ",".join(files)}
+    for seed in seeds:
+        began = time.perf_counter()
+        after = pretrain({**given, "output_dir": str(out / f"aligned {seed}"), "seed": seed})["1-alignment"]
+        found.append({"beside": f"{place}, then trained", "seconds": time.perf_counter() - began, **after})
     return found
 
 
-def _measured(base: Any, folder: Path, held: np.ndarray, solved: bool = True) -> dict[str, float]:
-    torch.manual_seed(0)
+def _measured(base: Any, folder: Path, held: np.ndarray, seed: int | None = None) -> dict[str, float]:
+    """With the projection that is solved for; or one at random, by ``seed``."""
+    torch.manual_seed(seed or 0)
     began = time.perf_counter()
     model: Any = umbra.attach(base, umbra.ShadowConfig(shadow=str(folder)))
     seconds = time.perf_counter() - began
-    if not solved:
+    if seed is not None:
         model.shadow.projection.reset_parameters()
     found = measure(model, held, 8)
     model.unload()
