@@ -5,8 +5,10 @@ import threading
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import umbra
+from test_architectures import build
 from tiny import HIDDEN, LAYERS, assert_same, gradients, make, make_base, scramble, tokens
 from umbra import ShadowConfig
 from umbra.anatomy import locate
@@ -53,6 +55,75 @@ def padded_tokens(rows: int = len(NAMES), length: int = 9):
     for row in range(rows):
         ids[row, :row], mask[row, :row] = 0, 0
     return ids, mask
+
+
+# -- a cache that has layers of all of them ----------------------------------------------------------------------------
+
+WAYS = {
+    "dynamic": {}, "static": {"cache_implementation": "static"}, "chunks": {"prefill_chunk_size": 4}, "drafted": {"draft": 3},
+}  # fmt: skip
+CANNOT = {("mamba", "static"), ("mamba", "drafted"), ("mamba", "chunks")}  # nor can transformers
+
+
+@pytest.mark.parametrize(("base", "way"), [(b, w) for b in ("mamba", "mistral") for w in WAYS if (b, w) not in CANNOT])
+@torch.no_grad()
+def test_a_shadow_of_another_kind_measures_the_past_by_its_own_layers(base, way):
+    """A dense shadow beside a base without full attention: transformers would ask the first one's layers, which are empty."""
+
+    def pair(seeds):
+        beside = build("mamba") if base == "mamba" else make_base("mistral")
+        model = umbra.attach(beside, ShadowConfig(rank=4, shadow="dense", **COMMON))
+        for name in list(seeds)[1:]:
+            model.add_adapter(ShadowConfig(rank=4, shadow="dense", **COMMON), name)
+        for name, seed in seeds.items():
+            scramble(model.adapter(name), seed)
+        return model.eval()
+
+    both, only = pair({"default": 1, "second": 2}), pair({"default": 2})
+    ids, mask = padded_tokens(3)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = only.generate(ids, **options, **({} if way == "drafted" else WAYS[way]))
+    named = {} if way == "drafted" else {"adapter_names": ["second"] * 3}
+    assert not torch.equal(expected, both.generate(ids, **options, **WAYS[way]))
+    assert torch.equal(expected, both.generate(ids, **options, **WAYS[way], **named)) or way == "drafted"
+    both.set_adapter("second")
+    assert torch.equal(expected, both.generate(ids, **options, **WAYS[way]))
+    if way == "dynamic":  # and a second turn, without padding, which mamba cannot have there
+        options |= {"pad_token_id": None, "attention_mask": None}
+        found = both.generate(tokens(3, 9), **options, return_dict_in_generate=True)
+        longer = torch.cat([found.sequences, tokens(3, 4, seed=9)], 1)
+        again = both.generate(longer, **options, past_key_values=found.past_key_values)
+        assert torch.equal(again, only.generate(longer, **options))
+
+
+@torch.no_grad()
+def test_a_cache_that_only_one_of_both_has_filled_is_refused_beside_a_recurrent_base():
+    model = umbra.attach(build("mamba"), ShadowConfig(rank=4, shadow="dense", **COMMON))
+    model.add_adapter(ShadowConfig(rank=4, shadow="dense", **COMMON), "second")
+    bare, other = (DynamicCache(config=model.config) for _ in range(2))
+    with model.disable_adapter():
+        model(tokens(), past_key_values=bare)
+    model(tokens(), past_key_values=other)
+    model(tokens(), past_key_values=other)
+    model.set_adapter("second")
+    for cache in (bare, other):
+        with pytest.raises(umbra.StateError, match="holds other tokens"):
+            model(tokens(), past_key_values=cache)
+
+
+def test_guidance_of_a_mixed_batch_is_refused():
+    model = make_three()
+    with pytest.raises(umbra.ConfigError, match="guidance_scale would be given the active adapter"):
+        model.generate(tokens(2), adapter_names=["b", "b"], guidance_scale=1.5, max_new_tokens=2)
+    model.set_adapter("b")
+    model.generate(tokens(2), guidance_scale=1.5, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+def test_the_shadow_alone_has_one_adapter(classifier):
+    model = make("llama", classifier=classifier)
+    with model.shadow_only(), pytest.raises(umbra.ConfigError, match="runs the active adapter"):
+        model(tokens(2), adapter_names=["default", "default"])
 
 
 # -- names -----------------------------------------------------------------------------------------------------------

@@ -100,6 +100,10 @@ def test_logits_to_keep(name):
     for labels in (None, ids):
         torch.testing.assert_close(model(ids, labels=labels, logits_to_keep=3).logits, full[:, -3:])
         torch.testing.assert_close(model(ids, labels=labels, logits_to_keep=picked).logits, full[:, picked])
+        with model.shadow_only():
+            whole = model(ids).logits
+            torch.testing.assert_close(model(ids, logits_to_keep=3).logits, whole[:, -3:])
+            torch.testing.assert_close(model(ids, logits_to_keep=picked).logits, whole[:, picked])
 
 
 @architectures
@@ -382,6 +386,34 @@ def test_unload_switches_checkpointing_off_again():
     assert not base.get_input_embeddings()._forward_hooks
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_unload_gives_back_how_the_base_was_run(training):
+    """Its mode, also of modules of their own, and which of its blocks checkpointed."""
+    base = make_base().train(training)
+    base.activation_checkpointing_enable()
+    locate(base).blocks[2].train(not training)
+    before = locate(base).blocks[0].gradient_checkpointing, [m.training for m in base.modules()]
+    model = umbra.attach(base, umbra.ShadowConfig(first_layer=2))
+    model.train(not training)
+    model.activation_checkpointing_enable()
+    assert model.unload() is base
+    assert (locate(base).blocks[0].gradient_checkpointing, [m.training for m in base.modules()]) == before
+
+
+@kinds
+def test_a_model_whose_base_is_gone_says_so(classifier):
+    model, ids = make("llama", classifier=classifier), tokens()
+    expected = model.shadow.state_dict()
+    base = model.unload()
+    with pytest.raises(umbra.StateError, match=r"unload\(\) has given the base back"):
+        model(ids)
+    with pytest.raises(umbra.StateError, match=r"unload\(\) has given"), model.shadow_only():
+        model(ids)
+    again = umbra.attach(base, model.shadow_config)
+    again.shadow.load_state_dict(expected)
+    again(ids)
+
+
 def test_checkpointing_sends_no_gradient_below_the_first_coupled_block():
     model = make("llama", first_layer=2).train()
     model.activation_checkpointing_enable()
@@ -390,3 +422,13 @@ def test_checkpointing_sends_no_gradient_below_the_first_coupled_block():
     blocks[1].register_forward_hook(lambda block, args, output: seen.append(output.requires_grad))
     model(tokens(), labels=tokens()).loss.backward()
     assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("places", [{"a": 0, "b": 1}, {"a": "cuda:0", "b": "cuda:1", "c": "cpu"}])
+def test_a_base_on_several_devices_is_refused(places):
+    base = make_base()
+    base.hf_device_map = places
+    with pytest.raises(umbra.BaseModelError, match="spread over cuda:0, cuda:1"):
+        umbra.attach(base)
+    base.hf_device_map = {"a": 0, "b": "cpu", "c": "disk", "d": "cuda:0"}
+    umbra.attach(base)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from umbra.cli import main
+from umbra.scoring import answer_of
 
 RECORDS = [{"prompt": f"say {c}", "completion": c} for c in "abcd"] * 3
 
@@ -148,6 +149,7 @@ def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
         (["eval", "{out}", "/nowhere.jsonl"], "cannot be read"),
         (["eval", "{out}", "{data}", "--modes", "sideways"], "Unknown mode 'sideways'"),
         (["eval", "{out}", "{data}", "--answer-pattern", "("], "no regular expression"),
+        (["eval", "{out}", "{data}", "--output", "/no/where.jsonl"], "lies in a folder that does not exist"),
         (["generate", "{out}", " "], "prompt is empty"),
         (["generate", "{out}", "a", "--mode", "both"], "Unknown mode"),
         (["generate", "{out}", "a", "--temperature=-1"], "temperature"),
@@ -188,3 +190,15 @@ def test_a_classifier_is_scored_by_accuracy(tmp_path, base_folder, capsys):
     assert found["attached"]["accuracy"] == 1
     assert main(["generate", str(tmp_path / "out"), "a"]) == 2
     assert "classifies" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "answer"),
+    [
+        (None, " seven\n", "seven"), (r"#### (\d+)|(unknown)", "#### 5, or unknown", "unknown"),
+        (r"#### (\d+)|(unknown)", "unknown #### 5", "5"), (r"\d+", "1 and 22", "22"), (r"(\d+)", "none", ""),
+        (r"yes|(no)", "yes", "yes"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_the_last_match_or_its_group(pattern, text, answer):
+    assert answer_of(text, pattern) == answer

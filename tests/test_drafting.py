@@ -1,8 +1,10 @@
 """Drafting: the text is that of decoding without drafts, token for token; the base runs less often."""
 
+import itertools
 import threading
 from collections import Counter
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, LogitsProcessor, StoppingCriteria
@@ -412,6 +414,32 @@ def test_two_threads_at_once():
         thread.join()
     for one, each in zip(expected, found, strict=True):
         assert all(torch.equal(one, other) for other in each)
+
+
+def test_a_seed_gives_one_text_however_fast_the_machine_is(monkeypatch):
+    """What is drafted is drawn: how far to draft must not depend on measured seconds."""
+    model, ids, clock = agreeing(), tokens(2, 6), itertools.count()
+
+    def sampled(pace):
+        monkeypatch.setattr(umbra.drafting.time, "perf_counter", lambda: float(next(clock)) ** pace)
+        torch.manual_seed(3)
+        return drafted(model, ids, draft="auto", do_sample=True, temperature=2.0, max_new_tokens=24).sequences
+
+    assert torch.equal(sampled(1.0), sampled(2.5))
+
+
+@pytest.mark.parametrize("tokens_kept", [None, [5, 6, 7, 9, 11, 40]])
+def test_an_offloaded_base(tokens_kept):
+    """Its head has no weights between calls."""
+    model, ids = agreeing(), tokens(1, 6)
+    if tokens_kept is not None:
+        model.set_draft_vocabulary(tokens_kept)
+    expected = plain(model, ids)
+    accelerate.cpu_offload(model.base, execution_device=torch.device("cpu"))
+    assert model.base.get_input_embeddings().weight.is_meta
+    assert torch.equal(drafted(model, ids).sequences, expected)
+    with pytest.raises(umbra.DetachError, match="offloaded"):
+        model.detached()
 
 
 # -- what cannot be ------------------------------------------------------------------------------------------------

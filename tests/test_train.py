@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import umbra
+from umbra.cli import main
 from umbra.train import ShadowTrainer, train
 
 RECORDS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)][:24]
@@ -156,6 +158,37 @@ def test_a_checkpoint_cut_off_by_a_kill_is_not_resumed_from(settings):
     os.remove(f"{out}/{last}/trainer_state.json")
     train(values)
     assert same(weights(out), expected)
+
+
+@pytest.mark.parametrize("has_state", [True, False])
+def test_checkpoints_of_something_else_are_left_alone(settings, has_state):
+    theirs = Path(settings["output_dir"]) / "checkpoint-500"
+    theirs.mkdir(parents=True)
+    (theirs / "model.safetensors").write_text("weights")
+    if has_state:
+        (theirs / "trainer_state.json").write_text("{}")
+    with pytest.raises(umbra.CheckpointError, match="holds checkpoint-500 of something else"):
+        train(settings)
+    assert (theirs / "model.safetensors").read_text() == "weights" and not (theirs.parent / "run.json").exists()
+
+
+def test_a_strategy_may_be_called_no(settings, tmp_path, capsys):
+    """To YAML that is False."""
+    (tmp_path / "train.yaml").write_text(
+        "\n".join(f"{k}: {json.dumps(v)}" for k, v in settings.items()) + "\nsave_strategy: no\nmax_steps: 1\n"
+    )
+    assert main(["train", str(tmp_path / "train.yaml"), "--logging_strategy", "no"]) == 0
+    asked = json.loads(Path(settings["output_dir"], "run.json").read_text())["asked"]
+    assert (asked["save_strategy"], asked["logging_strategy"]) == ("no", "no")
+
+
+def test_a_seed_is_of_a_classifiers_head_too(settings, tmp_path):
+    data = write(tmp_path / "c.jsonl", [{"text": r["prompt"], "label": i % 2} for i, r in enumerate(RECORDS)])
+    heads = []
+    for out, seed in (("one", 7), ("two", 7), ("three", 8)):
+        train({**settings, "train_data": data, "output_dir": str(tmp_path / out), "seed": seed, "max_steps": 1})
+        heads.append({k: v for k, v in weights(tmp_path / out).items() if "heads.attached" in k})
+    assert same(heads[0], heads[1]) and not same(heads[0], heads[2], 1e-2)
 
 
 def test_a_finished_run_is_reused(settings, monkeypatch):

@@ -4,6 +4,7 @@ The shadow's own loss is recomputed from the detached model, a stock transformer
 """
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -282,3 +283,34 @@ def test_pipelines(caplog, monkeypatch):
         scores = classifier(ids).logits.softmax(-1)[0]
     assert found == pytest.approx(dict(zip("abc", scores.tolist(), strict=True)), abs=1e-5)
     assert "is not supported" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", [Trainer, umbra.ShadowTrainer])
+@pytest.mark.parametrize("alone", [False, True])
+def test_packed_rows_are_evaluated_apart(tmp_path, kind, alone):
+    """Without a mask, positions tell where a sequence begins; a cache would let each see those before it."""
+    model, parts = make().eval(), [tokens(1, 5, seed=1)[0], tokens(1, 7, seed=2)[0]]
+    sums, count = 0.0, 0
+    with model.shadow_only() if alone else nullcontext(), torch.no_grad():
+        for ids in parts:
+            sums += float(cross_entropy(model(ids[None]).logits, ids[None])) * (len(ids) - 1)
+            count += len(ids) - 1
+    ids = torch.cat(parts)
+    labels = ids.clone()
+    labels[[0, 5]] = -100
+    row = {"input_ids": ids, "labels": labels, "position_ids": torch.cat([torch.arange(len(p)) for p in parts])}
+    trainer = trainer_of(kind, tmp_path, model, [row], 1)
+    with model.shadow_only() if alone else nullcontext():
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(sums / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+def test_the_shadows_loss_is_a_tensor_of_its_own(classifier):
+    """Trainer multiplies the loss by the number of ranks in place."""
+    model, ids = make(classifier=classifier), tokens()
+    with model.shadow_only():
+        out = model(ids, labels=torch.tensor([0, 1]) if classifier else ids)
+    before = float(out.shadow_loss)
+    with torch.no_grad():
+        out.loss *= 3
+    assert float(out.shadow_loss) == before and float(out.loss) == pytest.approx(3 * before)

@@ -379,10 +379,10 @@ def test_accumulated_micro_batches_are_the_large_batch(name, dialect):
 
 
 @architectures
-@pytest.mark.parametrize("items", [None, 7])
+@pytest.mark.parametrize("items", [None, 7, 0, torch.tensor(0)], ids=str)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_a_batch_without_labels_has_loss_zero(name, items, train):
-    model, ids = make(name).train(train), tokens()
+    model, ids = make(name, train_heads=True).train(train), tokens()
     labels = torch.full_like(ids, -100)
     labels[:, 0] = ids[:, 0]  # the first token is nobody's next
     out = model(ids, labels=labels, num_items_in_batch=items)
@@ -390,6 +390,15 @@ def test_a_batch_without_labels_has_loss_zero(name, items, train):
     assert out.loss == 0
     assert out.shadow_loss == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_the_shadows_own_head_learns_what_is_distilled():
+    """Without the auxiliary loss, too: the pair's head moves away from the one that both began as."""
+    model, ids = make("llama", train_heads=True, auxiliary_loss_weight=0.0, distillation_weight=0.5).train(), tokens()
+    model(ids, labels=ids).loss.backward()
+    assert model.shadow.heads["shadow"].weight.grad.any()
+    idle = make("llama", train_heads=True, auxiliary_loss_weight=0.0)
+    assert not idle.shadow.heads["shadow"].weight.requires_grad
 
 
 @architectures

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, TrainingArguments
 
 import umbra
 from architectures_vision import FAMILIES, IMAGE, Batch, batch_of
@@ -330,3 +330,30 @@ def test_an_argument_that_the_base_does_not_know_is_refused():
 def test_embeddings_of_its_own_cannot_see_images():
     with pytest.raises(umbra.BaseModelError, match="embeddings='base'"):
         umbra.attach(build("llava"), umbra.ShadowConfig(embeddings="own"))
+
+
+def test_a_trainer_keeps_the_images(tmp_path):
+    """Their columns are arguments of the base, not of the model around it."""
+    model, batch, seen = cast(build("qwen2_vl")), batch_of("qwen2_vl"), []
+    row = {"input_ids": batch.ids[0], "labels": batch.ids[0], "comment": 1}
+    images = {k: v for k, v in batch.told.items() if k != "attention_mask"}
+    assert "pixel_values" in images
+
+    def collate(rows):
+        assert "comment" not in rows[0]
+        told = {k: v for k, v in batch.told.items() if k in rows[0]}
+        return {"input_ids": batch.ids, "labels": batch.ids, **told}
+
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        per_device_train_batch_size=1,
+    )
+    trainer = umbra.ShadowTrainer(model=model, args=arguments, train_dataset=[{**row, **images}], data_collator=collate)
+    model.base.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    trainer.train()
+    assert images.keys() <= seen[-1].keys()

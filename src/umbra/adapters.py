@@ -54,6 +54,12 @@ class Adapters:
             raise ConfigError(f"There is no adapter {name!r}: this model has {', '.join(self.adapters)}.")
         return self.resting[name]  # type: ignore[return-value]
 
+    def _named(self, names: Sequence[str | None] | None) -> list[Shadow]:
+        """The shadows that a batch's ``adapter_names`` name; the active one without any."""
+        if names is None:
+            return [self.shadow]
+        return [self.adapter(name) for name in dict.fromkeys(names) if name not in (None, BASE)]
+
     def add_adapter(self, config: ShadowConfig, name: str) -> None:
         """Put a fresh shadow beside the others; `set_adapter` activates it.
 

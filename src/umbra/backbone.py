@@ -98,7 +98,8 @@ class Shadow(nn.Module):
             self.heads.update(
                 {path: dense.trainable_copy(base.head, base.model.dtype) for path in ("attached", "shadow")}
             )
-            self.heads["shadow"].requires_grad_(config.auxiliary_loss_weight > 0)  # otherwise nothing trains it
+            learns = config.auxiliary_loss_weight > 0 or config.distillation_weight > 0
+            self.heads["shadow"].requires_grad_(learns)  # otherwise nothing trains it
 
         dtype = torch.float64 if base.model.dtype == torch.float64 else torch.float32
         # Beside a base without weights, which are yet to come from rank 0 or from a file, it stays where it was made.

@@ -35,13 +35,13 @@ def measure(base: Anatomy, couplings: Couplings) -> None:
         base.blocks[l].register_forward_pre_hook(partial(_keep, found, l, base.stream), with_kwargs=True)
         for l in couplings.layers
     ]
-    was_training = base.model.training
+    before = anatomy.modes(base.model)
     base.model.eval()
     try:
         with shards.gathered_while_computing(base.decoder):
             base.decoder(input_ids=ids, use_cache=False)
     finally:
-        base.model.train(was_training)
+        anatomy.restore_modes(base.model, before)
         for handle in handles:
             handle.remove()
     for l, scale in found.items():

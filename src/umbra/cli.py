@@ -24,7 +24,7 @@ from .options import (
     TrainOptions,
     speaks,
 )
-from .settings import number, read_yaml
+from .settings import number, read_yaml, spelled
 
 COMMANDS = {
     "train": "train a shadow: umbra train config.yaml [--field value …]",
@@ -323,7 +323,7 @@ def _pairs(rest: list[str]) -> dict[str, Any]:
             i, value, equals = i + 1, rest[i + 1], "="
         pairs[key.replace("-", "_")] = number(value) if equals else True
         i += 1
-    return pairs
+    return spelled(pairs)
 
 
 def _lines(metrics: dict[str, Any]) -> str:

@@ -190,6 +190,11 @@ def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return positions, following[positions]
 
 
+def at_least_one(items: Tensor | int) -> Tensor | int:
+    """What a sum over ``items`` labels is divided by: a batch without any has a loss of 0."""
+    return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+
+
 def token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
     """Σ CE over (N, V) logits and (N,) targets, divided by ``items``, the labels of the whole accumulated batch.
 
@@ -197,7 +202,7 @@ def token_loss(logits: Tensor, targets: Tensor, items: Tensor | int | None) -> T
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     total = F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
-    return total / (max(targets.numel(), 1) if items is None else items)
+    return total / at_least_one(targets.numel() if items is None else items)
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str, items: Tensor | int | None) -> Tensor:
@@ -208,11 +213,11 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str, items
     logits = logits.float()
     if problem_type == "single_label_classification":
         labels = labels.reshape(-1)
-        total, count = F.cross_entropy(logits, labels, reduction="sum"), (labels != IGNORED).sum().clamp(min=1)
+        total, count = F.cross_entropy(logits, labels, reduction="sum"), (labels != IGNORED).sum()
     elif problem_type == "multi_label_classification":
         total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
         count = labels.numel()
     else:
         total = F.mse_loss(logits, labels.to(logits.dtype).reshape(logits.shape), reduction="sum")
         count = labels.numel()
-    return total / (count if items is None else items)
+    return total / at_least_one(count if items is None else items)

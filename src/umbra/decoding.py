@@ -22,8 +22,10 @@ class Decoding(GenerationMixin):
     shadow: Any
     adapters: list[str]
     adapter: Any
+    _named: Any
     config: PretrainedConfig
     forward: Any
+    _attachment: Any
     _cache_argument: str
     _is_disabled: bool
 
@@ -91,6 +93,10 @@ class Decoding(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **options: Any
     ) -> None:
+        if model_kwargs.get("adapter_names") is not None and generation_config.guidance_scale not in (None, 1):
+            raise ConfigError(
+                "guidance_scale would be given the active adapter for every row: set_adapter(…) it, and leave adapter_names out."
+            )
         own = anatomy.own_cache(self.base, self.config)
         if own is not None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
@@ -100,6 +106,21 @@ class Decoding(GenerationMixin):
                 )
             model_kwargs.setdefault("past_key_values", own)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
+
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    ) -> Any:
+        """As in transformers, which asks the first layer of attention how much a cache holds: that may be another adapter's."""
+        cache, names = model_kwargs.get("past_key_values"), model_kwargs.get("adapter_names")
+        if cache is None or len(self.adapters) == 1:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
+        layers = [layer for shadow in self._named(names) for layer in shadow.cache_layers]
+        view = anatomy.hide_others(cache, len(self._attachment.blocks), layers)
+        told = {**model_kwargs, "past_key_values": view}
+        out = super()._prefill(input_ids, generation_config, told, *args, **options)  # type: ignore[misc]
+        if out.get("past_key_values") is view:
+            out["past_key_values"] = cache
+        return out
 
     def _get_static_cache_init_shape(self) -> Any:
         # Layers that are made ahead have one shape and dtype; None lets each be made when it is first used.

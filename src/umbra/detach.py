@@ -59,6 +59,10 @@ def detach(model: ShadowModel) -> PreTrainedModel:
     factor = 1.0
     if not base.is_classifier:
         factor = anatomy.logit_factor(model.base.config) / anatomy.logit_factor(stock.config)
+    if table.is_meta or dense.linear_weight(head, model.base.dtype).is_meta:
+        raise DetachError(
+            "The base's embeddings or its head are offloaded: load the base without offloading to detach."
+        )
     weight = _folded_head(dense.linear_weight(head, model.base.dtype), _maps_before_head(model, stock), factor)
     tied = weight.shape == table.shape and torch.equal(weight, table)
     _settle_tying(stock, parts, tied)

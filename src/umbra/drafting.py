@@ -198,8 +198,9 @@ class Drafter:
             BaseModelError: see `Drafting.generate`.
         """
         _check_cache(model, told)
-        extra = EXTRA.get(input_ids.device.type, ELSEWHERE)
-        pace = Pace(_cost(model, self.shadow), extra, self.threshold, timed=input_ids.device.type == "cpu")
+        kind, samples = model.device.type, generation_config.do_sample
+        timed = kind == "cpu" and not samples  # how far to draft decides what is drawn: a seed is to give one text
+        pace = Pace(_cost(model, self.shadow), EXTRA.get(kind, ELSEWHERE), self.threshold, timed=timed)
         text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer, pace)
         out = model._prefill(input_ids, generation_config, told)
         text.add(out.logits[:, -1])
@@ -272,7 +273,8 @@ class _Draft:
         while True:
             ahead = limit - len(drafted)  # tokens beyond this one
             batch = {
-                "input_ids": ids[:, -1:], "inputs_embeds": None, "past_key_values": self.cache, "use_cache": True,
+                "input_ids": ids[:, -1:].to(whole["input_ids"].device), "inputs_embeds": None,
+                "past_key_values": self.cache, "use_cache": True,
                 "attention_mask": mask if mask is None else mask[:, : mask.shape[1] - ahead],
                 "position_ids": positions if positions is None else positions[..., len(drafted) : len(drafted) + 1],
             }  # fmt: skip
@@ -332,16 +334,21 @@ class DraftHead:
         self.dtype = next(shadow.heads.parameters()).dtype if shadow.heads else model.base.dtype
         self.factor, self.cap = anatomy.after_head(model.base.config)
         self.tokens: Any = None
+        self.weight: Any = None
         if shadow.draft_tokens is not None:
             weight, bias = dense.linear_weight(self.head, self.dtype), getattr(self.head, "bias", None)
-            rows = torch.tensor(shadow.draft_tokens, device=weight.device)
-            self.weight, self.bias = weight[rows], None if bias is None else bias[rows]
-            self.tokens = rows.to(device)
+            self.tokens = torch.tensor(shadow.draft_tokens, device=device)
+            if not weight.is_meta:  # offloaded, the head has to run as a whole
+                rows = self.tokens.to(weight.device)
+                self.weight, self.bias = weight[rows], None if bias is None else bias[rows]
 
     def __call__(self, s0: Tensor) -> Tensor:
         """(B, D) → logits (B, N) in float32."""
         x = anatomy.head_input(self.base, s0).to(self.dtype)
-        logits = self.head(x) if self.tokens is None else product(x.to(self.weight.device), self.weight, self.bias)
+        if self.weight is not None:
+            logits = product(x.to(self.weight.device), self.weight, self.bias)
+        else:
+            logits = self.head(x) if self.tokens is None else self.head(x)[:, self.tokens.to(x.device)]
         logits = logits.float() * self.factor
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 

@@ -25,6 +25,7 @@ class Forward:
     shadow: Shadow
     training: bool
     adapter: Any
+    adapters: list[str]
     _attachment: Attachment
     _merges_embeddings: bool
     _cache_argument: str
@@ -41,10 +42,11 @@ class Forward:
 
     def _lane(self, batch: dict[str, Any], given: dict[str, Any], shadow: Shadow, rows: Tensor | None) -> Lane:
         seen = self._seen_by(shadow, batch, given)
+        cache = seen["past_key_values"]
+        if len(self.adapters) > 1:
+            seen["past_key_values"] = anatomy.hide_others(cache, len(self._attachment.blocks), shadow.cache_layers)
         if rows is None:
             return Lane(shadow.couplings, self._initial_state(seen, shadow))
-        cache = seen["past_key_values"]
-        seen["past_key_values"] = anatomy.hide_others(cache, len(self._attachment.blocks), shadow.cache_layers)
         if cache is None and not given:
             return Lane(shadow.couplings, self._initial_state(pick_rows(seen, rows), shadow), rows)
         # A layer of the cache has a row for each of the batch: the shadow runs on all, and its own are picked after.
@@ -115,11 +117,17 @@ class Forward:
             out["past_key_values"] = cache  # which some return under another name, and RecurrentGemma not at all
         return out
 
+    def _settle_use_cache(self, batch: dict[str, Any]) -> None:
+        """No cache where this model's config says so, as Trainer has it: with one, packed rows would see each other."""
+        if batch["use_cache"] is None and getattr(self.config, "use_cache", None) is False:
+            batch["use_cache"] = False
+
     def _prepare_cache(self, batch: dict[str, Any], route: Route) -> None:
         """One cache of L + S layers for both paths; none in training, where nothing reads it."""
         if not anatomy.takes_cache(self.base):
             batch["use_cache"] = batch["past_key_values"] = None
             return
+        self._settle_use_cache(batch)
         if batch["use_cache"] is None:
             batch["use_cache"] = bool(self.base.config.get_text_config(decoder=True).use_cache) and not self.training
         cache = batch["past_key_values"]

@@ -13,7 +13,7 @@ from .data import Writer
 from .drafting import check_draft
 from .errors import ConfigError
 from .options import GenerateOptions, check_dtype
-from .scoring import MODES, in_mode
+from .scoring import MODES, in_mode, on_accelerator
 
 
 def generate(options: GenerateOptions) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt.strip():
         raise ConfigError("The prompt is empty.")
-    model = load(options.adapter, options.base, dtype=options.dtype).eval()
+    model = on_accelerator(load(options.adapter, options.base, dtype=options.dtype).eval())
     if not model.can_generate():
         raise ConfigError(f"{options.adapter} classifies and cannot generate; score it with `umbra eval`.")
     tokenizer = load_tokenizer(model.base.name_or_path)

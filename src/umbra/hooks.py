@@ -60,7 +60,7 @@ class Attachment:
     def __init__(
         self, blocks: nn.ModuleList, head: nn.Module, decoder: nn.Module | None = None, stream: int | None = None
     ):
-        self.blocks, self.hooked, self.stream = blocks, [], stream
+        self.blocks, self.hooked, self.stream, self.is_removed = blocks, [], stream, False
         self.block_handles: list[Any] = []
         self.head_handles: list[Any] = []
         self.decoder_handles: list[Any] = []
@@ -96,7 +96,8 @@ class Attachment:
         ]
 
     def remove(self) -> None:
-        """Take all hooks off the base."""
+        """Take all hooks off the base, for good."""
+        self.is_removed = True
         for handles in (self.block_handles, self.head_handles, self.decoder_handles):
             for handle in handles:
                 handle.remove()
@@ -171,6 +172,10 @@ class Frame:
         self.lanes: Sequence[Lane] = () if callable(lanes) else lanes
 
     def __enter__(self) -> "Frame":
+        if self.attachment.is_removed:
+            raise StateError(
+                "unload() has given the base back, and this model cannot run without it: attach or load again."
+            )
         self.attachment.settle()
         _frames.stack.append(self)
         return self

@@ -10,6 +10,7 @@ from .config import DIALECTS, ShadowConfig
 from .errors import CheckpointError, ConfigError
 from .integrity import DRAFT_TOKENS
 from .interop import recognise
+from .pretrained import saved_config
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
     config = ShadowConfig.from_dict(values["shadow"]).resolve()
     own = {k: v for k, v in DIALECTS[config.dialect].items() if k not in ("rank", "gate_rank", "alpha", "init")}
     changed = {k: getattr(config, k) for k, v in own.items() if getattr(config, k) != v}
-    shadow, base = values["shadow_model_config"], values["base"]
+    shadow, base = saved_config(values["shadow_model_config"]), values["base"]
     return {
         "task": values["task_type"],
         "dialect": config.dialect,
@@ -57,11 +58,7 @@ def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
         "alpha": config.alpha,
         "auxiliary_loss_weight": config.auxiliary_loss_weight,
         "coupled_blocks": list(config.coupled(base["num_hidden_layers"])),
-        "shadow": {
-            "model_type": shadow["model_type"],
-            "num_hidden_layers": shadow.get("num_hidden_layers", shadow.get("n_layer")),
-            "hidden_size": shadow.get("hidden_size", shadow.get("n_embd")),
-        },
+        "shadow": {k: getattr(shadow, k) for k in ("model_type", "num_hidden_layers", "hidden_size")},
         "draft_vocabulary": None if values.get(DRAFT_TOKENS) is None else len(values[DRAFT_TOKENS]),
         "parameters": {**parts, "total": sum(parts.values())},
         "base": {

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import anatomy, dense, kernels, shards
-from .core import labelled_positions, token_loss
+from .core import at_least_one, labelled_positions, token_loss
 from .errors import BaseModelError, ConfigError
 from .forward import Route
 from .hooks import HeadPlan
@@ -89,7 +89,7 @@ class Labelled(CausalPaths):
         self: Any, batch: dict[str, Any], route: Route, labels: Labels, items: Any, heads: tuple[Head, Head]
     ) -> tuple[dict[str, Any], Losses]:
         positions, targets, own, own_targets, same = labels
-        count, own_count = labels.items(self.training) if items is None else (items, items)
+        count, own_count = labels.items(self.training) if items is None else [at_least_one(items)] * 2
         found: dict[str, Tensor] = {}
 
         def use_state(s0: Tensor) -> None:
@@ -139,7 +139,7 @@ class Labelled(CausalPaths):
         at_labels = logits if skip_logits else logits[positions.to(logits.device)]
         shape = (batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]).shape[:2]
         out["logits"] = logits.view(*shape, -1) if not skip_logits else None
-        count, own_count = labels.items(self.training) if items is None else (items, items)
+        count, own_count = labels.items(self.training) if items is None else [at_least_one(items)] * 2
         task = token_loss(at_labels, targets, count)
         if not self._reads_s0:
             return out, Losses(task)
@@ -161,7 +161,7 @@ class Labelled(CausalPaths):
     def _loss_alone(self: Any, s0: Tensor, labels: Tensor, items: Any) -> Tensor:
         """CE(shadow, y) from s⁰ (B, T, D), without logits."""
         positions, targets = labelled_positions(labels)
-        count = max(targets.numel(), 1) if items is None else items
+        count = at_least_one(targets.numel() if items is None else items)
         chosen, factor = self._every(positions)
         heads, rows, targets = self._fused_heads(), s0.flatten(0, 1)[positions[chosen]], targets[chosen]
         if heads is None:

@@ -85,6 +85,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         located = anatomy.locate(base)
         check_free(located.blocks)
+        _check_devices(base)
         repacking = dense.keep_unpacked(base)
         resolved = config.resolve()
         layers = len(located.blocks)
@@ -114,6 +115,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self._head_name = located.head_name
         self._repacking = repacking
         self._was_checkpointing = base.is_activation_checkpointing
+        self._modes = anatomy.modes(base)
         self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
         self._merges_embeddings = located.merges_embeddings
         self._cache_argument = anatomy.cache_argument(base)
@@ -159,6 +161,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         kernels.leave_alone(self.base.modules())
         if not self._was_checkpointing:
             self.base.activation_checkpointing_disable()
+        anatomy.restore_modes(self.base, self._modes)
         for name in self._were_trainable:
             self.base.get_parameter(name).requires_grad_(True)
         dense.allow_repacking(self._repacking)
@@ -286,24 +289,27 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
         by_default = self.training and self._only is None
         skip_logits = (by_default if skip_logits is None else skip_logits) and labels is not None
         if self._is_disabled:
+            self._settle_use_cache(batch)
             caches.check_bare(past_key_values, self.base.config)
             return self._call_base(
                 batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
                 num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
         if self._only == "shadow":
+            _check_one(adapter_names)
             s0 = self._state_alone(batch)
             labels = labels if shadow_targets is None else shadow_targets
             if skip_logits and labels is not None:
                 loss = self._loss_alone(s0, labels, num_items_in_batch)
-                told = loss.detach().clone()  # trainers scale the other in place
-                result = ShadowCausalLMOutput(loss=loss, shadow_loss=told)
+                result = ShadowCausalLMOutput(loss=loss, shadow_loss=_copied(loss))
                 return result.to_tuple() if as_tuple else result
+            if labels is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+                s0 = s0[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else s0[:, logits_to_keep]
             rows, loss = self._logits_alone(s0), None
             if labels is not None:
                 positions, targets = labelled_positions(labels)
                 loss = token_loss(rows[positions.to(rows.device)], targets, num_items_in_batch)
-            result = ShadowCausalLMOutput(loss=loss, logits=rows.view(*s0.shape[:2], -1), shadow_loss=loss)
+            result = ShadowCausalLMOutput(loss=loss, logits=rows.view(*s0.shape[:2], -1), shadow_loss=_copied(loss))
             return result.to_tuple() if as_tuple else result
         if labels is None:
             self._warn_if_untrained()
@@ -371,13 +377,15 @@ class ShadowForSequenceClassification(ShadowModel):
             **kwargs,
         }
         if self._is_disabled:
+            self._settle_use_cache(batch)
             caches.check_bare(past_key_values, self.base.config)
             return self._call_base(batch, labels=labels, return_dict=return_dict)
         kind = None if labels is None else anatomy.problem_type(self.base.config, labels)
         if self._only == "shadow":
+            _check_one(adapter_names)
             logits = self._shadow_logits(input_ids, self._state_alone(batch))
             loss = None if labels is None else classification_loss(logits, labels, str(kind), num_items_in_batch)
-            result = ShadowSequenceClassifierOutput(loss=loss, logits=logits, shadow_loss=loss)
+            result = ShadowSequenceClassifierOutput(loss=loss, logits=logits, shadow_loss=_copied(loss))
             return result.to_tuple() if return_dict is False else result
         if labels is None:
             self._warn_if_untrained()
@@ -412,6 +420,26 @@ class ShadowForSequenceClassification(ShadowModel):
             return torch.full((len(s0),), s0.shape[1] - 1, device=s0.device)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         return ((input_ids != pad) * places).argmax(-1).to(s0.device)
+
+
+def _check_devices(base: PreTrainedModel) -> None:
+    """Refuse a base whose blocks run on several accelerators: states and shadow would have to follow them."""
+    devices = anatomy.accelerators(base)
+    if len({device.partition(":")[2] or "0" for device in devices}) > 1:
+        raise BaseModelError(
+            f"The base is spread over {', '.join(sorted(devices))}: load it on one device (device_map={{'': 0}}), train "
+            "with FSDP2, or use a smaller dtype."
+        )
+
+
+def _copied(loss: Tensor | None) -> Tensor | None:
+    """To be told beside it: trainers scale the other in place."""
+    return None if loss is None else loss.detach().clone()
+
+
+def _check_one(adapter_names: Any) -> None:
+    if adapter_names is not None:
+        raise ConfigError("shadow_only() runs the active adapter: set_adapter(…) it, and leave adapter_names out.")
 
 
 anatomy.announce(ShadowForCausalLM, ShadowForSequenceClassification)

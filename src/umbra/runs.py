@@ -124,6 +124,9 @@ class Run:
                     raise CheckpointError(
                         f"{out} already holds another adapter or model: choose another output_dir, or overwrite."
                     )
+            for path in out.glob("checkpoint-*"):
+                if not _is_ours(path):
+                    raise CheckpointError(f"{out} holds {path.name} of something else: choose another output_dir.")
             return None
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
@@ -145,6 +148,14 @@ class Run:
         folder.write_together(self.out, lambda staging: folder.write_text(staging / RUN_FILE, text))
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a checkpoint's folder holds an adapter of Umbra."""
+    try:
+        return json.loads(folder.read_text(folder.find(path, checkpoint.CONFIG_FILE)))["peft_type"] == "UMBRA"
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def last_checkpoint(out: Path) -> str | None:
     """The latest complete checkpoint: the trainer writes its state last, so one without was cut off by a kill."""
     complete = []
@@ -153,5 +164,5 @@ def last_checkpoint(out: Path) -> str | None:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             complete.append((int(path.name.rpartition("-")[2]), str(path)))
         except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)
+            continue
     return max(complete)[1] if complete else None

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import anatomy
 from .bases import load_tokenizer
 from .checkpoint import load
 from .data import Record, Writer, read_records, record_kind
@@ -80,6 +81,13 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
     return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
+def on_accelerator(model: ShadowModel) -> ShadowModel:
+    """The model on the GPU, if there is one and nobody has put the base elsewhere on purpose."""
+    if torch.cuda.is_available() and not anatomy.is_placed(model.base):
+        model.to("cuda")  # type: ignore[arg-type]
+    return model
+
+
 @contextmanager
 def in_mode(model: ShadowModel, mode: str) -> Iterator[PreTrainedModel]:
     """The model that answers in a mode: the pair, the bare base, or the shadow alone.
@@ -104,13 +112,13 @@ def count_parameters(model: ShadowModel, mode: str, runner: PreTrainedModel) -> 
 
 
 def answer_of(text: str, pattern: str | None) -> str:
-    """The answer in a text: the last match of the pattern (its first group, if any), or all of it."""
+    """The answer in a text: the last match of the pattern (its first group that matched, if any has), or all of it."""
     if pattern is None:
         return text.strip()
     matches = list(re.finditer(pattern, text))
     if not matches:
         return ""
-    return (matches[-1].group(1) if matches[-1].re.groups else matches[-1].group()).strip()
+    return next((group for group in matches[-1].groups() if group is not None), matches[-1].group()).strip()
 
 
 def reference_of(record: Record) -> str:
@@ -269,9 +277,11 @@ def score_adapter(options: EvalOptions) -> list[Score]:
         except re.error as error:
             raise ConfigError(f"answer_pattern is no regular expression: {error}") from error
     check_dtype(options.dtype)
+    if options.output and not Path(options.output).absolute().parent.is_dir():
+        raise ConfigError(f"output={options.output} lies in a folder that does not exist.")
     records = read_records(options.data, options.split)[: options.limit]
     kind = record_kind(records[0], options.data)
-    model = load(options.adapter, options.base, dtype=options.dtype).eval()
+    model = on_accelerator(load(options.adapter, options.base, dtype=options.dtype).eval())
     expected = ("completion", "messages") if model.can_generate() else ("label",)
     if kind not in expected:
         raise DataError(f"{options.data} holds {kind} records; this adapter is scored on {' or '.join(expected)}.")

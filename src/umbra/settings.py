@@ -24,6 +24,11 @@ def number(text: Any) -> Any:
         return text
 
 
+def spelled(values: dict[Any, Any]) -> dict[Any, Any]:
+    """With "no" where a strategy was called so: to YAML that is False."""
+    return {k: "no" if v is False and str(k).endswith("_strategy") else v for k, v in values.items()}
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The mapping that a file holds.
 
@@ -37,7 +42,7 @@ def read_yaml(path: str) -> dict[str, Any]:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if len(set(keys)) < len(keys):
                 raise ValueError(f"a key stands twice at line {node.start_mark.line + 1}")
-            return super().construct_mapping(node, deep)
+            return spelled(super().construct_mapping(node, deep))
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER_LINE, list("+-.0123456789"))
     try:

@@ -72,6 +72,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         check_vocabulary(shadow.shadow, options.base, tokenizer)
     pad = tokenizer.pad_token_id
     classifier = None if labels is None else {**labels.config(), "pad_token_id": pad}
+    torch.manual_seed(arguments.seed)  # of a classifier's head
     base = load_base(options.base, classifier=classifier, dtype=options.dtype)
     encode: dict[str, Any] = {
         "max_length": options.max_length, "chat_template": options.chat_template, "labels": labels,

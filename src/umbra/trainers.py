@@ -115,6 +115,13 @@ class _ShadowLoss:
             scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
         self._shadow_train += value if scaled else value / self.current_gradient_accumulation_steps
 
+    def _set_signature_columns_if_needed(self: Any) -> None:
+        """The base's arguments too, images among them, or their columns would be dropped."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()  # type: ignore[misc]
+            columns: Any = self._signature_columns
+            columns += [n for n in inspect.signature(self.model.base.forward).parameters if n not in columns]
+
     def _get_num_items_in_batch(self: Any, batch_samples: list[Any], device: Any) -> Any:
         """Tokens with a label of either path."""
         told = [

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -66,6 +67,12 @@ def is_cache_in_use(layers: list[Any]) -> bool:
     return any(layer.is_initialized for layer in layers if hasattr(layer, "get_seq_length"))
 
 
+def has_recurrent_state(layers: list[Any]) -> bool | None:
+    """Whether these layers of a cache hold the state of a recurrence; None where none of them could."""
+    states = [any(layer.has_previous_state.values()) for layer in layers if isinstance(layer, LinearAttentionLayer)]
+    return any(states) if states else None
+
+
 def forget(model: PreTrainedModel, cache: Any) -> None:
     """Start a sequence without what an earlier one left behind.
 
@@ -79,8 +86,8 @@ def forget(model: PreTrainedModel, cache: Any) -> None:
             module.recurrent_states = None  # type: ignore[assignment]
 
 
-def hide_others(cache: Any, blocks: int, mine: range) -> Any:
-    """The same cache for one of several shadows, which is not to measure the past by layers that another has filled."""
+def hide_others(cache: Any, blocks: int, mine: Container[int]) -> Any:
+    """The same cache for one or some of several shadows, which are not to measure the past by layers that another has filled."""
     if cache is None or cache_layers(cache) is None:
         return cache
     view = copy.copy(cache)

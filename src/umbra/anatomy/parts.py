@@ -240,6 +240,31 @@ def announce(causal_lm: type, classifier: type) -> None:
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["umbra"] = classifier.__name__
 
 
+def modes(model: nn.Module) -> dict[str, tuple[bool, bool | None]]:
+    """Of each module by name: whether it trains, and whether it checkpoints its activations, if it can."""
+    return {n: (m.training, getattr(m, "gradient_checkpointing", None)) for n, m in model.named_modules()}
+
+
+def restore_modes(model: nn.Module, before: dict[str, tuple[bool, bool | None]]) -> None:
+    """Put back what `modes` has told, of the modules that are still there."""
+    for name, module in model.named_modules():
+        module.training, checkpoints = before.get(name, (module.training, None))
+        if checkpoints is not None:
+            module.gradient_checkpointing = checkpoints  # type: ignore[assignment]
+
+
+def accelerators(model: PreTrainedModel) -> set[str]:
+    """The devices beside the CPU on which parts of the model lie or compute."""
+    places = getattr(model, "hf_device_map", None) or {}
+    mapped = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in places.values()}
+    return (mapped | {str(p.device) for p in model.parameters()}) - {"cpu", "disk", "meta"}
+
+
+def is_placed(model: PreTrainedModel) -> bool:
+    """Whether somebody has chosen the model's device, or it cannot be moved."""
+    return bool(getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False))
+
+
 def exempt_from_checkpointing(blocks: Iterable[Any]) -> None:
     """Switch gradient checkpointing off for these blocks."""
     for block in blocks:

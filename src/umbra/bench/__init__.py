@@ -217,7 +217,7 @@ def _write(records: Records, about: dict[str, str], options: BenchOptions) -> No
     records.write(files)
     if not options.json:
         print(text)
-    _say(f"written: {records.path.with_suffix('')}.json, .md, .png")
+    _say(f"written: {', '.join(str(records.path.with_name(n)) for n in (records.path.name, *files))}")
 
 
 def _say(text: str) -> None:

@@ -38,8 +38,8 @@ def naive_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def total_loss(model: Any, batch: Batch) -> Tensor:
-    """The loss that the model itself computes from labels."""
-    return model(**batch).loss
+    """The loss that the model itself computes from labels; without a cache, as trainers of transformers run it."""
+    return model(**batch, use_cache=False).loss
 
 
 def label_only_loss(model: Any, batch: Batch) -> Tensor:
