@@ -578,7 +578,8 @@ def test_losses_stand_on_the_first_page(done, monkeypatch):
 
 def test_a_missing_seed_is_told(done, tmp_path):
     shutil.copytree(done / "out", tmp_path / "out")
-    next((tmp_path / "out" / "runs").glob("sum--LoRA--seed-1--*.json")).unlink()
+    for file in (tmp_path / "out" / "runs").glob("sum--LoRA--seed-1--*.json"):
+        file.unlink()
     write_report(tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "**1 runs are missing:**" in text

@@ -41,11 +41,11 @@ def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -
         mine = cache.layers[layers.start : layers.stop]
         own = anatomy.cached_tokens(mine)
         waits = isinstance(held, Tensor) or isinstance(own, Tensor)  # for the device, at every token
-        if held is None and not waits:  # a recurrent base counts no tokens
-            started = anatomy.has_recurrent_state(cache.layers[:L])
-            apart = started is not None and started != bool(anatomy.has_recurrent_state(mine) if own is None else own)
-        else:
+        if held is not None:
             apart = anatomy.is_cache_in_use(mine) != in_use if waits else (own or 0) != held
+        else:  # a recurrent base counts no tokens
+            started = None if waits else anatomy.has_recurrent_state(cache.layers[:L])
+            apart = started is not None and started != bool(anatomy.has_recurrent_state(mine) if own is None else own)
         if apart:
             raise StateError(
                 "The cache holds other tokens for the base than for the shadow: it was filled by the bare base or with "
