@@ -22,7 +22,7 @@ test: $(VENV)/ready
 	$(PYTEST)
 
 bench: $(VENV)/ready
-	$(BIN)/python -m bench
+	$(BIN)/umbra bench --out out/bench
 
 tables: $(VENV)/ready
 	$(PYTEST) --write-tables

@@ -7,6 +7,7 @@ import json
 import platform
 import re
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -168,7 +169,7 @@ def main() -> None:
     for name in ("adapter", "detached", "results.json", "loss.png"):
         print(f"  {OUT / name}")
     print(
-        f"\nDone in {time.perf_counter() - began:.0f} s. Try: umbra generate {OUT / 'adapter'} 'Who is the wife of my brother?'"
+        f"\nDone in {time.perf_counter() - began:.0f} s. Try: {Path(sys.executable).parent / 'umbra'} generate {OUT / 'adapter'} 'Who is the wife of my brother?'"
     )
 
 

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import shutil
 import threading
 
 import pytest
@@ -96,6 +98,7 @@ def test_with_gradient_checkpointing():
     assert_same(step(compiled(model, "aot_eager"), model, ids), expected)
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
 @pytest.mark.compat("Compiled", "inductor, the default backend")
 @torch.no_grad()
 def test_inductor():
