@@ -168,9 +168,8 @@ def main() -> None:
         print("    right: " + sample["reference"] + "".join(f" · {mode}: {sample[mode]!r}" for mode in MODES) + "\n")
     for name in ("adapter", "detached", "results.json", "loss.png"):
         print(f"  {OUT / name}")
-    print(
-        f"\nDone in {time.perf_counter() - began:.0f} s. Try: {Path(sys.executable).parent / 'umbra'} generate {OUT / 'adapter'} 'Who is the wife of my brother?'"
-    )
+    command = f"{Path(sys.executable).parent / 'umbra'} generate {OUT / 'adapter'} 'Who is the wife of my brother?'"
+    print(f"\nDone in {time.perf_counter() - began:.0f} s. Try: {command}")
 
 
 if __name__ == "__main__":
