@@ -96,6 +96,28 @@ def test_a_shadow_of_another_kind_measures_the_past_by_its_own_layers(base, way)
         assert torch.equal(again, only.generate(longer, **options))
 
 
+@pytest.mark.parametrize("base", ["mamba", "llama"])
+@torch.no_grad()
+def test_a_batch_of_bare_rows_among_several_adapters(base):
+    model = umbra.attach(
+        build("mamba") if base == "mamba" else make_base(base), ShadowConfig(rank=4, shadow="dense", **COMMON)
+    )
+    model.add_adapter(ShadowConfig(rank=4, shadow="dense", **COMMON), "second")
+    scramble(model.adapter("second"), 2)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with model.disable_adapter():
+        bare = model.generate(tokens(), **options)
+    for name in (None, "__base__"):
+        assert torch.equal(model.generate(tokens(), **options, adapter_names=[name] * 2), bare)
+    model.set_adapter("second")
+    filled = model.generate(tokens(), **options, return_dict_in_generate=True)
+    model.set_adapter("default")
+    longer = torch.cat([filled.sequences, tokens(2, 3, seed=5)], 1)
+    if base == "llama":
+        with model.disable_adapter(), pytest.raises(umbra.StateError, match="with the adapter enabled"):
+            model.generate(longer, past_key_values=filled.past_key_values, max_new_tokens=1)
+
+
 @torch.no_grad()
 def test_a_cache_that_only_one_of_both_has_filled_is_refused_beside_a_recurrent_base():
     model = umbra.attach(build("mamba"), ShadowConfig(rank=4, shadow="dense", **COMMON))

@@ -1,5 +1,6 @@
 """What attaching promises: the base at first, the base afterwards, and nothing but the shadow changed in between."""
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -428,6 +429,8 @@ def test_checkpointing_sends_no_gradient_below_the_first_coupled_block():
 def test_a_base_on_several_devices_is_refused(places):
     base = make_base()
     base.hf_device_map = places
+    umbra.attach(base).unload()  # a map that nothing goes by any more
+    accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
     with pytest.raises(umbra.BaseModelError, match="spread over cuda:0, cuda:1"):
         umbra.attach(base)
     base.hf_device_map = {"a": 0, "b": "cpu", "c": "disk", "d": "cuda:0"}

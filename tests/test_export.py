@@ -516,6 +516,13 @@ def test_the_default_questions_make_a_thousand_tokens_however_short_the_answers(
     assert (row.tokens, row.same_next, row.same_answers) == (12, 1, 2)
 
 
+def test_what_would_come_after_an_end_stops_where_positions_do(small):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(small), make_tokenizer()
+    room = model.config.max_position_embeddings
+    found = parity.answer(model, Writer(tokenizer), ["one"], 10 * room)
+    assert len(found.prompts[0]) + len(found.paths[0]) == room
+
+
 def test_a_model_is_compared_with_what_it_was_before_trimming(made, tokenizer):
     """Along the answers of the trimmed one the whole one says the same but where it would take a token that is gone."""
     model = AutoModelForCausalLM.from_pretrained(made / "qwen3").eval()

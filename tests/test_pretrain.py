@@ -538,6 +538,22 @@ def test_vocabularies_are_compared_where_they_are_attached(settings, tmp_path):
         umbra.attach(base, umbra.ShadowConfig(shadow=shadow))
 
 
+def test_families_may_rename_added_tokens_and_bases_may_have_no_tokenizer(settings, tmp_path):
+    pretrain.pretrain({**settings, "max_steps": 1})
+    file = tmp_path / "out" / "tokenizer.json"
+    saved, base = json.loads(file.read_text()), umbra.bases.load_base(settings["base"])
+    token = saved["added_tokens"][-1]
+    for words in (saved["model"]["vocab"], {}):
+        if token["content"] in words:
+            words["<renamed>"] = words.pop(token["content"])
+    token["content"] = "<renamed>"
+    file.write_text(json.dumps(saved))
+    umbra.attach(base, umbra.ShadowConfig(shadow=str(tmp_path / "out"))).unload()
+    make_base("qwen3").save_pretrained(tmp_path / "bare")  # transformers would make up a tokenizer of one token
+    bare = umbra.bases.load_base(str(tmp_path / "bare"))
+    umbra.attach(bare, umbra.ShadowConfig(shadow=str(tmp_path / "out")))
+
+
 def test_rows_that_are_no_tokens_do_not_part_a_family(settings, tmp_path):
     """A base whose table is padded further than that of the shadow's own base, with the same tokenizer."""
     pretrain.pretrain({**settings, **NARROW, "max_steps": 1})

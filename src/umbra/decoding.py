@@ -112,9 +112,10 @@ class Decoding(GenerationMixin):
     ) -> Any:
         """As in transformers, which asks the first layer of attention how much a cache holds: that may be another adapter's."""
         cache, names = model_kwargs.get("past_key_values"), model_kwargs.get("adapter_names")
-        if cache is None or len(self.adapters) == 1:
+        active = [] if self._is_disabled or len(self.adapters) == 1 else self._named(names)
+        if cache is None or not active:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
-        layers = [layer for shadow in self._named(names) for layer in shadow.cache_layers]
+        layers = [layer for shadow in active for layer in shadow.cache_layers]
         view = anatomy.hide_others(cache, len(self._attachment.blocks), layers)
         told = {**model_kwargs, "past_key_values": view}
         out = super()._prefill(input_ids, generation_config, told, *args, **options)  # type: ignore[misc]

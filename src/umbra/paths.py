@@ -96,6 +96,7 @@ class CausalPaths(Paths):
             return MoeModelOutputWithPast(last_hidden_state=states.to(dtype))  # type: ignore[arg-type]
         if problem := self._untrained():
             raise StateError(f"Hidden states were asked for in training: {problem}")
+        self._settle_use_cache(batch)
         route = [] if self._is_disabled else [(self.shadow, None)]
         if route:
             self._prepare_cache(batch, route)

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 from . import anatomy
 from .bases import load_tokenizer
 from .errors import BaseModelError, ConfigError, shown
+from .options import EMBEDDED
 
 PROJECTED = "causal_lm_with_hidden_projection"
 BACKBONE_PREFIX, PROJECTION = "shadow_model.", "shadow_hidden_projection.weight"
@@ -80,24 +81,32 @@ def check_vocabulary(path: str, base: str | None, tokenizer: Any = None) -> int 
         How many rows of embeddings the base's tokens need; None where either tokenizer is not at hand.
 
     Raises:
-        ConfigError: a number that is another token to each.
+        ConfigError: a number that is another token to each. Added tokens may differ: families rename those.
     """
-    try:
-        if not cached_file(path, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False):
-            return None
-        own = load_tokenizer(path, local_files_only=True).get_vocab()
-        tokenizer = tokenizer or load_tokenizer(base, local_files_only=True)
-    except (OSError, BaseModelError):
+    own, tokenizer = _tokenizer_at_hand(path), tokenizer or _tokenizer_at_hand(base)
+    if own is None or tokenizer is None:
         return None
-    names = {i: token for token, i in own.items()}
+    added = own.added_tokens_decoder.keys() | tokenizer.added_tokens_decoder.keys()
+    names = {i: token for token, i in own.get_vocab().items()}
     numbers = tokenizer.get_vocab()
-    other = [token for token, i in numbers.items() if names.get(i, token) != token]
+    other = [token for token, i in numbers.items() if names.get(i, token) != token and i not in added]
     if other:
         raise ConfigError(
             f"The pretrained shadow {path} has another tokenizer than the base {base}: {len(other)} tokens have other "
             f"numbers, {shown(other[0])} first. Take a shadow of the base's family, or make one: umbra pretrain --base {base}."
         )
     return 1 + max(numbers.values())
+
+
+def _tokenizer_at_hand(name: str | None) -> Any:
+    """The tokenizer of a model that lies on this machine; None of one without: transformers would make up an empty one."""
+    try:
+        options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+        if not name or (name != EMBEDDED and not cached_file(name, "tokenizer.json", **options)):
+            return None
+        return load_tokenizer(name, local_files_only=True)
+    except (OSError, BaseModelError):
+        return None
 
 
 def backbone_config(path: str) -> tuple[PretrainedConfig, bool]:

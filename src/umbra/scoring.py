@@ -82,8 +82,10 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
 
 
 def on_accelerator(model: ShadowModel) -> ShadowModel:
-    """The model on the GPU, if there is one and nobody has put the base elsewhere on purpose."""
-    if torch.cuda.is_available() and not anatomy.is_placed(model.base):
+    """The model on the GPU, if there is one with room for it and nobody has put the base elsewhere on purpose."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    fits = torch.cuda.is_available() and size < torch.cuda.mem_get_info()[0]
+    if fits and not anatomy.is_placed(model.base):
         model.to("cuda")  # type: ignore[arg-type]
     return model
 
@@ -195,15 +197,13 @@ def score_classes(
     runner.eval()
     for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
         part = records[start : start + batch_size]
-        batch = tokenizer(
-            [r["text"] for r in part], padding=True, padding_side="right", return_tensors="pt",
-            truncation=max_length is not None, max_length=max_length,
-        )  # fmt: skip
+        rows = [tokenizer(r["text"])["input_ids"][:max_length] for r in part]  # type: ignore[index]
+        batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
         began = time.perf_counter()
         logits = runner(
             input_ids=batch["input_ids"].to(runner.device),
             attention_mask=batch["attention_mask"].to(runner.device),  # type: ignore[union-attr]
-        ).logits
+        ).logits.cpu()
         seconds += time.perf_counter() - began
         for record, row in zip(part, logits, strict=True):
             label = record["label"]

@@ -255,9 +255,12 @@ def restore_modes(model: nn.Module, before: dict[str, tuple[bool, bool | None]])
 
 def accelerators(model: PreTrainedModel) -> set[str]:
     """The devices beside the CPU on which parts of the model lie or compute."""
-    places = getattr(model, "hf_device_map", None) or {}
-    mapped = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in places.values()}
-    return (mapped | {str(p.device) for p in model.parameters()}) - {"cpu", "disk", "meta"}
+    devices = {str(p.device) for p in model.parameters()}
+    places = (
+        getattr(model, "hf_device_map", None) or {} if "meta" in devices else {}
+    )  # of what is brought there to compute
+    devices |= {f"cuda:{place}" if isinstance(place, int) else str(place) for place in places.values()}
+    return devices - {"cpu", "disk", "meta"}
 
 
 def is_placed(model: PreTrainedModel) -> bool:

@@ -56,7 +56,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     for stage in (trials, requests):
         rates = choose(study, trials, done)
         requests[:] = study.runs(sizes, {k: rate for k, (rate, _) in rates.items()})
-        _note(out, note, trials, requests, rates)
+        _note(out, note, trials, requests, rates if stage is requests else {})
         with _quiet():
             _sweep(stage, done, out, study, bar, options.retry)
     bar.close()

@@ -280,7 +280,7 @@ def _weights(path: str) -> list[Path]:
     """The files of a model in a folder; none of one that has another name."""
     if not path or not Path(path).is_dir():
         return []
-    return sorted(f for ending in ("*.json", "*.safetensors", "*.bin") for f in Path(path).glob(ending))
+    return sorted(f for ending in ("*.json", "*.safetensors", "pytorch_model*.bin") for f in Path(path).glob(ending))
 
 
 def checked(kind: type, values: Any, where: str) -> dict[str, Any]:

@@ -84,8 +84,9 @@ class TaskOptions:
     def files(self, name: str) -> list[Path]:
         """Local files that the records come from, those that are learned first."""
         if self.lm_eval is not None:
-            found = Path(self.lm_eval_path).rglob("*") if self.lm_eval_path else ()
-            return sorted(f for f in found if f.is_file() and "__pycache__" not in f.parts)
+            root = Path(self.lm_eval_path or "")
+            found = (f.relative_to(root) for f in root.rglob("*") if f.is_file()) if self.lm_eval_path else ()
+            return sorted(root / f for f in found if not any(part.startswith((".", "__pycache__")) for part in f.parts))
         if self.train is not None or self.test is not None:
             return [p for p in map(Path, (self.train or "", self.test or "")) if p.is_file()]
         if self.data is None:

@@ -22,6 +22,7 @@ from ..options import ExportOptions
 from . import parity
 from .parity import Parity, Stock, answer, check, compare, compare_whole, end_tokens
 from .quiet import quiet
+from .run import answer as greedy
 from .to_gguf import check_architecture, modelfile, pre_tokenizer, write_gguf
 from .vocabulary import needed, read_specification, read_texts, special_ids, trim_model, trim_tokenizer
 
@@ -230,7 +231,9 @@ def _answer(options: ExportOptions, out: Path, tokenizer: PreTrainedTokenizerBas
     prompt = options.prompt or ""
     if options.to == "hf":
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=False).eval()
-        [ids] = answer(again, Writer(tokenizer, options.chat_template), [prompt], options.max_new_tokens).answers
+        writer = Writer(tokenizer, options.chat_template)
+        asked, end = writer.tokens(writer.ask(prompt)), end_tokens(again, tokenizer)
+        ids = list(greedy(Stock(again, writer), asked, options.max_new_tokens, end))
         return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     command = [sys.executable, str(out / RUN), prompt, "--max-new-tokens", str(options.max_new_tokens)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")

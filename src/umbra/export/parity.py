@@ -146,8 +146,9 @@ def answer(model: PreTrainedModel, writer: Writer, prompts: Iterable[str], new: 
     texts = [writer.ask(p) for p in prompts]
     ids = [writer.tokens(t) for t in texts]
     paths, logits = [], []
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for prompt in ids:
-        paths.append(list(greedy(runner, prompt, new, [])))
+        paths.append(list(greedy(runner, prompt, max(1, min(new, most - len(prompt))), [])))
         logits.append(np.concatenate(runner.said))
     return Reference(texts, ids, [_to_the_end(path, end) for path in paths], paths, logits, end, new)
 
