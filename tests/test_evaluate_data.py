@@ -181,6 +181,15 @@ def test_nothing_that_is_learned_is_asked_and_order_says_nothing(tmp_path):
     assert load_task("x", options) == task
 
 
+def test_choices_are_made_on_what_is_held_out(tmp_path):
+    rows = [{"text": f"one two {k}", "label": k} for k in ("neutral", "positive")]
+    fixture(tmp_path, "hotel_reviews", *rows, count=6)
+    given = {"data": str(tmp_path), "validation": 4, "train_limit": 4}
+    task, chosen = (load_task("hotel_reviews", TaskOptions(**given, scored_on=s)) for s in ("test", "validation"))
+    assert chosen.test == chosen.validation == task.validation != task.test and chosen.train == task.train
+    assert not {r["prompt"] for r in chosen.test} & {r["prompt"] for r in chosen.train}
+
+
 def test_classes_that_are_not_learned_are_told_before_training(tmp_path):
     for part, labels in (("train", "ab"), ("test", "abc")):
         rows = [{"text": f"{part} {k} {i}", "label": k} for k in labels for i in range(4)]
@@ -419,6 +428,8 @@ def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path
     assert key(training={"max_steps": 3}) != first
     assert key(methods={"Umbra": {"kind": "umbra", "rank": 5}}) != first
     assert key(transfer={"a": ["b"]}) != first
+    assert first == "240caff700f738f1", "records of schema 1 stay valid"
+    assert key(tasks={"a": {**study["tasks"]["a"], "scored_on": "validation"}}) != first
     assert key(tasks={"a": {**study["tasks"]["a"], "train": "org/a", "test": "org/t"}}) != key(
         tasks={"a": {**study["tasks"]["a"], "train": "org/b", "test": "org/t"}}
     )

@@ -23,6 +23,7 @@ from .methods import MethodOptions, read_method
 from .tasks import TaskOptions, digest_of, read_options
 
 SCHEMA = 1  # of requests and of records
+LATER = {"scored_on": "test"}  # fields of tasks that schema 1 began without
 
 
 @dataclass(frozen=True)
@@ -260,10 +261,13 @@ class Study:
 
 
 def key_of(request: dict[str, Any]) -> str:
-    """Under which a request's result is kept. A method's name and the places of files, whose contents count, have no say."""
+    """Under which a request's result is kept. A method's name and the places of files, whose contents count, have no say.
+
+    Nor have fields that came later while they are at their default: what was run before them stays valid.
+    """
     asked = {k: v for k, v in request.items() if k not in ("method", "batch_size")}
     asked["tasks"] = {
-        n: {k: v for k, v in t.items() if k != "data" and not _is_a_place(k, v)}
+        n: {k: v for k, v in t.items() if k != "data" and (k, v) not in LATER.items() and not _is_a_place(k, v)}
         for n, t in request["tasks"].items()
     }  # fmt: skip
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]

@@ -45,6 +45,9 @@ class TaskOptions:
     train_limit: int | None = flag(None, "records that are learned, the first ones")
     test_limit: int | None = flag(None, "records that are tested, the first ones")
     validation: int = flag(200, "records at the end of the training data that are held out, to choose on")
+    scored_on: Literal["test", "validation"] = flag(
+        "test", "what runs are scored on: the test set, or what is held out, while choices are being made"
+    )
     training: dict = field(default_factory=dict, metadata={"help": "TrainingArguments, over the study's"})
 
     def check(self, name: str) -> None:
@@ -159,6 +162,8 @@ def load_task(name: str, options: TaskOptions, chat_template: bool = True) -> Ta
     for records in (learned, tested):
         random.Random(0).shuffle(records)
     held = options.validation
+    if options.scored_on == "validation" and options.is_learned:
+        tested = learned[-held:]
     if options.is_learned and len(learned) <= held:
         raise DataError(
             f"task {name} has {len(learned)} training records that its test does not ask, of which validation={held} leaves none "
