@@ -642,9 +642,12 @@ def test_families_and_ablations_have_sections_of_their_own(tmp_path, base_folder
     }  # fmt: skip
     given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None, transfer={}, forgetting=[])
     given |= {"reference": "Umbra", "tasks": {"sum": given["tasks"]["sum"]}, "training": {**TRAINING, "max_steps": 2}}
+    given["tasks"]["sum"]["scored_on"] = "validation"
     assert run_study(tmp_path, given)["failed"] == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## Scaling" in text and "| LoRA: LoRA 4 |" in text
+    assert "its test set (sum: on what is held out for choices)" in text
+    assert len(results_of(tmp_path).items(variant(results_of(tmp_path), "Umbra"), "sum", "sum")[0]) == 6
     ablations = text[text.index("## Ablations") : text.index("## How")]
     assert "| Umbra, α = 0.1 |" in ablations and "| LoRA 2 |" not in ablations
 

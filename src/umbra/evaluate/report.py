@@ -193,8 +193,10 @@ def _scores(results: Results) -> Made:
         if len(results.study["seeds"]) > 1
         else ("what the choice of test items brings; what a seed brings is unknown, since there is one")
     )
+    held = [t for t in tasks if results.study["tasks"][t].get("scored_on") == "validation"]
+    place = f"its test set ({', '.join(held)}: on what is held out for choices)" if held else "its test set"
     text = [
-        "Each method, trained on a task and tested on its test set: the mean over seeds, and half its 95 % interval, which "
+        f"Each method, trained on a task and tested on {place}: the mean over seeds, and half its 95 % interval, which "
         f"counts {noise}. The best of a column is bold, whether or not it is ahead of the noise: the next table tells that. "
         "Beside them the parameters that are trained, seconds a step and the peak memory of training, GB." + _of_losses(results)
     ]  # fmt: skip
