@@ -11,7 +11,8 @@ from .text import write_text
 
 DOCUMENTS = 120  # of each set
 BUDGET: dict[str, Any] = {
-    "dtype": "bfloat16", "dialect": "paper", "stages": "distillation", "teacher_top_k": 64, "teacher_cache": True, "auxiliary_loss_every": 4,
+    "dialect": "paper",
+    "dtype": "bfloat16", "stages": "distillation", "teacher_top_k": 64, "teacher_cache": True, "auxiliary_loss_every": 4,
     "max_length": 256, "held_out": 20, "max_steps": 60, "learning_rate": 3e-3, "per_device_train_batch_size": 4, "dropout": 0.0,
     "save_strategy": "no", "logging_steps": 20, "bf16": True, "use_cpu": True,
 }  # fmt: skip
