@@ -96,17 +96,18 @@ def _lead(results: Results) -> list[str]:
 
 def _where(results: Results) -> str:
     """Machines, versions, commits and days of all runs."""
-    told: dict[str, None] = {}
+    told: dict[str, list[set[str]]] = {}
     for kept in (*results.runs, *results.trials):
         machine, packages = kept["umbra"]["machine"], kept["meta_info"]["package_info"]
         versions = [
             f"{n.removesuffix('-version')} {v}" for n, v in packages.items() if v and not n.startswith("bitsandbytes")
         ]
         what = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}, {machine['threads']} threads"
-        told[
-            f"{what}; {', '.join(versions)}; commit {kept['umbra']['commit']}; {kept['run_info']['created_at'][:10]}"
-        ] = None
-    return ". ".join(told) + "." if told else ""
+        commits, days = told.setdefault(f"{what}; {', '.join(versions)}", [set(), set()])
+        commits.add(str(kept["umbra"]["commit"]))
+        days.add(kept["run_info"]["created_at"][:10])
+    parts = [f"{w}; commits {', '.join(sorted(c))}; {', '.join(sorted(d))}" for w, (c, d) in told.items()]
+    return ". ".join(parts) + "." if parts else ""
 
 
 def _told(found: Estimate | None, is_loss: bool = False, sign: str = "") -> str:
