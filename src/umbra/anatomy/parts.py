@@ -256,9 +256,8 @@ def restore_modes(model: nn.Module, before: dict[str, tuple[bool, bool | None]])
 def accelerators(model: PreTrainedModel) -> set[str]:
     """The devices beside the CPU on which parts of the model lie or compute."""
     devices = {str(p.device) for p in model.parameters()}
-    places = (
-        getattr(model, "hf_device_map", None) or {} if "meta" in devices else {}
-    )  # of what is brought there to compute
+    is_offloaded = "meta" in devices  # then the map says where things are brought to compute
+    places = (getattr(model, "hf_device_map", None) or {}) if is_offloaded else {}
     devices |= {f"cuda:{place}" if isinstance(place, int) else str(place) for place in places.values()}
     return devices - {"cpu", "disk", "meta"}
 
