@@ -408,6 +408,13 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
         umbra.attach(base, ShadowConfig(shadow=str(tmp_path)))
 
 
+def test_an_adapter_as_the_pretrained_shadow_is_told_to_be_detached(tmp_path):
+    umbra.attach(make_base()).save_pretrained(tmp_path)
+    base = make_base()
+    with refused(base, ConfigError, "umbra detach"):
+        umbra.attach(base, ShadowConfig(shadow=str(tmp_path)))
+
+
 @pytest.mark.parametrize("damage", [b"", b"not safetensors at all"])
 def test_a_damaged_pretrained_shadow_is_refused(tmp_path, damage):
     make_base(seed=7).save_pretrained(tmp_path)

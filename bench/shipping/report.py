@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.quality import interval
 
-from .tasks import FIRST, ROWS
+from .tasks import LONGER, ROWS
 from .text import TASKS
 
 Run = dict[str, Any]
@@ -83,7 +83,7 @@ def tasks(held: dict[str, Any]) -> str:
                 ]
             pair, alone = (_accuracies(runs, task, row, mode) for mode in (PAIR, ALONE))
             share = [alone[s] / pair[s] for s in alone if pair.get(s)]
-            name = f"{row} ({TASKS[task].alone} steps)" if row == FIRST else row
+            name = f"{row} ({TASKS[task].alone} steps)" if row in LONGER else row
             lines.append(f"| {name} | {len(alone)} | {' | '.join(cells)} | {told(share, '{:.2f}') if share else ''} |")
     return "\n".join(lines) + "\n"
 

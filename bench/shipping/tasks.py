@@ -24,7 +24,7 @@ COPIED = {**SIZE, "init": "base"}
 # Better than 2 for the detached shadow on intents' choice slice, two seeds (85.9, 83.0 %).
 DISTILLED = {"distillation_weight": 0.5}
 ALONE = {"detached_only": True}
-FIRST = "pretrained, alone for longer"
+LONGER = FIRST, RIVAL = "pretrained, alone for longer", "random, alone for longer"
 # What each row is trained with; "pretrained" stands for the folder of the pretrained shadow, "alone" for what the row
 # `FIRST` has made of it.
 ROWS: dict[str, dict[str, Any]] = {
@@ -35,6 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "pretrained, alone first, distilled": {"shadow": "alone", **DISTILLED},
     "random, alone": {**SIZE, **ALONE},
     "pretrained, alone": {"shadow": "pretrained", **ALONE},
+    RIVAL: {**SIZE, **ALONE},
     FIRST: {"shadow": "pretrained", **ALONE},
 }
 
@@ -61,7 +62,7 @@ def _one(data: Path, out: Path, pretrained: Path, task: str, row: str, seed: int
         fields["shadow"] = str(pretrained)
     elif fields.get("shadow") == "alone":
         fields["shadow"] = _alone(data, out, pretrained, task, seed)
-    steps, rate = (given.alone, given.alone_rate) if row == FIRST else (given.steps, given.rate)
+    steps, rate = (given.alone, given.alone_rate) if row in LONGER else (given.steps, given.rate)
     train({
         **COMMON, **fields, "train_data": files["train"], "output_dir": str(folder), "seed": seed,
         "max_steps": steps, "learning_rate": rate, "per_device_train_batch_size": given.batch,

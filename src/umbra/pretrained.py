@@ -5,6 +5,7 @@ to import: they are never looked at, the backbone is built from the ``model_type
 """
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +143,10 @@ def read_config(path: str) -> dict[str, Any]:
         with open(cached_file(path, "config.json") or "", encoding="utf-8") as file:
             values = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
+        if Path(path, "adapter_config.json").is_file():
+            raise ConfigError(
+                f"shadow={path!r} is an adapter. Write its shadow as a model and give that: umbra detach {path} FOLDER."
+            ) from None
         raise ConfigError(f"shadow={path!r} is no model that transformers can load: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"shadow={path!r} is no model: its config.json holds a {type(values).__name__}.")
