@@ -10,7 +10,7 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tables import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
@@ -34,6 +34,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
         chat_template=TEMPLATE, model_max_length=128,
     )  # fmt: skip
+
+
+def begins(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same, putting <bos> before a plain text."""
+    begin = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import umbra
-from conftest import make_tokenizer
+from conftest import begins, make_tokenizer
 from umbra.core import IGNORED
 from umbra.data import Collator, Labels, Writer, encode_all, read_records
 
@@ -58,6 +58,39 @@ def test_the_prompt_has_the_same_tokens_in_training_as_when_asked(tokenizer):
     asked = writer.tokens(writer.prompt(record))
     assert list(writer.encode(record)["input_ids"][: len(asked)]) == asked
     assert writer.ask("hello") == writer.prompt(record)
+
+
+@pytest.mark.parametrize("chat_template", [True, False])
+def test_only_a_plain_text_begins_with_special_tokens(chat_template):
+    """A rendered conversation has its own; whether the tokenizer could render says nothing of a text."""
+    tokenizer = begins(make_tokenizer())
+    writer, messages = Writer(tokenizer, chat_template), [{"role": "user", "content": "q"}]
+    plain = {"prompt": "q", "completion": "z"}
+    for record, expected in (({"text": "q"}, True), (plain, not chat_template), ({**plain, "prompt": messages}, False)):
+        said = tokenizer.decode(writer.encode(record)["input_ids"])
+        assert said.count("<bos>") == said.startswith("<bos>") == expected
+        asked = writer.tokens(writer.prompt(record), writer.is_plain(record))
+        assert list(writer.encode(record)["input_ids"][: len(asked)]) == asked
+    assert (writer.tokens(writer.ask("q"))[0] == 1) == (not chat_template)
+
+
+def test_a_template_that_would_think_first_has_its_empty_thoughts_in_the_prompt(tokenizer):
+    """As the families do it that can be asked not to think."""
+    thinking = make_tokenizer()
+    thinking.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    )
+    record = {"prompt": "q", "completion": "B"}
+    assert learned(thinking, Writer(thinking).encode(record)) == "B\n"
+    assert Writer(thinking).ask("q") == Writer(thinking).prompt(record) == "<|user|>q\n<|assistant|><think></think>"
+
+
+def test_half_a_character_is_refused(tmp_path):
+    with pytest.raises(umbra.DataError, match=r"a.jsonl:2 holds half of a character"):
+        read_records(write(tmp_path / "a.jsonl", ['{"text": "\\ud83d\\ude00"}', '{"text": "a\\ud800b"}']))
 
 
 def test_a_template_that_rewrites_earlier_turns_leaves_the_last_answer(tokenizer):

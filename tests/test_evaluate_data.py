@@ -257,6 +257,100 @@ def test_spans_are_scored_as_squad_does(reply, right, f1, exact):
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("reply", "f1"),
+    [
+        ("unanswerable", 1),
+        ("Unanswerable.", 1),
+        ("the question is unanswerable", 0),
+        ("it", 0),
+        ("unknown unanswerable", 0),
+    ],
+)
+def test_that_there_is_no_answer_is_right_or_wrong_as_a_whole(reply, f1):
+    assert metrics.squad(reply, ["unanswerable"]) == {"f1": f1, "exact": f1}
+    assert metrics.squad("unanswerable", ["in Paris"])["f1"] == 0
+
+
+@pytest.mark.parametrize("score", [metrics.exact, metrics.squad])
+def test_a_reply_without_a_match_is_wrong(score):
+    for reply, right, expected in (("yes", "no", 0), ("garbage", "Yes", 0), ("no, yes", "yes", 1)):
+        assert set(score(reply, [right], "(yes|no)").values()) == {expected}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"pattern": "(yes|no)"}, r"finds no answer in 'Yes'"),
+        ({"metric": "number"}, "metric=number finds no answer in 'Yes'"),
+    ],
+)
+def test_an_answer_that_no_reply_can_be_held_to_is_named(options, says, tmp_path):
+    rows = [{"prompt": str(i), "completion": "Yes"} for i in range(9)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(DataError, match=says):
+        load_task("mine", TaskOptions(test=str(file), **options))
+
+
+def test_a_judge_that_cannot_read_a_reply_holds_it_for_wrong():
+    """prime_factorization's makes numbers of whatever it is given."""
+    item = items("reasoning_gym:prime_factorization", "test")[0]
+    assert metrics.puzzle("no idea", item.puzzle) == {"exact": 0.0}
+    assert metrics.puzzle(item.puzzle["answer"], item.puzzle) == {"exact": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"), [("B", 1), ("B.", 1), ("(B)", 1), ("B) two", 1), ("A", 0), ("Both", 0), ("", 0)]
+)
+def test_a_letter_is_read_off_the_beginning(reply, right):
+    assert metrics.exact(reply, ["B"], known("mmlu").pattern) == {"exact": right}
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("social_iqa", {"question": "q", "choices": ["a", "b"], "answer": -1}),
+        ("social_iqa", {"question": "q", "choices": ["a", "b"], "answer": 2}),
+        ("ag_news", {"text": "t", "label": -1}),
+    ],
+)
+def test_a_number_of_no_choice_is_refused(name, row, tmp_path):
+    fixture(tmp_path, name, row)
+    with pytest.raises(DataError, match="is none of 0 to"):
+        items(name, "test", str(tmp_path))
+
+
+def test_what_is_tested_only_needs_nothing_to_learn(tmp_path):
+    (tmp_path / "hotel_reviews.test.jsonl").write_text(json.dumps({"text": "good", "label": "positive"}) + "\n")
+    options = TaskOptions(data=str(tmp_path))
+    assert len(load_task("hotel_reviews", options, learned=False).test) == 1
+    with pytest.raises(DataError, match=r"neither hotel_reviews.train"):
+        load_task("hotel_reviews", options)
+    one_class = TaskOptions(data=str(tmp_path), head="classify")
+    assert load_task("hotel_reviews", one_class, learned=False).train == []
+
+
+def test_marks_for_the_pair_are_not_for_studies(tmp_path):
+    row = {"prompt": "a", "completion": "b"}
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({**row, "escalate": False}) + "\n")
+    assert load_task("mine", TaskOptions(test=str(file))).test
+    file.write_text(json.dumps({**row, "escalate": True}) + "\n")
+    with pytest.raises(DataError, match="leave the column out"):
+        load_task("mine", TaskOptions(test=str(file)))
+
+
+def test_a_column_of_the_users_own_is_no_further_answer():
+    assert right_answers({"prompt": "a", "completion": "b", "also": None}) == ["b"]
+    assert right_answers({"prompt": "a", "completion": "b", "also": "xyz"}) == ["b"]
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, 1.0])
+def test_rounding_is_no_variance(value):
+    assert difference({s: [value] * 3 for s in range(3)}, {s: [0.0] * 3 for s in range(3)}).verdict == "tie"
+
+
 def test_one_seed_gives_the_t_interval_over_items():
     rng = np.random.default_rng(0)
     d = rng.normal(0.2, 1, 40)

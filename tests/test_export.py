@@ -195,6 +195,30 @@ def test_what_an_export_before_has_left_goes(made, tmp_path):
     assert {p.name for p in (tmp_path / "out").glob("model*")} == {"model-int8.onnx", "model-int8.onnx.data"}
 
 
+def test_an_export_leaves_alone_what_is_not_its_own(made, tmp_path):
+    run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32")
+    (tmp_path / "out" / "model-notes.txt").write_text("mine")
+    run(made, "qwen3", tmp_path / "out", to="gguf", quantization="f16", overwrite=True)
+    kept = {"model-fp32.onnx", "model-fp32.onnx.data", "model-notes.txt", "model-f16.gguf"}
+    assert {p.name for p in (tmp_path / "out").glob("model*")} == kept
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_a_generation_configuration_that_is_not_all_consistent(made, tmp_path, to):
+    """As published ones are; transformers saves them unchanged, and so it must be with what we add."""
+    shutil.copytree(made / "qwen3", tmp_path / "odd")
+    odd = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
+    (tmp_path / "odd" / "generation_config.json").write_text(json.dumps(odd))
+    (tmp_path / "text.txt").write_text(PROMPTS)
+    export(
+        ExportOptions(
+            str(tmp_path / "odd"), to=to, out=str(tmp_path / "out"), vocabulary=f"{tmp_path}/text.txt", max_new_tokens=4,
+            prompts=str(made / "prompts.txt"),
+        )
+    )  # fmt: skip
+    assert (tmp_path / "out").exists()
+
+
 def test_one_graph_takes_batches_of_any_length(made, onnx):
     """Left-padded prompts at once, then what follows token by token."""
     import onnxruntime
@@ -521,6 +545,18 @@ def test_what_would_come_after_an_end_stops_where_positions_do(small):
     room = model.config.max_position_embeddings
     found = parity.answer(model, Writer(tokenizer), ["one"], 10 * room)
     assert len(found.prompts[0]) + len(found.paths[0]) == room
+
+
+@pytest.mark.parametrize("to", ["hf", "onnx"])
+def test_a_model_of_few_positions_is_compared_within_them(small, tmp_path, to):
+    """The default questions are up to 98 of its 128 tokens long."""
+    rows = export(ExportOptions(small, to=to, out=str(tmp_path / "out"), max_new_tokens=64))[0]
+    room = 128 - max(len(Writer(make_tokenizer()).ask(q)) for q in parity.QUESTIONS)
+    assert rows[0].tokens <= len(parity.QUESTIONS) * (room + 20) and rows[0].same_answers == rows[0].answers
+    (tmp_path / "long.txt").write_text("a" * 128)
+    with pytest.raises(umbra.ExportError, match="the model is made for 128"):
+        export(ExportOptions(small, to=to, out=str(tmp_path / "no"), prompts=str(tmp_path / "long.txt")))
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_model_is_compared_with_what_it_was_before_trimming(made, tokenizer):

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import umbra
-from conftest import make_tokenizer
+from conftest import begins, make_tokenizer
 from tiny import LLAMA_LIKE, make, make_base, randomise, tokens
 from umbra import divergence, pretrain
 from umbra.cli import main
-from umbra.corpus import Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
+from umbra.corpus import Documents, Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
 from umbra.data import Writer
 from umbra.divergence import KINDS, Teacher, linear_divergence, teach
 from umbra.kernels import Head
@@ -110,11 +111,27 @@ def test_a_teacher_of_the_student_itself_teaches_nothing():
 
 def test_documents_of_each_form(tmp_path, text):
     writer = Writer(make_tokenizer())
-    assert read_documents(text, "train", writer)[1] == "0 plus 1 is 1, and 1 plus 0 is 1."
+    assert read_documents(text, "train", writer).texts[1] == "0 plus 1 is 1, and 1 plus 0 is 1."
     file = tmp_path / "records.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": "a", "completion": c}) for c in "bc"))
-    assert read_documents(str(file), "train", writer)[0] == "<|user|>a<eos>\n<|assistant|>b<eos>\n"
-    assert read_documents(str(file), "train", Writer(make_tokenizer(), False)) == ["ab<eos>", "ac<eos>"]
+    assert read_documents(str(file), "train", writer).texts[0] == "<|user|>a<eos>\n<|assistant|>b<eos>\n"
+    assert read_documents(str(file), "train", Writer(make_tokenizer(), False)).texts == ["ab<eos>", "ac<eos>"]
+
+
+def test_a_plain_document_begins_as_the_tokenizer_begins_and_each_ends_once(tmp_path):
+    """A chat template brings its own beginnings; whether there is one says nothing of plain text."""
+    tokenizer, ends = begins(make_tokenizer()), {"chat": 3, "plain": 1}
+    for name, record in (("chat", {"prompt": "a", "completion": "b"}), ("plain", {"text": "ab"})):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(json.dumps(record) + "\n")
+        said = tokenizer.decode(
+            pack(read_documents(str(file), "train", Writer(tokenizer)), Writer(tokenizer), 3, "").flatten()
+        )
+        assert said.startswith("<bos>ab") == (name == "plain")
+        assert said.count("<bos>") == (name == "plain")
+        assert said.count("<eos>") <= ends[name]
+    blocks = pack(Documents(["ab<eos>"]), Writer(tokenizer), 4, "")
+    assert tokenizer.decode(blocks.flatten()) == "<bos>ab<eos>"
 
 
 def test_copies_are_left_out_across_sources():
@@ -125,11 +142,11 @@ def test_copies_are_left_out_across_sources():
 
 def test_packed_blocks_are_the_documents_one_after_another():
     tokenizer = make_tokenizer()
-    blocks = pack(["abc", "de"] * 9, Writer(tokenizer), 5, "text")
+    blocks = pack(Documents(["abc", "de"] * 9), Writer(tokenizer), 5, "text")
     assert blocks.shape == (12, 5)
     assert tokenizer.decode(blocks.flatten()).startswith("abc<eos>de<eos>abc<eos>")
     with pytest.raises(umbra.DataError, match="fewer than one block of max_length=50"):
-        pack(["abc"], Writer(tokenizer), 50, "text")
+        pack(Documents(["abc"]), Writer(tokenizer), 50, "text")
 
 
 def test_held_out_blocks_are_of_every_source_and_of_no_batch():
@@ -167,8 +184,8 @@ def test_the_base_writes_on_after_a_kill(tmp_path):
     assert len(set(whole)) > 4, "it samples"
     assert all(text.startswith(writer.ask(p)) for text, p in zip(whole, ["a", "bcd", "ef"] * 3, strict=False))
     write("cut.jsonl", count=4)
-    with (tmp_path / "cut.jsonl").open("a") as file:
-        file.write('{"text": "cut in the mid')
+    with (tmp_path / "cut.jsonl").open("ab") as file:
+        file.write(b'{"text": "cut in the middle of a character, caf\xc3')
     assert write("cut.jsonl") == whole
     assert [json.loads(line)["text"] for line in (tmp_path / "cut.jsonl").read_text().splitlines()] == whole
 
@@ -311,9 +328,14 @@ def naive_alignment(base, stock):
     return torch.as_tensor(np.linalg.lstsq(W, S[: len(W)], rcond=None)[0]).float()
 
 
-def test_a_shadow_of_another_width_is_aligned_in_closed_form(settings, tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_shadow_of_another_width_is_aligned_in_closed_form(settings, tmp_path, kind):
     """Beside the base that it was pretrained for, it says exactly what it says alone; beside another, as nearly as can be."""
-    pretrain.pretrain({**settings, **NARROW})
+    sizes = dict(list(NARROW.items())[: None if kind == "llama" else 2])
+    make_base(kind, vocab_size=99).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    settings["base"] = str(tmp_path / "base")
+    pretrain.pretrain({**settings, **sizes})
     stock, ids = AutoModelForCausalLM.from_pretrained(settings["output_dir"]).eval(), tokens(2)
     config = umbra.ShadowConfig(shadow=settings["output_dir"])
     model = umbra.attach(umbra.bases.load_base(settings["base"]), config).eval()
@@ -366,7 +388,11 @@ REFUSED = {
     "no weights": ({"weights": "many"}, "weights must be numbers separated by commas"),
     "an unknown key": ({"stage": "distillation"}, "Did you mean 'stages'"),
     "no output": ({"output_dir": ""}, "output_dir is missing"),
-    "blocks too long": ({"max_length": 10**6}, "fewer than one block"),
+    "blocks too long": (
+        {"max_length": 10**6},
+        "max_length=1000000 is more than the 128 tokens that the base is made for",
+    ),
+    "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is of umbra train"),
     "no prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
     "a source twice": ({"data": "a.txt,a.txt"}, "names a source twice"),
     "evaluation": ({"eval_strategy": "steps"}, "eval_strategy is of umbra train"),
@@ -418,6 +444,81 @@ def test_another_run_in_the_folder_is_refused(settings):
     with pytest.raises(umbra.CheckpointError, match="max_steps: 1 → 2"):
         pretrain.pretrain({**settings, "max_steps": 2})
     pretrain.pretrain({**settings, "max_steps": 2, "overwrite": True})
+
+
+INPUTS = {"data": "out/own.jsonl", "prompts": "out/README.md", "base": "out", "shadow": "out", "weights": None}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_nothing_is_overwritten_by_a_run_that_cannot_begin(settings, tmp_path, name):
+    """Neither what it would read, nor a finished model where a setting is wrong."""
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    own = {"prompts": str(tmp_path / "prompts.txt"), "own_documents": 30, "own_new_tokens": 20, "max_steps": 1}
+    pretrain.pretrain({**settings, **own})
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    wrong = {name: str(tmp_path / INPUTS[name])} if INPUTS[name] else {"data": "nowhere.txt"}
+    with pytest.raises(umbra.UmbraError, match=f"{name}=.*where the run writes" if INPUTS[name] else "cannot be read"):
+        pretrain.pretrain({**settings, **own, **wrong, "overwrite": True})
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+
+def test_text_that_cost_time_outlives_other_settings(settings, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    own = {
+        "data": None,
+        "prompts": str(tmp_path / "prompts.txt"),
+        "own_documents": 2,
+        "own_new_tokens": 9,
+        "max_steps": 1,
+    }
+    with pytest.raises(umbra.DataError, match="lower it"):
+        pretrain.pretrain({**settings, **own, "max_length": 128})
+    kept = (tmp_path / "out" / "own.jsonl").read_bytes()
+    again = {**settings, **own, "overwrite": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(make()), "generate", lambda *_, **__: pytest.fail("it is written already"))
+        pretrain.pretrain({**again, "max_length": 8, "held_out": 1})
+    assert (tmp_path / "out" / "own.jsonl").read_bytes() == kept
+    pretrain.pretrain({**again, "own_temperature": 0.5, "max_length": 8, "held_out": 1})
+    assert (tmp_path / "out" / "own.jsonl").read_bytes() != kept
+
+
+def test_the_base_writes_no_further_than_its_positions(tmp_path):
+    model, writer = make(), Writer(make_tokenizer())
+    asked = {"count": 1, "batch_size": 1, "new": 500, "temperature": 1.0, "seed": 5}
+    text = write_own(model, writer, ["a" * 90], tmp_path / "own.jsonl", **asked)[0]
+    assert len(writer.tokens(text)) <= model.config.max_position_embeddings
+    with pytest.raises(umbra.DataError, match="of the 128 that the base is made for"):
+        write_own(model, writer, ["a" * 150], tmp_path / "more.jsonl", **asked)
+
+
+def test_mixed_precision_reaches_the_losses(settings, monkeypatch):
+    seen = []
+    plain = pretrain.shadow_states
+    monkeypatch.setattr(
+        pretrain, "shadow_states", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or plain(*x)
+    )
+    for on in (False, True):
+        pretrain.pretrain({**settings, "output_dir": f"{settings['output_dir']}{on}", "max_steps": 1, "bf16": on})
+    measured = seen[: seen.index(True)]
+    assert not any(measured) and seen.count(True) == 1
+
+
+@pytest.mark.parametrize("role", ["shadow", "base"])
+def test_a_model_that_lacks_weights_is_refused(settings, tmp_path, role):
+    """transformers would make them up."""
+    model, folder = make_base(vocab_size=99), tmp_path / "damaged"
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    state = {k: v for k, v in load_file(folder / "model.safetensors").items() if "layers.0.mlp.up_proj" not in k}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(umbra.UmbraError, match=r"lacks 1 tensors, model.layers.0.mlp.up_proj.weight first"):
+        pretrain.pretrain({**settings, role: str(folder)})
+    config = json.loads((folder / "config.json").read_text())
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 7}))
+    with pytest.raises(umbra.UmbraError, match=r"can(not be)? load"):
+        pretrain.pretrain({**settings, role: str(folder)})
 
 
 def test_from_the_command_line(settings, tmp_path, capsys):

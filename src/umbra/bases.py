@@ -47,9 +47,13 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
             from transformers import GgufConfig
 
             options["quantization_config"] = GgufConfig(dequantize=True)
-        model = kind.from_pretrained(path, config=config, trust_remote_code=False, **extra, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        options["output_loading_info"] = True
+        loaded: Any = kind.from_pretrained(path, config=config, trust_remote_code=False, **extra, **options)
+        model, told = loaded
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(f"The base {name!r} cannot be loaded: {error}") from error
+    if classifier is None and (missing := sorted(told["missing_keys"])):
+        raise BaseModelError(f"The base {name!r} is damaged: it lacks {len(missing)} tensors, {missing[0]} first.")
     if extra:
         model.config.__dict__.pop("quantization_config", None)
     model.config.name_or_path = model.name_or_path = name

@@ -6,17 +6,20 @@ padding and are cut into blocks of equal length; a mixture draws blocks of its s
 
 import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from . import anatomy
 from .core import IGNORED
 from .data import Writer, read_records, read_rows
 from .errors import DataError
@@ -27,7 +30,14 @@ SPACES = re.compile(r"\s+")
 HELD_OUT = 0.1  # of all blocks at most
 
 
-def read_documents(source: str, split: str, writer: Writer) -> list[str]:
+class Documents(NamedTuple):
+    """Texts of one source, and whether they are plain: what a chat template has written brings its special tokens."""
+
+    texts: list[str]
+    plain: bool = True
+
+
+def read_documents(source: str, split: str, writer: Writer) -> Documents:
     """The documents of a text file (paragraphs: what empty lines divide), a .jsonl file or a hub data set.
 
     Raises:
@@ -38,13 +48,15 @@ def read_documents(source: str, split: str, writer: Writer) -> list[str]:
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{source} cannot be read: {error}") from error
-        documents = [part.strip() for part in re.split(r"\n\s*\n", text)]
+        documents, plain = [part.strip() for part in re.split(r"\n\s*\n", text)], True
     else:
-        documents = ["".join(part for part, _ in writer.segments(record)) for record in read_records(source, split)]
+        records = read_records(source, split)
+        documents = ["".join(part for part, _ in writer.segments(record)) for record in records]
+        plain = writer.is_plain(records[0])
     documents = [d for d in documents if d]
     if not documents:
         raise DataError(f"{source} holds no text.")
-    return documents
+    return Documents(documents, plain)
 
 
 def without_copies(sources: Sequence[list[str]]) -> tuple[list[list[str]], int]:
@@ -61,15 +73,16 @@ def without_copies(sources: Sequence[list[str]]) -> tuple[list[list[str]], int]:
     return kept, sum(map(len, sources)) - sum(map(len, kept))
 
 
-def pack(documents: list[str], writer: Writer, length: int, name: str) -> np.ndarray:
+def pack(documents: Documents, writer: Writer, length: int, name: str) -> np.ndarray:
     """(N, length) tokens: the documents one after another, each ended; the rest that fills no block is left out.
 
     Raises:
         DataError: fewer tokens than one block.
     """
     end, rows = writer.tokenizer.eos_token_id, []
-    for text in tqdm(documents, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False):
-        rows.append(np.asarray([*writer.tokens(text), *([] if end is None else [end])], np.int32))
+    for text in tqdm(documents.texts, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False):
+        ids = writer.tokens(text, documents.plain)
+        rows.append(np.asarray(ids if end is None or ids[-1:] == [end] else [*ids, end], np.int32))
     tokens = np.concatenate(rows)
     if len(tokens) < length:
         raise DataError(
@@ -168,6 +181,7 @@ def write_own(
     """
     done = _own_lines(out)
     base.eval()
+    most = anatomy.positions(base.config) or sys.maxsize
     bar = tqdm(total=count, initial=len(done), desc="the base writes", disable=None if speaks() else True)
     tokenizer = writer.tokenizer
     with bar, out.open("a", encoding="utf-8") as file:
@@ -178,9 +192,14 @@ def write_own(
                 asked, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not writer.chats
             )
             ids = tokens["input_ids"].to(base.device)
+            room = most - ids.shape[1]
+            if room < 1:
+                raise DataError(
+                    f"A prompt has {ids.shape[1]} tokens of the {most} that the base is made for: shorten it."
+                )
             written = base.generate(
-                ids, attention_mask=tokens["attention_mask"].to(base.device), max_new_tokens=new, do_sample=True,
-                temperature=temperature, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id,
+                ids, attention_mask=tokens["attention_mask"].to(base.device), max_new_tokens=min(new, room),
+                do_sample=True, temperature=temperature, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
             answers = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
             texts = [question + answer for question, answer in zip(asked, answers, strict=True)]
@@ -195,9 +214,10 @@ def _own_lines(out: Path) -> list[str]:
     """What was written before; a last line that a kill has cut is taken out of the file."""
     if not out.exists():
         return []
-    lines = out.read_text(encoding="utf-8").split("\n")
-    out.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
-    return [json.loads(line)["text"] for line in lines[:-1]]
+    written = out.read_bytes()
+    whole = written.rfind(b"\n") + 1
+    os.truncate(out, whole)
+    return [json.loads(line)["text"] for line in written[:whole].splitlines()]
 
 
 def _batches(prompts: list[str], start: int, end: int, size: int) -> Iterator[list[str]]:

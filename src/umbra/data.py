@@ -72,12 +72,25 @@ def _read_lines(path: Path) -> list[Record]:
                     raise DataError(
                         f"{path}:{number} is not JSON: {error}. Each line must be one JSON object."
                     ) from None
+                if "\\ud" in line.lower() and not _is_text(record):
+                    raise DataError(
+                        f"{path}:{number} holds half of a character (a lone surrogate): mend or leave it out."
+                    )
                 if not isinstance(record, dict):
                     raise DataError(f"{path}:{number} is a JSON {type(record).__name__}, not an object with columns.")
                 records.append(record)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     return records
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all strings in it can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_hub(*source: str, split: str) -> list[Record]:
@@ -195,7 +208,10 @@ class Writer:
         return segments
 
     def _render(self, messages: list[dict], answer: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+        # Of a template that lets the model think before it answers, its empty thoughts are then the prompt's.
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=answer, enable_thinking=False
+        )
         assert isinstance(text, str)
         return text
 
@@ -209,16 +225,29 @@ class Writer:
         """A bare question as the model is asked it."""
         return self._render([{"role": "user", "content": prompt}], answer=True) if self.chats else prompt
 
-    def tokens(self, text: str, first: bool = True) -> list[int]:
-        """Token ids; special tokens only where a plain text begins."""
-        return self.tokenizer(text, add_special_tokens=first and not self.chats)["input_ids"]  # type: ignore[return-value]
+    def is_plain(self, record: Record) -> bool:
+        """Whether a record's text is read as it is, and not written by the chat template, which brings its special tokens."""
+        kind = record_kind(record, "the record")
+        return kind in ("text", "label") or (
+            kind == "completion" and isinstance(record["prompt"], str) and not self.chats
+        )
+
+    def tokens(self, text: str, plain: bool | None = None) -> list[int]:
+        """Token ids; special tokens only where a plain text begins.
+
+        Args:
+            plain: whether that is here; None for what `ask` has written.
+        """
+        plain = not self.chats if plain is None else plain
+        return self.tokenizer(text, add_special_tokens=plain)["input_ids"]  # type: ignore[return-value]
 
     def encode(self, record: Record) -> dict[str, np.ndarray]:
         """``input_ids`` (T,) and ``labels`` (T,), the latter `IGNORED` where nothing is learned."""
         ids: list[int] = []
         labels: list[int] = []
+        plain = self.is_plain(record)
         for text, trained in self.segments(record):
-            piece = self.tokens(text, first=not ids)
+            piece = self.tokens(text, plain and not ids)
             ids += piece
             labels += piece if trained else [IGNORED] * len(piece)
         return {"input_ids": np.asarray(ids, np.int32), "labels": np.asarray(labels, np.int32)}

@@ -83,6 +83,7 @@ def detach(model: ShadowModel) -> PreTrainedModel:
         if shadow.config.escalation is not None:
             generation.escalation = shadow.config.escalation
             generation._from_model_config = False  # otherwise it is not read back
+            accept(generation)
         stock.generation_config = generation
     return stock.to(device=table.device).eval()
 
@@ -178,7 +179,13 @@ def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | N
     """The files of a stock model, cast to ``dtype`` if one is given, and of its tokenizer."""
     (stock if dtype is None else stock.to(dtype)).save_pretrained(staging)
     if tokenizer is not None:
-        tokenizer.save_pretrained(staging)
+        several: Any = isinstance(tokenizer.chat_template, dict)  # which would be files in a folder of their own
+        tokenizer.save_pretrained(staging, save_jinja_files=not several)
+
+
+def accept(generation: Any) -> None:
+    """Let a generation config be saved after a change of ours, even if what the base brought is not all consistent."""
+    generation._original_object_hash = hash(generation)
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

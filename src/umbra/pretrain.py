@@ -10,7 +10,6 @@ out is a stock model: `ShadowConfig(shadow=folder)` starts from it, and whatever
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from . import anatomy, checkpoint, folder
 from .bases import load_base, load_tokenizer
 from .card import pretrained_card
 from .core import labelled_positions
-from .corpus import Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
+from .corpus import Documents, Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
 from .data import Writer
 from .detach import detach, write_detached
 from .divergence import KINDS, Teacher, linear_divergence, teach
@@ -42,9 +41,14 @@ STAGES = "stages"  # folders of the stages, in the output folder
 OWN = "own.jsonl"  # what the base has written, a file of the output folder
 OWN_SOURCE = "text of the base's own"
 TEACHER = "teacher"  # what it says of each token of the text
-FILES = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE)
+FILES = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE, STAGES, TEACHER, OWN)
 SAVES = {"save_strategy": "steps", "save_steps": 100}  # one epoch is long
 ROWS = 256  # of logits at once
+# What the base's own text depends on: of a run that is overwritten by one with the same, it is kept.
+OWN_OF = (
+    "base", "dtype", "prompts", "chat_template", "own_documents", "own_new_tokens", "own_temperature", "seed",
+    "per_device_eval_batch_size",
+)  # fmt: skip
 POSITIVE = ("own_documents", "own_new_tokens", "own_temperature", "temperature", "teacher_top_k", "held_out")
 
 
@@ -72,21 +76,22 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     if shadow.escalation is not None:
         raise ConfigError("escalation is learned from records that are marked for it: give it to umbra train.")
     run = Run.of(options.output_dir, FILES, options, shadow, rest)
+    for source in _sources(options):
+        run.check_apart(data=source)
+    run.check_apart(base=options.base, prompts=options.prompts, shadow=shadow.shadow if shadow.is_pretrained else None)
     try:
         finished = run.claim(options.overwrite)
-        if options.overwrite:
-            for name in (STAGES, TEACHER):
-                shutil.rmtree(run.out / name, ignore_errors=True)
-            (run.out / OWN).unlink(missing_ok=True)
-        if finished is not None:
-            return finished
     except OSError as error:
         raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
+    if finished is not None:
+        return finished
     arguments = [
         make_arguments(run.out / STAGES / n, {**SAVES, **rest, "remove_unused_columns": False}) for n in stages
     ]
     if arguments[0].world_size > 1:
         raise ConfigError("umbra pretrain runs in one process: start it without a launcher.")
+    if arguments[0].label_smoothing_factor:
+        raise ConfigError("label_smoothing_factor is of umbra train: the stages' losses are those above; leave it out.")
     for args in arguments:
         args._n_gpu = min(args.n_gpu, 1)  # transformers would spread a batch over all by DataParallel
 
@@ -96,6 +101,9 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     writer = Writer(tokenizer, options.chat_template)
     documents = _documents(options, writer)
     base: Any = load_base(options.base, dtype=options.dtype)
+    most = anatomy.positions(base.config)
+    if most is not None and options.max_length > most:
+        raise ConfigError(f"max_length={options.max_length} is more than the {most} tokens that the base is made for.")
     torch.manual_seed(arguments[0].seed)
     model: Any = attach(base, shadow)
     if model.shadow.projection is None and any("alignment" in losses for losses in stages.values()):
@@ -105,11 +113,14 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
             f"{type(base).__name__} has a head that is more than one plain linear layer: use another base."
         )
     detach(model)  # raises now what would be the end of all stages
+    if not anatomy.is_placed(base):
+        model.to(arguments[0].device)
     if options.prompts:
-        run.record()
+        _begin(run, options)
         documents |= _own(options, model, writer, run.out / OWN, arguments[0])
     train_set, held_out = _mix(options, documents, writer, arguments[0].seed)
-    run.record()
+    if not options.prompts:
+        _begin(run, options)
 
     teacher = None
     if options.teacher_cache and options.teacher_top_k is not None:
@@ -128,6 +139,13 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     folder.write_together(run.out, lambda staging: folder.write_text(staging / checkpoint.CARD_FILE, card))
     run.record(metrics, history)
     return metrics
+
+
+def _begin(run: Run, options: PretrainOptions) -> None:
+    """Note down the run in its folder, in place of one that is to be overwritten."""
+    if options.overwrite:
+        run.clear(keep=(OWN,) if run.agrees(OWN_OF) else ())
+    run.record()
 
 
 def _check(options: PretrainOptions) -> dict[str, tuple[str, ...]]:
@@ -184,31 +202,34 @@ def _weights(options: PretrainOptions) -> list[float] | None:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _documents(options: PretrainOptions, writer: Writer) -> dict[str, list[str]]:
+def _documents(options: PretrainOptions, writer: Writer) -> dict[str, Documents]:
     if options.prompts:
         read_prompts(options.prompts)
     return {s: read_documents(s, options.data_split, writer) for s in _sources(options) if s != OWN_SOURCE}
 
 
-def _own(options: PretrainOptions, model: Any, writer: Writer, out: Path, args: Any) -> dict[str, list[str]]:
+def _own(options: PretrainOptions, model: Any, writer: Writer, out: Path, args: Any) -> dict[str, Documents]:
     with model.disable_adapter():
         texts = write_own(
             model, writer, read_prompts(options.prompts or ""), out, count=options.own_documents,
             batch_size=args.per_device_eval_batch_size, new=options.own_new_tokens,
             temperature=options.own_temperature, seed=args.seed,
         )  # fmt: skip
-    return {OWN_SOURCE: texts}
+    return {OWN_SOURCE: Documents(texts, plain=not writer.chats)}
 
 
 def _mix(
-    options: PretrainOptions, documents: dict[str, list[str]], writer: Writer, seed: int
+    options: PretrainOptions, documents: dict[str, Documents], writer: Writer, seed: int
 ) -> tuple[Mixture, np.ndarray]:
     """What is trained on, and the held-out blocks (N, T)."""
-    kept, copies = without_copies(list(documents.values()))
+    kept, copies = without_copies([d.texts for d in documents.values()])
     for (source, before), after in zip(documents.items(), kept, strict=True):
         if not after:
-            raise DataError(f"All {len(before)} documents of {source} are copies of others: leave it out.")
-    blocks = [pack(texts, writer, options.max_length, s) for s, texts in zip(documents, kept, strict=True)]
+            raise DataError(f"All {len(before.texts)} documents of {source} are copies of others: leave it out.")
+    blocks = [
+        pack(Documents(texts, before.plain), writer, options.max_length, source)
+        for (source, before), texts in zip(documents.items(), kept, strict=True)
+    ]
     blocks, held_out = hold_out(blocks, options.held_out)
     if speaks():
         told = ", ".join(f"{len(b)} of {s}" for s, b in zip(documents, blocks, strict=True))
@@ -231,7 +252,11 @@ class Pretrainer(ShadowTrainer):
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The sum of the stage's losses over the tokens, divided by their number."""
-        inputs = dict(inputs)
+        with self.accelerator.autocast():  # which accelerate puts around the model's forward alone
+            loss = self._loss(model, dict(inputs), num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def _loss(self: Any, model: Any, inputs: dict[str, Tensor], count: Any) -> Tensor:
         blocks, (positions, targets) = inputs.pop("block"), labelled_positions(inputs.pop("labels"))
         chosen, factor = model._every(positions)
         heads, places = model._heads(), positions[chosen]
@@ -241,8 +266,7 @@ class Pretrainer(ShadowTrainer):
         length = inputs["input_ids"].shape[1]
         at = (blocks[places // length], places % length)
         loss = factor * self._sum(rows, targets[chosen], teacher, at, *heads)
-        loss = loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
-        return (loss, {}) if return_outputs else loss
+        return loss / (len(targets) if count is None else count)
 
     def _sum(
         self,

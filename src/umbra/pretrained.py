@@ -20,6 +20,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from . import anatomy
@@ -29,6 +30,7 @@ from .options import EMBEDDED
 
 PROJECTED = "causal_lm_with_hidden_projection"
 BACKBONE_PREFIX, PROJECTION = "shadow_model.", "shadow_hidden_projection.weight"
+LANGUAGE_MODELS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # classes, not all are called …ForCausalLM
 # Of a saved configuration: where it came from, how it was stored, and code. None of it describes the model.
 NOT_OF_THE_MODEL = (
     "_name_or_path", "architectures", "auto_map", "quantization_config", "transformers_version", "dtype", "torch_dtype",
@@ -62,14 +64,25 @@ def load_pretrained(path: str) -> Pretrained:
         )
     try:
         options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
-        if any(name.endswith("ForCausalLM") for name in values.get("architectures") or ()):
-            whole: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        options["output_loading_info"] = True
+        if not LANGUAGE_MODELS.isdisjoint(values.get("architectures") or ()):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+            whole, told = loaded
+            _check_whole(path, told)
             head = whole.get_output_embeddings()
             if type(whole.base_model) is MODEL_MAPPING.get(type(whole.config), None) and isinstance(head, nn.Linear):
                 return Pretrained(whole.base_model, head=head.weight.detach() * anatomy.logit_factor(whole.config))
-        return Pretrained(AutoModel.from_pretrained(path, **options))
-    except (OSError, ValueError, SafetensorError) as error:
+        backbone, told = AutoModel.from_pretrained(path, **options)
+        _check_whole(path, told)
+        return Pretrained(backbone)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"shadow={path!r} is no model that transformers can load: {error}") from error
+
+
+def _check_whole(path: str, told: dict[str, Any]) -> None:
+    """Raise a ConfigError for weights that transformers has made up, since the file lacks them."""
+    if missing := sorted(told["missing_keys"]):
+        raise ConfigError(f"shadow={path!r} is damaged: it lacks {len(missing)} tensors, {missing[0]} first.")
 
 
 def check_vocabulary(path: str, base: str | None, tokenizer: Any = None) -> int | None:

@@ -86,7 +86,7 @@ class Run:
     Args:
         asked: every setting that has a say in what is learned.
         defaults: of settings that a run of an earlier version may not have noted.
-        files: what a finished run has written there, beside `RUN_FILE` and checkpoints.
+        files: names of what a run writes there, files and folders, beside `RUN_FILE` and checkpoints.
     """
 
     out: Path
@@ -104,7 +104,7 @@ class Run:
         return cls(Path(out), asked, defaults, files)
 
     def claim(self, overwrite: bool) -> dict[str, Any] | None:
-        """Make sure that the output folder is this run's; its metrics where it has finished.
+        """Make sure that the output folder is this run's, or can become it by `clear`; its metrics where it has finished.
 
         Raises:
             CheckpointError: it holds another run, adapter or model.
@@ -113,10 +113,6 @@ class Run:
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"output_dir={out} is a file.")
         if overwrite:
-            for name in (RUN_FILE, *self.files):
-                (out / name).unlink(missing_ok=True)
-            for path in out.glob("checkpoint-*"):
-                shutil.rmtree(path)
             return None
         if not file.exists():
             for name in (checkpoint.CONFIG_FILE, "config.json"):
@@ -140,6 +136,39 @@ class Run:
             differences = ", ".join(f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed)
             raise CheckpointError(f"{out} holds another run ({differences}): choose another output_dir, or overwrite.")
         return run.get("metrics")
+
+    def clear(self, keep: tuple[str, ...] = ()) -> None:
+        """Take away what another run has left, now that nothing can stop this one."""
+        for path in [self.out / n for n in (RUN_FILE, *self.files) if n not in keep] + [*self.out.glob("checkpoint-*")]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def agrees(self, settings: tuple[str, ...]) -> bool:
+        """Whether what is noted in the folder was asked for the same of ``settings``."""
+        try:
+            before = {**self.defaults, **json.loads(folder.read_text(folder.find(self.out, RUN_FILE)))["asked"]}
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        return all(before.get(name) == self.asked.get(name) for name in settings)
+
+    def check_apart(self, **inputs: str | None) -> None:
+        """Refuse an input that the run would write over.
+
+        Raises:
+            ConfigError: one of ``inputs``, paths or hub ids by the names of their settings.
+        """
+        out = self.out.resolve()
+        for name, path in inputs.items():
+            place = Path(path or "").resolve()
+            if not path or not place.is_relative_to(out):
+                continue
+            first = next(iter(place.relative_to(out).parts), None)
+            if first is None or first in (RUN_FILE, *self.files) or first.startswith("checkpoint-"):
+                raise ConfigError(
+                    f"{name}={path} is in output_dir={self.out}, where the run writes: choose another one."
+                )
 
     def record(self, metrics: dict | None = None, history: list[dict] | None = None) -> None:
         """Note down what was asked for, and what came of it."""

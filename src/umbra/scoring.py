@@ -129,6 +129,18 @@ def reference_of(record: Record) -> str:
     return last if isinstance(last, str) else str(last[-1]["content"])
 
 
+def _check_references(records: list[Record], options: EvalOptions) -> None:
+    """Raise a DataError for an answer in which the pattern finds none: every reply would be held to nothing."""
+    for number, record in enumerate(records, 1):
+        if options.answer_pattern is None or record_kind(record, options.data) not in ("completion", "messages"):
+            return
+        if not answer_of(reference_of(record), options.answer_pattern):
+            raise DataError(
+                f"{options.data}, record {number}: answer_pattern={options.answer_pattern!r} finds no answer in "
+                f"{reference_of(record)!r:.200}."
+            )
+
+
 @torch.no_grad()
 def score_generation(
     runner: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[Record], *, batch_size: int = 16,
@@ -144,7 +156,10 @@ def score_generation(
     for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
         part = records[start : start + batch_size]
         prompts = [writer.prompt(r) for r in part]
-        batch = left_padded([writer.tokens(p) for p in prompts], int(tokenizer.pad_token_id), runner.device)  # type: ignore[arg-type]
+        batch = left_padded(
+            [writer.tokens(p, writer.is_plain(r)) for p, r in zip(prompts, part, strict=True)],
+            int(tokenizer.pad_token_id), runner.device,  # type: ignore[arg-type]
+        )  # fmt: skip
         began = time.perf_counter()
         out = runner.generate(  # type: ignore[operator]
             **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
@@ -281,6 +296,7 @@ def score_adapter(options: EvalOptions) -> list[Score]:
         raise ConfigError(f"output={options.output} lies in a folder that does not exist.")
     records = read_records(options.data, options.split)[: options.limit]
     kind = record_kind(records[0], options.data)
+    _check_references(records, options)
     model = on_accelerator(load(options.adapter, options.base, dtype=options.dtype).eval())
     expected = ("completion", "messages") if model.can_generate() else ("label",)
     if kind not in expected:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from . import checkpoint
+from . import anatomy, checkpoint
 from .bases import load_base, load_tokenizer
 from .config import ShadowConfig
 from .data import ESCALATION, MARK, Collator, Labels, Record, encode_all, read_records, record_kind, shadows_own
@@ -51,10 +51,11 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     if options.detached_only:
         arguments._n_gpu = min(arguments.n_gpu, 1)  # the threads of DataParallel would run the pair
     run = Run.of(options.output_dir, FILES, options, shadow, rest)
+    run.check_apart(base=options.base, shadow=shadow.shadow if shadow.is_pretrained else None)
     try:
         with arguments.main_process_first(local=False):
             finished = run.claim(options.overwrite)
-            last = last_checkpoint(run.out)
+            last = None if options.overwrite else last_checkpoint(run.out)
     except OSError as error:
         raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
     if finished is not None:
@@ -81,6 +82,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     train_set = encode_all(records, tokenizer, name="train_data", **encode)
     eval_set = encode_all(eval_records, tokenizer, name="eval_data", **encode) if eval_records else None
 
+    _check_positions([*train_set, *(eval_set or [])], base, options.max_length)
     if options.detached_only:
         train_set, eval_set = shadows_own(train_set), shadows_own(eval_set) if eval_set else None
     torch.manual_seed(arguments.seed)
@@ -91,6 +93,8 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     if options.detached_only:
         leave_the_pair(model)
     if arguments.should_save:
+        if options.overwrite:
+            run.clear()
         run.record()
     trainer = ShadowTrainer(
         model=model,
@@ -147,6 +151,16 @@ def leave_the_pair(model: Any) -> None:
     if model.shadow.heads:
         model.shadow.heads["attached"].requires_grad_(False)
         model.shadow.heads["shadow"].requires_grad_(True)
+
+
+def _check_positions(examples: list[dict[str, Any]], base: Any, max_length: int) -> None:
+    """Refuse what is longer than the base's positions."""
+    most, longest = anatomy.positions(base.config), max(len(e["input_ids"]) for e in examples)
+    if most is not None and longest > most:
+        raise ConfigError(
+            f"A record has {longest} tokens within max_length={max_length}, but the base is made for {most}: "
+            f"set max_length to {most} at most."
+        )
 
 
 def _with_escalation(shadow: ShadowConfig, records: list[Record], source: str) -> ShadowConfig:

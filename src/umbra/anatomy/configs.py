@@ -105,6 +105,12 @@ def layer_types(config: PretrainedConfig) -> list[str]:
     return ["sliding_attention" if window(config) is not None else "full_attention"] * depth
 
 
+def positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model is made for; None of one that names none."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return int(most) if most > 0 else None
+
+
 def cache_depth(base: Anatomy) -> int:
     """How many layers a cache of the base has, and so the first that is free for a shadow."""
     return len(layer_types(base.config))

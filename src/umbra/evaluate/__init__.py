@@ -6,6 +6,7 @@ run.py makes one, record.py keeps it, results.py and statistics.py compare, repo
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     note = {
         "study": _plain(study),
         "parameters": parameters,
-        "command": f"umbra evaluate {options.study} --out {options.out}",
+        "command": shlex.join(["umbra", "evaluate", str(options.study), "--out", str(options.out)]),
     }
     requests: list[dict[str, Any]] = []
     for stage in (trials, requests):
@@ -61,7 +62,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             _sweep(stage, done, out, study, bar, options.retry)
     bar.close()
     shutil.rmtree(out / "work", ignore_errors=True)
-    failed = [r for r in (*trials, *requests) if not record.succeeded(done.get(key_of(r)))]
+    failed = [r for r in (*trials, *requests) if not record.is_whole(done.get(key_of(r)))]
     return {"runs": len(trials) + len(requests), "failed": len(failed), "report": [str(f) for f in write_report(out)]}
 
 
@@ -72,7 +73,7 @@ def _check_data(study: Study) -> None:
         if options.lm_eval is not None:
             harness.check(name, options)
             continue
-        task = load_task(name, options)
+        task = load_task(name, options, learned=name in study.trained)
         if options.head == "classify":
             labels[name] = [{str(r["label"]) for r in part} for part in ((*task.train, *task.validation), task.test)]
     for trained in labels.keys() & set(study.trained):
@@ -140,14 +141,17 @@ def _sweep(
         bar.set_postfix_str(
             f"{request['task']}, {request['method']}, {'trial' if request['is_trial'] else request['seed']}"
         )
-        if key not in done or (retry and not record.succeeded(done[key])):
+        if key not in done or (retry and not record.is_whole(done[key])):
             work = out / "work" / key
             adapters = out / "adapters" / record.file_of(out, request).stem if study.options.keep_adapters else None
             done[key] = run(request, work, None if request["is_trial"] else adapters)
             record.write(out, done[key])
             shutil.rmtree(work, ignore_errors=True)
-            if error := done[key]["run_info"]["error_msg"]:
-                tqdm.write(f"{request['task']}, {request['method']} failed: {error.strip().splitlines()[-1]:.200}")
+            unscored = {f" on {t}": e for t, e in done[key]["umbra"]["unscored"].items()}
+            for where, error in {"": done[key]["run_info"]["error_msg"], **unscored}.items():
+                if error:
+                    told = error.strip().splitlines()[-1]
+                    tqdm.write(f"{request['task']}, {request['method']}{where} failed: {told:.200}")
         bar.update()
 
 

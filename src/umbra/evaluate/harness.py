@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
-from ..errors import ConfigError, unknown_key
+from ..errors import ConfigError, DataError, unknown_key
 from .tasks import TaskOptions
+
+PERCENT = ("bleu", "chrf")  # of lm-eval's metrics
 
 
 def check(name: str, options: TaskOptions) -> None:
@@ -12,6 +14,7 @@ def check(name: str, options: TaskOptions) -> None:
 
     Raises:
         ConfigError: none such, a tag or a group without a score of its own, or no lm-eval.
+        DataError: its data cannot be had.
     """
     manager, wanted = _manager(options), str(options.lm_eval)
     if wanted not in manager.all_tasks:
@@ -20,10 +23,14 @@ def check(name: str, options: TaskOptions) -> None:
         raise ConfigError(
             f"task {name}: {wanted} is a group of lm-eval's tasks; name one of them, or each as a task of its own."
         )
+    try:
+        manager.load([wanted])
+    except Exception as error:  # whatever its data set, code or packages raise
+        raise DataError(f"task {name}: lm-eval cannot load {wanted}: {error!s:.300}") from error
 
 
 def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) -> dict[str, Any]:
-    """The task's first metric, which way it is better, all its values, and what every sample got.
+    """The task's first metric, which way it is better, all its values, and what every sample got; percents become shares.
 
     Of a metric that is no mean over samples, as perplexity is, the value stands alone.
     """
@@ -47,6 +54,8 @@ def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) ->
     if not items or not math.isclose(sum(items) / len(items), values[chief], rel_tol=1e-6, abs_tol=1e-9):
         items = []
     less = found.get("higher_is_better", {}).get(name, {}).get(metric) is False
+    if not less and (metric in PERCENT or 1 < values[chief] <= 100):
+        values, items = {k: v / 100 for k, v in values.items()}, [i / 100 for i in items]
     return {"metric": metric, "less_is_better": less, "value": values[chief], "values": values, "items": items}
 
 

@@ -213,6 +213,11 @@ def match(base: Base, methods: dict[str, MethodOptions], target: int) -> dict[st
             found[name] = method.fields
             continue
         small, large = (count(base, name, method, method.sized(s)) for s in (SMALL, 2 * SMALL))
+        if large == small:
+            raise ConfigError(
+                f"method {name} trains {small:,} parameters on this base, whatever its {KINDS[method.kind].size}: give that, so "
+                "that it is not matched."
+            )
         size = SMALL + round((target - small) * SMALL / (large - small))
         found[name] = method.sized(max(size, 1))
         have = count(base, name, method, found[name])

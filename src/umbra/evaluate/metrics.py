@@ -10,13 +10,14 @@ from typing import Any
 
 from ..scoring import answer_of
 
+UNANSWERABLE, UNKNOWN = NO_ANSWER = ("unanswerable", "unknown")  # what is said where a text holds no answer
 Metric = Callable[[str, Sequence[str], str | None], dict[str, float]]
 
 
 def exact(reply: str, right: Sequence[str], pattern: str | None = None) -> dict[str, float]:
-    """Whether the answers are the same text."""
+    """Whether the answers are the same text; a reply in which the pattern finds none is wrong."""
     said = answer_of(reply, pattern)
-    return {"exact": float(any(said == answer_of(r, pattern) for r in right))}
+    return {"exact": float((bool(said) or pattern is None) and any(said == answer_of(r, pattern) for r in right))}
 
 
 def number(reply: str, right: Sequence[str], pattern: str | None = None) -> dict[str, float]:
@@ -33,10 +34,24 @@ def _decimal(text: str) -> Decimal | None:
 
 
 def squad(reply: str, right: Sequence[str], pattern: str | None = None) -> dict[str, float]:
-    """SQuAD's: F1 over the words of the answers, and whether they are the same; case, punctuation and articles do not count."""
-    said = _words(answer_of(reply, pattern))
-    answers = [_words(answer_of(r, pattern)) for r in right]
-    return {"f1": max(_f1(said, a) for a in answers), "exact": float(any(said == a for a in answers))}
+    """SQuAD's: F1 over the words of the answers, and whether they are the same; case, punctuation and articles do not count.
+
+    That there is no answer is right or wrong as a whole.
+    """
+    text = answer_of(reply, pattern)
+    if pattern is not None and not text:
+        return {"f1": 0.0, "exact": 0.0}
+    said, answers = _words(text), [_words(answer_of(r, pattern)) for r in right]
+    same = float(any(said == a for a in answers))
+    if any([word] in (said, *answers) for word in NO_ANSWER):
+        return {"f1": same, "exact": same}
+    return {"f1": max(_f1(said, a) for a in answers), "exact": same}
+
+
+def has_answer(metric: str, right: str, pattern: str | None) -> bool:
+    """Whether a right answer is one that replies can be held to."""
+    found = answer_of(right, pattern)
+    return _decimal(found) is not None if metric == "number" else pattern is None or bool(found)
 
 
 def _words(text: str) -> list[str]:
@@ -54,7 +69,10 @@ def _f1(said: list[str], right: list[str]) -> float:
 def puzzle(reply: str, row: dict[str, Any], pattern: str | None = None) -> dict[str, float]:
     """Whether reasoning-gym holds the answer to this row of its own for fully right: there may be several that are."""
     judge = _judge(row["metadata"]["source_dataset"])
-    return {"exact": float(judge(answer_of(reply, pattern), row) >= 1)}
+    try:
+        return {"exact": float(judge(answer_of(reply, pattern), row) >= 1)}
+    except Exception:  # some judges read numbers without looking, and raise at words
+        return {"exact": 0.0}
 
 
 @cache

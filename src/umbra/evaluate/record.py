@@ -13,6 +13,7 @@ import torch
 
 from .. import folder
 from ..bench.machine import Device, commit, versions
+from .metrics import LOSS
 from .study import SCHEMA, key_of
 
 PACKAGES = (
@@ -41,7 +42,7 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
         for h in found.get("history", [])
     ]
     last = {
-        "step": found.get("steps", 0), "test accuracy": own.get("value"), "train loss": found.get("train_loss"),
+        "step": found.get("steps", 0), "test accuracy": _accuracy(own), "train loss": found.get("train_loss"),
         "train samples": found.get("samples", 0), "train total tokens": found.get("tokens", 0),
     }  # fmt: skip
     return {
@@ -57,7 +58,7 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
                 "optimizer_kwargs": {"lr": arguments.get("learning_rate"), "weight_decay": arguments.get("weight_decay")},
                 "lr_scheduler": arguments.get("lr_scheduler_type"), "use_amp": bool(arguments.get("bf16") or arguments.get("fp16")),
                 "use_gc": bool(arguments.get("activation_checkpointing")), "autocast_adapter_dtype": True,
-                "generation_kwargs": {"max_new_tokens": task["max_new_tokens"]}, "attn_implementation": None,
+                "generation_kwargs": {"max_new_tokens": found.get("max_new_tokens")}, "attn_implementation": None,
             },
             "peft_config": found.get("adapter_config") or None,
         },
@@ -76,11 +77,17 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
         },
         "umbra": {
             "schema": SCHEMA, "key": key_of(request), "request": request, "scores": scores,
+            "unscored": found.get("unscored", {}),
             "validation_loss": found.get("validation_loss"), "memory_before": memory["before"],
             "seconds_per_step": found.get("train_seconds", 0.0) / max(found.get("timed_steps", 1), 1), "commit": commit(),
             "machine": Device(found.get("device", "cpu")).describe(),
         },
     }  # fmt: skip
+
+
+def _accuracy(score: dict[str, Any]) -> float | None:
+    """What PEFT's form has a place for: no loss."""
+    return None if score.get("metric") == LOSS or score.get("less_is_better") else score.get("value")
 
 
 def _system() -> dict[str, str]:
@@ -127,3 +134,8 @@ def read_all(out: Path) -> dict[str, dict[str, Any]]:
 def succeeded(record: dict[str, Any] | None) -> bool:
     """Whether there is one, and of a run that ended well."""
     return record is not None and record["train_info"]["status"] == "success"
+
+
+def is_whole(record: dict[str, Any] | None) -> bool:
+    """Whether it also has all the scores that it was to have."""
+    return record is not None and succeeded(record) and not record["umbra"].get("unscored")

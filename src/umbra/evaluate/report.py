@@ -83,6 +83,8 @@ def _lead(results: Results) -> list[str]:
         lead.append(f"{told} **Lost:** {'; '.join(lost)}." if lost else f"{told} No loss is beyond the noise.")
     if results.failed:
         lead.append(f"**{len(results.failed)} runs have failed** and are in no comparison: see the end.")
+    if results.unscored:
+        lead.append(f"**{len(results.unscored)} scores are missing,** since a test has failed: see the end.")
     if results.missing:
         lead.append(f"**{len(results.missing)} runs are missing:** the study was not run to its end.")
     sizes = results.about["parameters"]
@@ -374,12 +376,22 @@ def _search(results: Results) -> Made:
         cells = [f"**{text}**" if is_best and best is not None else text for is_best, text in shown]
         rows.append([f"{task}: {name}", " · ".join(cells), ", ".join(rates.get(name, []))])
     search, counts = results.study["search"], {len(losses) for losses in found.values()}
+    given: dict[str, set[float]] = {}
+    for name, _, rate, source in results.about["rates"]:
+        if source == "given" and rate is not None:
+            given.setdefault(name, set()).add(rate)
     steps = f"{search['max_steps']} steps" if search["max_steps"] else "as many steps as a run"
-    budget = "Every method had as many trials" if len(counts) == 1 else "Methods had different numbers of trials"
+    budget = "Every method that was searched for had as many trials"
+    if len(counts) > 1:
+        budget = "Methods had different numbers of trials"
     text = [
         f"{budget}: {steps} at seed {search['seed']}, scored by the loss of the answers that were held out of the training set. A "
         "task without trials of its own takes the rate that is best over those with."
     ]  # fmt: skip
+    if fixed := {n: ", ".join(f"{r:g}" for r in sorted(rates)) for n, rates in given.items()}:
+        text.append(
+            f"Without a search, at a rate that was given: {', '.join(f'{n} {told}' for n, told in fixed.items())}."
+        )
     header = ["task: method", "rate: held-out loss", "trained with"]
     return Section("Search for the learning rate", text, header, rows), None
 
@@ -389,22 +401,31 @@ def _note_of(source: str) -> str:
 
 
 def _failures(results: Results) -> Made:
-    if not results.failed:
+    if not results.failed and not results.unscored:
         return None, None
     rows = []
     for kept in results.failed:
         asked, error = kept["umbra"]["request"], kept["run_info"]["error_msg"].strip().splitlines()[-1:]
         name = f"{asked['task']}: {', '.join(results.names_of(kept))}, seed {asked['seed']}"
         rows.append([name, "".join(error)[:200]])
-    return Section("Failed", ["These runs ended with an error, and are in no table."], ["run", "error"], rows), None
+    for kept, test, error in results.unscored:
+        asked, told = kept["umbra"]["request"], error.strip().splitlines()[-1]
+        rows.append(
+            [
+                f"{asked['task']}: {', '.join(results.names_of(kept))}, seed {asked['seed']}, tested on {test}",
+                told[:200],
+            ]
+        )
+    text = [
+        "These runs ended with an error, and are in no table; of those that name a test it is that score that is missing."
+    ]
+    return Section("Failed", text, ["run", "error"], rows), None
 
 
 def _again(results: Results) -> Made:
     spent = sum(r["run_info"]["total_time"] for r in (*results.runs, *results.trials)) / 3600
     budget = {t: {**results.study["training"], **results.study["tasks"][t]["training"]} for t in results.trained}
-    steps = [
-        f"{t} {b.get('max_steps', '?')} steps of {b.get('per_device_train_batch_size', 8)}" for t, b in budget.items()
-    ]
+    steps = [f"{t} {_length(b)} of {b.get('per_device_train_batch_size', 8)}" for t, b in budget.items()]
     shown = [v for v in results.variants if v.mode == ATTACHED or v.kind != "umbra"]
     kinds = [f"{v.method}: {results.about_kind(v)} {_fields(results, v)}".strip() for v in shown]
     text = [
@@ -413,6 +434,12 @@ def _again(results: Results) -> Made:
         "; ".join(kinds) + ".",
     ]  # fmt: skip
     return Section("How to run it again", text), None
+
+
+def _length(training: dict[str, Any]) -> str:
+    if training.get("max_steps", 0) > 0:
+        return f"{training['max_steps']} steps"
+    return f"{training.get('num_train_epochs', 1):g} epochs, in steps"
 
 
 def _fields(results: Results, variant: Variant) -> str:

@@ -54,13 +54,16 @@ class Results:
         try:
             self.about: dict[str, Any] = json.loads(folder.read_text(folder.find(out, study_file)))
             self.study: dict[str, Any] = self.about["study"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{out} holds no study that umbra evaluate has run: {error}") from error
         kept = record.read_all(out)
-        self.runs = [kept[k] for k in self.about["runs"] if record.succeeded(kept.get(k))]
-        self.trials = [kept[k] for k in self.about["trials"] if record.succeeded(kept.get(k))]
-        asked = [*self.about["trials"], *self.about["runs"]]
+        self.runs, self.trials = (
+            [kept[k] for k in dict.fromkeys(self.about[part]) if record.succeeded(kept.get(k))]
+            for part in ("runs", "trials")
+        )
+        asked = dict.fromkeys([*self.about["trials"], *self.about["runs"]])
         self.failed = [kept[k] for k in asked if k in kept and not record.succeeded(kept[k])]
+        self.unscored = [(r, test, error) for r in self.runs for test, error in r["umbra"].get("unscored", {}).items()]
         self.missing = [k for k in asked if k not in kept]
         self.trained: list[str] = self.study["trained"]
         self.tasks: list[str] = list(self.study["tasks"])
@@ -72,7 +75,7 @@ class Results:
         chosen = self.study["ours"] or [n for n, m in self.study["methods"].items() if m["kind"] == "umbra"]
         self.ours = [v for v in self.variants if v.method in chosen]
         self.rivals = [v for v in self.variants if v.mode == ATTACHED and v.method not in chosen]
-        self.alone = [v for v in self.variants if v.kind == "alone"]
+        self.alone = [v for v in self.variants if v.kind == "alone" and v.method not in chosen]
 
     def names_of(self, kept: dict[str, Any]) -> list[str]:
         """A record's methods, as this study calls them: several of one configuration share it."""

@@ -20,7 +20,7 @@ from ..bases import load_base, load_tokenizer
 from ..bench.machine import Device
 from ..bench.methods import trainable
 from ..core import IGNORED
-from ..data import Collator, Labels, Record, encode_all
+from ..data import Collator, Labels, Record, Writer, encode_all
 from ..model import ShadowModel
 from ..runs import last_checkpoint, make_arguments
 from ..scoring import in_mode, score_classes, score_generation
@@ -51,8 +51,13 @@ def run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[st
 
 def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[str, Any]:
     options = {n: TaskOptions(**t) for n, t in request["tasks"].items()}
-    tasks = {n: load_task(n, o, request["chat_template"]) for n, o in options.items() if o.lm_eval is None}
     tokenizer: Any = load_tokenizer(request["base"])
+    chats = Writer(tokenizer, request["chat_template"]).chats
+    tasks = {
+        n: load_task(n, o, chats, n == request["task"] and request["kind"] != "base")
+        for n, o in options.items()
+        if o.lm_eval is None
+    }
     learned = tasks.get(request["task"])
     labels = None
     if learned is not None and learned.options.head == "classify":
@@ -82,13 +87,17 @@ def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[s
             loss = loss_of(runner, tokenizer, *given)[0]
         found["validation_loss"] = loss if math.isfinite(loss) else None
         return found
-    found["scores"] = {
-        name: {
-            mode: _score(model, mode, name, options[name], tasks.get(name), tokenizer, labels, request)
-            for mode in request["modes"]
-        }
-        for name in request["tests"]
-    }
+    own = tasks.get(request["task"])
+    found |= {"scores": {}, "unscored": {}, "max_new_tokens": None if own is None else own.max_new_tokens}
+    for name in request["tests"]:
+        for mode in request["modes"]:
+            try:
+                score = _score(model, mode, name, options[name], tasks.get(name), tokenizer, labels, request)
+                found["scores"].setdefault(name, {})[mode] = score
+            except Exception:  # one test's trouble costs neither the training nor the other scores
+                found["unscored"][name] = traceback.format_exc()
+    if not found["scores"]:
+        raise RuntimeError(next(iter(found["unscored"].values())))
     return found
 
 

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 from ..data import read_hub, read_rows
 from ..errors import ConfigError, DataError, unknown_key
-from .metrics import PUZZLE
+from .metrics import PUZZLE, UNANSWERABLE, UNKNOWN
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJ"
-UNANSWERABLE = "unanswerable"
 GYM = "reasoning_gym:"  # and the name of one of its generators
 GYM_SEEDS = {"train": 0, "test": 20_000_000}  # of the generators: what is tested is never trained on
 GYM_SIZES = {"train": 3300, "test": 200}
@@ -59,7 +58,15 @@ class KnownSet:
 
 def _choice(row: Row) -> Item:
     options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
-    return Item("", f"{row['question']}\n{options}\nAnswer with the letter.", LETTERS[row["answer"]])
+    answer = LETTERS[_index(row["answer"], len(row["choices"]))]
+    return Item("", f"{row['question']}\n{options}\nAnswer with the letter.", answer)
+
+
+def _index(value: Any, count: int) -> int:
+    """Of one of ``count``, from 0 on."""
+    if not 0 <= int(value) < count:
+        raise IndexError(f"{value} is none of 0 to {count - 1}")
+    return int(value)
 
 
 def _span(row: Row) -> Item:
@@ -69,7 +76,7 @@ def _span(row: Row) -> Item:
 
 
 def _span_or_unknown(row: Row) -> Item:
-    return Item(row["context"], f"{row['question']}\nAnswer with words of the text, or with unknown.", row["answer"])
+    return Item(row["context"], f"{row['question']}\nAnswer with words of the text, or with {UNKNOWN}.", row["answer"])
 
 
 def _labelled(question: str, names: tuple[str, ...] | None = None) -> Callable[[Row], Item]:
@@ -78,7 +85,7 @@ def _labelled(question: str, names: tuple[str, ...] | None = None) -> Callable[[
     def form(row: Row) -> Item:
         label = row["label"]
         if names is not None:
-            label = names[int(label)]
+            label = names[_index(label, len(names))]
         elif "label_text" in row:
             label = row["label_text"]
         return Item(row["text"], question, str(label))
@@ -107,10 +114,11 @@ STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
 NEWS = ("World", "Sports", "Business", "Sci/Tech")
 SENTIMENT = "Is this review positive, negative, neutral or ambivalent?"
 AFTER_HASHES = r"####\s*(-?[\d.,]+)"
+FIRST_LETTER = r"^\W*([A-J])\b"  # also of "B." and "(B)"
 
 SETS: dict[str, KnownSet] = {
     # of the paper
-    "mmlu": KnownSet(_choice, ("cais/mmlu", "all"), ("auxiliary_train", "test"), max_new_tokens=2),
+    "mmlu": KnownSet(_choice, ("cais/mmlu", "all"), ("auxiliary_train", "test"), pattern=FIRST_LETTER, max_new_tokens=2),
     "gsm8k": KnownSet(_worked, ("openai/gsm8k", "main"), metric="number", pattern=AFTER_HASHES, max_new_tokens=256),
     "squad_v2": KnownSet(_span, ("rajpurkar/squad_v2",), ("train", "validation"), metric="squad", max_new_tokens=32, asks=True),
     "amazon_reviews": KnownSet(
@@ -123,8 +131,8 @@ SETS: dict[str, KnownSet] = {
     "medicine_reviews": KnownSet(_labelled(SENTIMENT), max_new_tokens=4),
     "intents": KnownSet(_intent, max_new_tokens=8),
     "vitaminc": KnownSet(_claim, max_new_tokens=4, asks=True),
-    "social_iqa": KnownSet(_choice, max_new_tokens=2),
-    "strategyqa": KnownSet(_choice, max_new_tokens=2),
+    "social_iqa": KnownSet(_choice, pattern=FIRST_LETTER, max_new_tokens=2),
+    "strategyqa": KnownSet(_choice, pattern=FIRST_LETTER, max_new_tokens=2),
     "disfl_qa": KnownSet(_span_or_unknown, metric="squad", max_new_tokens=24, asks=True),
     "gsm_symbolic": KnownSet(_generated, metric="number", pattern=AFTER_HASHES, max_new_tokens=200),
 }  # fmt: skip

@@ -56,8 +56,7 @@ def estimate(scores: np.ndarray, span: float = 1.0) -> Estimate:
     seeds, items = scores.shape
     mean = float(scores.mean())
     of_seeds, of_items = scores.mean(1), scores.mean(0)
-    variance_seeds = float(of_seeds.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    variance_items = float(of_items.var(ddof=1)) / items if items > 1 else 0.0
+    variance_seeds, variance_items = _variance(of_seeds) / seeds, _variance(of_items) / items
     variance = variance_seeds + variance_items
     if variance == 0:
         alike = items if items > 1 else seeds
@@ -67,6 +66,12 @@ def estimate(scores: np.ndarray, span: float = 1.0) -> Estimate:
     freedom = sum(v for v, _ in parts) ** 2 / sum(v**2 / n for v, n in parts)
     half = float(student.ppf(0.5 + LEVEL / 2, freedom)) * math.sqrt(variance)
     return Estimate(mean, mean - half, mean + half, seeds, items)
+
+
+def _variance(values: np.ndarray) -> float:
+    """0 of one value, and of what differs by rounding alone."""
+    alike = np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max()))
+    return 0.0 if alike else float(values.var(ddof=1))
 
 
 def difference(ours: dict[int, list[float]], theirs: dict[int, list[float]]) -> Estimate | None:

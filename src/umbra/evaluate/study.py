@@ -112,6 +112,8 @@ class Study:
             )
         if not options.seeds or not all(isinstance(s, int) and 0 <= s < 2**32 for s in options.seeds):
             raise ConfigError(f"seeds must be a list of whole numbers from 0 on, got {shown(options.seeds)}.")
+        if len(set(options.seeds)) < len(options.seeds):
+            raise ConfigError(f"seeds names one twice: {shown(options.seeds)}.")
         named = {
             "search.tasks": (self.search.tasks or []) if self.search else [],
             "transfer": [n for k, v in options.transfer.items() for n in (k, *_listed(v, f"transfer.{k}"))],

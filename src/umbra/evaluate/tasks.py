@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data import Labels, Record, read_records, record_kind
+from ..data import MARK, Labels, Record, read_records, record_kind
 from ..errors import ConfigError, DataError, unknown_key
 from ..options import flag
 from ..scoring import reference_of
-from .metrics import LOSS, METRICS, PUZZLE, puzzle
+from .metrics import LOSS, METRICS, PUZZLE, has_answer, puzzle
 from .sets import Item, items, known
 
 ALSO, ROW = "also", "puzzle"  # columns of a record: further right answers, and what reasoning-gym judges them by
@@ -128,23 +128,29 @@ def digest_of(files: list[Path]) -> str:
     return hashlib.sha256("".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in files).encode()).hexdigest()[:16]
 
 
-def load_task(name: str, options: TaskOptions, chat_template: bool = True) -> Task:
+def load_task(name: str, options: TaskOptions, chats: bool = True, learned: bool = True) -> Task:
     """All records of a task but lm-eval's: shuffled, always alike, then cut; none that is learned is asked in the test.
 
     Args:
-        chat_template: without one, the question of a known set ends its line.
+        chats: whether a chat template is used; without one, the question of a known set ends its line.
+        learned: whether it is; what is tested only needs nothing to learn.
 
     Raises:
         ConfigError: see `TaskOptions.check`.
-        DataError: data that cannot be read, or too little of it to hold any out.
+        DataError: data that cannot be read, too little of it to hold any out, or an answer that no reply can be held to.
     """
     options.check(name)
+    learns = options.is_learned and (learned or options.scored_on == "validation")
     metric, pattern, new = options.metric, options.pattern, options.max_new_tokens
     if options.test is not None:
-        learned = read_records(options.train) if options.train else []
+        to_learn = read_records(options.train) if options.train and learns else []
         tested = read_records(options.test, "test")
         wanted = {"classify": ("label",), "text": ("text",), "generate": ("completion", "messages")}[options.head]
-        for records in filter(None, (learned, tested)):
+        for records in filter(None, (to_learn, tested)):
+            if any(r.get(MARK) for r in records):
+                raise DataError(
+                    f"task {name} has records marked {MARK!r}; a study scores answers: leave the column out."
+                )
             if (kind := record_kind(records[0], name)) not in wanted:
                 raise DataError(
                     f"task {name} has head={options.head}, which takes {' or '.join(wanted)} records, not {kind}."
@@ -153,29 +159,42 @@ def load_task(name: str, options: TaskOptions, chat_template: bool = True) -> Ta
         found = known(options.set or name)
         metric, pattern = metric or found.metric, pattern or found.pattern
         new = new or found.max_new_tokens
-        learned, tested = (
-            [_record(i, options, chat_template, found.asks) for i in items(options.set or name, part, options.data)]
+        to_learn, tested = (
+            [_record(i, options, chats, found.asks) for i in items(options.set or name, part, options.data)]
+            if learns or part == "test"
+            else []
             for part in ("train", "test")
         )
     asked = {_asked(r) for r in tested}
-    learned = [r for r in learned if _asked(r) not in asked]
-    for records in (learned, tested):
+    to_learn = [r for r in to_learn if _asked(r) not in asked]
+    for records in (to_learn, tested):
         random.Random(0).shuffle(records)
     held = options.validation
-    if options.scored_on == "validation" and options.is_learned:
-        tested = learned[-held:]
-    if options.is_learned and len(learned) <= held:
+    if options.scored_on == "validation" and learns:
+        tested = to_learn[-held:]
+    if learns and len(to_learn) <= held:
         raise DataError(
-            f"task {name} has {len(learned)} training records that its test does not ask, of which validation={held} leaves none "
+            f"task {name} has {len(to_learn)} training records that its test does not ask, of which validation={held} leaves none "
             "to learn."
         )
     task = Task(
-        name, options, learned[:-held][: options.train_limit], learned[-held:], tested[: options.test_limit],
+        name, options, to_learn[:-held][: options.train_limit], to_learn[-held:], tested[: options.test_limit],
         LOSS if options.head == "text" else metric or "exact", pattern, new or 64,
     )  # fmt: skip
-    if options.head == "classify":
+    if options.head == "classify" and task.train:
         _check_classes(task)
+    if options.head == "generate" and task.metric in METRICS:
+        _check_answers(task)
     return task
+
+
+def _check_answers(task: Task) -> None:
+    for record in task.test:
+        if not has_answer(task.metric, reference_of(record), task.pattern):
+            sought = f"pattern={task.pattern!r}" if task.pattern else "metric=number"
+            raise DataError(
+                f"task {task.name}: {sought} finds no answer in {reference_of(record)!r:.200}, which is to be the right one."
+            )
 
 
 def _asked(record: Record) -> str:
@@ -192,23 +211,24 @@ def _check_classes(task: Task) -> None:
             f"task {task.name}: a study compares classifiers of one class each, not of {labels.problem_type}."
         )
     other = {str(r["label"]) for r in task.test} - {str(r["label"]) for r in (*task.train, *task.validation)}
-    if task.train and other:
+    if other:
         raise DataError(f"task {task.name} tests classes that it does not learn: {', '.join(sorted(other))}.")
 
 
-def _record(item: Item, options: TaskOptions, chat_template: bool, asks: bool) -> Record:
+def _record(item: Item, options: TaskOptions, chats: bool, asks: bool) -> Record:
     text = " ".join(item.text.split()[: options.words]) if options.words else item.text
     if options.head == "classify":
         return {"text": f"{text}\n{item.question}".strip() if asks or not text else text, "label": item.answer}
     if options.head == "text":
         return {"text": "\n".join(filter(None, (text, item.question, item.answer)))}
-    prompt = f"{text}\n{item.question}".strip() + ("" if chat_template else "\n")
+    prompt = f"{text}\n{item.question}".strip() + ("" if chats else "\n")
     return {"prompt": prompt, "completion": item.answer, ALSO: list(item.also), ROW: item.puzzle}
 
 
 def right_answers(record: Record) -> list[str]:
     """All texts that count as right."""
-    return [reference_of(record), *record.get(ALSO, [])]
+    also = record.get(ALSO)
+    return [reference_of(record), *(a for a in (also if isinstance(also, list) else ()) if isinstance(a, str))]
 
 
 def read_options(name: str, values: Any, check: Any) -> TaskOptions:

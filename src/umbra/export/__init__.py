@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import folder
+from .. import anatomy, folder
 from ..bases import load_base, load_tokenizer
 from ..checkpoint import load
 from ..corpus import read_prompts
@@ -19,6 +19,7 @@ from ..data import Writer
 from ..detach import check_target, detach, parse_dtype, save_stock
 from ..errors import ConfigError, ExportError
 from ..options import ExportOptions
+from ..pretrained import LANGUAGE_MODELS, read_config
 from . import parity
 from .parity import Parity, Stock, answer, check, compare, compare_whole, end_tokens
 from .quiet import quiet
@@ -90,9 +91,10 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
 
     try:
         folder.write_together(out, write)
-        for old in out.glob("model-*"):
-            if options.to != "hf" and not any(old.name.startswith(row.file) for row in rows):
-                old.unlink()  # of an export before, with another vocabulary perhaps
+        for kind in KINDS[options.to]:
+            if not any(row.file == f"model-{kind}.{options.to}" for row in rows):
+                for old in out.glob(f"model-{kind}.{options.to}*"):
+                    old.unlink()  # of an export before, with another vocabulary perhaps
     except BaseException:
         if new_folder and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
@@ -137,10 +139,9 @@ def _load(options: ExportOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
         if options.base is not None:
             raise ConfigError(f"{options.adapter} is a model of its own, it has no base: leave out --base.")
-        stock = load_base(str(source), dtype=torch.float32)
-        if type(stock).__name__ not in (stock.config.architectures or ()):
+        if LANGUAGE_MODELS.isdisjoint(read_config(str(source)).get("architectures") or ()):
             raise _classifier(options)
-        return stock.eval(), _fast(load_tokenizer(str(source)))
+        return load_base(str(source), dtype=torch.float32).eval(), _fast(load_tokenizer(str(source)))
     attached = load(options.adapter, options.base)
     if not attached.can_generate():
         raise _classifier(options)
@@ -195,7 +196,7 @@ def _write_around(
     folder.write_text(staging / PROMPT, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     shutil.copyfile(Path(__file__).with_name(RUN), staging / RUN)
     if options.to == "gguf":
-        context = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT)
+        context = anatomy.positions(model.config) or CONTEXT
         folder.write_text(staging / "Modelfile", modelfile(writer, file, context))
 
 

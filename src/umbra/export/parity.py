@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import anatomy
 from ..data import Writer
 from ..errors import ExportError
 from .run import answer as greedy
@@ -141,14 +142,24 @@ class Recorded(Stock):
 
 
 def answer(model: PreTrainedModel, writer: Writer, prompts: Iterable[str], new: int) -> Reference:
-    """Greedy answers, decoded with a cache: the likeliest tokens, whatever the generation configuration penalises."""
+    """Greedy answers, decoded with a cache: the likeliest tokens, whatever the generation configuration penalises.
+
+    Args:
+        new: tokens of an answer; fewer where the model is not made for as many after the longest prompt.
+
+    Raises:
+        ExportError: a prompt that leaves no room for an answer.
+    """
     end, runner = end_tokens(model, writer.tokenizer), Recorded(model, writer)
     texts = [writer.ask(p) for p in prompts]
     ids = [writer.tokens(t) for t in texts]
-    paths, logits = [], []
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    paths, logits, longest = [], [], max(map(len, ids))
+    most = anatomy.positions(model.config) or sys.maxsize
+    if longest >= most:
+        raise ExportError(f"A prompt has {longest} tokens, and the model is made for {most}: name others by --prompts.")
+    new = min(new, most - longest)
     for prompt in ids:
-        paths.append(list(greedy(runner, prompt, max(1, min(new, most - len(prompt))), [])))
+        paths.append(list(greedy(runner, prompt, new, [])))
         logits.append(np.concatenate(runner.said))
     return Reference(texts, ids, [_to_the_end(path, end) for path in paths], paths, logits, end, new)
 

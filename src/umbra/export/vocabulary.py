@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..corpus import TEXT_FILES
 from ..data import Writer, read_records
+from ..detach import accept
 from ..errors import DataError, ExportError
 
 TOKEN_FIELDS = (
@@ -164,6 +165,7 @@ def trim_model(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
         for field, value in settings.to_dict().items():
             if field in TOKEN_FIELDS and value is not None:
                 setattr(settings, field, _mapped(value, new))
+    accept(generation)
     config.get_text_config().vocab_size = len(kept)
     trimmed = type(model)._from_config(config, dtype=model.dtype)
     trimmed.load_state_dict({k: v for k, v in state.items() if k in trimmed.state_dict()})
