@@ -1,5 +1,6 @@
 """The commands as a user types them, on a tiny base."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from umbra.cli import main
 from umbra.scoring import answer_of
+from umbra.settings import number, read_yaml
 
 RECORDS = [{"prompt": f"say {c}", "completion": c} for c in "abcd"] * 3
 
@@ -150,6 +152,9 @@ def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
         (["eval", "{out}", "{data}", "--modes", "sideways"], "Unknown mode 'sideways'"),
         (["eval", "{out}", "{data}", "--answer-pattern", "("], "no regular expression"),
         (["eval", "{out}", "{data}", "--output", "/no/where.jsonl"], "lies in a folder that does not exist"),
+        (["eval", "{out}", "{data}", "--output", "/tmp"], "is no file that can be written"),
+        (["eval", "{out}", "{data}", "--modes", ","], "modes is empty"),
+        (["eval", "{out}", "{data}", "--answer-pattern", "####"], "record 1: answer_pattern='####' finds no answer in"),
         (["generate", "{out}", " "], "prompt is empty"),
         (["generate", "{out}", "a", "--mode", "both"], "Unknown mode"),
         (["generate", "{out}", "a", "--temperature=-1"], "temperature"),
@@ -168,6 +173,22 @@ def test_mistakes_are_answered_in_one_line(run, arguments, says, capsys):
     assert says in error
     assert error.startswith("umbra: error: ")
     assert "Traceback" not in error
+
+
+def test_flags_are_read_as_the_file_is(tmp_path):
+    (tmp_path / "x.yaml").write_text("k: {min_lr: 1e-5, more: [1e-3, no]}\n")
+    assert number("{min_lr: 1e-5, more: [1e-3, no]}") == read_yaml(str(tmp_path / "x.yaml"))["k"]
+    assert number("{min_lr: 1e-5}") == {"min_lr": 1e-5}
+
+
+def test_a_prompt_on_stdin_is_the_prompt_alone(run, capsys, monkeypatch):
+    said = []
+    for prompt, text in (("say a", ""), ("-", "say a\n")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert main(["generate", str(run / "out"), prompt, "--max-new-tokens", "4", "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+        said[-1].pop("seconds", None)
+    assert said[0] == said[1]
 
 
 def test_a_classifier_is_scored_by_accuracy(tmp_path, base_folder, capsys):

@@ -158,6 +158,14 @@ def test_missing_damaged_and_unnamed_data_is_refused(tmp_path):
     broken.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:30])
     with pytest.raises(umbra.DataError, match="cannot be read"):
         read_records(str(broken))
+    flipped = bytearray(gzip.compress(json.dumps({"text": "ab" * 5000}).encode()))
+    flipped[20:30] = b"\xff" * 10
+    broken.write_bytes(flipped)
+    with pytest.raises(umbra.DataError, match="cannot be read"):
+        read_records(str(broken))
+    for line in ('{"text": ' + "[" * 10**5, '{"text": 1' + "0" * 5000 + "}"):
+        with pytest.raises(umbra.DataError, match=r"odd\.jsonl:1 is not JSON"):
+            read_records(write(tmp_path / "odd.jsonl", [line]))
     with pytest.raises(umbra.DataError, match="No data given"):
         read_records("")
 
@@ -186,6 +194,12 @@ def test_labels_say_what_kind_of_problem_it_is(values, problem, names, label, en
     labels = Labels.of(values)
     assert (labels.problem_type, labels.names) == (problem, names)
     assert labels.encode(label) == encoded
+
+
+@pytest.mark.parametrize("value", [{"x": 1}, float("nan"), [[1]], [float("inf")]])
+def test_labels_that_are_no_labels_are_named(value):
+    with pytest.raises(umbra.DataError, match="is neither a name nor a number"):
+        Labels.of([value, value])
 
 
 def test_unusable_labels_are_refused():

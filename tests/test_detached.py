@@ -6,9 +6,17 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)  # fmt: skip
 
 import umbra
+from conftest import make_tokenizer
 from tiny import (
     ARCHITECTURES,
     CLASSIFIERS,
@@ -123,6 +131,17 @@ def test_detached_pretrained_shadow(name, classifier, form, tmp_path):
     assert_stock(stock)
     assert stock.config.model_type == form
     torch.testing.assert_close(stock(ids).logits, shadow_path(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_bases_as_they_are_published_can_be_detached(tmp_path):
+    """With settings of generation that are not all consistent, and several chat templates."""
+    model, tokenizer = make(escalation="[REMOTE]"), make_tokenizer()
+    model.base.generation_config.temperature, model.base.generation_config.top_p = 0.9, 0.6
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "x"}
+    write_detached(model, tmp_path / "edge", tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "edge").chat_template == tokenizer.chat_template
+    kept = GenerationConfig.from_pretrained(tmp_path / "edge")
+    assert (kept.escalation, kept.top_p) == ("[REMOTE]", 0.6)
 
 
 @architectures

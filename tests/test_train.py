@@ -286,6 +286,48 @@ def test_a_folder_with_something_else_in_it_is_refused(settings):
     assert weights(settings["output_dir"])["shadow.couplings.injections.1.down.weight"].shape[0] == 5
 
 
+WRONG = {
+    "two losses": {"distillation_weight": 0.5, "label_smoothing_factor": 0.1},
+    "no evaluation data": {"eval_strategy": "epoch"},
+    "no such file": {"train_data": "nowhere.jsonl"},
+    "resuming from elsewhere": {"resume_from_checkpoint": "elsewhere"},
+    "in place of the base": {"output_dir": None},
+}
+
+
+@pytest.mark.parametrize("form", WRONG)
+def test_what_cannot_begin_overwrites_nothing(settings, form):
+    train(settings)
+    before, wrong = weights(settings["output_dir"]), {**settings, **WRONG[form], "overwrite": True}
+    if form == "in place of the base":
+        wrong["output_dir"] = settings["base"]
+    with pytest.raises(umbra.UmbraError):
+        train(wrong)
+    assert same(weights(settings["output_dir"]), before)
+    assert train(settings)["global_step"] == 6, "and the finished run is still known as such"
+
+
+def test_a_home_folder_is_one_folder(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    train({**settings, "output_dir": "~/run"})
+    assert not (tmp_path / "~").exists()
+    assert {"run.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "home" / "run").iterdir()}
+
+
+def test_a_record_longer_than_the_bases_positions_is_refused(settings, tmp_path):
+    data = write(tmp_path / "long.jsonl", [{"prompt": "a" * 200, "completion": "b"}])
+    with pytest.raises(umbra.ConfigError, match="the base is made for 128: set max_length to 128 at most"):
+        train({**settings, "train_data": data})
+    assert not os.path.exists(settings["output_dir"])
+
+
+def test_json_is_all_that_stdout_has(settings, capsys):
+    flags = [x for k, v in settings.items() if k != "disable_tqdm" for x in (f"--{k}", str(v))]
+    assert main(["train", *flags, "--json", "--max_length", "30"]) == 0
+    assert json.loads(capsys.readouterr().out)["global_step"] == 6
+
+
 @pytest.mark.parametrize("classifier", [False, True])
 def test_transformers_own_trainer_resumes_and_loads_the_best(tmp_path, classifier, monkeypatch):
     """Nothing of ours but the model: trained heads are in every checkpoint, resuming is exact."""

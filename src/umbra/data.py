@@ -7,6 +7,8 @@ shadow: the pair learns its answer, the shadow to pass it on.
 
 import gzip
 import json
+import math
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +70,10 @@ def _read_lines(path: Path) -> list[Record]:
                     continue
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (
+                    ValueError,
+                    RecursionError,
+                ) as error:  # also numbers that are too long, and what is nested too deep
                     raise DataError(
                         f"{path}:{number} is not JSON: {error}. Each line must be one JSON object."
                     ) from None
@@ -79,7 +84,7 @@ def _read_lines(path: Path) -> list[Record]:
                 if not isinstance(record, dict):
                     raise DataError(f"{path}:{number} is a JSON {type(record).__name__}, not an object with columns.")
                 records.append(record)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     return records
 
@@ -297,6 +302,10 @@ class Labels:
             DataError: labels of different kinds, or a single class.
         """
         values = list(values)
+        for value in values:
+            for x in value if isinstance(value, list) else [value]:
+                if not isinstance(x, str | int | float) or (isinstance(x, float) and not math.isfinite(x)):
+                    raise DataError(f"The label {value!r:.80} is neither a name nor a number, nor a list of those.")
         lists = [isinstance(v, list) for v in values]
         if any(lists) and not all(lists):
             raise DataError("Some labels are lists and some are not.")

@@ -37,7 +37,10 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
         check_draft(draft)
         drafting = {"draft": draft, "return_dict_in_generate": True}
     check_dtype(options.dtype)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    try:
+        prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The prompt on stdin is no UTF-8: {error}") from error
     if not prompt.strip():
         raise ConfigError("The prompt is empty.")
     model = on_accelerator(load(options.adapter, options.base, dtype=options.dtype).eval())

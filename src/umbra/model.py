@@ -376,6 +376,7 @@ class ShadowForSequenceClassification(ShadowModel):
             "use_cache": use_cache,
             **kwargs,
         }
+        anatomy.pad_alike(self.config, self.base.config)
         if self._is_disabled:
             self._settle_use_cache(batch)
             caches.check_bare(past_key_values, self.base.config)

@@ -1,6 +1,7 @@
 """What `umbra train` and `umbra pretrain` share: flat settings sorted out, and an output folder that can be resumed."""
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -47,6 +48,12 @@ def sort_settings(
     for key in values:
         if key not in known:
             raise unknown_key(key, known, where)
+    if isinstance(out := values.get("output_dir"), str):
+        values = {**values, "output_dir": os.path.expanduser(out)}  # as TrainingArguments does
+    if not isinstance(values.get("resume_from_checkpoint"), bool | None):
+        raise ConfigError(
+            "resume_from_checkpoint: a run goes on where it was by itself, from its own folder; leave it out."
+        )
     options = kind(**{k: v for k, v in values.items() if k in names(kind)})
     check_types(kind, asdict(options))
     shadow = ShadowConfig(**{k: v for k, v in values.items() if k in names(ShadowConfig)})

@@ -6,7 +6,9 @@ A shadow that was taught to pass requests on is also told how often it does, and
 
 import json
 import math
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -279,6 +281,8 @@ def score_adapter(options: EvalOptions) -> list[Score]:
         CheckpointError, BaseModelError: see `umbra.load`.
     """
     modes = [m.strip() for m in options.modes.split(",") if m.strip()]
+    if not modes:
+        raise ConfigError(f"modes is empty: choose from {', '.join(MODES)}.")
     for mode in modes:
         if mode not in MODES:
             raise ConfigError(f"Unknown mode {mode!r}: choose from {', '.join(MODES)}.")
@@ -292,8 +296,7 @@ def score_adapter(options: EvalOptions) -> list[Score]:
         except re.error as error:
             raise ConfigError(f"answer_pattern is no regular expression: {error}") from error
     check_dtype(options.dtype)
-    if options.output and not Path(options.output).absolute().parent.is_dir():
-        raise ConfigError(f"output={options.output} lies in a folder that does not exist.")
+    _check_output(options.output)
     records = read_records(options.data, options.split)[: options.limit]
     kind = record_kind(records[0], options.data)
     _check_references(records, options)
@@ -311,8 +314,22 @@ def score_adapter(options: EvalOptions) -> list[Score]:
     scores += [both] if both else []
     lines = [json.dumps({"mode": m, **reply}, ensure_ascii=False) for m, told in replies.items() for reply in told]
     if options.output:
-        Path(options.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        try:
+            Path(options.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        except OSError as error:  # the scores are worth more than the replies
+            print(f"{options.output} could not be written: {error}", file=sys.stderr)
     return scores
+
+
+def _check_output(name: str | None) -> None:
+    """Refuse a file for the replies that cannot be written, before they are made."""
+    if name is None:
+        return
+    file = Path(name)
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"output={name} lies in a folder that does not exist.")
+    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise ConfigError(f"output={name} is no file that can be written.")
 
 
 def table(scores: list[Score]) -> str:

@@ -19,8 +19,8 @@ def number(text: Any) -> Any:
     if NUMBER.fullmatch(text):
         return float(text) if any(c in text for c in ".eE") else int(text)
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return yaml.load(text, _loader())
+    except (yaml.YAMLError, ValueError):
         return text
 
 
@@ -29,12 +29,7 @@ def spelled(values: dict[Any, Any]) -> dict[Any, Any]:
     return {k: "no" if v is False and str(k).endswith("_strategy") else v for k, v in values.items()}
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping that a file holds.
-
-    Raises:
-        ConfigError: no such file, no YAML, no mapping, or a key that stands twice.
-    """
+def _loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -45,12 +40,23 @@ def read_yaml(path: str) -> dict[str, Any]:
             return spelled(super().construct_mapping(node, deep))
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER_LINE, list("+-.0123456789"))
+    return Loader
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping that a file holds.
+
+    Raises:
+        ConfigError: no such file, no YAML, no mapping, or a key that stands twice.
+    """
+    import yaml
+
     try:
         with open(path, "rb") as file:
             text = file.read(LARGEST_YAML + 1)
         if len(text) > LARGEST_YAML:
             raise ValueError(f"it is larger than {LARGEST_YAML:,} bytes")
-        values = yaml.load(text, Loader)
+        values = yaml.load(text, _loader())
     except Exception as error:  # beside YAMLError, yaml's constructors raise most of what Python has
         raise ConfigError(f"{path} cannot be read as YAML: {error!s:.500}") from error
     if not isinstance(values, dict):

@@ -92,19 +92,22 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         model.set_draft_vocabulary(frequent_tokens([e["labels"] for e in train_set], also=ends))
     if options.detached_only:
         leave_the_pair(model)
+    try:
+        trainer = ShadowTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_set,  # type: ignore[arg-type]
+            eval_dataset=eval_set,  # type: ignore[arg-type]
+            processing_class=tokenizer,
+            data_collator=Collator(int(pad)),  # type: ignore[arg-type]
+            compute_metrics=_accuracy if labels and labels.problem_type == "single_label_classification" else None,
+        )
+    except (ValueError, RuntimeError, ImportError) as error:  # of transformers: settings that do not go together
+        raise ConfigError(f"transformers' Trainer refuses these settings: {error!s:.500}") from error
     if arguments.should_save:
         if options.overwrite:
             run.clear()
         run.record()
-    trainer = ShadowTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_set,  # type: ignore[arg-type]
-        eval_dataset=eval_set,  # type: ignore[arg-type]
-        processing_class=tokenizer,
-        data_collator=Collator(int(pad)),  # type: ignore[arg-type]
-        compute_metrics=_accuracy if labels and labels.problem_type == "single_label_classification" else None,
-    )
     with model.shadow_only() if options.detached_only else nullcontext():
         result = trainer.train(resume_from_checkpoint=last)
         trainer.save_model()

@@ -48,6 +48,7 @@ class _ShadowLoss:
         self._shadow_train: torch.Tensor | float = 0.0
         self._shadow_since: int | None = None  # the step at which that sum began
         self._shadow_eval: list[torch.Tensor] = []  # one value for each example, of all ranks
+        self._task_eval: list[torch.Tensor] = []  # (sum, labels) of each batch, where some are the shadow's alone
         with _sharing_the_base(self, given, "ref_model" in parameters.parameters):
             super().__init__(**given)
         reads_the_models = super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[misc]
@@ -66,10 +67,16 @@ class _ShadowLoss:
         """The parent's loss, plus λ times the shadow's in training."""
         self.model.progress.fill_(self.state.global_step / max(1, self.state.max_steps))
         if self._one_pass:
-            inputs = {**inputs, "skip_logits": True} if self.model.training else inputs
+            if self.model.training:
+                inputs = {**inputs, "skip_logits": True}
+            elif "shadow_targets" in inputs:
+                num_items_in_batch = None  # of either path: each is divided by its own
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
             shadow = outputs.get("shadow_loss") if isinstance(outputs, dict) else None
             self._note(shadow, num_items_in_batch)
+            if not self.model.training and self.model.shadow_config.escalation is not None:
+                count = (inputs["labels"][:, 1:] != IGNORED).sum()
+                self._task_eval.append(self.gather_function(torch.stack([loss.detach().double() * count, count])[None]))
             return (loss, outputs) if return_outputs else loss
 
         inputs = dict(inputs)
@@ -139,11 +146,18 @@ class _ShadowLoss:
         super().log(logs, start_time)  # type: ignore[misc]
 
     def evaluation_loop(self: Any, *args: Any, **options: Any) -> Any:
-        """Adds the shadow's loss to the metrics, averaged as the task's is."""
+        """Adds the shadow's loss to the metrics, averaged as the task's is.
+
+        Where records are passed on, some rows are the shadow's alone: the task's loss is then that of a label.
+        """
         self._shadow_eval.clear()
+        self._task_eval.clear()
         output = super().evaluation_loop(*args, **options)  # type: ignore[misc]
+        prefix = options.get("metric_key_prefix", "eval")
+        if self._task_eval:
+            total, count = torch.cat(self._task_eval).sum(0).tolist()
+            output.metrics[f"{prefix}_loss"] = total / max(count, 1)
         if self._shadow_eval:
-            prefix = options.get("metric_key_prefix", "eval")
             output.metrics[f"{prefix}_shadow_loss"] = float(torch.cat(self._shadow_eval).mean())
         return output
 

@@ -37,7 +37,17 @@ from .configs import (
     unquantised,
     window,
 )
-from .heads import after_head, before_head, head_input, logit_factor, pad_token_id, problem_type, set_soft_cap, soft_cap
+from .heads import (
+    after_head,
+    before_head,
+    head_input,
+    logit_factor,
+    pad_alike,
+    pad_token_id,
+    problem_type,
+    set_soft_cap,
+    soft_cap,
+)
 from .parts import (
     Anatomy,
     accelerators,
@@ -104,6 +114,7 @@ __all__ = [
     "modes",
     "name_of",
     "own_cache",
+    "pad_alike",
     "pad_token_id",
     "positions",
     "problem_type",

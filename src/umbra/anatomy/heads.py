@@ -30,6 +30,13 @@ def pad_token_id(config: PretrainedConfig) -> int | None:
     return config.get_text_config().pad_token_id
 
 
+def pad_alike(config: PretrainedConfig, base: PretrainedConfig) -> None:
+    """Give the base the padding token that a trainer has set for the model: transformers' classifiers pool before it."""
+    pad = pad_token_id(config)
+    if pad is not None:
+        base.get_text_config().pad_token_id = pad
+
+
 def soft_cap(config: PretrainedConfig) -> float | None:
     """c where a language-model head is followed by c · tanh(logits / c)."""
     text = config.get_text_config(decoder=True)

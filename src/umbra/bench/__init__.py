@@ -126,7 +126,7 @@ def _lacking(
 
 
 def _run(plan: Plan, records: Records, options: BenchOptions, dtype: torch.dtype, device: Device) -> None:
-    base = Base.named(options.base, dtype, device.torch)
+    base = Base.named(options.base, dtype, device.torch, options.seed)
     methods = [m for m in METHODS if any(m in rows for rows in plan.values())]
     rank, widths = fit(base, methods, options.lora_rank)
     if rank != options.lora_rank:

