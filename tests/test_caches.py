@@ -360,3 +360,17 @@ def test_a_static_cache_in_chunks_for_a_shadow_of_other_heads(form, cache):
 def test_leaving_early_is_refused():
     with pytest.raises(umbra.BaseModelError, match="blocks that the shadow corrects"):
         generate(model_of("llama"), tokens(1), assistant_early_exit=2)
+
+
+@torch.no_grad()
+def test_a_static_cache_that_was_made_before_it_was_filled():
+    """Prefilled in chunks, all its layers exist from the beginning, those of shadows without a part too."""
+    model, ids = make(), tokens()
+    static = {"cache_implementation": "static", "max_cache_len": 64, "prefill_chunk_size": 4, "max_new_tokens": 3}
+    with model.disable_adapter():
+        assert torch.equal(model.generate(ids, **static), model.generate(ids, max_new_tokens=3))
+    model.add_adapter(umbra.ShadowConfig(rank=4), "second")
+    out = model.generate(ids, return_dict_in_generate=True, **static)
+    model.set_adapter("second")
+    with pytest.raises(umbra.StateError, match="other tokens for the base than for the shadow"):
+        model.generate(out.sequences, past_key_values=out.past_key_values, max_new_tokens=3)

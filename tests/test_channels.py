@@ -140,3 +140,8 @@ def test_scrambled_shadows_are_told_apart():
     scramble(plain.shadow, 1)
     with torch.no_grad():
         assert float((model(ids).logits - plain(ids).logits).abs().max()) > 1e-3
+
+
+def test_a_base_of_few_positions_is_measured_within_them():
+    model = umbra.attach(make_base("gpt2", n_positions=16))
+    assert all((i.channels != 1).any() for i in model.shadow.couplings.injections.values())

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +24,8 @@ from folders import (
     hook_count,
     names,
 )
-from tiny import ARCHITECTURES, CLASSIFIERS, class_labels, make, make_base, tokens
-from umbra import BaseModelError, CheckpointError
+from tiny import ARCHITECTURES, CLASSIFIERS, class_labels, make, make_base, scramble, tokens
+from umbra import BaseModelError, CheckpointError, ConfigError
 
 # -- round trips ---------------------------------------------------------------------------------------------------
 
@@ -296,8 +298,92 @@ def test_an_adapter_is_loaded_from_the_hub_by_its_id(tmp_path, monkeypatch):
 
 
 def test_pushing_uploads_the_adapter(tmp_path, monkeypatch):
-    model, pushed = make("llama"), []
-    monkeypatch.setattr(type(model), "push_to_hub", lambda self, repo_id, token=None: pushed.append(repo_id))
+    """The one that was saved, with its card, to a repository as it was asked for."""
+
+    class Hub:
+        def __init__(self, token):
+            asked.append(token)
+
+        def create_repo(self, repo_id, **how):
+            asked.append((repo_id, how))
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_branch(self, repo_id, **how):
+            asked.append((repo_id, how))
+
+        def upload_folder(self, repo_id, folder_path, **how):
+            folder = Path(folder_path)
+            found = json.loads((folder / "adapter_config.json").read_text())["adapter_id"]
+            asked.append((repo_id, found, "umbra" in (folder / "README.md").read_text(), how))
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    model = make("llama")
     model.save_pretrained(tmp_path / "mine", push_to_hub=True)
-    model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="owner/name")
-    assert pushed == ["mine", "owner/name"]
+    plain = {"commit_message": "Upload adapter", "revision": None, "commit_description": None, "create_pr": False}
+    assert asked == [
+        None, ("mine", {"private": None, "exist_ok": True}), ("mine", model.shadow.adapter_id, True, plain),
+    ]  # fmt: skip
+    model.add_adapter(umbra.ShadowConfig(rank=4), "second")
+    asked.clear()
+    how = {"private": True, "token": "t", "revision": "dev", "commit_message": "m", "repo_id": "owner/name"}
+    model.save_pretrained(tmp_path / "two", adapter_name="second", push_to_hub=True, **how)
+    assert asked == [
+        "t", ("owner/name", {"private": True, "exist_ok": True}), ("owner/name", {"branch": "dev", "exist_ok": True}),
+        ("owner/name", model.adapter("second").adapter_id, True, {**plain, "commit_message": "m", "revision": "dev"}),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [{"overwrit": True}, {"safe_serialization": False}, {"variant": "fp16"}])
+def test_arguments_that_would_mean_nothing_are_refused(tmp_path, wrong):
+    model = make("llama")
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        model.save_pretrained(tmp_path / "a", **wrong)
+    assert not (tmp_path / "a").exists()
+    model.save_pretrained(tmp_path / "a", safe_serialization=True, variant=None, max_shard_size="5GB")
+    for options in ({"trainble": True}, {"dtype": torch.bfloat16}):
+        with pytest.raises(ConfigError, match="for loading a base by its name"):
+            umbra.load(tmp_path / "a", base=make_base("llama"), **options)
+
+
+def test_a_gathered_state_dict_is_that_of_the_adapter_that_is_named(tmp_path):
+    model = make("llama")
+    model.add_adapter(model.shadow_config, "second")
+    scramble(model.adapter("second"), 9)
+    model.save_pretrained(tmp_path / "a", adapter_name="second")
+    model.save_pretrained(tmp_path / "b", adapter_name="second", state_dict=model.state_dict())
+    one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+def test_label_names_and_the_kind_of_problem_survive_a_base_that_has_none(tmp_path):
+    names = {0: "bad", 1: "ok", 2: "good"}
+    told = {
+        "id2label": names,
+        "label2id": {v: k for k, v in names.items()},
+        "problem_type": "multi_label_classification",
+    }
+    make(classifier=True, base_options=told).save_pretrained(tmp_path / "a")
+    model = umbra.load(tmp_path / "a", base=make_base(classifier=True, num_labels=3))
+    for config in (model.config, model.detached().config):
+        assert config.id2label == names and config.problem_type == told["problem_type"]
+    model.save_pretrained(tmp_path / "a")
+    assert umbra.load(tmp_path / "a", base=make_base(classifier=True, num_labels=3)).config.id2label == names
+    with pytest.raises(CheckpointError, match="knows 3 labels, the base's head 5"):
+        umbra.load(tmp_path / "a", base=make_base(classifier=True, num_labels=5))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (torch.rand(4, 1), "regression"), (torch.ones(4, 3), "multi_label_classification"),
+        (torch.arange(4) % 3, "single_label_classification"),
+    ],
+)  # fmt: skip
+def test_the_kind_of_problem_that_labels_show_is_written_down(tmp_path, labels, kind):
+    """As transformers' classifiers do it: pipelines ask for it."""
+    model = make(classifier=True, base_options={"num_labels": 1 if kind == "regression" else 3})
+    model(input_ids=tokens(4), labels=labels)
+    model.save_pretrained(tmp_path)
+    assert model.config.problem_type == model.detached().config.problem_type == kind
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["classifier"]["problem_type"] == kind

@@ -498,3 +498,19 @@ def test_refused_in_continuous_batching():
 def test_a_static_cache_with_windows_is_refused(name):
     with pytest.raises(umbra.BaseModelError, match="draft"):
         drafted(agreeing(name), tokens(1), cache_implementation="static")
+
+
+def test_a_function_of_allowed_tokens_sees_the_text_alone():
+    """One that knows nothing after the end, and is asked about each text once."""
+    model, ids = agreeing("llama"), tokens(1)
+    end, told = 2, {"eos_token_id": 2, "max_new_tokens": 10, "do_sample": False}
+    answer, seen = [10, 11, 12, end], []
+
+    def allowed(_, text):
+        seen.append(text.tolist())
+        return answer[len(text) - ids.shape[1] :][:1]
+
+    expected, plain_seen = model.generate(ids, prefix_allowed_tokens_fn=allowed, **told), list(seen)
+    seen.clear()
+    found = model.generate(ids, prefix_allowed_tokens_fn=allowed, draft=8, assistant_confidence_threshold=0.0, **told)
+    assert torch.equal(found, expected) and seen == plain_seen

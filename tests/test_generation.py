@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, DynamicCache, StaticCache
 
+import umbra
 from tiny import ARCHITECTURES, CONFIGS, DIALECTS, LAYERS, VOCAB, make, make_base, tokens
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -174,3 +175,15 @@ def test_eval_then_generate_then_eval(name):
     assert torch.equal(model(ids).logits, before)
     assert torch.equal(generate(model, ids), first)
     assert int(first.max()) < VOCAB
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("mode", ["prompt_lookup", "assisted"])
+def test_what_is_drafted_can_be_taken_back_beside_shadows_that_have_no_part(name, mode):
+    """Windows of theirs are empty, which transformers cannot cut."""
+    model, ids = make(name), repetitive()[:1]
+    model.add_adapter(umbra.ShadowConfig(rank=4), "second")
+    more = {"prompt_lookup_num_tokens": 3} if mode == "prompt_lookup" else {"assistant_model": make_base(name, seed=5)}
+    assert torch.equal(generate(model, ids, **more), generate(model, ids))
+    with model.disable_adapter():
+        assert torch.equal(generate(model, ids, **more), generate(model, ids))

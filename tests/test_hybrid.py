@@ -156,3 +156,10 @@ def test_a_narrow_shadow(name):
     assert torch.equal(model.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY, use_cache=False))
     model.train()(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.shadow.parameters() if p.requires_grad)
+
+
+def test_what_cannot_be_taken_back_is_refused_as_the_bare_base_refuses_it():
+    ids = torch.tensor([[5, 6, 7, 8] * 3])
+    for model in (build("qwen3_5_text"), umbra.attach(build("qwen3_5_text"), umbra.ShadowConfig(rank=4))):
+        with pytest.raises(ValueError, match="not supported with stateful models"):
+            model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=4)

@@ -328,6 +328,18 @@ def test_several_beside_one_base(written):
     assert (found - wanted).abs().max() <= TOLERANCE
 
 
+def test_an_explicit_one_beside_another(written):
+    """shadow-peft's folders do not hold the shadow, which has to be named here too."""
+    package = written("shadow-peft explicit narrow")
+    model = make()
+    with pytest.raises(umbra.CheckpointError, match="shadow="):
+        model.load_adapter(package.folder, "package")
+    model.load_adapter(package.folder, "package", shadow=package.package.path)
+    model.set_adapter("package")
+    with torch.no_grad():
+        assert (model(tokens()).logits - package.attached).abs().max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("classifier", [False, True])
 def test_the_base_is_found_by_its_name(classifier, tmp_path):
     """PEFT notes it; how many labels a classifier has is told by its head."""

@@ -396,3 +396,22 @@ def test_nothing_outlives_an_error(name, young_heap):
         RUNS["train"](model, ids)
     handle.remove()
     assert live_tensors() == before
+
+
+@torch.no_grad()
+def test_contexts_of_two_models_within_one_another():
+    """A teacher whose adapter is off, asked from within a loss of another model."""
+    a, b, ids = make(seed=0), make(seed=7), tokens()
+    contexts = {"bare": "disable_adapter", "alone": "shadow_only"}
+    expected = {}
+    for model in (a, b):
+        for name, context in contexts.items():
+            with getattr(model, context)():
+                expected[model, name] = model(ids).logits
+    for outer, inner in (("bare", "alone"), ("alone", "bare"), ("bare", "bare")):
+        with getattr(a, contexts[outer])(), getattr(b, contexts[inner])():
+            assert torch.equal(a(ids).logits, expected[a, outer])
+            assert torch.equal(b(ids).logits, expected[b, inner])
+            with a.attached_only():
+                attached = a(ids).logits
+    assert torch.equal(a(ids).logits, attached) and not torch.equal(attached, expected[a, "bare"])

@@ -79,12 +79,13 @@ class Adapters:
         replace: bool = False,
         trainable: bool = False,
         allow_other_base: bool = False,
+        shadow: str | None = None,
     ) -> None:
         """Read an adapter folder and put its shadow beside the others; `set_adapter` activates it.
 
         Args:
             replace: take the place of the adapter of that name, active or not; nothing changes where reading fails.
-            trainable, allow_other_base: as in `umbra.load`.
+            trainable, allow_other_base, shadow: as in `umbra.load`.
 
         Raises:
             ConfigError: the name is taken and ``replace`` is False, or is no name.
@@ -94,8 +95,8 @@ class Adapters:
 
         if not (replace and name in self.adapters):
             self._check_new_name(name)
-        shadow = load_shadow(path, self.base, trainable=trainable, allow_other_base=allow_other_base)
-        self._seat(name, shadow)
+        found = load_shadow(path, self.base, trainable=trainable, allow_other_base=allow_other_base, shadow=shadow)
+        self._seat(name, found)
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter the active one: the one that is trained, saved, detached, and run where a call names none.

@@ -40,7 +40,7 @@ def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -
     for layers in shadows:
         mine = cache.layers[layers.start : layers.stop]
         own = anatomy.cached_tokens(mine)
-        waits = isinstance(held, Tensor) or isinstance(own, Tensor)  # for the device, at every token
+        waits = _is_elsewhere(held) or _is_elsewhere(own)  # for the device, at every token
         if held is not None:
             apart = anatomy.is_cache_in_use(mine) != in_use if waits else (own or 0) != held
         else:  # a recurrent base counts no tokens
@@ -51,6 +51,10 @@ def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -
                 "The cache holds other tokens for the base than for the shadow: it was filled by the bare base or with "
                 "another adapter, or a forward was interrupted. Start with a fresh cache."
             )
+
+
+def _is_elsewhere(tokens: Any) -> bool:
+    return isinstance(tokens, Tensor) and tokens.device.type != "cpu"
 
 
 def check_bare(cache: Any, base: PretrainedConfig) -> None:
@@ -65,7 +69,7 @@ def check_bare(cache: Any, base: PretrainedConfig) -> None:
 
 def _check_bare(cache: Any, L: int) -> None:
     held = [anatomy.cached_tokens([layer]) for layer in cache.layers[L:]]
-    if any(isinstance(tokens, Tensor) or tokens for tokens in held):
+    if any(bool(tokens) for tokens in held):
         raise StateError(
             "The cache was filled with the adapter enabled; the bare base would go on without the shadow's layers, and "
             "leave them behind. Use another cache for the bare base."

@@ -29,7 +29,8 @@ def measure(base: Anatomy, couplings: Couplings) -> None:
     """Set c of every injection by a forward of the base; it must not carry a shadow that is in use."""
     generator = torch.Generator().manual_seed(SEED)
     rows = anatomy.vocabulary_size(base.embeddings)
-    ids = torch.randint(rows, (ROWS, LENGTH), generator=generator).to(anatomy.device_of(base.embeddings))
+    length = min(LENGTH, anatomy.positions(base.model.config) or LENGTH)
+    ids = torch.randint(rows, (ROWS, length), generator=generator).to(anatomy.device_of(base.embeddings))
     found: dict[int, Tensor] = {}
     handles = [
         base.blocks[l].register_forward_pre_hook(partial(_keep, found, l, base.stream), with_kwargs=True)

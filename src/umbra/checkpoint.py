@@ -42,7 +42,11 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.saf
 SHADOW_PEFT_FILES = ["shadow_config.json", "shadow_adapter.safetensors", "shadow_modules.safetensors"]  # see interop
 FORMAT_VERSION = 2  # 1, of 2026-11, had neither a digest nor samples that quantised bases could be held to
 PREFIX = "shadow."  # of the tensors in WEIGHTS_FILE: their names in the model's own state dict
+NAMES_OF_LABELS = ("id2label", "label2id", "problem_type")
 TRAINER_FILE = "model.safetensors"  # the name by which transformers' Trainer finds what it resumes from
+# What transformers' and accelerate's callers pass to any model, and the only values that mean nothing here.
+WITHOUT_MEANING = ("max_shard_size", "save_function", "save_peft_format", "save_original_format")
+ONLY = {"safe_serialization": (True, None), "variant": (None,)}
 TASKS = {False: "CAUSAL_LM", True: "SEQ_CLS"}
 
 
@@ -54,7 +58,7 @@ def save(
     overwrite: bool = False,
     state_dict: dict[str, torch.Tensor] | None = None,
     is_main_process: bool | None = None,
-    **_: Any,
+    **passed: Any,
 ) -> None:
     """Write the adapter folder; the base is not in it.
 
@@ -66,11 +70,19 @@ def save(
         state_dict: gathered weights under this model's names; whoever passes them writes.
         is_main_process: passed by transformers' Trainer, which owns its folders and finds the weights there by a
             second name; False writes nothing.
+        passed: what callers of transformers' models pass, and means nothing here.
 
     Raises:
+        ConfigError: another argument.
         CheckpointError: another adapter lies there, or the disk refused; the folder is as it was.
     """
+    for name, value in passed.items():
+        if name not in WITHOUT_MEANING and value not in ONLY.get(name, ()):
+            raise ConfigError(f"save_pretrained has no {name}={value!r:.80}: an adapter is one file of safetensors.")
     target, shadow = Path(path), model.adapter(adapter_name)
+    resting = next((f"resting.{n}." for n, s in model.resting.items() if s is shadow), None)
+    if state_dict is not None and resting is not None:
+        state_dict = {PREFIX + k.removeprefix(resting): v for k, v in state_dict.items() if k.startswith(resting)}
     source = shards.whole_state(shadow, PREFIX) if state_dict is None else state_dict
     if is_main_process is False or (is_main_process is None and state_dict is None and not shards.is_first_rank()):
         return
@@ -123,7 +135,8 @@ def describe(model: ShadowModel, shadow: Shadow) -> dict[str, Any]:
     base = anatomy.locate(model.base)
     config = model.base.config
     labels = {
-        name: shadow.classifier.get(name, getattr(config, name)) for name in ("num_labels", "id2label", "problem_type")
+        name: shadow.classifier.get(name) or getattr(config, name)
+        for name in ("num_labels", "id2label", "problem_type")
     }
     return {
         "peft_type": "UMBRA",
@@ -245,16 +258,23 @@ def load(
         BaseModelError: another base than the adapter's. In the folders of others there is nothing to tell but the sizes.
     """
     saved = _open(path, shadow)
+    if base_options and isinstance(base, PreTrainedModel):
+        raise ConfigError(f"{', '.join(base_options)}: for loading a base by its name, but a model was given.")
     if base is None or isinstance(base, str):
         name = base or saved.base_name
         if not isinstance(name, str) or not name:
             raise CheckpointError(f"{saved.file} does not name its base: pass base=…")
         base_options = base_options if base else {**saved.base_options, **base_options}
         base = load_base(name, classifier=saved.classifier(), **base_options)
+    _check_labels(saved, path, base)
     saved.check(anatomy.locate(base), allow_other_base)
     model = attach(base, saved.config, backbone_config=saved.backbone_config)
     try:
         saved.fill(model.shadow)
+        model.shadow.classifier = saved.classifier() or {}
+        for name, value in model.shadow.classifier.items():
+            if name in NAMES_OF_LABELS:
+                setattr(model.config, name, value)
     except BaseException:
         model.unload()
         raise
@@ -263,26 +283,31 @@ def load(
     return model
 
 
+def _check_labels(saved: Any, path: str | Path, base: PreTrainedModel) -> None:
+    classifier, labels = saved.classifier(), base.config.num_labels
+    if anatomy.locate(base).is_classifier and classifier is not None and classifier.get("num_labels") != labels:
+        raise CheckpointError(f"{path} knows {classifier.get('num_labels')} labels, the base's head {labels}.")
+
+
 def load_shadow(
-    path: str | Path, base: PreTrainedModel, *, trainable: bool = False, allow_other_base: bool = False
-) -> Shadow:
+    path: str | Path, base: PreTrainedModel, *, trainable: bool = False, allow_other_base: bool = False,
+    shadow: str | None = None,
+) -> Shadow:  # fmt: skip
     """Read an adapter for a base that carries a shadow already; the base is left alone. See `ShadowModel.load_adapter`.
 
     Raises:
         CheckpointError, BaseModelError: as `load`; or a classifier of another number of labels.
     """
-    saved = _open(path)
+    saved = _open(path, shadow)
     located = anatomy.locate(base)
-    classifier, labels = saved.classifier(), base.config.num_labels
-    if located.is_classifier and classifier is not None and classifier.get("num_labels") != labels:
-        raise CheckpointError(f"{path} knows {classifier.get('num_labels')} labels, the base's head {labels}.")
+    _check_labels(saved, path, base)
     saved.check(located, allow_other_base)
-    shadow = Shadow(located, saved.config, saved.backbone_config)
-    saved.fill(shadow)
-    shadow.classifier = classifier or {}
+    found = Shadow(located, saved.config, saved.backbone_config)
+    saved.fill(found)
+    found.classifier = saved.classifier() or {}
     if not trainable:
-        shadow.requires_grad_(False)
-    return shadow
+        found.requires_grad_(False)
+    return found
 
 
 def _open(path: str | Path, shadow: str | None = None) -> Any:

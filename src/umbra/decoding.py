@@ -105,7 +105,12 @@ class Decoding(GenerationMixin):
                     f"cache_implementation={generation_config.cache_implementation!r} out."
                 )
             model_kwargs.setdefault("past_key_values", own)
+        is_new = model_kwargs.get("past_key_values") is None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
+        if is_new:
+            active = [] if self._is_disabled else self._named(model_kwargs.get("adapter_names"))
+            layers = [layer for shadow in active for layer in shadow.cache_layers]
+            anatomy.leave_out_others(model_kwargs.get("past_key_values"), len(self._attachment.blocks), layers)
 
     def _prefill(
         self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any

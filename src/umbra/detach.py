@@ -93,7 +93,7 @@ def _stock_config(model: ShadowModel) -> PretrainedConfig:
     config.architectures = None
     if anatomy.locate(model.base).is_classifier:
         for key in ("num_labels", "id2label", "label2id", "problem_type"):
-            setattr(config, key, model.shadow.classifier.get(key, getattr(base, key)))
+            setattr(config, key, model.shadow.classifier.get(key) or getattr(base, key))
     config.vocab_size = anatomy.vocabulary_size(model.get_input_embeddings())
     text = base.get_text_config()
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):

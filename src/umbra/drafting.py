@@ -39,9 +39,10 @@ WARPERS = (
     logits_process.MinPLogitsWarper, logits_process.TypicalLogitsWarper, logits_process.EpsilonLogitsWarper,
     logits_process.EtaLogitsWarper, logits_process.LogitNormalization, logits_process.InfNanRemoveLogitsProcessor,
 )  # fmt: skip
-# What remembers that it was called: it must see each token of the text once, and no other.
+# What remembers that it was called, or asks somebody who may: it must see each token of the text once, and no other.
 REMEMBERING = (
     logits_process.SynthIDTextWatermarkLogitsProcessor, logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    logits_process.PrefixConstrainedLogitsProcessor,
 )  # fmt: skip
 
 

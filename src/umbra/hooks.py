@@ -104,9 +104,14 @@ class Attachment:
             handles.clear()
 
     def current(self) -> "Frame | None":
-        """This thread's open frame, if its innermost one is of this attachment."""
+        """This thread's open frame: its innermost one, or the context of this attachment that those of others lie within."""
         stack = _frames.stack
-        return stack[-1] if stack and stack[-1].attachment is self else None
+        for frame in reversed(stack):
+            if frame.attachment is self:
+                return frame if frame is stack[-1] or frame.is_context else None
+            if not frame.is_context:
+                return None
+        return None
 
 
 class Lane:
@@ -170,6 +175,11 @@ class Frame:
         self.attachment, self.head, self.disabled, self.only = attachment, head, disabled, only
         self.start = lanes if callable(lanes) else None
         self.lanes: Sequence[Lane] = () if callable(lanes) else lanes
+
+    @property
+    def is_context(self) -> bool:
+        """Whether it is about calls of the model within, and not a forward itself."""
+        return self.disabled or self.only is not None
 
     def __enter__(self) -> "Frame":
         if self.attachment.is_removed:

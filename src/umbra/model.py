@@ -1,9 +1,11 @@
 """`ShadowModel`: the base and its shadow as one transformers model."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -179,19 +181,52 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         *,
         push_to_hub: bool = False,
         repo_id: str | None = None,
-        token: Any = None,
         **options: Any,
     ) -> None:
         """Write the adapter folder, atomically; the base is not written. See `umbra.checkpoint.save`.
 
         Args:
-            push_to_hub: upload the adapter too, to ``repo_id`` or a repository of the folder's name.
+            push_to_hub: upload the adapter too, to ``repo_id`` or a repository of the folder's name; then also all
+                arguments of `push_to_hub`.
         """
         from .checkpoint import save
 
+        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", "adapter_name"}
+        hub = {name: options.pop(name) for name in names & options.keys()}
         save(self, save_directory, **options)
         if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, token=token)  # type: ignore[arg-type]
+            self.push_to_hub(repo_id or Path(save_directory).name, adapter_name=options.get("adapter_name"), **hub)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        adapter_name: str | None = None,
+        commit_message: str = "Upload adapter",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: Any = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> Any:
+        """Upload an adapter's folder with its card, to a repository that is made if it is not there.
+
+        Args:
+            adapter_name: which of several adapters; by default the active one.
+            private, token, revision, create_pr, commit_message, commit_description: as in huggingface_hub.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        with TemporaryDirectory() as scratch:
+            self.save_pretrained(scratch, adapter_name=adapter_name)
+            return api.upload_folder(
+                repo_id=repository, folder_path=scratch, commit_message=commit_message, revision=revision,
+                commit_description=commit_description, create_pr=create_pr,
+            )  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> "ShadowModel":  # type: ignore[override]
@@ -240,6 +275,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         super().__init__(base, config, backbone_config=backbone_config)
         self.generation_config = copy.deepcopy(base.generation_config) or GenerationConfig()
+        self._is_stateful = base._is_stateful  # transformers then refuses what would have to go back
         if not anatomy.takes_cache(base):
             self.generation_config.use_cache = False
 
@@ -382,6 +418,8 @@ class ShadowForSequenceClassification(ShadowModel):
             caches.check_bare(past_key_values, self.base.config)
             return self._call_base(batch, labels=labels, return_dict=return_dict)
         kind = None if labels is None else anatomy.problem_type(self.base.config, labels)
+        if kind is not None:  # as transformers' classifiers do: pipelines ask for it
+            self.config.problem_type = self.base.config.problem_type = kind  # type: ignore[assignment]
         if self._only == "shadow":
             _check_one(adapter_names)
             logits = self._shadow_logits(input_ids, self._state_alone(batch))

@@ -95,6 +95,14 @@ def hide_others(cache: Any, blocks: int, mine: Container[int]) -> Any:
     return view
 
 
+def leave_out_others(cache: Any, blocks: int, mine: Container[int]) -> None:
+    """Take the window layers of shadows without a part out of a new cache: assisted decoding cuts all, and empty ones cannot be."""
+    if type(cache) is DynamicCache and cache_layers(cache) is not None:
+        for l, layer in enumerate(cache.layers):
+            if l >= blocks and l not in mine and isinstance(layer, DynamicSlidingWindowLayer):
+                cache.layers[l] = DummyLayer()  # type: ignore[assignment]
+
+
 def ahead(cache: Any, mine: range) -> Any:
     """The same cache for a shadow that runs ahead of the base, and is to measure the past by its own layers alone."""
     view = copy.copy(cache)
