@@ -535,6 +535,7 @@ def test_the_page_needs_nothing_else_and_knows_light_and_dark(done):
     text = (done / "out" / "report.html").read_text()
     assert not re.search(r"<(script|img|link|iframe)|url\((?!#)|(src|href)=.(?!#)", text)
     assert "prefers-color-scheme: dark" in text and "currentColor" in text and "#010203" not in text
+    assert "font-family: system-ui" in text and "DejaVu" not in text
     assert text.count("<svg") == 4
     for title in (
         "Scores",

@@ -103,6 +103,13 @@ def test_a_size_that_changes_nothing_is_named(tmp_path):
         run_study(tmp_path, given)
 
 
+def test_a_rate_that_the_search_would_override_is_refused(tmp_path, base_folder):
+    given = study_of(tmp_path, base_folder, methods={"LoRA": METHODS["LoRA"]}, forgetting=[], match=None)
+    given["tasks"]["sum"]["training"] = {"learning_rate": 0.1}
+    with pytest.raises(ConfigError, match="task sum has a learning_rate of its own"):
+        run_study(tmp_path, given)
+
+
 def test_a_seed_twice_is_refused(tmp_path, small):
     with pytest.raises(ConfigError, match="seeds names one twice"):
         run_study(tmp_path, {**small, "seeds": [0, 0]})

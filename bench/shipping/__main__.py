@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--rows", nargs="+", default=list(tasks.ROWS), choices=list(tasks.ROWS))
+    parser.add_argument("--measured", action="store_true", help="tasks: of what was measured before, run nothing")
     given = parser.parse_args()
     pretrained = given.out / "pretrained"
     adapter = given.out / "adapters" / f"{EDGE_TASK}_{EDGE_ROW}_{given.seeds[0]}"
@@ -44,7 +45,9 @@ def main() -> None:
     steps: dict[str, Callable[[], Any]] = {
         "initialise": lambda: initialise.run(given.data, given.out, given.seeds),
         "pretrain": lambda: pretrain.run(given.data, given.out, pretrained),
-        "tasks": lambda: tasks.run(given.data, given.out, pretrained, given.tasks, given.rows, given.seeds),
+        "tasks": lambda: tasks.run(
+            given.data, given.out, pretrained, given.tasks, given.rows, given.seeds, given.measured
+        ),
         "widths": lambda: widths.run(given.data, given.out, pretrained, given.seeds),
         "edge": lambda: edge.run(given.data, given.out, adapter, EDGE_TASK),
     }

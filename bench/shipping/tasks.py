@@ -15,6 +15,7 @@ from umbra.train import train
 
 from .text import TASKS, write_task
 
+SCORES = "scores.json"
 SIZE: dict[str, Any] = {"shadow_num_hidden_layers": 2}
 COMMON: dict[str, Any] = {
     "dialect": "paper", "dtype": "bfloat16", "first_layer": 0.5, "alpha": 1.0, "auxiliary_loss_weight": 1.0, "dropout": 0.0,
@@ -41,13 +42,15 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def run(
-    data: Path, out: Path, pretrained: Path, tasks: list[str], rows: list[str], seeds: list[int]
+    data: Path, out: Path, pretrained: Path, tasks: list[str], rows: list[str], seeds: list[int], measured: bool
 ) -> list[dict[str, Any]]:
-    """Every score of these tasks, rows and seeds."""
+    """Every score of these tasks, rows and seeds; or of those that were ``measured`` before."""
     found = []
     for seed in seeds:
         for task in tasks:
             for row in rows:
+                if measured and not (_folder(out, task, row, seed) / SCORES).exists():
+                    continue
                 found += [
                     {"task": task, "row": row, "seed": seed, **s} for s in _one(data, out, pretrained, task, row, seed)
                 ]
@@ -67,7 +70,7 @@ def _one(data: Path, out: Path, pretrained: Path, task: str, row: str, seed: int
         **COMMON, **fields, "train_data": files["train"], "output_dir": str(folder), "seed": seed,
         "max_steps": steps, "learning_rate": rate, "per_device_train_batch_size": given.batch,
     })  # fmt: skip
-    scores = folder / "scores.json"
+    scores = folder / SCORES
     if not scores.exists():
         modes = "detached" if "detached_only" in fields else "attached,detached"
         options = EvalOptions(

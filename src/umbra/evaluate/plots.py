@@ -153,7 +153,7 @@ def svg(figure: Any) -> str:
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S).replace(INK, "currentColor")
-    return re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1system-ui, sans-serif", text)
+    return re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", text)
 
 
 def png(figure: Any) -> bytes:

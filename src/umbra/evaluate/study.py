@@ -175,6 +175,11 @@ class Study:
             raise ConfigError("search.learning_rate is empty: name the rates to try.")
         if (search.max_steps is not None and search.max_steps < 1) or not 0 <= search.seed < 2**32:
             raise ConfigError("search.max_steps must be at least 1, and search.seed at least 0.")
+        for name in self.trained:
+            if "learning_rate" in self.tasks[name].training:
+                raise ConfigError(
+                    f"task {name} has a learning_rate of its own, which the search would override: leave out one of them."
+                )
         for name in search.tasks or []:
             if name not in self.trained:
                 raise ConfigError(
