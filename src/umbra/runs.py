@@ -166,9 +166,11 @@ class Run:
         Raises:
             ConfigError: one of ``inputs``, paths or hub ids by the names of their settings.
         """
-        out = self.out.resolve()
         for name, path in inputs.items():
-            place = Path(path or "").resolve()
+            try:
+                out, place = self.out.resolve(), Path(path or "").resolve()
+            except (OSError, ValueError):  # no path: whoever loads it says so
+                continue
             if not path or not place.is_relative_to(out):
                 continue
             first = next(iter(place.relative_to(out).parts), None)
