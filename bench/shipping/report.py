@@ -63,8 +63,8 @@ def tasks(held: dict[str, Any]) -> str:
         "# Tasks, beside the base and without it", "", *about(held),
         "A shadow of two blocks, trained on each task; % of the test file that it answers rightly. *Pretrained* began as a shadow",
         "that learned the base's distribution ([shipping-pretrain.json](shipping-pretrain.json)); *alone* was trained without the",
-        "base, *for longer* at a quarter to a half of the rate; *alone first* began as what *pretrained, alone for longer* had become.",
-        "*Of the pair*: the detached shadow's share of the attached pair's accuracy. `python -m bench.shipping tasks`.",
+        "base, *for longer* at a quarter to a half of the rate; *alone first* began as what *pretrained, alone for longer* had",
+        "become. *Of the pair*: the detached shadow's share of the attached pair's accuracy. `python -m bench.shipping tasks`.",
     ]  # fmt: skip
     for task in (t for t in TASKS if any(r["task"] == t for r in runs)):
         tested = next(r["total"] for r in runs if r["task"] == task)
