@@ -300,6 +300,15 @@ def test_a_judge_that_cannot_read_a_reply_holds_it_for_wrong():
     assert metrics.puzzle(item.puzzle["answer"], item.puzzle) == {"exact": 1.0}
 
 
+def test_a_judge_that_cannot_read_the_right_answer_is_at_fault(monkeypatch):
+    def judge(answer, row):
+        raise KeyError("valid_answers")
+
+    monkeypatch.setattr(metrics, "_judge", lambda generator: judge)
+    with pytest.raises(KeyError, match="valid_answers"):
+        metrics.puzzle("1", {"metadata": {"source_dataset": "x"}, "answer": "1"})
+
+
 @pytest.mark.parametrize(
     ("reply", "right"), [("B", 1), ("B.", 1), ("(B)", 1), ("B) two", 1), ("A", 0), ("Both", 0), ("", 0)]
 )

@@ -72,6 +72,7 @@ def puzzle(reply: str, row: dict[str, Any], pattern: str | None = None) -> dict[
     try:
         return {"exact": float(judge(answer_of(reply, pattern), row) >= 1)}
     except Exception:  # some judges read numbers without looking, and raise at words
+        judge(row["answer"], row)  # but not at the right answer: then the judge is at fault, and says so
         return {"exact": 0.0}
 
 
