@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from umbra.errors import ConfigError, DataError
-from umbra.evaluate import metrics
+from umbra.evaluate import harness, metrics
 from umbra.evaluate.sets import SETS, items, known
 from umbra.evaluate.statistics import difference, estimate, mcnemar
 from umbra.evaluate.study import Study, key_of
@@ -298,6 +298,15 @@ def test_a_judge_that_cannot_read_a_reply_holds_it_for_wrong():
     item = items("reasoning_gym:prime_factorization", "test")[0]
     assert metrics.puzzle("no idea", item.puzzle) == {"exact": 0.0}
     assert metrics.puzzle(item.puzzle["answer"], item.puzzle) == {"exact": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "less", "whole"),
+    [("bleu", 27.3, False, 100), ("bleu", 0.4, False, 100), ("exact", 61.0, False, 100), ("acc", 0.4, False, 1),
+     ("acc", 1.0, False, 1), ("word_perplexity", 27.3, True, 1), ("ter", 80.0, True, 1)],
+)  # fmt: skip
+def test_percents_of_lm_eval_are_shares(metric, value, less, whole):
+    assert harness.whole_of(metric, value, less) == whole
 
 
 def test_a_judge_that_cannot_read_the_right_answer_is_at_fault(monkeypatch):

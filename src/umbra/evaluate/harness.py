@@ -30,9 +30,9 @@ def check(name: str, options: TaskOptions) -> None:
 
 
 def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) -> dict[str, Any]:
-    """The task's first metric, which way it is better, all its values, and what every sample got; percents become shares.
+    """The task's first metric, which way it is better, its value, all values as lm-eval gives them, and what every sample got.
 
-    Of a metric that is no mean over samples, as perplexity is, the value stands alone.
+    Percents become shares. Of a metric that is no mean over samples, as perplexity is, the value stands alone.
     """
     import lm_eval
     from lm_eval.models import huggingface
@@ -54,9 +54,14 @@ def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) ->
     if not items or not math.isclose(sum(items) / len(items), values[chief], rel_tol=1e-6, abs_tol=1e-9):
         items = []
     less = found.get("higher_is_better", {}).get(name, {}).get(metric) is False
-    if not less and (metric in PERCENT or 1 < values[chief] <= 100):
-        values, items = {k: v / 100 for k, v in values.items()}, [i / 100 for i in items]
-    return {"metric": metric, "less_is_better": less, "value": values[chief], "values": values, "items": items}
+    whole = whole_of(metric, values[chief], less)
+    items = [i / whole for i in items]
+    return {"metric": metric, "less_is_better": less, "value": values[chief] / whole, "values": values, "items": items}
+
+
+def whole_of(metric: str, value: float, less_is_better: bool) -> float:
+    """What a value is a part of: 100 where lm-eval gives percents, else 1."""
+    return 100.0 if not less_is_better and (metric in PERCENT or 1 < value <= 100) else 1.0
 
 
 def _manager(options: TaskOptions) -> Any:
