@@ -40,7 +40,7 @@ class Adapters:
     @property
     def adapters(self) -> list[str]:
         """The names of all shadows, the active one first."""
-        return [self.active_adapter, *self.resting]
+        return [self.active_adapter, *self.resting.keys()]
 
     def adapter(self, name: str | None = None) -> Shadow:
         """A shadow by its name, the active one by default.
