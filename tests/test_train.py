@@ -59,6 +59,13 @@ def same(a, b, tolerance=0.0):
     return all((a[k] - b[k]).abs().max() <= tolerance for k in a)
 
 
+def test_the_cpu_is_taken_where_there_is_nothing_else(settings):
+    """Even in bf16, which transformers refuse on a CPU that they were not told of."""
+    del settings["use_cpu"]
+    train({**settings, "bf16": True, "max_steps": 1})
+    assert len(losses(settings["output_dir"])) == 1
+
+
 def test_both_losses_fall_and_the_adapter_is_written(settings):
     metrics = train({**settings, "num_train_epochs": 6, "learning_rate": 3e-3})
     history = losses(settings["output_dir"])

@@ -14,7 +14,7 @@ BUDGET: dict[str, Any] = {
     "dialect": "paper",
     "dtype": "bfloat16", "stages": "distillation", "teacher_top_k": 64, "teacher_cache": True, "auxiliary_loss_every": 4,
     "max_length": 256, "held_out": 20, "max_steps": 60, "learning_rate": 3e-3, "per_device_train_batch_size": 4, "dropout": 0.0,
-    "save_strategy": "no", "logging_steps": 20, "bf16": True, "use_cpu": True,
+    "save_strategy": "no", "logging_steps": 20, "bf16": True,
 }  # fmt: skip
 NARROW = {
     "shadow_num_hidden_layers": 4, "shadow_hidden_size": 384, "shadow_num_attention_heads": 6, "shadow_num_key_value_heads": 2,

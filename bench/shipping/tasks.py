@@ -19,7 +19,7 @@ SCORES = "scores.json"
 SIZE: dict[str, Any] = {"shadow_num_hidden_layers": 2}
 COMMON: dict[str, Any] = {
     "dialect": "paper", "dtype": "bfloat16", "first_layer": 0.5, "alpha": 1.0, "auxiliary_loss_weight": 1.0, "dropout": 0.0,
-    "max_length": 320, "bf16": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 10,
+    "max_length": 320, "bf16": True, "save_strategy": "no", "logging_steps": 10,
 }  # fmt: skip
 COPIED = {**SIZE, "init": "base"}
 # Better than 2 for the detached shadow on intents' choice slice, two seeds (85.9, 83.0 %).

@@ -24,7 +24,7 @@ from .text import write_text
 WIDTH, BLOCKS, LENGTH = 640, 32, 256
 ALIGNMENT: dict[str, Any] = {
     "stages": "alignment", "max_steps": 60, "per_device_train_batch_size": 4, "auxiliary_loss_every": 4, "learning_rate": 3e-4,
-    "max_length": LENGTH, "held_out": BLOCKS, "dtype": "float32", "dropout": 0.0, "bf16": True, "use_cpu": True,
+    "max_length": LENGTH, "held_out": BLOCKS, "dtype": "float32", "dropout": 0.0, "bf16": True,
     "save_strategy": "no",
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from . import checkpoint, folder
@@ -69,12 +70,13 @@ def sort_settings(
 
 
 def make_arguments(out: Path | str, given: dict[str, Any]) -> TrainingArguments:
-    """TrainingArguments with `DEFAULTS` where nothing else is given.
+    """TrainingArguments with `DEFAULTS` where nothing else is given; on the CPU where there is nothing else.
 
     Raises:
         ConfigError: a value that they, or we, refuse.
     """
-    given = {**DEFAULTS, **given}
+    # Which transformers ask to be told, where the precision is one that GPUs have too.
+    given = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **given}
     for name in POSITIVE:
         if given.get(name, 1) < 1:
             raise ConfigError(f"{name} must be at least 1, got {given[name]}.")
