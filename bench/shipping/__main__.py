@@ -16,7 +16,7 @@ from .text import TASKS
 
 RESULTS = Path(__file__).parent.parent / "results"
 STEPS = ["initialise", "pretrain", "tasks", "widths", "edge"]
-EDGE_TASK, EDGE_ROW = "intents", "pretrained_distilled"
+EDGE_TASK, EDGE_ROW = "intents", "pretrained_alone_first_distilled"
 Table = Callable[[dict[str, Any]], str]
 TABLES: dict[str, tuple[Table, Callable[[dict[str, Any], Path], None] | None]] = {
     "initialise": (report.initialisations, report.picture_of_initialisations),
@@ -36,7 +36,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--rows", nargs="+", default=list(tasks.ROWS), choices=list(tasks.ROWS))
-    parser.add_argument("--measured", action="store_true", help="tasks: of what was measured before, run nothing")
     given = parser.parse_args()
     pretrained = given.out / "pretrained"
     adapter = given.out / "adapters" / f"{EDGE_TASK}_{EDGE_ROW}_{given.seeds[0]}"
@@ -45,29 +44,33 @@ def main() -> None:
     steps: dict[str, Callable[[], Any]] = {
         "initialise": lambda: initialise.run(given.data, given.out, given.seeds),
         "pretrain": lambda: pretrain.run(given.data, given.out, pretrained),
-        "tasks": lambda: tasks.run(
-            given.data, given.out, pretrained, given.tasks, given.rows, given.seeds, given.measured
-        ),
+        "tasks": lambda: tasks.run(given.data, given.out, pretrained, given.tasks, given.rows, given.seeds),
         "widths": lambda: widths.run(given.data, given.out, pretrained, given.seeds),
         "edge": lambda: edge.run(given.data, given.out, adapter, EDGE_TASK),
     }
     for step in given.steps:
-        _keep(given.results, step, steps[step]())
+        found = steps[step]()
+        for part in found if step == "tasks" else [found]:
+            _keep(given.results, step, part)
 
 
 def _keep(results: Path, step: str, found: Any) -> None:
+    file = results / f"shipping-{step}.json"
+    if step == "tasks" and file.exists():
+        before = {tasks.key(r): r for r in json.loads(file.read_text(encoding="utf-8"))["runs"]}
+        found = [*{**before, **{tasks.key(r): r for r in found}}.values()]
     held = {
         "machine": Device().describe(), "date": date.today().isoformat(), "task": EDGE_TASK,
         "versions": ", ".join(f"{p} {version(p)}" for p in ("umbra-peft", "torch", "transformers", "reasoning_gym")),
         "runs": found,
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
-    folder.write_text(results / f"shipping-{step}.json", json.dumps(held, indent=1) + "\n")
+    folder.write_text(file, json.dumps(held, indent=1) + "\n")
     if step in TABLES:
         table, picture = TABLES[step]
-        folder.write_text(results / f"shipping-{step}.md", table(held))
+        folder.write_text(file.with_suffix(".md"), table(held))
         if picture is not None:
-            picture(held, results / f"shipping-{step}.png")
+            picture(held, file.with_suffix(".png"))
         print(table(held))
 
 

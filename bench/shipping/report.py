@@ -14,10 +14,16 @@ Run = dict[str, Any]
 PAIR, ALONE = "attached", "detached"
 
 
+def place(machine: dict[str, Any]) -> str:
+    """A machine, in a few words."""
+    cpu = f"{machine['cores']} cores of {machine['cpu']} ({machine['capability']})"
+    return machine["gpu"] if "gpu" in machine else f"{cpu}, {machine['threads']} threads"
+
+
 def about(held: dict[str, Any]) -> list[str]:
     """Where it was measured."""
-    machine = held["machine"]
-    where = f"{machine['cores']} cores of {machine['cpu']} ({machine['capability']}), {machine['threads']} threads"
+    runs = held["runs"] if isinstance(held["runs"], list) else []
+    where = "; ".join(dict.fromkeys(place(r.get("machine", held["machine"])) for r in runs)) or place(held["machine"])
     return [f"SmolLM2-135M-Instruct in bf16; {where}; {held['versions']}; {held['date']}.", ""]
 
 

@@ -3,11 +3,16 @@
 All are scored on the test file: the pair, the detached shadow, and the rivals that were trained by themselves.
 """
 
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from umbra.bench.machine import Device
 from umbra.export import export
 from umbra.options import EvalOptions, ExportOptions
 from umbra.scoring import score_adapter
@@ -42,19 +47,16 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def run(
-    data: Path, out: Path, pretrained: Path, tasks: list[str], rows: list[str], seeds: list[int], measured: bool
-) -> list[dict[str, Any]]:
-    """Every score of these tasks, rows and seeds; or of those that were ``measured`` before."""
-    found = []
-    for seed in seeds:
-        for task in tasks:
-            for row in rows:
-                if measured and not (_folder(out, task, row, seed) / SCORES).exists():
-                    continue
-                found += [
-                    {"task": task, "row": row, "seed": seed, **s} for s in _one(data, out, pretrained, task, row, seed)
-                ]
-    return found
+    data: Path, out: Path, pretrained: Path, tasks: list[str], rows: list[str], seeds: list[int]
+) -> Iterator[list[dict[str, Any]]]:
+    """The scores of each of these tasks, rows and seeds, as soon as they are there."""
+    for seed, task, row in itertools.product(seeds, tasks, rows):
+        yield [{"task": task, "row": row, "seed": seed, **s} for s in _one(data, out, pretrained, task, row, seed)]
+
+
+def key(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What a score is of."""
+    return run["task"], run["row"], run["seed"], run["mode"]
 
 
 def _one(data: Path, out: Path, pretrained: Path, task: str, row: str, seed: int) -> list[dict[str, Any]]:
@@ -78,7 +80,8 @@ def _one(data: Path, out: Path, pretrained: Path, task: str, row: str, seed: int
             answer_pattern=given.pattern, output=str(folder / "replies.jsonl"),
         )  # fmt: skip
         found = score_adapter(options)
-        scores.write_text(json.dumps([asdict(s) for s in found]) + "\n", encoding="utf-8")
+        where = Device("cuda" if torch.cuda.is_available() else "cpu").describe()
+        scores.write_text(json.dumps([{**asdict(s), "machine": where} for s in found]) + "\n", encoding="utf-8")
     return json.loads(scores.read_text(encoding="utf-8"))
 
 
