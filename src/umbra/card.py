@@ -1,11 +1,24 @@
 """The model card that lies in every adapter folder."""
 
-import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .bases import EMBEDDED_HUB_ID
+from .options import EMBEDDED
 
 if TYPE_CHECKING:
     from .backbone import Shadow
     from .model import ShadowModel
+
+OURS = "library_name: umbra"
+
+
+def _base_model(base: str | None) -> str:
+    """The front matter's line of the base, which the hub refuses if it is no id."""
+    name = EMBEDDED_HUB_ID if base == EMBEDDED else base or ""
+    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()
+    return f"base_model: {name}\n" if is_id else ""
 
 
 def model_card(values: dict[str, Any], model: "ShadowModel", shadow: "Shadow") -> str:
@@ -14,8 +27,7 @@ def model_card(values: dict[str, Any], model: "ShadowModel", shadow: "Shadow") -
     parts = "\n".join(f"| {name} | {count:,} |" for name, count in shadow.parts().items())
     pipeline = "text-classification" if values["task_type"] == "SEQ_CLS" else "text-generation"
     return f"""---
-base_model: {json.dumps(base or "unknown", ensure_ascii=False)}
-library_name: umbra
+{_base_model(base)}{OURS}
 pipeline_tag: {pipeline}
 tags: [umbra, shadow, peft]
 ---
@@ -48,8 +60,7 @@ def pretrained_card(base: str, asked: dict[str, Any], metrics: dict[str, Any]) -
     told = ("data", "prompts", "weights", "stages", "divergence", "temperature", "teacher_top_k", "max_length")
     text = "\n".join(f"- {name}: {asked[name]}" for name in told if name in asked)
     return f"""---
-base_model: {json.dumps(base, ensure_ascii=False)}
-pipeline_tag: text-generation
+{_base_model(base)}pipeline_tag: text-generation
 tags: [umbra, shadow, pretrained]
 ---
 

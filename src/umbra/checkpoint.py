@@ -20,7 +20,7 @@ from . import __version__, anatomy, folder, shards
 from .anatomy import Anatomy
 from .backbone import Shadow
 from .bases import load_base
-from .card import model_card
+from .card import OURS, model_card
 from .config import ShadowConfig
 from .errors import CheckpointError, ConfigError, UmbraError
 from .fingerprint import check_same_base
@@ -104,11 +104,20 @@ def save(
         except SafetensorError as error:
             raise OSError(str(error)) from error
         folder.write_text(staging / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        folder.write_text(staging / CARD_FILE, model_card(values, model, shadow))
+        if _is_ours(folder.find(target, CARD_FILE)):
+            folder.write_text(staging / CARD_FILE, model_card(values, model, shadow))
         if is_main_process:
             _link(staging / WEIGHTS_FILE, staging / TRAINER_FILE)
 
     folder.write_together(target, write)
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether a README.md may be written: there is none, or one of an adapter."""
+    try:
+        return not card.exists() or OURS in folder.read_text(card)
+    except (OSError, ValueError):
+        return False
 
 
 def _link(file: Path, name: Path) -> None:

@@ -199,7 +199,7 @@ class Writer:
             )
         whole, segments, done = self._render(messages), [], ""
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or i == 0:  # nothing was asked yet
                 continue
             before, after = self._render(messages[:i], answer=True), self._render(messages[: i + 1])
             # Templates that rewrite earlier turns (dropping their reasoning) leave only the last answer to train on.
@@ -213,12 +213,27 @@ class Writer:
         return segments
 
     def _render(self, messages: list[dict], answer: bool = False) -> str:
-        # Of a template that lets the model think before it answers, its empty thoughts are then the prompt's.
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer, enable_thinking=False
-        )
+        try:
+            # Of a template that lets the model think before it answers, its empty thoughts are then the prompt's.
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer, enable_thinking=False
+            )
+        except Exception as error:  # templates raise what they like, about roles that they do not have too
+            raise DataError(f"The chat template refuses {str(messages)[:200]}: {error!s:.200}") from error
         assert isinstance(text, str)
         return text
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer as it is learned: the tokenizer's own, and what the chat template puts there."""
+        found: list[Any] = [self.tokenizer.eos_token_id]
+        if self.tokenizer.chat_template is not None:
+            asked, said = {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Done"}
+            before, whole = self._render([asked], answer=True), self._render([asked, said])
+            after = whole[len(before) :].partition("Done")[2].lstrip() if whole.startswith(before) else ""
+            first: Any = self.tokenizer(after, add_special_tokens=False)["input_ids"][:1]  # type: ignore[index]
+            found += [i for i in first if i in self.tokenizer.added_tokens_decoder]
+        return list(dict.fromkeys(i for i in found if i is not None))
 
     def prompt(self, record: Record) -> str:
         """The text up to the last answer."""
@@ -280,6 +295,13 @@ def _with_answer(record: Record, answer: str) -> Record:
 
 def _as_messages(value: Any, role: str) -> list[dict]:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def end_tokens(model: Any, writer: Writer) -> list[int]:
+    """The tokens that end an answer: those of the model's generation config, and those by which answers are learned to end."""
+    told: Any = model.generation_config.eos_token_id
+    told = told.flatten().tolist() if isinstance(told, torch.Tensor) else told
+    return list(dict.fromkeys([*(told if isinstance(told, list) else [] if told is None else [told]), *writer.ends]))
 
 
 # -- classification ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Both products are exact, since each projection is one bias-free linear map next 
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,15 @@ from transformers import (
 )
 
 from . import anatomy, dense, folder
+from .data import Writer, end_tokens
 from .errors import CheckpointError, DetachError
 from .model import ShadowModel
 from .options import check_dtype
+
+OF_STOCK = (
+    "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -75,7 +82,7 @@ def detach(model: ShadowModel) -> PreTrainedModel:
     assert not missing.unexpected_keys, missing
     parts.embeddings.weight.copy_(table)
     parts.head.weight.copy_(weight)
-    if getattr(head, "bias", None) is not None:
+    if getattr(head, "bias", None) is not None and (parts.head.bias is not None or head.bias.any()):
         parts.head.bias = nn.Parameter(head.bias.detach().to(dtype, copy=True) * factor)
     stock.tie_weights()
     if stock.can_generate():
@@ -171,12 +178,50 @@ def write_detached(
     """
     out = check_target(out, overwrite)
     stock = detach(model)
-    folder.write_together(out, lambda staging: save_stock(stock, staging, tokenizer, dtype))
+    if tokenizer is not None:
+        end_as_learned(stock, tokenizer)
+    write_stock(out, lambda staging: save_stock(stock, staging, tokenizer, dtype))
     return out
 
 
+def end_as_learned(stock: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a stock model's answers end where the chat template ends them, which the base's generation config may not know."""
+    if not stock.can_generate():
+        return
+    generation, ends = stock.generation_config, end_tokens(stock, Writer(tokenizer))
+    told = generation.eos_token_id
+    if ends and ends != (told if isinstance(told, list) else [told]):
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+        generation._from_model_config = False
+        accept(generation)
+
+
+def write_stock(out: Path, write: Callable[[Path], None]) -> None:
+    """What ``write`` puts into a folder, in ``out``, from which the files of another model's tokenizer go."""
+    names: set[str] = set()
+
+    def write_and_note(staging: Path) -> None:
+        write(staging)
+        names.update(path.name for path in staging.iterdir())
+
+    folder.write_together(out, write_and_note)
+    for name in set(OF_STOCK) - names:
+        (out / name).unlink(missing_ok=True)
+
+
 def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None) -> None:
-    """The files of a stock model, cast to ``dtype`` if one is given, and of its tokenizer."""
+    """The files of a stock model, cast to ``dtype`` if one is given, and of its tokenizer.
+
+    Raises:
+        DetachError: a head with a bias, which the stock class would not read back.
+    """
+    with torch.device("meta"):
+        known = type(stock)(stock.config).state_dict().keys()
+    if more := sorted(stock.state_dict().keys() - known):
+        raise DetachError(
+            f"A {type(stock).__name__} on disk has no {', '.join(more)}, as the base's head does. Use shadow='mirror', or "
+            "`umbra export --to onnx`."
+        )
     (stock if dtype is None else stock.to(dtype)).save_pretrained(staging)
     if tokenizer is not None:
         several: Any = isinstance(tokenizer.chat_template, dict)  # which would be files in a folder of their own

@@ -9,11 +9,11 @@ from transformers import TextStreamer
 
 from .bases import load_tokenizer
 from .checkpoint import load
-from .data import Writer
+from .data import Writer, end_tokens
 from .drafting import check_draft
 from .errors import ConfigError
 from .options import GenerateOptions, check_dtype
-from .scoring import MODES, in_mode, on_accelerator
+from .scoring import GREEDY, MODES, in_mode, on_accelerator, room
 
 
 def generate(options: GenerateOptions) -> dict[str, Any]:
@@ -50,15 +50,14 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
     writer = Writer(tokenizer, options.chat_template)
     ids = torch.tensor([writer.tokens(writer.ask(prompt))], device=model.device)
     torch.manual_seed(options.seed)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature}
+    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else GREEDY
     streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
     with in_mode(model, options.mode) as runner:
         began = time.perf_counter()
         out = runner.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id, streamer=streamer, **sampling, **drafting,
+            input_ids=ids, attention_mask=torch.ones_like(ids),
+            max_new_tokens=room(runner, ids.shape[1], options.max_new_tokens), pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=end_tokens(runner, writer) or None, streamer=streamer, **sampling, **drafting,
         )  # fmt: skip
         seconds = time.perf_counter() - began
     new = (out.sequences if drafting else out)[0, ids.shape[1] :]

@@ -23,13 +23,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import anatomy
 from .bases import load_tokenizer
 from .checkpoint import load
-from .data import Record, Writer, read_records, record_kind
+from .data import Record, Writer, end_tokens, read_records, record_kind
 from .errors import ConfigError, DataError
 from .model import ShadowModel
 from .options import EvalOptions, check_dtype
 
 MODES = ("base", "attached", "detached")
 CASCADE = "cascade"
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}  # whatever the base asks for
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,7 @@ def score_generation(
         The replies as [{prompt, reply, reference, correct}], seconds spent in generation, and tokens generated.
     """
     writer, replies, seconds, made = Writer(tokenizer, chat_template), [], 0.0, 0
+    ends = end_tokens(runner, writer) or None
     runner.eval()
     for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
         part = records[start : start + batch_size]
@@ -162,9 +168,10 @@ def score_generation(
             [writer.tokens(p, writer.is_plain(r)) for p, r in zip(prompts, part, strict=True)],
             int(tokenizer.pad_token_id), runner.device,  # type: ignore[arg-type]
         )  # fmt: skip
+        new_tokens = room(runner, batch["input_ids"].shape[1], max_new_tokens)
         began = time.perf_counter()
         out = runner.generate(  # type: ignore[operator]
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            **batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, **GREEDY
         )
         seconds += time.perf_counter() - began
         new = out[:, batch["input_ids"].shape[1] :]
@@ -176,6 +183,18 @@ def score_generation(
             right = answer_of(text, answer_pattern) == answer_of(reference, answer_pattern)
             replies.append({"prompt": prompt, "reply": text, "reference": reference, "correct": right})
     return replies, seconds, made
+
+
+def room(runner: PreTrainedModel, length: int, new: int) -> int:
+    """How many tokens can follow a prompt of ``length`` (T), ``new`` at most.
+
+    Raises:
+        DataError: none can.
+    """
+    most = anatomy.positions(runner.config)
+    if most is None or length < most:
+        return new if most is None else min(new, most - length)
+    raise DataError(f"A prompt has {length} tokens, but the model is made for {most}, the answer's among them.")
 
 
 def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -258,7 +277,9 @@ def score(
                 answer_pattern=options.answer_pattern, chat_template=options.chat_template, name=mode,
             )  # fmt: skip
         else:
-            replies, seconds = score_classes(runner, tokenizer, records, batch_size=options.batch_size, name=mode)
+            replies, seconds = score_classes(
+                runner, tokenizer, records, batch_size=options.batch_size, max_length=anatomy.positions(runner.config), name=mode
+            )  # fmt: skip
         parameters = count_parameters(model, mode, runner)
     return Score.of(mode, replies, parameters, seconds, tokens, escalation), replies
 
@@ -296,7 +317,7 @@ def score_adapter(options: EvalOptions) -> list[Score]:
         except re.error as error:
             raise ConfigError(f"answer_pattern is no regular expression: {error}") from error
     check_dtype(options.dtype)
-    _check_output(options.output)
+    _check_output(options.output, options.data)
     records = read_records(options.data, options.split)[: options.limit]
     kind = record_kind(records[0], options.data)
     _check_references(records, options)
@@ -321,11 +342,13 @@ def score_adapter(options: EvalOptions) -> list[Score]:
     return scores
 
 
-def _check_output(name: str | None) -> None:
-    """Refuse a file for the replies that cannot be written, before they are made."""
+def _check_output(name: str | None, data: str) -> None:
+    """Refuse a file for the replies that cannot be written or that holds the data, before they are made."""
     if name is None:
         return
     file = Path(name)
+    if file.exists() and file.resolve() == Path(data).resolve():
+        raise ConfigError(f"output={name} is the data that is scored: name another file.")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"output={name} lies in a folder that does not exist.")
     if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):

@@ -15,13 +15,13 @@ from .. import anatomy, folder
 from ..bases import load_base, load_tokenizer
 from ..checkpoint import load
 from ..corpus import read_prompts
-from ..data import Writer
-from ..detach import check_target, detach, parse_dtype, save_stock
+from ..data import Writer, end_tokens
+from ..detach import check_target, detach, end_as_learned, parse_dtype, save_stock, write_stock
 from ..errors import ConfigError, ExportError
 from ..options import ExportOptions
 from ..pretrained import LANGUAGE_MODELS, read_config
 from . import parity
-from .parity import Parity, Stock, answer, check, compare, compare_whole, end_tokens
+from .parity import Parity, Stock, answer, check, compare, compare_whole
 from .quiet import quiet
 from .run import answer as greedy
 from .to_gguf import check_architecture, modelfile, pre_tokenizer, write_gguf
@@ -90,7 +90,7 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
         folder.write_text(staging / PARITY, json.dumps([asdict(r) for r in rows], indent=2) + "\n")
 
     try:
-        folder.write_together(out, write)
+        (write_stock if options.to == "hf" else folder.write_together)(out, write)
         for kind in KINDS[options.to]:
             if not any(row.file == f"model-{kind}.{options.to}" for row in rows):
                 for old in out.glob(f"model-{kind}.{options.to}*"):
@@ -145,8 +145,9 @@ def _load(options: ExportOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     attached = load(options.adapter, options.base)
     if not attached.can_generate():
         raise _classifier(options)
-    tokenizer = _fast(load_tokenizer(attached.base.name_or_path))
-    return detach(attached).float().eval(), tokenizer
+    tokenizer, stock = _fast(load_tokenizer(attached.base.name_or_path)), detach(attached)
+    end_as_learned(stock, tokenizer)
+    return stock.float().eval(), tokenizer
 
 
 def _classifier(options: ExportOptions) -> ExportError:
@@ -191,7 +192,8 @@ def _write_around(
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     start = [] if writer.chats else writer.tokens("a")[: -len(plain)]  # type: ignore[arg-type]
     file = f"model-{next(k for k in RUN_FIRST if k in wanted)}.{options.to}"
-    told = {"model": file, "prefix": before, "suffix": after, "start": start, "end": end_tokens(model, tokenizer)}
+    told = {"model": file, "prefix": before, "suffix": after, "start": start, "end": end_tokens(model, writer)}
+    told["positions"] = anatomy.positions(model.config)
     told["escalation"] = getattr(model.generation_config, "escalation", None)
     folder.write_text(staging / PROMPT, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
     shutil.copyfile(Path(__file__).with_name(RUN), staging / RUN)
@@ -233,7 +235,7 @@ def _answer(options: ExportOptions, out: Path, tokenizer: PreTrainedTokenizerBas
     if options.to == "hf":
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=False).eval()
         writer = Writer(tokenizer, options.chat_template)
-        asked, end = writer.tokens(writer.ask(prompt)), end_tokens(again, tokenizer)
+        asked, end = writer.tokens(writer.ask(prompt)), end_tokens(again, writer)
         ids = list(greedy(Stock(again, writer), asked, options.max_new_tokens, end))
         return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     command = [sys.executable, str(out / RUN), prompt, "--max-new-tokens", str(options.max_new_tokens)]

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .. import anatomy
-from ..data import Writer
+from ..data import Writer, end_tokens
 from ..errors import ExportError
 from .run import answer as greedy
 from .run import measure
@@ -85,13 +85,6 @@ class Parity:
     prompts_tokenised_alike: int
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the generation configuration's, or else the tokenizer's."""
-    end: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    end = tokenizer.eos_token_id if end is None else end
-    return list(end) if isinstance(end, list) else [] if end is None else [end]
-
-
 class Stock:
     """A model of transformers, as run.py runs one."""
 
@@ -150,7 +143,7 @@ def answer(model: PreTrainedModel, writer: Writer, prompts: Iterable[str], new: 
     Raises:
         ExportError: a prompt that leaves no room for an answer.
     """
-    end, runner = end_tokens(model, writer.tokenizer), Recorded(model, writer)
+    end, runner = end_tokens(model, writer), Recorded(model, writer)
     texts = [writer.ask(p) for p in prompts]
     ids = [writer.tokens(t) for t in texts]
     paths, logits, longest = [], [], max(map(len, ids))

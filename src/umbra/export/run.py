@@ -255,10 +255,13 @@ def main() -> None:
         size = sum(f.stat().st_size for f in files)
         print(json.dumps({**found, "load_seconds": load_seconds, "peak_bytes": peak_bytes(), "file_bytes": size}))
         return
-    prompt = given.prompt if given.prompt is not None else sys.stdin.read()
+    prompt = given.prompt if given.prompt is not None else sys.stdin.read().removesuffix("\n")
     ids = asking["start"] + model.encode(asking["prefix"] + prompt + asking["suffix"])
+    room = (asking.get("positions") or sys.maxsize) - len(ids)
+    if room < 1:
+        sys.exit(f"run.py: the prompt has {len(ids)} tokens, but the model is made for {asking['positions']}")
     tokens, shown = [], ""
-    for token in answer(model, ids, given.max_new_tokens, asking["end"]):
+    for token in answer(model, ids, min(given.max_new_tokens, room), asking["end"]):
         tokens.append(token)
         text = model.decode([t for t in tokens if t not in asking["end"]])
         if not text.endswith("\ufffd"):  # half a character; the rest comes with the next token

@@ -124,10 +124,12 @@ def modelfile(writer: Writer, file: str, context: int) -> str:
     lines = [f"FROM ./{file}", *([] if writer.chats else ['TEMPLATE """{{ .Prompt }}"""'])]
     turns = [("system", "be brief"), ("user", "one"), ("assistant", "two"), ("user", "three")]
     render: Any = writer.tokenizer.apply_chat_template
-    if writer.chats and _rendered(render, turns) == _chatml(turns):
+    shown = _rendered(render, turns) if writer.chats else None
+    thoughts = (shown or "").removeprefix(_chatml(turns))  # empty ones, which the answer then follows
+    if shown is not None and shown.startswith(_chatml(turns)) and '"""' not in thoughts and "{{" not in thoughts:
         opening = OPENING.match(_rendered(render, [("user", "one")]) or "")
         each = CHATML.format(role="{{ .Role }}", content="{{ .Content }}")
-        lines.append(f'TEMPLATE """{{{{- range .Messages }}}}{each}{{{{ end }}}}{START}"""')
+        lines.append(f'TEMPLATE """{{{{- range .Messages }}}}{each}{{{{ end }}}}{START}{thoughts}"""')
         if opening and '"""' not in opening[1]:
             lines.append(f'SYSTEM """{opening[1]}"""')
         lines.append('PARAMETER stop "<|im_end|>"')
@@ -138,7 +140,7 @@ def modelfile(writer: Writer, file: str, context: int) -> str:
 def _rendered(render: Any, turns: list[tuple[str, str]]) -> str | None:
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        return render(messages, tokenize=False, add_generation_prompt=True)
+        return render(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     except Exception:  # templates raise what they like, about roles that they do not have too
         return None
 
