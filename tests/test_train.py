@@ -384,3 +384,54 @@ def test_a_run_of_an_earlier_version_is_known_again(settings):
     assert train(settings) == first
     with pytest.raises(umbra.CheckpointError, match=r"another run \(backbone_rate: 1.0 → 0.5\)"):
         train({**settings, "backbone_rate": 0.5})
+
+
+def test_save_steps_alone_mean_checkpoints(settings):
+    train({**settings, "save_steps": 2, "max_steps": 5, "save_total_limit": None})
+    assert {p.name for p in Path(settings["output_dir"]).glob("checkpoint-*")} == {
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-5",
+    }
+
+
+def test_eval_steps_alone_mean_evaluations(settings, tmp_path):
+    train({**settings, "eval_data": write(tmp_path / "eval.jsonl", RECORDS[:4]), "eval_steps": 2, "max_steps": 4})
+    with open(f"{settings['output_dir']}/run.json") as file:
+        assert [h["step"] for h in json.load(file)["history"] if "eval_loss" in h][:2] == [2, 4]
+
+
+def test_an_optimizer_that_cannot_be_had_costs_no_finished_run(settings, capsys):
+    train({**settings, "max_steps": 1})
+    before = weights(settings["output_dir"])
+    with pytest.raises(umbra.ConfigError, match="galore"):
+        train({**settings, "max_steps": 1, "overwrite": True, "optim": "galore_adamw", "optim_target_modules": ["x"]})
+    assert same(weights(settings["output_dir"]), before)
+    train({**settings, "max_steps": 1})
+    assert "nothing was trained" in capsys.readouterr().err
+
+
+def test_one_gpu_is_used_without_a_launcher(tmp_path, monkeypatch):
+    """Of several that are visible, transformers would take all, by DataParallel."""
+    from transformers import TrainingArguments
+
+    from umbra.runs import make_arguments
+
+    def two(self):
+        self._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two))
+    assert make_arguments(tmp_path, {})._n_gpu == 1
+
+
+def test_fsdp_may_be_true(tmp_path):
+    from umbra.options import TrainOptions
+    from umbra.runs import sort_settings
+
+    _, _, rest = sort_settings(
+        {"output_dir": str(tmp_path), "fsdp": True, "resume_from_checkpoint": True}, TrainOptions, (), "here"
+    )
+    assert rest == {"output_dir": str(tmp_path), "fsdp": True} or rest == {"fsdp": True}
+    with pytest.raises(umbra.ConfigError, match="fsdp"):
+        sort_settings({"output_dir": str(tmp_path), "fsdp": 3}, TrainOptions, (), "here")

@@ -151,7 +151,7 @@ class Shadow(nn.Module):
         else:
             table: Any = self.backbone.get_input_embeddings()
             ratio = anatomy.embedding_scale(base.embeddings) / anatomy.embedding_scale(table)
-            table.weight.copy_(anatomy.embedding_rows(base.embeddings).float() @ into.T * ratio)
+            table.weight.copy_(anatomy.embedding_rows(base.embeddings).float() @ into.T.to(table.weight.device) * ratio)
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.projection is None else self.projection(x)

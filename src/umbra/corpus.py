@@ -179,7 +179,7 @@ def write_own(
 
     A killed call goes on where it was: documents that are in ``out`` already are not written again.
     """
-    done = _own_lines(out)
+    done = _own_lines(out, [writer.ask(p) for p in prompts])
     base.eval()
     most = anatomy.positions(base.config) or sys.maxsize
     bar = tqdm(total=count, initial=len(done), desc="the base writes", disable=None if speaks() else True)
@@ -210,14 +210,20 @@ def write_own(
     return done
 
 
-def _own_lines(out: Path) -> list[str]:
-    """What was written before; a last line that a kill has cut is taken out of the file."""
+def _own_lines(out: Path, asked: list[str]) -> list[str]:
+    """What was written before to the same prompts; a last line that a kill has cut is taken out of the file, and so is
+    everything from the first answer to another prompt on."""
     if not out.exists():
         return []
-    written = out.read_bytes()
-    whole = written.rfind(b"\n") + 1
-    os.truncate(out, whole)
-    return [json.loads(line)["text"] for line in written[:whole].splitlines()]
+    kept, size = [], 0
+    for line in out.read_bytes().splitlines(keepends=True):
+        text = json.loads(line)["text"] if line.endswith(b"\n") else ""
+        if not line.endswith(b"\n") or not text.startswith(asked[len(kept) % len(asked)]):
+            break
+        kept.append(text)
+        size += len(line)
+    os.truncate(out, size)
+    return kept
 
 
 def _batches(prompts: list[str], start: int, end: int, size: int) -> Iterator[list[str]]:

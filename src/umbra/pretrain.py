@@ -42,7 +42,6 @@ OWN = "own.jsonl"  # what the base has written, a file of the output folder
 OWN_SOURCE = "text of the base's own"
 TEACHER = "teacher"  # what it says of each token of the text
 FILES = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE, STAGES, TEACHER, OWN)
-SAVES = {"save_strategy": "steps", "save_steps": 100}  # one epoch is long
 ROWS = 256  # of logits at once
 # What the base's own text depends on: of a run that is overwritten by one with the same, it is kept.
 OWN_OF = (
@@ -85,15 +84,11 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
     if finished is not None:
         return finished
-    arguments = [
-        make_arguments(run.out / STAGES / n, {**SAVES, **rest, "remove_unused_columns": False}) for n in stages
-    ]
+    arguments = [make_arguments(run.out / STAGES / n, {**rest, "remove_unused_columns": False}) for n in stages]
     if arguments[0].world_size > 1:
         raise ConfigError("umbra pretrain runs in one process: start it without a launcher.")
     if arguments[0].label_smoothing_factor:
         raise ConfigError("label_smoothing_factor is of umbra train: the stages' losses are those above; leave it out.")
-    for args in arguments:
-        args._n_gpu = min(args.n_gpu, 1)  # transformers would spread a batch over all by DataParallel
 
     tokenizer: Any = load_tokenizer(options.base)
     if shadow.is_pretrained:

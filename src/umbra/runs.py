@@ -25,7 +25,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
     "logging_steps": 10,
-    "save_strategy": "epoch",
+    "save_steps": 100,
     "save_total_limit": 2,
     "report_to": "none",
     "dataloader_pin_memory": False,
@@ -65,7 +65,10 @@ def sort_settings(
     if options.max_length < 2:
         raise ConfigError(f"max_length must be at least 2, got {options.max_length}.")
     rest = {k: v for k, v in values.items() if k in arguments and k not in names(kind, ShadowConfig)}
-    check_types(TrainingArguments, rest)
+    rest.pop("resume_from_checkpoint", None)
+    check_types(
+        TrainingArguments, {k: v for k, v in rest.items() if (k, v) != ("fsdp", True)}
+    )  # which is right as well
     return options, shadow, rest
 
 
@@ -76,16 +79,22 @@ def make_arguments(out: Path | str, given: dict[str, Any]) -> TrainingArguments:
         ConfigError: a value that they, or we, refuse.
     """
     # Which transformers ask to be told, where the precision is one that GPUs have too.
-    given = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **given}
+    best = given.get("load_best_model_at_end") and "save_steps" not in given  # whose strategies must agree
+    agreeing = {"save_strategy": given.get("eval_strategy", "no")} if best else {}
+    given = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **agreeing, **given}
     for name in POSITIVE:
         if given.get(name, 1) < 1:
             raise ConfigError(f"{name} must be at least 1, got {given[name]}.")
     if not 0 <= given.get("seed", 0) < 2**32:
         raise ConfigError(f"seed must lie in [0, 2³²), got {given['seed']}.")
     try:
-        return TrainingArguments(output_dir=str(out), **given)
+        arguments = TrainingArguments(output_dir=str(out), **given)
     except Exception as error:  # their checks, and those of accelerate's and deepspeed's part, raise many types
         raise ConfigError(f"transformers' TrainingArguments refuse these settings: {error!s:.500}") from error
+    arguments._n_gpu = min(
+        arguments.n_gpu, 1
+    )  # or DataParallel would copy hooks that know one device; launchers use more
+    return arguments
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The run behind ``umbra train``: data, `ShadowTrainer`, and an output folder that can be resumed."""
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -45,11 +46,8 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     """
     options, shadow, rest = split_options(values)
     _check_alone(options, shadow, rest)
-    arguments = make_arguments(
-        options.output_dir, {**({"eval_strategy": "epoch"} if options.eval_data else {}), **rest}
-    )
-    if options.detached_only:
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # the threads of DataParallel would run the pair
+    evaluates = {"eval_strategy": "steps" if "eval_steps" in rest else "epoch"} if options.eval_data else {}
+    arguments = make_arguments(options.output_dir, {**evaluates, **rest})
     run = Run.of(options.output_dir, FILES, options, shadow, rest)
     run.check_apart(base=options.base, shadow=shadow.shadow if shadow.is_pretrained else None)
     try:
@@ -59,6 +57,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
     if finished is not None:
+        print(f"{run.out} holds this run already, finished: nothing was trained.", file=sys.stderr)
         return finished
 
     if not speaks():
@@ -102,7 +101,14 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
             data_collator=Collator(int(pad)),  # type: ignore[arg-type]
             compute_metrics=_accuracy if labels and labels.problem_type == "single_label_classification" else None,
         )
-    except (ValueError, RuntimeError, ImportError) as error:  # of transformers: settings that do not go together
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            trainer.create_optimizer()  # which may be one that is not installed
+    except (
+        ValueError,
+        RuntimeError,
+        ImportError,
+        TypeError,
+    ) as error:  # of transformers: settings that do not go together
         raise ConfigError(f"transformers' Trainer refuses these settings: {error!s:.500}") from error
     if arguments.should_save:
         if options.overwrite:

@@ -42,6 +42,8 @@ class _ShadowLoss:
             raise ConfigError(
                 f"{type(self).__name__} trains a ShadowModel, got {type(model).__name__}: attach or load one first."
             )
+        if arguments is not None:
+            arguments._n_gpu = min(arguments.n_gpu, 1)  # or DataParallel would copy hooks that know one device
         if arguments is not None and arguments.ddp_find_unused_parameters is None:
             # All are used, and of two forwards before one backward DDP would search the second alone.
             arguments.ddp_find_unused_parameters = False if model is None or weight(model) > 0 else None
@@ -75,21 +77,30 @@ class _ShadowLoss:
             shadow = outputs.get("shadow_loss") if isinstance(outputs, dict) else None
             self._note(shadow, num_items_in_batch)
             if not self.model.training and self.model.shadow_config.escalation is not None:
-                count = (inputs["labels"][:, 1:] != IGNORED).sum()
-                self._task_eval.append(self.gather_function(torch.stack([loss.detach().double() * count, count])[None]))
+                self._note_task(loss, inputs["labels"])
             return (loss, outputs) if return_outputs else loss
 
-        inputs = dict(inputs)
+        inputs, items = dict(inputs), num_items_in_batch
         own = inputs.pop("shadow_targets", None)
         alone = {k: v for k, v in inputs.items() if k not in NOT_THE_SHADOWS}
-        alone = alone if own is None else {**alone, "labels": own}
+        if own is not None:
+            alone["labels"] = own
+            if not self.model.training:  # each is divided by its own
+                num_items_in_batch, items = (_labelled(labels).clamp(min=1) for labels in (inputs["labels"], own))
         with self.model.attached_only():
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if not self.model.training and self.model.shadow_config.escalation is not None:
+            self._note_task(loss[0] if return_outputs else loss, inputs["labels"])
         if weight(self.model) == 0:
             return loss
+        if "old_logps" in inputs:
+            raise ConfigError(
+                "This trainer measures how far the policy has moved from its old log-probabilities (old_logps), which are the "
+                "pair's, not the shadow's: set auxiliary_loss_weight=0."
+            )
         with self.model.shadow_only(), nullcontext() if self.model.training else torch.no_grad():
-            shadow = super(_ShadowLoss, self._twin()).compute_loss(model, alone, False, num_items_in_batch)  # type: ignore[misc]
-        self._note(shadow, num_items_in_batch)
+            shadow = super(_ShadowLoss, self._twin()).compute_loss(model, alone, False, items)  # type: ignore[misc]
+        self._note(shadow, items)
         if not self.model.training:
             return loss
         if return_outputs:
@@ -121,6 +132,15 @@ class _ShadowLoss:
         if scaled is None:
             scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
         self._shadow_train += value if scaled else value / self.current_gradient_accumulation_steps
+
+    def _note_task(self: Any, loss: torch.Tensor, labels: torch.Tensor) -> None:
+        """For an evaluation in which some rows are the shadow's alone."""
+        count = _labelled(labels)
+        self._task_eval.append(self.gather_function(torch.stack([loss.detach().double() * count, count])[None]))
+
+    def _inner_training_loop(self: Any, *args: Any, **options: Any) -> Any:
+        self._shadow_train, self._shadow_since = 0.0, None  # of a training before, which counted other steps
+        return super()._inner_training_loop(*args, **options)  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self: Any) -> None:
         """The base's arguments too, images among them, or their columns would be dropped."""
@@ -269,6 +289,11 @@ def _scale_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
 
 def _either(labels: torch.Tensor, shadow_targets: torch.Tensor) -> torch.Tensor:
     return labels.where(labels != IGNORED, shadow_targets)
+
+
+def _labelled(labels: torch.Tensor) -> torch.Tensor:
+    """How many tokens are learned."""
+    return (labels[:, 1:] != IGNORED).sum()
 
 
 def weight(model: ShadowModel) -> float:
