@@ -316,8 +316,9 @@ def test_the_detached_model_passes_on_what_was_marked_and_the_pair_does_not(esca
     AutoModelForCausalLM.from_pretrained(tmp_path / "edge").generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("marked", ["some", "none", "all"])
-def test_the_evaluated_loss_is_of_a_label_whatever_the_batches(settings, tmp_path, marked):  # noqa: F811
+def test_the_evaluated_loss_is_of_a_label_whatever_the_batches(settings, tmp_path, marked, smoothing):  # noqa: F811
     """Rows that only the shadow learns from neither dilute it nor are left out of the shadow's."""
     chosen = {"some": "34", "none": "", "all": "01234"}[marked]
     records = [{**r, "escalate": r["prompt"][0] in "34"} for r in RECORDS]
@@ -329,7 +330,8 @@ def test_the_evaluated_loss_is_of_a_label_whatever_the_batches(settings, tmp_pat
     found = []
     for size in (1, 3, 16):
         out = str(tmp_path / f"out{size}")
-        metrics = train({**settings, "output_dir": out, "per_device_eval_batch_size": size, "max_steps": 2})
+        given = {"output_dir": out, "per_device_eval_batch_size": size, "label_smoothing_factor": smoothing}
+        metrics = train({**settings, **given, "max_steps": 2})
         found.append(metrics["eval_loss"])
     model, tokenizer = umbra.load(out).eval(), make_tokenizer()
     sums = []
@@ -339,7 +341,10 @@ def test_the_evaluated_loss_is_of_a_label_whatever_the_batches(settings, tmp_pat
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]
         sums.append(
-            (float(F.cross_entropy(logits, labels[0, 1:], reduction="sum")), int((labels[0, 1:] != -100).sum()))
+            (
+                float(F.cross_entropy(logits, labels[0, 1:], reduction="sum", label_smoothing=smoothing)),
+                int((labels[0, 1:] != -100).sum()),
+            )
         )
     expected = sum(s for s, _ in sums) / sum(n for _, n in sums)
     assert found == pytest.approx([expected] * 3, rel=1e-5)

@@ -443,6 +443,28 @@ def test_another_run_in_the_folder_is_refused(settings):
     pretrain.pretrain({**settings, "max_steps": 2, "overwrite": True})
 
 
+def test_answers_to_prompts_of_before_are_written_anew(settings, tmp_path):
+    """The prompts that are still asked, in their places, keep theirs."""
+    prompts, own = tmp_path / "prompts.txt", tmp_path / "out" / "own.jsonl"
+    given = {
+        **settings,
+        "data": None,
+        "prompts": str(prompts),
+        "own_documents": 12,
+        "own_new_tokens": 40,
+        "max_steps": 1,
+    }
+
+    def written(*lines: str) -> list[str]:
+        prompts.write_text("\n".join(lines))
+        pretrain.pretrain({**given, "overwrite": True})
+        return [json.loads(line)["text"] for line in own.read_text().splitlines()]
+
+    first, second = written("one", "two", "six"), written("one", "two", "ten")
+    assert second[:2] == first[:2]
+    assert ["ten" in t for t in second] == [i % 3 == 2 for i in range(12)]
+
+
 INPUTS = {"data": "out/own.jsonl", "prompts": "out/README.md", "base": "out", "shadow": "out", "weights": None}
 
 

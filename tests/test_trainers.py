@@ -349,3 +349,35 @@ def test_dropout_that_is_switched_off_in_its_modules_is_off(dialect, fast):
                 module.p = 0
         one, other = (model(input_ids=ids).logits for _ in range(2))
     assert torch.equal(one, other)
+
+
+def test_a_second_training_counts_its_own_steps(tmp_path):
+    """Of which the first has left some that were not logged."""
+    model, data, logged = make(auxiliary_loss_weight=LAMBDA), examples(12), []
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, logging_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_strategy="no", optim="sgd", learning_rate=0.0, max_grad_norm=0.0,
+    )  # fmt: skip
+    trainer = umbra.ShadowTrainer(model=model, args=arguments, train_dataset=data)
+    for _ in range(2):
+        trainer.train()
+        logged.append([h["shadow_loss"] for h in trainer.state.log_history if "shadow_loss" in h])
+    assert len(logged[0]) == 1
+    assert logged[1] == pytest.approx(logged[0])
+
+
+def test_an_objective_of_old_log_probabilities_has_none_of_the_shadows(tmp_path):
+    """RLOO's: of a ratio to the pair's own, the shadow would learn nothing."""
+
+    class OldPolicy(OwnLoss):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            given = {k: v for k, v in inputs.items() if k != "old_logps"}
+            return super().compute_loss(model, given, return_outputs, num_items_in_batch)
+
+    kind, model, data = umbra.with_shadow_loss(OldPolicy), make(auxiliary_loss_weight=LAMBDA), examples()
+    batch = {**batch_of(data), "old_logps": torch.zeros(len(data))}
+    trainer = trainer_of(kind, tmp_path, model, data, 1)
+    with pytest.raises(umbra.ConfigError, match="old_logps"):
+        trainer.compute_loss(model.train(), batch)
+    without = trainer_of(kind, tmp_path, make(auxiliary_loss_weight=0.0), data, 1)
+    without.compute_loss(without.model.train(), batch)

@@ -81,16 +81,16 @@ class _ShadowLoss:
             return (loss, outputs) if return_outputs else loss
 
         inputs, items = dict(inputs), num_items_in_batch
-        own = inputs.pop("shadow_targets", None)
+        labels, own = inputs.get("labels"), inputs.pop("shadow_targets", None)
         alone = {k: v for k, v in inputs.items() if k not in NOT_THE_SHADOWS}
         if own is not None:
             alone["labels"] = own
             if not self.model.training:  # each is divided by its own
-                num_items_in_batch, items = (_labelled(labels).clamp(min=1) for labels in (inputs["labels"], own))
+                num_items_in_batch, items = (_labelled(told).clamp(min=1) for told in (labels, own))
         with self.model.attached_only():
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not self.model.training and self.model.shadow_config.escalation is not None:
-            self._note_task(loss[0] if return_outputs else loss, inputs["labels"])
+            self._note_task(loss[0] if return_outputs else loss, labels)
         if weight(self.model) == 0:
             return loss
         if "old_logps" in inputs:
