@@ -142,6 +142,29 @@ def test_other_shapes(made, tmp_path, to, name):
     assert rows[1].same_next > 0.5
 
 
+def test_a_tokenizer_of_sentencepiece(tmp_path):
+    """Whose file transformers does not save, and GGML's converter reads nothing else; also from a detached folder."""
+    import sentencepiece
+
+    lines = [line for line in README.splitlines() if len(line) > 40 and line[0].isalpha()]
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    make_base("llama", head_dim=16, num_hidden_layers=2, **{**SIZES, "vocab_size": 700}).save_pretrained(base)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(base / "tokenizer"), vocab_size=700, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": false}')
+    model = umbra.attach(load_base(str(base)), umbra.ShadowConfig(rank=4))
+    scramble(model.shadow, std=0.15)
+    model.save_pretrained(adapter)
+    main(["detach", str(adapter), str(tmp_path / "edge")])
+    (tmp_path / "prompts.txt").write_text("\n".join(lines[:8]) + "\n")
+    for source in (adapter, tmp_path / "edge"):
+        asked = {"to": "gguf", "quantization": "f16", "prompts": str(tmp_path / "prompts.txt"), "max_new_tokens": 6}
+        (row,) = export(ExportOptions(adapter=str(source), out=str(tmp_path / f"{source.name} gguf"), **asked))[0]
+        assert row.same_next == 1 and row.prompts_tokenised_alike == 8
+
+
 def test_sliding_windows(tmp_path):
     """And scaled embeddings, before norms of their own."""
     make_base("gemma3_text", num_hidden_layers=1, layer_types=SLIDING[:1]).save_pretrained(tmp_path / "base")

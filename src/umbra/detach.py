@@ -8,6 +8,7 @@ Both products are exact, since each projection is one bias-free linear map next 
 """
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from . import anatomy, dense, folder
 from .data import Writer, end_tokens
@@ -28,9 +30,10 @@ from .errors import CheckpointError, DetachError
 from .model import ShadowModel
 from .options import check_dtype
 
+PIECES = "tokenizer.model"
 OF_STOCK = (
     "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", PIECES,
 )  # fmt: skip
 
 
@@ -226,6 +229,20 @@ def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | N
     if tokenizer is not None:
         several: Any = isinstance(tokenizer.chat_template, dict)  # which would be files in a folder of their own
         tokenizer.save_pretrained(staging, save_jinja_files=not several)
+        if (pieces := _pieces(tokenizer.name_or_path)) is not None:
+            shutil.copyfile(pieces, staging / PIECES)
+
+
+def _pieces(name: str) -> str | None:
+    """SentencePiece's file of the tokenizer that was loaded from ``name``, where it has one: GGML's converter reads no other.
+
+    transformers saves tokenizer.json alone.
+    """
+    try:
+        found: Any = cached_file(name, PIECES, _raise_exceptions_for_missing_entries=False) if name else None
+    except OSError:  # no such place any more, or the hub cannot be reached
+        return None
+    return found
 
 
 def accept(generation: Any) -> None:
