@@ -531,6 +531,23 @@ def test_a_metric_of_lm_eval_that_is_no_mean_over_samples_is_a_value_alone(tmp_p
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
+def test_percents_are_shares_in_every_run_where_one_is_beyond_1(done, tmp_path):
+    """Of a metric that is none of the known percents; another test's shares stay."""
+    shutil.copytree(done / "out", tmp_path / "out")
+    for file in (tmp_path / "out" / "runs").glob("sum--*.json"):
+        kept = json.loads(file.read_text())
+        scores = kept["umbra"]["scores"].get("sign", {})  # attached, detached
+        for score, each in zip(scores.values(), ([61.0] * 24, [0.5] * 24), strict=False):
+            score |= {"value": each[0], "items": each}
+        file.write_text(json.dumps(kept))
+    before, after = results_of(done), results_of(tmp_path)
+    for name, share in (("Umbra", 0.61), ("Umbra, detached", 0.005)):
+        v = variant(after, name)
+        assert after.score(v, "sum", "sign").mean == pytest.approx(share)
+        assert after.items(v, "sum", "sum") == before.items(v, "sum", "sum")
+        assert after.items(v, "sum", "text") == before.items(v, "sum", "text")
+
+
 def test_the_page_needs_nothing_else_and_knows_light_and_dark(done):
     text = (done / "out" / "report.html").read_text()
     assert not re.search(r"<(script|img|link|iframe)|url\((?!#)|(src|href)=.(?!#)", text)

@@ -301,12 +301,13 @@ def test_a_judge_that_cannot_read_a_reply_holds_it_for_wrong():
 
 
 @pytest.mark.parametrize(
-    ("metric", "value", "less", "whole"),
-    [("bleu", 27.3, False, 100), ("bleu", 0.4, False, 100), ("exact", 61.0, False, 100), ("acc", 0.4, False, 1),
-     ("acc", 1.0, False, 1), ("word_perplexity", 27.3, True, 1), ("ter", 80.0, True, 1)],
+    ("metric", "less", "whole"),
+    [("bleu", False, 100), ("exact", False, 100), ("rougeL_diff", False, 100), ("exact_match", False, 1), ("f1", False, 1),
+     ("acc", False, 1), ("word_perplexity", True, 1), ("ter", True, 1)],
 )  # fmt: skip
-def test_percents_of_lm_eval_are_shares(metric, value, less, whole):
-    assert harness.whole_of(metric, value, less) == whole
+def test_percents_of_lm_eval_are_shares(metric, less, whole):
+    """By the metric's name: a value of 0.9 may be a percent, too."""
+    assert harness.whole_of(metric, less) == whole
 
 
 def test_a_judge_that_cannot_read_the_right_answer_is_at_fault(monkeypatch):
@@ -417,6 +418,19 @@ def test_what_never_differs_is_no_proof_where_it_is_little(items, verdict):
     apart = difference({0: [1.0] * items}, {0: [0.0] * items})
     assert apart is not None and apart.verdict == verdict
     assert (mcnemar([1.0] * items, [0.0] * items) < 0.05) == (verdict == "win")
+
+
+@pytest.mark.parametrize(("apart", "verdict"), [(4, "tie"), (5, "tie"), (6, "win")])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_few_items_that_differ_are_a_win_where_the_sign_test_says_so(apart, verdict, seeds):
+    right, less = [1.0] * 100 + [0.0] * 100, [1.0] * (100 - apart) + [0.0] * (100 + apart)
+    ours, theirs = (dict.fromkeys(range(seeds), side) for side in (right, less))
+    found = difference(ours, theirs)
+    assert found.verdict == verdict and (mcnemar(right, less) < 0.05) == (verdict == "win")
+    assert found.mean == pytest.approx(apart / 200) and found.high - found.mean == pytest.approx(found.mean - found.low)
+    assert (found.low == 0) == (verdict == "tie")
+    back = difference(theirs, ours)
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
 
 
 def test_the_interval_of_scores_that_are_all_alike():
@@ -600,3 +614,20 @@ def test_the_map_writes_each_score_into_its_cell():
         "50": (1.5, 0.5),
         "75": (1.5, 1.5),
     }
+
+
+def test_names_are_drawn_as_they_are():
+    """Two dollars begin no mathematics, and an underscore hides nothing from a legend."""
+    from types import SimpleNamespace
+
+    from umbra.evaluate import plots
+
+    names = ["_first", "$5 and $\\frac", "$x_1$"]
+    results = SimpleNamespace(cost=lambda v: {"parameters": 1e6 * v}, mean_score=lambda v: estimate(np.eye(3)))
+    figure = plots.scaling(results, {n: [1, 2] for n in names})  # type: ignore[arg-type, list-item]
+    assert [t.get_text().lstrip("\u200b") for t in figure.axes[0].get_legend().get_texts()] == [
+        n.replace("$", "\\$") for n in names
+    ]
+    for each in (figure, plots.differences([(n, estimate(np.eye(3))) for n in names], "")):
+        drawn = plots.svg(each)
+        assert all(n in drawn for n in names) and plots.png(each)

@@ -6,7 +6,10 @@ from typing import Any
 from ..errors import ConfigError, DataError, unknown_key
 from .tasks import TaskOptions
 
-PERCENT = ("bleu", "chrf")  # of lm-eval's metrics
+PERCENT = {  # of lm-eval's metrics: those of sacrebleu, squadv2 and truthfulqa_gen
+    "bleu", "chrf", "chrf++", "exact", "HasAns_exact", "NoAns_exact", "HasAns_f1", "NoAns_f1", "best_exact", "best_f1",
+    *(f"{name}_{of}" for name in ("bleu", "rouge1", "rouge2", "rougeL") for of in ("max", "diff")),
+}  # fmt: skip
 
 
 def check(name: str, options: TaskOptions) -> None:
@@ -32,7 +35,7 @@ def check(name: str, options: TaskOptions) -> None:
 def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) -> dict[str, Any]:
     """The task's first metric, which way it is better, its value, all values as lm-eval gives them, and what every sample got.
 
-    Percents become shares. Of a metric that is no mean over samples, as perplexity is, the value stands alone.
+    Known percents become shares. Of a metric that is no mean over samples, as perplexity is, the value stands alone.
     """
     import lm_eval
     from lm_eval.models import huggingface
@@ -54,14 +57,14 @@ def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) ->
     if not items or not math.isclose(sum(items) / len(items), values[chief], rel_tol=1e-6, abs_tol=1e-9):
         items = []
     less = found.get("higher_is_better", {}).get(name, {}).get(metric) is False
-    whole = whole_of(metric, values[chief], less)
+    whole = whole_of(metric, less)
     items = [i / whole for i in items]
     return {"metric": metric, "less_is_better": less, "value": values[chief] / whole, "values": values, "items": items}
 
 
-def whole_of(metric: str, value: float, less_is_better: bool) -> float:
-    """What a value is a part of: 100 where lm-eval gives percents, else 1."""
-    return 100.0 if not less_is_better and (metric in PERCENT or 1 < value <= 100) else 1.0
+def whole_of(metric: str, less_is_better: bool) -> float:
+    """What a value is a part of: 100 of a metric that lm-eval gives in percent, else 1."""
+    return 100.0 if metric in PERCENT and not less_is_better else 1.0
 
 
 def _manager(options: TaskOptions) -> Any:

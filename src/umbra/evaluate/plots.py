@@ -22,6 +22,11 @@ def colours(results: Results) -> dict[str, str]:
     }
 
 
+def _name(text: str) -> str:
+    """A name as matplotlib leaves it alone: not set as mathematics for its $, not left out of a legend for its underscore."""
+    return re.sub("^_", "\u200b_", text.replace("$", r"\$"))
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
@@ -54,9 +59,9 @@ def scores(results: Results) -> Any:
                 axes.errorbar(
                     scale * found.mean, y, xerr=half, fmt="o", color=palette[variant.name], capsize=2, markersize=5
                 )
-        axes.set_yticks(range(len(results.variants)), [v.name for v in results.variants])
+        axes.set_yticks(range(len(results.variants)), [_name(v.name) for v in results.variants])
         axes.grid(axis="x", color=INK, alpha=0.12)
-        _plain(axes, title=task, xlabel=results.metric(task) + ("" if results.is_loss(task) else ", %"))
+        _plain(axes, title=_name(task), xlabel=_name(results.metric(task)) + ("" if results.is_loss(task) else ", %"))
     figure.axes[0].invert_yaxis()
     return figure
 
@@ -75,7 +80,7 @@ def pareto(results: Results) -> Any:
             mean, cost = results.mean_score(variant), results.cost(variant)
             if mean is not None and cost:
                 half = 0 if np.isinf(mean.half) else 100 * mean.half
-                look = {"fmt": "o", "color": palette[variant.name], "label": variant.name, "capsize": 2}
+                look = {"fmt": "o", "color": palette[variant.name], "label": _name(variant.name), "capsize": 2}
                 axes.errorbar(cost[name] / unit, 100 * mean.mean, yerr=half, **look)
         axes.grid(color=INK, alpha=0.12)
         axes.set_xlim(left=0)
@@ -107,8 +112,8 @@ def transfer(results: Results, pairs: list[tuple[str, str]]) -> Any:
         if not np.isnan(value):
             shade = "white" if value > 55 else "black"
             axes.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=8, color=shade)
-    axes.set_xticks(np.arange(len(pairs)) + 0.5, [f"{a} →\n{b}" for a, b in pairs])
-    axes.set_yticks(np.arange(len(results.variants)) + 0.5, [v.name for v in results.variants])
+    axes.set_xticks(np.arange(len(pairs)) + 0.5, [_name(f"{a} →\n{b}") for a, b in pairs])
+    axes.set_yticks(np.arange(len(results.variants)) + 0.5, [_name(v.name) for v in results.variants])
     return _plain(axes).figure
 
 
@@ -121,7 +126,7 @@ def scaling(results: Results, families: dict[str, list[Variant]]) -> Any:
         points = sorted(((c["parameters"] / 1e6, f) for c, f in told if c and f), key=lambda point: point[0])
         halves = [0 if np.isinf(f.half) else 100 * f.half for _, f in points]
         x, y = [x for x, _ in points], [100 * f.mean for _, f in points]
-        axes.errorbar(x, y, halves, fmt="o-", color=colour, label=name, capsize=2)
+        axes.errorbar(x, y, halves, fmt="o-", color=colour, label=_name(name), capsize=2)
     axes.set_xscale("log")
     axes.grid(color=INK, alpha=0.12)
     _plain(axes, xlabel="trainable parameters, M", ylabel="mean score, %")
@@ -138,7 +143,7 @@ def differences(rows: list[tuple[str, Estimate]], label: str) -> Any:
         half = 0 if np.isinf(found.half) else 100 * found.half
         axes.errorbar(100 * found.mean, y, xerr=half, fmt="o", color=colour, capsize=2, markersize=5)
     axes.axvline(0, color=INK, alpha=0.5, linewidth=1)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [_name(name) for name, _ in rows])
     axes.invert_yaxis()
     axes.grid(axis="x", color=INK, alpha=0.12)
     return _plain(axes, xlabel=label).figure

@@ -67,6 +67,7 @@ class Results:
         self.missing = [k for k in asked if k not in kept]
         self.trained: list[str] = self.study["trained"]
         self.tasks: list[str] = list(self.study["tasks"])
+        self.wholes = {name: self._whole(name) for name in self.tasks}
         self.variants = [
             Variant(name, mode, method["kind"])
             for name, method in self.study["methods"].items()
@@ -96,7 +97,8 @@ class Results:
         for kept in self.of(variant, trained):
             score = kept["umbra"]["scores"].get(tested, {}).get(variant.mode)
             if score is not None:
-                found[kept["umbra"]["request"]["seed"]] = score["items"] or [score["value"]]
+                each = score["items"] or [score["value"]]
+                found[kept["umbra"]["request"]["seed"]] = [i / self.wholes[tested] for i in each]
         if not variant.is_trained and found:
             return dict.fromkeys(self.study["seeds"], next(iter(found.values())))
         return found
@@ -108,6 +110,11 @@ class Results:
     def is_loss(self, tested: str) -> bool:
         """Whether less of it is better, and it is no share."""
         return any(s["metric"] == LOSS or s.get("less_is_better") for s in self._scores(tested))
+
+    def _whole(self, tested: str) -> float:
+        """100 where any score on a task is beyond 1, and so all are percents, else 1."""
+        beyond = not self.is_loss(tested) and any(abs(s["value"]) > 1 for s in self._scores(tested))
+        return 100.0 if beyond else 1.0
 
     def _scores(self, tested: str) -> Iterator[dict[str, Any]]:
         for kept in self.runs:
