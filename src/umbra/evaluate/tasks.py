@@ -9,6 +9,7 @@ import json
 import random
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from .metrics import LOSS, METRICS, PUZZLE, has_answer, puzzle
 from .sets import Item, items, known
 
 ALSO, ROW = "also", "puzzle"  # columns of a record: further right answers, and what reasoning-gym judges them by
+STUDY_FILE, FIGURES = "study.json", "figures"  # in a study's folder: what its report knows of it, and pictures
+WRITTEN = (STUDY_FILE, FIGURES, "report.md", "report.html", "runs", "trials", "adapters", "work")  # all that lies there
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,13 @@ class TaskOptions:
         return self.lm_eval is None and (self.test is None or self.train is not None)
 
     def files(self, name: str) -> list[Path]:
-        """Local files that the records come from, those that are learned first."""
+        """Local files that the records come from, those that are learned first; what a study has written there is none."""
         if self.lm_eval is not None:
             root = Path(self.lm_eval_path or "")
-            found = (f.relative_to(root) for f in root.rglob("*") if f.is_file()) if self.lm_eval_path else ()
-            return sorted(root / f for f in found if not any(part.startswith((".", "__pycache__")) for part in f.parts))
+            found = [f.relative_to(root) for f in root.rglob("*") if f.is_file()] if self.lm_eval_path else []
+            found = [f for f in found if not any(part.startswith((".", "__pycache__")) for part in f.parts)]
+            written = {f.parent / name for f in found if f.name == STUDY_FILE for name in WRITTEN}
+            return sorted(root / f for f in found if written.isdisjoint((f, *f.parents)))
         if self.train is not None or self.test is not None:
             return [p for p in map(Path, (self.train or "", self.test or "")) if p.is_file()]
         if self.data is None:
@@ -125,7 +130,16 @@ class Task:
 
 def digest_of(files: list[Path]) -> str:
     """Of the contents of files, in their order."""
-    return hashlib.sha256("".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in files).encode()).hexdigest()[:16]
+    found = ((f.absolute(), f.stat()) for f in files)
+    each = "".join(_digest(f, about.st_size, about.st_mtime_ns) for f, about in found)
+    return hashlib.sha256(each.encode()).hexdigest()[:16]
+
+
+@cache
+def _digest(file: Path, size: int, modified: int) -> str:
+    """Of a file's contents, which are read once for every size and time of it."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load_task(name: str, options: TaskOptions, chats: bool = True, learned: bool = True) -> Task:
