@@ -149,7 +149,8 @@ def test_matched_methods_train_equally_many_parameters(done):
 
 def test_the_method_that_others_are_matched_to_stays_as_it_is(tmp_path, base_folder):
     methods = {"LoRA": {"kind": "lora"}, "Umbra": {"kind": "umbra"}, "Other": {"kind": "umbra", "rank": 2}}
-    fields, counts = sizes_of(Study.of(study_of(tmp_path, base_folder, methods=methods, match="Umbra", forgetting=[])))
+    study = Study.of(study_of(tmp_path, base_folder, methods=methods, match="Umbra", forgetting=[]))
+    fields, counts = sizes_of(study, Base.named(base_folder, torch.bfloat16, torch.device("cpu")))
     assert fields["Umbra"] == {} and "shadow_intermediate_size" in fields["Other"]
     assert all(abs(n - counts["Umbra"]) <= 0.05 * counts["Umbra"] for n in counts.values())
 
@@ -673,12 +674,18 @@ def test_families_and_ablations_have_sections_of_their_own(tmp_path, base_folder
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
-def test_the_commands_run_report_and_refuse(done, capsys):
+def test_the_commands_run_report_and_refuse(done, capsys, monkeypatch):
     assert main(["evaluate", str(done / "study.yaml"), "--out", str(done / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["failed"] == 0 and all(Path(f).exists() for f in found["report"])
     assert main(["report", str(done / "out"), "--out", str(done / "again")]) == 0
     assert (done / "again" / "report.html").exists()
+    capsys.readouterr()
+    monkeypatch.setattr(umbra.evaluate, "evaluate", lambda _: print("loading") or {"failed": 0, "report": []})
+    assert main(["evaluate", str(done / "study.yaml"), "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["failed"] == 0 and "loading" in told.err
+    monkeypatch.undo()
     assert main(["report", str(done / "nowhere")]) == 2
     assert "holds no study" in capsys.readouterr().err
     assert main(["evaluate", str(done / "nowhere.yaml")]) == 2

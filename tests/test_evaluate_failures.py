@@ -2,14 +2,18 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
+from transformers import AutoConfig
 
+import umbra.evaluate
 from conftest import make_tokenizer
 from test_evaluate import METHODS, SIGNS, SUMS, TRAINING, lines, results_of, run_study, study_of
 from tiny import make_base
-from umbra.errors import ConfigError, DataError
+from umbra.errors import CheckpointError, ConfigError, DataError
 from umbra.evaluate import harness, record
+from umbra.evaluate.study import Study
 
 run_module = importlib.import_module("umbra.evaluate.run")  # the package has a function of that name
 
@@ -45,7 +49,7 @@ def test_a_test_that_fails_costs_its_own_score_alone(tmp_path, small, monkeypatc
     results = results_of(tmp_path)
     lora = next(v for v in results.variants if v.method == "LoRA")
     assert results.score(lora, "sum", "sum") is not None and results.score(lora, "sum", "sign") is None
-    assert "on sign failed: RuntimeError: no such luck" in capsys.readouterr().out
+    assert "on sign failed: RuntimeError: no such luck" in capsys.readouterr().err
     assert found["failed"] == 2, "the base on sign, LoRA that learned sum"
     report = (tmp_path / "out" / "report.md").read_text()
     assert "1 scores are missing" in report and "seed 0, tested on sign" in report
@@ -130,3 +134,108 @@ def test_a_task_that_is_only_tested_needs_no_training_file(tmp_path, base_folder
     }  # fmt: skip
     assert run_study(tmp_path, given)["failed"] == 0
     assert all(record.is_whole(r) for r in record.read_all(tmp_path / "out").values())
+
+
+def test_what_a_study_writes_is_no_file_of_a_task_that_lies_around_it(tmp_path, small, monkeypatch):
+    score = {"metric": "acc", "less_is_better": False, "value": 0.5, "values": {}, "items": [0.0, 1.0]}
+    monkeypatch.setattr(harness, "check", lambda *_: None)
+    monkeypatch.setattr(harness, "score", lambda *_: score)
+    given = {**small, "forgetting": ["toy"], "keep_adapters": True}
+    given["tasks"]["toy"] = {"lm_eval": "toy", "lm_eval_path": str(tmp_path)}
+    assert run_study(tmp_path, given, "in/out")["failed"] == 0
+    monkeypatch.setattr(umbra.evaluate, "run", lambda *_: pytest.fail("it was run again"))
+    assert run_study(tmp_path, given, "in/out")["failed"] == 0
+    assert results_of(tmp_path, "in/out").missing == []
+
+
+def test_a_lost_gpu_ends_the_sweep_and_what_is_done_is_kept(tmp_path, small, monkeypatch):
+    plain, error = umbra.evaluate.run, "RuntimeError: CUDA error: device-side assert triggered"
+
+    def run(request, *more):
+        kept = plain(request, *more)
+        return kept if request["kind"] == "base" else record.make(request, {}, "2026-01-01T00:00:00+00:00", 0.0, error)
+
+    monkeypatch.setattr(umbra.evaluate, "run", run)
+    given = {**small, "seeds": [0, 1], "transfer": {"sum": ["sign"]}}
+    with pytest.raises(CheckpointError, match="sum, LoRA failed and took the GPU's context with it"):
+        run_study(tmp_path, given)
+    assert len(list((tmp_path / "out" / "runs").glob("*.json"))) == 3
+    monkeypatch.setattr(umbra.evaluate, "run", plain)
+    assert run_study(tmp_path, given)["failed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"max_new_tokens": 62}, "its longest test prompt has 4 tokens, with max_new_tokens=62 66, but .* made for 64"),
+        ({"max_new_tokens": 62, "metric": "loss", "max_length": 64}, None),
+        ({"max_length": 65}, "a record has 65 tokens within max_length=65, .* set max_length to 64 at most"),
+        ({"max_length": 64}, None),
+    ],
+)
+def test_what_is_longer_than_the_bases_positions_is_told_before_training(change, says, tmp_path, small, monkeypatch):
+    read = AutoConfig.from_pretrained(small["base"])
+    base = shutil.copytree(small["base"], tmp_path / "base")
+    read.max_position_embeddings = 64
+    read.save_pretrained(base)
+    long = [{"prompt": "1+1=", "completion": "2" * 70}]
+    small["tasks"]["sum"] |= {"train": lines(tmp_path / "long.jsonl", SUMS[::2] + long), **change}
+    given = {**small, "base": str(base), "chat_template": False}
+    asked = []
+    monkeypatch.setattr(umbra.evaluate, "_sweep", lambda *x: asked.append(1))
+    if says is None:
+        run_study(tmp_path, given)
+    else:
+        with pytest.raises(ConfigError, match=f"task sum: {says}"):
+            run_study(tmp_path, given)
+    assert bool(asked) == (says is None)
+
+
+def test_a_batch_is_what_the_study_says_however_many_gpus_there_are(tmp_path, small, monkeypatch):
+    plain = run_module.make_arguments
+
+    def on_two(*given):
+        arguments = plain(*given)
+        assert arguments.n_gpu <= 1
+        arguments._n_gpu = 2
+        return arguments
+
+    monkeypatch.setattr(run_module, "make_arguments", on_two)
+    small["methods"] = {"LoRA": METHODS["LoRA"], "Alone": METHODS["Alone"]}
+    assert run_study(tmp_path, {**small, "transfer": {}})["failed"] == 0
+    samples = [r["train_info"]["metrics"][-1]["train samples"] for r in record.read_all(tmp_path / "out").values()]
+    assert samples and set(samples) == {TRAINING["max_steps"] * TRAINING["per_device_train_batch_size"]}
+
+
+def test_a_run_has_one_record_whatever_its_method_is_called(tmp_path, small):
+    small["methods"] = {"LoRA": METHODS["LoRA"]}
+    small["tasks"] = {"sum": small["tasks"]["sum"]}
+    request = next(Study.of({**small, "transfer": {}}).runs({"LoRA": METHODS["LoRA"]}, {}))
+    for name, seed in (("LoRA", 0), ("Other", 1), ("Renamed", 0)):
+        record.write(tmp_path, record.make({**request, "method": name, "seed": seed}, {}, "2026-01-01", 0.0, "Error"))
+    assert [f.name.rpartition("--")[0] for f in sorted((tmp_path / "runs").iterdir())] == [
+        "sum--Other--seed-1",
+        "sum--Renamed--seed-0",
+    ]
+
+
+def test_a_record_is_made_on_any_device(small):
+    small["tasks"] = {"sum": small["tasks"]["sum"]}
+    request = next(Study.of({**small, "transfer": {}}).runs({"base": {}, "LoRA": {}}, {}))
+    kept = record.make(request, {"device": "mps:0"}, "2026-01-01", 0.0, "")
+    assert kept["umbra"]["machine"]["cores"]
+
+
+def test_adapters_that_were_not_kept_are_told_once(tmp_path, small, capsys):
+    small["tasks"] = {"sum": small["tasks"]["sum"]}
+    given = {**small, "transfer": {}, "seeds": [0, 1]}
+    run_study(tmp_path, given)
+    assert "keep_adapters" not in capsys.readouterr().err
+    given["keep_adapters"] = True
+    run_study(tmp_path, given)
+    assert capsys.readouterr().err.count("keep_adapters: 2 of 2 finished runs have no adapter in") == 1
+    for file in (tmp_path / "out" / "runs").glob("*LoRA*"):
+        file.unlink()
+    run_study(tmp_path, given)
+    assert "keep_adapters" not in capsys.readouterr().err
+    assert len(list((tmp_path / "out" / "adapters").iterdir())) == 2

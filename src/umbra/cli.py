@@ -156,7 +156,8 @@ def _evaluate(arguments: list[str]) -> int:
     _check_installed("umbra evaluate", "evaluate", ("peft", "scipy", "matplotlib"))
     from .evaluate import evaluate
 
-    found = evaluate(options)
+    with _telling_errors(options.json):
+        found = evaluate(options)
     print(json.dumps(found, indent=2) if options.json else "\n".join(found["report"]))
     return 1 if found["failed"] else 0
 

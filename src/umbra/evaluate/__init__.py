@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,16 +19,21 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .. import folder
+from .. import anatomy, folder
+from ..bases import load_tokenizer
 from ..bench.base import Base
+from ..data import Writer, encode_all
 from ..errors import CheckpointError, ConfigError
 from ..options import EvaluateOptions
 from . import harness, record
 from .methods import count, match
-from .report import STUDY_FILE, write_report
+from .metrics import LOSS
+from .report import write_report
 from .run import run
 from .study import Study, key_of
-from .tasks import load_task
+from .tasks import STUDY_FILE, Task, load_task
+
+LOST = "device-side assert"  # what CUDA says when nothing runs on the GPU any more
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -38,10 +44,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError: a study, or data of it, that nothing could be run from: before any training.
+        CheckpointError: a folder that cannot be written; a GPU that a run has left unusable.
     """
     study, out = Study.read(options.study), Path(options.out)
-    _check_data(study)
-    sizes, parameters = _sizes(study)
+    sizes, parameters = _check(study)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,18 +68,31 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             _sweep(stage, done, out, study, bar, options.retry)
     bar.close()
     shutil.rmtree(out / "work", ignore_errors=True)
+    if study.options.keep_adapters:
+        _tell_unkept(out, requests, done)
     failed = [r for r in (*trials, *requests) if not record.is_whole(done.get(key_of(r)))]
     return {"runs": len(trials) + len(requests), "failed": len(failed), "report": [str(f) for f in write_report(out)]}
 
 
-def _check_data(study: Study) -> None:
-    """Load all that is learned and tested, once."""
-    labels = {}
+def _check(study: Study) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """Load all data and the base, once, and refuse what cannot be run; what `_sizes` finds."""
+    writer = Writer(load_tokenizer(study.options.base), study.options.chat_template)
+    tasks = _check_data(study, writer.chats)
+    base = Base.named(study.options.base, torch.bfloat16, torch.device("cpu"))
+    for task in tasks:
+        _check_lengths(task, writer, anatomy.positions(base.model.config))
+    return _sizes(study, base)
+
+
+def _check_data(study: Study, chats: bool) -> list[Task]:
+    """All that is learned and tested but lm-eval's, loaded once."""
+    tasks, labels = [], {}
     for name, options in study.tasks.items():
         if options.lm_eval is not None:
             harness.check(name, options)
             continue
-        task = load_task(name, options, learned=name in study.trained)
+        task = load_task(name, options, chats, name in study.trained)
+        tasks.append(task)
         if options.head == "classify":
             labels[name] = [{str(r["label"]) for r in part} for part in ((*task.train, *task.validation), task.test)]
     for trained in labels.keys() & set(study.trained):
@@ -82,6 +101,31 @@ def _check_data(study: Study) -> None:
                 raise ConfigError(
                     f"{trained} cannot be tested on {tested}: it does not learn the classes {', '.join(sorted(other))}."
                 )
+    return tasks
+
+
+def _check_lengths(task: Task, writer: Writer, positions: int | None) -> None:
+    """Refuse what is longer than the base's positions, which a GPU would not survive."""
+    if positions is None:
+        return
+    name, most, new = task.name, task.options.max_length, task.max_new_tokens
+    is_answered = task.options.head == "generate" and task.metric != LOSS
+    if is_answered:
+        asked = max((len(writer.tokens(writer.prompt(r), writer.is_plain(r))) for r in task.test), default=0)
+        if asked + new > positions:
+            raise ConfigError(
+                f"task {name}: its longest test prompt has {asked} tokens, with max_new_tokens={new} {asked + new}, but the base "
+                f"is made for {positions}: set max_new_tokens lower, or words, which cuts a known set's texts."
+            )
+    read = [*task.train, *task.validation, *([] if is_answered else task.test)]
+    if read and most > positions:
+        examples = encode_all(read, writer.tokenizer, max_length=most, chat_template=writer.chat_template, name=name)
+        longest = max(len(e["input_ids"]) for e in examples)
+        if longest > positions:
+            raise ConfigError(
+                f"task {name}: a record has {longest} tokens within max_length={most}, but the base is made for {positions}: set "
+                f"max_length to {positions} at most."
+            )
 
 
 def _note(
@@ -109,9 +153,8 @@ def _quiet() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _sizes(study: Study) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+def _sizes(study: Study, base: Base) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """The fields of every method with its size, and how many parameters it trains."""
-    base = Base.named(study.options.base, torch.bfloat16, torch.device("cpu"))
     fields, target = {n: m.fields for n, m in study.methods.items()}, study.options.match
     if isinstance(target, str):
         others = {n: m for n, m in study.methods.items() if n != target}
@@ -148,11 +191,29 @@ def _sweep(
             record.write(out, done[key])
             shutil.rmtree(work, ignore_errors=True)
             unscored = {f" on {t}": e for t, e in done[key]["umbra"]["unscored"].items()}
-            for where, error in {"": done[key]["run_info"]["error_msg"], **unscored}.items():
+            errors = {"": done[key]["run_info"]["error_msg"], **unscored}
+            for where, error in errors.items():
                 if error:
                     told = error.strip().splitlines()[-1]
-                    tqdm.write(f"{request['task']}, {request['method']}{where} failed: {told:.200}")
+                    tqdm.write(f"{request['task']}, {request['method']}{where} failed: {told:.200}", file=sys.stderr)
+            if any(LOST in error for error in errors.values()):
+                raise CheckpointError(
+                    f"{request['task']}, {request['method']} failed and took the GPU's context with it: nothing more can run there "
+                    f"in this process. What is done is kept in {out}, and the same command goes on after this run."
+                )
         bar.update()
+
+
+def _tell_unkept(out: Path, requests: Iterable[dict[str, Any]], done: dict[str, Any]) -> None:
+    """Say of how many runs no adapter lies there: they ended before keep_adapters was set, or adapters were removed."""
+    keys = {key_of(r) for r in requests if r["kind"] != "base" and record.succeeded(done.get(key_of(r)))}
+    unkept = sum(not any(out.glob(f"adapters/*--{key}")) for key in keys)
+    if unkept:
+        tqdm.write(
+            f"keep_adapters: {unkept} of {len(keys)} finished runs have no adapter in {out / 'adapters'}, since they ended without "
+            f"keep_adapters. To train one again, remove its record from {out / 'runs'} and give the same command.",
+            file=sys.stderr,
+        )
 
 
 Rates = dict[tuple[str, str], tuple[float | None, str]]

@@ -35,6 +35,7 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
     """
     task = request["tasks"][request["task"]]
     arguments, scores = found.get("arguments", {}), found.get("scores", {})
+    device = found.get("device", "cpu")
     own = scores.get(request["task"], {}).get(request["modes"][0], {})
     memory = {k: found.get(f"{k}_bytes", 0) for k in ("peak", "before")}
     history = [
@@ -80,7 +81,7 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
             "unscored": found.get("unscored", {}),
             "validation_loss": found.get("validation_loss"), "memory_before": memory["before"],
             "seconds_per_step": found.get("train_seconds", 0.0) / max(found.get("timed_steps", 1), 1), "commit": commit(),
-            "machine": Device(found.get("device", "cpu")).describe(),
+            "machine": Device(device if device.startswith("cuda") else "cpu").describe(),
         },
     }  # fmt: skip
 
@@ -108,7 +109,7 @@ def file_of(out: Path, request: dict[str, Any]) -> Path:
 
 
 def write(out: Path, record: dict[str, Any]) -> None:
-    """Into its file, whole or not at all.
+    """Into its file, whole or not at all; one of the same run under another method's name then goes.
 
     Raises:
         CheckpointError: the disk refuses.
@@ -116,6 +117,8 @@ def write(out: Path, record: dict[str, Any]) -> None:
     file = file_of(out, record["umbra"]["request"])
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     folder.write_together(file.parent, lambda staging: folder.write_text(staging / file.name, text))
+    for other in set(file.parent.glob(f"*--{record['umbra']['key']}.json")) - {file}:
+        other.unlink(missing_ok=True)
 
 
 def read_all(out: Path) -> dict[str, dict[str, Any]]:
