@@ -191,22 +191,6 @@ def test_what_is_longer_than_the_bases_positions_is_told_before_training(change,
     assert bool(asked) == (says is None)
 
 
-def test_a_batch_is_what_the_study_says_however_many_gpus_there_are(tmp_path, small, monkeypatch):
-    plain = run_module.make_arguments
-
-    def on_two(*given):
-        arguments = plain(*given)
-        assert arguments.n_gpu <= 1
-        arguments._n_gpu = 2
-        return arguments
-
-    monkeypatch.setattr(run_module, "make_arguments", on_two)
-    small["methods"] = {"LoRA": METHODS["LoRA"], "Alone": METHODS["Alone"]}
-    assert run_study(tmp_path, {**small, "transfer": {}})["failed"] == 0
-    samples = [r["train_info"]["metrics"][-1]["train samples"] for r in record.read_all(tmp_path / "out").values()]
-    assert samples and set(samples) == {TRAINING["max_steps"] * TRAINING["per_device_train_batch_size"]}
-
-
 def test_a_run_has_one_record_whatever_its_method_is_called(tmp_path, small):
     small["methods"] = {"LoRA": METHODS["LoRA"]}
     small["tasks"] = {"sum": small["tasks"]["sum"]}

@@ -435,3 +435,9 @@ def test_fsdp_may_be_true(tmp_path):
     assert rest == {"output_dir": str(tmp_path), "fsdp": True} or rest == {"fsdp": True}
     with pytest.raises(umbra.ConfigError, match="fsdp"):
         sort_settings({"output_dir": str(tmp_path), "fsdp": 3}, TrainOptions, (), "here")
+
+
+def test_the_best_of_several_evaluations_is_saved_when_it_is_evaluated(settings, tmp_path):
+    given = {"eval_data": write(tmp_path / "eval.jsonl", RECORDS[:4]), "eval_steps": 3, "max_steps": 6}
+    train({**settings, **given, "load_best_model_at_end": True, "save_total_limit": None})
+    assert {p.name for p in Path(settings["output_dir"]).glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}

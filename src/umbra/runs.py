@@ -81,6 +81,8 @@ def make_arguments(out: Path | str, given: dict[str, Any]) -> TrainingArguments:
     # Which transformers ask to be told, where the precision is one that GPUs have too.
     best = given.get("load_best_model_at_end") and "save_steps" not in given  # whose strategies must agree
     agreeing = {"save_strategy": given.get("eval_strategy", "no")} if best else {}
+    if best and "eval_steps" in given:
+        agreeing["save_steps"] = given["eval_steps"]
     given = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **agreeing, **given}
     for name in POSITIVE:
         if given.get(name, 1) < 1:
@@ -91,9 +93,8 @@ def make_arguments(out: Path | str, given: dict[str, Any]) -> TrainingArguments:
         arguments = TrainingArguments(output_dir=str(out), **given)
     except Exception as error:  # their checks, and those of accelerate's and deepspeed's part, raise many types
         raise ConfigError(f"transformers' TrainingArguments refuse these settings: {error!s:.500}") from error
-    arguments._n_gpu = min(
-        arguments.n_gpu, 1
-    )  # or DataParallel would copy hooks that know one device; launchers use more
+    # DataParallel would copy hooks that know one device, and put several batches into one; launchers use all GPUs.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 

@@ -111,8 +111,6 @@ def _train(
     given = {"save_strategy": "no", **request["training"], "seed": request["seed"]}
     last = last_checkpoint(folder) if folder.exists() else None
     arguments = make_arguments(folder, {"logging_strategy": "steps", **given})
-    # A batch is what the study says, and `shadow_only` would not hold in the threads of DataParallel.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
     examples = encode_all(
         task.train, tokenizer, max_length=task.options.max_length, chat_template=request["chat_template"], labels=labels,
         name=task.name,
