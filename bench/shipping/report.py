@@ -179,7 +179,8 @@ def picture_of_tasks(held: dict[str, Any], path: Path) -> None:
             return [(v, colour) for v, colour in found if v]
 
         _dots(axes, list(ROWS), values)
-        axes.set(title=task, xlabel="right answers, %", xlim=(0, 100))
+        axes.set(title=task, xlabel="right answers, %")
+        axes.set_xlim(left=0)
     for mode, colour in colours.items():
         figure.axes[0].plot([], [], "o", color=colour, label=mode)
     figure.axes[0].legend(frameon=False, fontsize=8, loc="best")
