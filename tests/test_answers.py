@@ -69,6 +69,7 @@ def test_the_end_is_what_training_puts_after_an_answer():
     tokenizer, plain = chat_tokenizer(), make_tokenizer()
     assert Writer(tokenizer).ends == learned_ends(tokenizer)
     assert Writer(plain).ends == [plain.eos_token_id]
+    assert Writer(chat_tokenizer("{{ raise_exception('never') }}"), False).ends == [tokenizer.eos_token_id]
     learned = [i for i in Writer(tokenizer).encode(RECORD)["labels"] if i >= 0]
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in learned and tokenizer.eos_token_id not in learned
 

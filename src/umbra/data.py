@@ -10,6 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,10 +230,11 @@ class Writer:
         found: list[Any] = [self.tokenizer.eos_token_id]
         if self.tokenizer.chat_template is not None:
             asked, said = {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Done"}
-            before, whole = self._render([asked], answer=True), self._render([asked, said])
-            after = whole[len(before) :].partition("Done")[2].lstrip() if whole.startswith(before) else ""
-            first: Any = self.tokenizer(after, add_special_tokens=False)["input_ids"][:1]  # type: ignore[index]
-            found += [i for i in first if i in self.tokenizer.added_tokens_decoder]
+            with suppress(DataError):  # of a template that asks for more turns than these
+                before, whole = self._render([asked], answer=True), self._render([asked, said])
+                after = whole[len(before) :].partition("Done")[2].lstrip() if whole.startswith(before) else ""
+                first: Any = self.tokenizer(after, add_special_tokens=False)["input_ids"][:1]  # type: ignore[index]
+                found += [i for i in first if i in self.tokenizer.added_tokens_decoder]
         return list(dict.fromkeys(i for i in found if i is not None))
 
     def prompt(self, record: Record) -> str:
