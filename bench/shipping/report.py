@@ -192,14 +192,18 @@ def picture_of_edge(held: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     colours = {"bare base": "#888888", "attached": "#4e79a7", "detached": "#e07b39", "trimmed": "#59a14f"}
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    shapes = {"PyTorch": "s", "onnx": "^", "gguf": "o"}
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    for r in held["runs"]:
+    for i, r in enumerate(sorted(held["runs"], key=lambda r: (r["who"], r["bytes"]))):
         x, y = r["bytes"] / 1e6, list(r["tokens_per_second"].values())[-1]
-        axes.plot(x, y, "o", color=colours[r["who"]])
-        axes.annotate(f"{r['runtime']} {r['form']}", (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+        axes.plot(x, y, shapes[r["runtime"]], color=colours[r["who"]])
+        place = {"xytext": (5, 4)} if i % 2 else {"xytext": (-5, -9), "ha": "right"}
+        axes.annotate(r["form"], (x, y), textcoords="offset points", fontsize=7, **place)
     for who, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=who)
+    for runtime, shape in shapes.items():
+        axes.plot([], [], shape, color="black", fillstyle="none", label=runtime)
     axes.set(xscale="log", yscale="log", xlabel="size of the weights, MB", ylabel="tokens a second, 2 threads")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
