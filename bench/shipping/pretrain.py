@@ -12,7 +12,7 @@ SETTINGS: dict[str, Any] = {
     "dtype": "bfloat16", "shadow_num_hidden_layers": 2, "init": "base", "dropout": 0.0, "auxiliary_loss_every": 4,
     "stages": "distillation", "max_length": 256, "held_out": 48, "max_steps": 600, "per_device_train_batch_size": 8,
     "learning_rate": 4e-3, "own_documents": 400, "own_new_tokens": 160, "per_device_eval_batch_size": 16,
-    "save_steps": 50, "logging_steps": 10, "bf16": True, "use_cpu": True,
+    "save_steps": 50, "logging_steps": 10, "bf16": True,
 }  # fmt: skip
 
 
