@@ -17,7 +17,7 @@ OURS = "library_name: umbra"
 def _base_model(base: str | None) -> str:
     """The front matter's line of the base, which the hub refuses if it is no id."""
     name = EMBEDDED_HUB_ID if base == EMBEDDED else base or ""
-    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).exists()
+    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None and not Path(name).exists()
     return f"base_model: {name}\n" if is_id else ""
 
 
