@@ -215,7 +215,7 @@ def test_the_label_only_row_has_loras_own_gradients(base):
     loss = methods.label_only_loss(model, batch)
     loss.backward()
     torch.testing.assert_close(loss, full, rtol=1e-6, atol=0)
-    assert_same(gradients(model), expected, rtol=1e-5)
+    assert_same(gradients(model), expected, rtol=5e-5)
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
