@@ -381,3 +381,16 @@ def test_an_objective_of_old_log_probabilities_has_none_of_the_shadows(tmp_path)
         trainer.compute_loss(model.train(), batch)
     without = trainer_of(kind, tmp_path, make(auxiliary_loss_weight=0.0), data, 1)
     without.compute_loss(without.model.train(), batch)
+
+
+def test_a_trainer_without_labels_evaluates_a_shadow_that_passes_requests_on(tmp_path):
+    """Its loss is its own, of no label."""
+
+    class Unlabelled(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(input_ids=inputs["input_ids"])
+            return (outputs.logits.square().mean(), outputs) if return_outputs else outputs.logits.square().mean()
+
+    model, batch = make(auxiliary_loss_weight=LAMBDA, escalation="[REMOTE]"), {"input_ids": tokens(4, 9)}
+    trainer = trainer_of(umbra.with_shadow_loss(Unlabelled), tmp_path, model.eval(), examples(), 1)
+    assert trainer.compute_loss(model, batch) > 0

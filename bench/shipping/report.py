@@ -198,8 +198,8 @@ def picture_of_edge(held: dict[str, Any], path: Path) -> None:
     for i, r in enumerate(sorted(held["runs"], key=lambda r: (r["who"], r["bytes"]))):
         x, y = r["bytes"] / 1e6, list(r["tokens_per_second"].values())[-1]
         axes.plot(x, y, shapes[r["runtime"]], color=colours[r["who"]])
-        place = {"xytext": (5, 4)} if i % 2 else {"xytext": (-5, -9), "ha": "right"}
-        axes.annotate(r["form"], (x, y), textcoords="offset points", fontsize=7, **place)
+        beside = {"xytext": (5, 4)} if i % 2 else {"xytext": (-5, -9), "ha": "right"}
+        axes.annotate(r["form"], (x, y), textcoords="offset points", fontsize=7, **beside)
     for who, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=who)
     for runtime, shape in shapes.items():

@@ -66,9 +66,8 @@ def sort_settings(
         raise ConfigError(f"max_length must be at least 2, got {options.max_length}.")
     rest = {k: v for k, v in values.items() if k in arguments and k not in names(kind, ShadowConfig)}
     rest.pop("resume_from_checkpoint", None)
-    check_types(
-        TrainingArguments, {k: v for k, v in rest.items() if (k, v) != ("fsdp", True)}
-    )  # which is right as well
+    # fsdp may be true too, though its type does not say so.
+    check_types(TrainingArguments, {k: v for k, v in rest.items() if (k, v) != ("fsdp", True)})
     return options, shadow, rest
 
 
@@ -78,11 +77,11 @@ def make_arguments(out: Path | str, given: dict[str, Any]) -> TrainingArguments:
     Raises:
         ConfigError: a value that they, or we, refuse.
     """
-    # Which transformers ask to be told, where the precision is one that GPUs have too.
     best = given.get("load_best_model_at_end") and "save_steps" not in given  # whose strategies must agree
     agreeing = {"save_strategy": given.get("eval_strategy", "no")} if best else {}
     if best and "eval_steps" in given:
         agreeing["save_steps"] = given["eval_steps"]
+    # transformers ask to be told of the CPU, where the precision is one that GPUs have too.
     given = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **agreeing, **given}
     for name in POSITIVE:
         if given.get(name, 1) < 1:

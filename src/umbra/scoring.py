@@ -30,11 +30,8 @@ from .options import EvalOptions, check_dtype
 
 MODES = ("base", "attached", "detached")
 CASCADE = "cascade"
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}  # whatever the base asks for
+# Whatever the base's own generation config asks for.
+GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 @dataclass(frozen=True)

@@ -103,12 +103,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         )
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer.create_optimizer()  # which may be one that is not installed
-    except (
-        ValueError,
-        RuntimeError,
-        ImportError,
-        TypeError,
-    ) as error:  # of transformers: settings that do not go together
+    except (ValueError, RuntimeError, ImportError, TypeError) as error:  # settings that do not go together
         raise ConfigError(f"transformers' Trainer refuses these settings: {error!s:.500}") from error
     if arguments.should_save:
         if options.overwrite:

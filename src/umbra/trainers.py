@@ -89,7 +89,7 @@ class _ShadowLoss:
                 num_items_in_batch, items = (_labelled(told).clamp(min=1) for told in (labels, own))
         with self.model.attached_only():
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if not self.model.training and self.model.shadow_config.escalation is not None:
+        if not self.model.training and labels is not None and self.model.shadow_config.escalation is not None:
             self._note_task(loss[0] if return_outputs else loss, labels)
         if weight(self.model) == 0:
             return loss
