@@ -14,7 +14,8 @@ from umbra.evaluate import harness, metrics
 from umbra.evaluate.sets import SETS, items, known
 from umbra.evaluate.statistics import difference, estimate, mcnemar
 from umbra.evaluate.study import Study, key_of
-from umbra.evaluate.tasks import TaskOptions, digest_of, load_task, right_answers
+from umbra.evaluate.tasks import TaskOptions, load_task, right_answers
+from umbra.folder import digest_of
 
 # A row of each set with the columns that it has on its hub or in its folder, and what becomes of it: prompt and answers.
 ROWS = {

@@ -11,14 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import umbra
-from conftest import begins, make_tokenizer
+from conftest import make_tokenizer
 from tiny import LLAMA_LIKE, make, make_base, randomise, tokens
 from umbra import divergence, pretrain
 from umbra.cli import main
-from umbra.corpus import Documents, Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
 from umbra.data import Writer
-from umbra.divergence import KINDS, Teacher, linear_divergence, teach
-from umbra.kernels import Head
+from umbra.divergence import KINDS, Teacher, teach
 from umbra.teacher import TeacherCache
 from umbra.train import train
 
@@ -42,149 +40,6 @@ def settings(tmp_path, base_folder, text):
         "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "steps",
         "save_steps": 4, "disable_tqdm": True, "use_cpu": True, "seed": 3,
     }  # fmt: skip
-
-
-# -- divergences -------------------------------------------------------------------------------------------------------
-
-
-def naive(z, t, kind, temperature):
-    """Out of probabilities, in float64."""
-    p, q = (torch.softmax(x.double() / temperature, -1) for x in (t, z))
-    m = (p + q) / 2
-    found = {
-        "forward": p * (p / q).log(),
-        "reverse": q * (q / p).log(),
-        "js": 0.5 * p * (p / m).log() + 0.5 * q * (q / m).log(),
-    }
-    return temperature**2 * found[kind].sum()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
-def test_a_divergence_and_its_gradient(kind, temperature):
-    z, t = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0)) * 3
-    z.requires_grad_()
-    found = divergence.divergence(z, teach(t, temperature, None), kind, temperature)
-    expected = naive(z, t, kind, temperature)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-    gradients = [torch.autograd.grad(x, z, retain_graph=True)[0] for x in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_of_the_likeliest_tokens_all_others_count_as_one(kind):
-    z, t = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(1)) * 3
-    top = t.topk(4).indices
-    merged = []
-    for x in (z, t):
-        p = torch.softmax(x.double(), -1)
-        kept = p.gather(-1, top)
-        merged.append(torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1).log())
-    found = divergence.divergence(z, teach(t, 1.0, 4), kind, 1.0)
-    torch.testing.assert_close(found.double(), naive(*merged, kind, 1.0), rtol=1e-5, atol=1e-6)
-    whole = divergence.divergence(z, teach(t, 1.0, 17), kind, 1.0)
-    torch.testing.assert_close(whole.double(), naive(z, t, kind, 1.0), rtol=1e-4, atol=1e-6)
-
-
-def test_chunks_give_the_whole(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    x, t = torch.randn(2, 23, 8, generator=generator)
-    head = Head(torch.randn(17, 8, generator=generator), None, 0.5, 4.0)
-    x.requires_grad_()
-    whole = divergence.divergence(head.logits(x), teach(head.logits(t), 2.0, 5), "js", 2.0)
-    expected = torch.autograd.grad(whole, x)[0]
-    monkeypatch.setattr(divergence, "CHUNK", 17 * 5)
-    found = linear_divergence(x, head, lambda part: teach(head.logits(t[part]), 2.0, 5), "js", 2.0)
-    torch.testing.assert_close(found, whole)
-    torch.testing.assert_close(torch.autograd.grad(found, x)[0], expected)
-
-
-def test_a_teacher_of_the_student_itself_teaches_nothing():
-    z = torch.randn(5, 17)
-    for kind in KINDS:
-        assert abs(float(divergence.divergence(z, teach(z, 1.5, None), kind, 1.5))) < 1e-5
-    assert isinstance(teach(z, 1.0, 99), Teacher), "k beyond the vocabulary is all of it"
-
-
-# -- text --------------------------------------------------------------------------------------------------------------
-
-
-def test_documents_of_each_form(tmp_path, text):
-    writer = Writer(make_tokenizer())
-    assert read_documents(text, "train", writer).texts[1] == "0 plus 1 is 1, and 1 plus 0 is 1."
-    file = tmp_path / "records.jsonl"
-    file.write_text("\n".join(json.dumps({"prompt": "a", "completion": c}) for c in "bc"))
-    assert read_documents(str(file), "train", writer).texts[0] == "<|user|>a<eos>\n<|assistant|>b<eos>\n"
-    assert read_documents(str(file), "train", Writer(make_tokenizer(), False)).texts == ["ab<eos>", "ac<eos>"]
-
-
-def test_a_plain_document_begins_as_the_tokenizer_begins_and_each_ends_once(tmp_path):
-    """A chat template brings its own beginnings; whether there is one says nothing of plain text."""
-    writer = Writer(begins(make_tokenizer()))
-    written = {"chat": "<|user|>a<eos>\n<|assistant|>b<eos>\n<eos>", "plain": "<bos>ab<eos>"}
-    for name, record in (("chat", {"prompt": "a", "completion": "b"}), ("plain", {"text": "ab"})):
-        file = tmp_path / f"{name}.jsonl"
-        file.write_text(json.dumps(record) + "\n")
-        blocks = pack(read_documents(str(file), "train", writer), writer, 1, "")
-        assert writer.tokenizer.decode(blocks.flatten()) == written[name]
-    ended = pack(Documents(["ab<eos>"]), writer, 1, "")
-    assert writer.tokenizer.decode(ended.flatten()) == "<bos>ab<eos>"
-
-
-def test_copies_are_left_out_across_sources():
-    kept, copies = without_copies([["a  b", "c", "A b"], ["c\n", "d"]])
-    assert kept == [["a  b", "c"], ["d"]]
-    assert copies == 2
-
-
-def test_packed_blocks_are_the_documents_one_after_another():
-    tokenizer = make_tokenizer()
-    blocks = pack(Documents(["abc", "de"] * 9), Writer(tokenizer), 5, "text")
-    assert blocks.shape == (12, 5)
-    assert tokenizer.decode(blocks.flatten()).startswith("abc<eos>de<eos>abc<eos>")
-    with pytest.raises(umbra.DataError, match="fewer than one block of max_length=50"):
-        pack(Documents(["abc"]), Writer(tokenizer), 50, "text")
-
-
-def test_held_out_blocks_are_of_every_source_and_of_no_batch():
-    blocks = [np.arange(n * 3).reshape(n, 3) + 1000 * n for n in (40, 10, 1)]
-    rest, held_out = hold_out(blocks, 10)
-    assert [len(b) for b in rest] == [36, 9, 1]
-    assert [len(b) for b in hold_out(blocks, 2)[0]] == [38, 9, 1]
-    every = np.concatenate([*rest, held_out])
-    assert len({tuple(row) for row in every}) == len(every) == 51
-    with pytest.raises(umbra.DataError, match="none can be held out"):
-        hold_out([blocks[2]], 10)
-
-
-def test_a_mixture_draws_by_weight_and_repeats_nothing_early():
-    blocks = [np.arange(50)[:, None], 100 + np.arange(10)[:, None]]
-    mixture = Mixture(blocks, [1.0, 3.0], 400, seed=1)
-    drawn = [int(mixture[i]["input_ids"]) for i in range(400)]
-    second = [x for x in drawn if x >= 100]
-    assert 260 < len(second) < 340
-    assert all(len(set(second[i : i + 10])) == 10 for i in range(0, len(second) - 9, 10)), "each once in a round"
-    again = Mixture(blocks, [1.0, 3.0], 400, seed=1)
-    assert drawn == [int(again[i]["input_ids"]) for i in range(400)]
-    assert drawn != [int(Mixture(blocks, [1.0, 3.0], 400, seed=2)[i]["input_ids"]) for i in range(400)]
-
-
-def test_the_base_writes_on_after_a_kill(tmp_path):
-    model, writer = make(), Writer(make_tokenizer())
-    asked = {"count": 7, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
-
-    def write(file, **more):
-        return write_own(model, writer, ["a", "bcd", "ef"], tmp_path / file, **{**asked, **more})
-
-    whole = write("whole.jsonl")
-    assert len(whole) == 7
-    assert len(set(whole)) > 4, "it samples"
-    assert all(text.startswith(writer.ask(p)) for text, p in zip(whole, ["a", "bcd", "ef"] * 3, strict=False))
-    write("cut.jsonl", count=4)
-    with (tmp_path / "cut.jsonl").open("ab") as file:
-        file.write(b'{"text": "cut in the middle of a character, caf\xc3')
-    assert write("cut.jsonl") == whole
-    assert [json.loads(line)["text"] for line in (tmp_path / "cut.jsonl").read_text().splitlines()] == whole
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
@@ -221,7 +76,8 @@ def test_what_is_measured_is_what_it_says(settings):
         with model.disable_adapter():
             t = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
     assert found["cross_entropy"] == pytest.approx(float(F.cross_entropy(z, ids[:, 1:].flatten())), rel=1e-5)
-    assert found["divergence"] == pytest.approx(float(naive(z, t, "forward", 1.0)) / len(z), rel=1e-5)
+    p, q = (x.double().softmax(-1) for x in (t, z))
+    assert found["divergence"] == pytest.approx(float((p * (p / q).log()).sum()) / len(z), rel=1e-5)
     assert found["agreement"] == pytest.approx(float((z.argmax(-1) == t.argmax(-1)).double().mean()))
 
 
@@ -443,6 +299,15 @@ def test_another_run_in_the_folder_is_refused(settings):
     pretrain.pretrain({**settings, "max_steps": 2, "overwrite": True})
 
 
+def test_another_content_of_a_file_is_another_run(settings, tmp_path, text, capsys):
+    given = {**settings, "max_steps": 1, "save_strategy": "no"}
+    found = pretrain.pretrain(given)
+    assert pretrain.pretrain(given) == found and "nothing was trained" in capsys.readouterr().err
+    Path(text).write_text(TEXT.replace("plus", "and"))
+    with pytest.raises(umbra.CheckpointError, match=r"another content of .*text"):
+        pretrain.pretrain(given)
+
+
 def test_answers_to_prompts_of_before_are_written_anew(settings, tmp_path):
     """The prompts that are still asked, in their places, keep theirs."""
     prompts, own = tmp_path / "prompts.txt", tmp_path / "out" / "own.jsonl"
@@ -500,15 +365,9 @@ def test_text_that_cost_time_outlives_other_settings(settings, tmp_path, monkeyp
     assert (tmp_path / "out" / "own.jsonl").read_bytes() == kept
     pretrain.pretrain({**again, "own_temperature": 0.5, "max_length": 8, "held_out": 1})
     assert (tmp_path / "out" / "own.jsonl").read_bytes() != kept
-
-
-def test_the_base_writes_no_further_than_its_positions(tmp_path):
-    model, writer = make(), Writer(make_tokenizer())
-    asked = {"count": 1, "batch_size": 1, "new": 500, "temperature": 1.0, "seed": 5}
-    text = write_own(model, writer, ["a" * 90], tmp_path / "own.jsonl", **asked)[0]
-    assert len(writer.tokens(text)) <= model.config.max_position_embeddings
-    with pytest.raises(umbra.DataError, match="of the 128 that the base is made for"):
-        write_own(model, writer, ["a" * 150], tmp_path / "more.jsonl", **asked)
+    (tmp_path / "prompts.txt").write_text("three\nfour\n")
+    pretrain.pretrain({**again, "own_temperature": 0.5, "max_length": 8, "held_out": 1})
+    assert "three" in (tmp_path / "out" / "own.jsonl").read_text()
 
 
 def test_mixed_precision_reaches_the_losses(settings, monkeypatch):
@@ -692,14 +551,6 @@ def test_rows_that_are_no_tokens_do_not_part_a_family(settings, tmp_path):
     model.unload()
     with pytest.raises(umbra.BaseModelError, match="they must share one tokenizer"):
         umbra.attach(base, umbra.ShadowConfig(shadow=str(tmp_path / "out")))
-
-
-@pytest.mark.parametrize("column", ["prompt", "text"])
-def test_prompts_are_lines_or_records(tmp_path, column):
-    asked = ["What is 1 + 1?", "And 2 + 2?"]
-    (tmp_path / "p.txt").write_text("\n".join(asked) + "\n\n")
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({column: a, "else": 1}) + "\n" for a in asked))
-    assert read_prompts(str(tmp_path / "p.txt")) == read_prompts(str(tmp_path / "p.jsonl")) == asked
 
 
 def test_the_base_teaches_without_dropout(tmp_path):

@@ -395,6 +395,18 @@ def test_save_steps_alone_mean_checkpoints(settings):
     }
 
 
+def test_another_content_of_the_data_is_another_run(settings, tmp_path):
+    given = {**settings, "train_data": write(tmp_path / "own.jsonl", RECORDS), "max_steps": 1}
+    found = train(given)
+    write(tmp_path / "own.jsonl", RECORDS[:-1])
+    with pytest.raises(umbra.CheckpointError, match=r"another content of .*own"):
+        train(given)
+    write(tmp_path / "own.jsonl", RECORDS)
+    assert train(given) == found
+    (tmp_path / "own.jsonl").unlink()
+    assert train(given) == found
+
+
 def test_eval_steps_alone_mean_evaluations(settings, tmp_path):
     train({**settings, "eval_data": write(tmp_path / "eval.jsonl", RECORDS[:4]), "eval_steps": 2, "max_steps": 4})
     with open(f"{settings['output_dir']}/run.json") as file:

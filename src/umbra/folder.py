@@ -7,11 +7,13 @@ Symbolic links to files are followed when reading (the hub's cache consists of t
 when writing. A link in place of the committed folder is not ours: it is not looked into, and nothing is moved out of it.
 """
 
+import hashlib
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -105,3 +107,17 @@ def read_text(file: Path, limit: int = 2**26) -> str:
     if file.stat().st_size > limit:
         raise OSError(f"{file.name} is larger than {limit:,} bytes")
     return file.read_text(encoding="utf-8")
+
+
+def digest_of(files: list[Path]) -> str:
+    """Of the contents of files, in their order."""
+    found = ((f.absolute(), f.stat()) for f in files)
+    each = "".join(_digest(f, about.st_size, about.st_mtime_ns) for f, about in found)
+    return hashlib.sha256(each.encode()).hexdigest()[:16]
+
+
+@cache
+def _digest(file: Path, size: int, modified: int) -> str:
+    """Of a file's contents, which are read once for every size and time of it."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -74,7 +74,7 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
         )
     if shadow.escalation is not None:
         raise ConfigError("escalation is learned from records that are marked for it: give it to umbra train.")
-    run = Run.of(options.output_dir, FILES, options, shadow, rest)
+    run = Run.of(FILES, options, shadow, rest, (*_sources(options), options.prompts))
     for source in _sources(options):
         run.check_apart(data=source)
     run.check_apart(base=options.base, prompts=options.prompts, shadow=shadow.shadow if shadow.is_pretrained else None)

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -105,21 +108,35 @@ class Run:
         asked: every setting that has a say in what is learned.
         defaults: of settings that a run of an earlier version may not have noted.
         files: names of what a run writes there, files and folders, beside `RUN_FILE` and checkpoints.
+        contents: digests of the local files that it reads, by their paths.
     """
 
     out: Path
     asked: dict[str, Any]
     defaults: dict[str, Any]
     files: tuple[str, ...]
+    contents: dict[str, str]
 
     @classmethod
-    def of(cls, out: str, files: tuple[str, ...], options: Any, shadow: ShadowConfig, rest: dict[str, Any]) -> "Run":
-        """The run of these settings: the run's own, a dataclass, the shadow's and TrainingArguments'."""
+    def of(
+        cls,
+        files: tuple[str, ...],
+        options: Any,
+        shadow: ShadowConfig,
+        rest: dict[str, Any],
+        sources: Iterable[str | None],
+    ) -> "Run":
+        """The run of these settings, the run's own, a dataclass, the shadow's and TrainingArguments', on these sources."""
         asked = {**asdict(options), **shadow.resolve().to_dict(), **rest}
         asked = {k: v for k, v in asked.items() if k not in HARMLESS}
         defaults = {f.name: f.default for f in fields(options) if f.name not in HARMLESS}
         asked, defaults = json.loads(json.dumps([asked, defaults], default=str))
-        return cls(Path(out), asked, defaults, files)
+        contents = {}
+        for source in filter(None, sources):
+            with suppress(OSError):  # whoever reads it says so
+                if Path(source).is_file():
+                    contents[source] = folder.digest_of([Path(source)])
+        return cls(Path(options.output_dir), asked, defaults, files, contents)
 
     def claim(self, overwrite: bool) -> dict[str, Any] | None:
         """Make sure that the output folder is this run's, or can become it by `clear`; its metrics where it has finished.
@@ -150,10 +167,15 @@ class Run:
             raise CheckpointError(f"{file} is damaged: {error}. Choose another output_dir, or overwrite.") from error
         before |= json.loads(json.dumps(shadow.resolve().to_dict()))
         changed = sorted(k for k in self.asked.keys() | before.keys() if self.asked.get(k) != before.get(k))
-        if changed:
-            differences = ", ".join(f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed)
+        rewritten = self._rewritten(run)
+        if changed or rewritten:
+            told = [f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed]
+            differences = ", ".join([*told, *(f"another content of {path}" for path in rewritten)])
             raise CheckpointError(f"{out} holds another run ({differences}): choose another output_dir, or overwrite.")
-        return run.get("metrics")
+        metrics = run.get("metrics")
+        if metrics is not None:
+            print(f"{out} holds this run already, finished: nothing was trained.", file=sys.stderr)
+        return metrics
 
     def clear(self, keep: tuple[str, ...] = ()) -> None:
         """Take away what another run has left, now that nothing can stop this one."""
@@ -170,6 +192,11 @@ class Run:
         except (OSError, ValueError, LookupError, TypeError):
             return False
         return all(before.get(name) == self.asked.get(name) for name in settings)
+
+    def _rewritten(self, run: dict[str, Any]) -> list[str]:
+        """Which files have another content than when this was noted down."""
+        before = run.get("contents") or {}
+        return [path for path, digest in self.contents.items() if before.get(path, digest) != digest]
 
     def check_apart(self, **inputs: str | None) -> None:
         """Refuse an input that the run would write over.
@@ -192,7 +219,7 @@ class Run:
 
     def record(self, metrics: dict | None = None, history: list[dict] | None = None) -> None:
         """Note down what was asked for, and what came of it."""
-        run = {"asked": self.asked, "metrics": metrics, "history": history}
+        run = {"asked": self.asked, "contents": self.contents, "metrics": metrics, "history": history}
         text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
         folder.write_together(self.out, lambda staging: folder.write_text(staging / RUN_FILE, text))
 

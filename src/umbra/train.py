@@ -1,6 +1,5 @@
 """The run behind ``umbra train``: data, `ShadowTrainer`, and an output folder that can be resumed."""
 
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -48,7 +47,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     _check_alone(options, shadow, rest)
     evaluates = {"eval_strategy": "steps" if "eval_steps" in rest else "epoch"} if options.eval_data else {}
     arguments = make_arguments(options.output_dir, {**evaluates, **rest})
-    run = Run.of(options.output_dir, FILES, options, shadow, rest)
+    run = Run.of(FILES, options, shadow, rest, (options.train_data, options.eval_data))
     run.check_apart(base=options.base, shadow=shadow.shadow if shadow.is_pretrained else None)
     try:
         with arguments.main_process_first(local=False):
@@ -57,7 +56,6 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
     if finished is not None:
-        print(f"{run.out} holds this run already, finished: nothing was trained.", file=sys.stderr)
         return finished
 
     if not speaks():

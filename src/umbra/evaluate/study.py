@@ -15,11 +15,12 @@ from transformers import TrainingArguments
 
 from ..bench.base import RANDOM
 from ..errors import ConfigError, shown, unknown_key
+from ..folder import digest_of
 from ..options import EMBEDDED, check_dtype, check_types, flag, names
 from ..runs import make_arguments
 from ..settings import read_yaml
 from .methods import MethodOptions, read_method
-from .tasks import TaskOptions, digest_of, read_options
+from .tasks import TaskOptions, read_options
 
 SCHEMA = 1  # of requests and of records
 LATER = {"scored_on": "test"}  # fields of tasks that schema 1 began without

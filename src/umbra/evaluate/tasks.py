@@ -4,17 +4,16 @@ A task is one of the known sets, files of records of the user's own, or a task o
 answered in words (head generate), by a classification head (classify), or scored by the loss of its text (text).
 """
 
-import hashlib
 import json
 import random
 import re
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from ..data import MARK, Labels, Record, read_records, record_kind
 from ..errors import ConfigError, DataError, unknown_key
+from ..folder import digest_of
 from ..options import flag
 from ..scoring import reference_of
 from .metrics import LOSS, METRICS, PUZZLE, has_answer, puzzle
@@ -126,20 +125,6 @@ class Task:
         if self.metric == PUZZLE:
             return puzzle(reply, record[ROW], self.pattern)
         return METRICS[self.metric](reply, right_answers(record), self.pattern)
-
-
-def digest_of(files: list[Path]) -> str:
-    """Of the contents of files, in their order."""
-    found = ((f.absolute(), f.stat()) for f in files)
-    each = "".join(_digest(f, about.st_size, about.st_mtime_ns) for f, about in found)
-    return hashlib.sha256(each.encode()).hexdigest()[:16]
-
-
-@cache
-def _digest(file: Path, size: int, modified: int) -> str:
-    """Of a file's contents, which are read once for every size and time of it."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load_task(name: str, options: TaskOptions, chats: bool = True, learned: bool = True) -> Task:
