@@ -163,11 +163,11 @@ class Run:
             run = json.loads(file.read_text(encoding="utf-8"))
             before = {**self.defaults, **run["asked"]}
             shadow = ShadowConfig.from_dict({k: v for k, v in before.items() if k in names(ShadowConfig)})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            rewritten = self._rewritten(run)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is damaged: {error}. Choose another output_dir, or overwrite.") from error
         before |= json.loads(json.dumps(shadow.resolve().to_dict()))
         changed = sorted(k for k in self.asked.keys() | before.keys() if self.asked.get(k) != before.get(k))
-        rewritten = self._rewritten(run)
         if changed or rewritten:
             told = [f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed]
             differences = ", ".join([*told, *(f"another content of {path}" for path in rewritten)])
