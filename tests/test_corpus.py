@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from transformers import GenerationConfig
 
 import umbra
 from conftest import begins, make_tokenizer
@@ -74,6 +76,12 @@ def test_a_mixture_draws_by_weight_and_repeats_nothing_early():
     assert drawn != [int(Mixture(blocks, [1.0, 3.0], 400, seed=2)[i]["input_ids"]) for i in range(400)]
 
 
+def test_a_mixture_holds_any_weights():
+    blocks = [np.arange(5)[:, None], 100 + np.arange(5)[:, None]]
+    drawn = [int(Mixture(blocks, [1e308, 1e308], 40, seed=1)[i]["input_ids"]) >= 100 for i in range(40)]
+    assert 10 < sum(drawn) < 30
+
+
 def test_the_base_writes_on_after_a_kill(tmp_path):
     model, writer = make(), Writer(make_tokenizer())
     asked = {"count": 7, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
@@ -90,6 +98,64 @@ def test_the_base_writes_on_after_a_kill(tmp_path):
         file.write(b'{"text": "cut in the middle of a character, caf\xc3')
     assert write("cut.jsonl") == whole
     assert [json.loads(line)["text"] for line in (tmp_path / "cut.jsonl").read_text().splitlines()] == whole
+
+
+Z = make_tokenizer()("z")["input_ids"][0]
+
+
+class Scripted:
+    """A base that says what it is told to, and remembers how it was asked."""
+
+    def __init__(self, answers, tokenizer):
+        self.config, self.generation_config, self.device = make().config, GenerationConfig(eos_token_id=Z), "cpu"
+        self.rows, self.pad, self.asked = [tokenizer(a)["input_ids"] for a in answers], tokenizer.pad_token_id, {}
+
+    def eval(self):
+        return self
+
+    def generate(self, ids, **asked):
+        self.asked, width = asked, max(map(len, self.rows))
+        new = torch.tensor([row + [self.pad] * (width - len(row)) for row in self.rows])
+        return torch.cat((ids, new), 1)
+
+
+def test_own_text_ends_where_the_base_ended_it(tmp_path):
+    """With the token that it said; what is cut off at the last token has none."""
+    tokenizer = make_tokenizer()
+    writer, base = Writer(tokenizer), Scripted(["xy<eos>", "one and on"], tokenizer)
+    asked = {"count": 2, "batch_size": 2, "new": 10, "temperature": 0.7, "seed": 5}
+    texts = write_own(base, writer, ["a", "b"], tmp_path / "own.jsonl", **asked)
+    assert texts == [writer.ask("a") + "xy<eos>", writer.ask("b") + "one and on"]
+    assert {Z, tokenizer.eos_token_id} <= set(base.asked["eos_token_id"])
+    assert base.asked["repetition_penalty"] == 1 and base.asked["temperature"] == 0.7
+    blocks = pack(Documents(texts, plain=False, ended=True), writer, 1, "own")
+    assert tokenizer.decode(blocks.flatten()) == "".join(texts)
+
+
+def test_own_text_knows_nothing_of_penalties(tmp_path):
+    model, writer = make(), Writer(make_tokenizer())
+    asked = {"count": 2, "batch_size": 2, "new": 20, "temperature": 1.0, "seed": 5}
+    plain = write_own(model, writer, ["a", "b"], tmp_path / "plain.jsonl", **asked)
+    model.generation_config.update(repetition_penalty=9.0, min_p=0.5, no_repeat_ngram_size=1)
+    assert write_own(model, writer, ["a", "b"], tmp_path / "own.jsonl", **asked) == plain
+
+
+@pytest.mark.parametrize("damage", ["a line in the middle", "an end within a batch"])
+def test_own_text_of_a_damaged_file_is_as_it_would_have_been(tmp_path, damage):
+    model, writer, file = make(), Writer(make_tokenizer()), tmp_path / "own.jsonl"
+    asked = {"count": 6, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
+    whole = write_own(model, writer, ["a", "bcd", "ef"], file, **asked)
+    lines = file.read_text().splitlines(keepends=True)
+    lines = [*lines[:2], '{"text": \n', *lines[3:]] if damage.startswith("a line") else lines[:3]
+    file.write_text("".join(lines))
+    assert write_own(model, writer, ["a", "bcd", "ef"], file, **asked) == whole
+
+
+def test_marks_of_an_editor_are_no_text(tmp_path):
+    (tmp_path / "text.TXT").write_bytes(b"\xef\xbb\xbfone\n\ntwo\n")
+    (tmp_path / "text.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    for name in ("text.TXT", "text.jsonl"):
+        assert read_documents(str(tmp_path / name), "train", Writer(make_tokenizer())).texts == ["one", "two"]
 
 
 def test_the_base_writes_no_further_than_its_positions(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import datasets
 import numpy as np
 import pytest
 
@@ -219,3 +220,16 @@ def test_a_data_set_is_read_through_datasets(tmp_path):
     assert read_records(str(tmp_path), "test") == [{"text": "b", "label": "b"}]
     with pytest.raises(umbra.DataError, match=r"neither a \.jsonl file nor a data set"):
         read_records(str(tmp_path), "no such split")
+
+
+def test_other_tables_saved_sets_and_configurations(tmp_path, monkeypatch):
+    rows = datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
+    rows.to_parquet(tmp_path / "t.parquet")
+    rows.to_csv(tmp_path / "t.csv")
+    rows.save_to_disk(tmp_path / "saved")
+    for name in ("t.parquet", "t.csv", "saved"):
+        assert [r["text"] for r in read_records(str(tmp_path / name))] == ["one", "two"]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split: asked.append((where, split)) or rows)
+    read_records("someone/set:easy", "test")
+    assert asked == [(("someone/set", "easy"), "test")]

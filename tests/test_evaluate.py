@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from transformers import Trainer
 
 import umbra
@@ -25,10 +27,10 @@ from umbra.bench.methods import trainable
 from umbra.cli import main
 from umbra.data import Collator, encode_all
 from umbra.evaluate import _sizes as sizes_of
-from umbra.evaluate import evaluate, harness, record, report
+from umbra.evaluate import evaluate, harness, plots, record, report
 from umbra.evaluate.methods import build, count, read_method
 from umbra.evaluate.report import write_report
-from umbra.evaluate.results import Results
+from umbra.evaluate.results import Results, Variant
 from umbra.evaluate.run import _run, loss_of
 from umbra.evaluate.statistics import Estimate
 from umbra.evaluate.study import Study
@@ -339,6 +341,43 @@ def test_a_loss_that_is_not_finite_is_a_failed_run_and_a_diverged_trial(tmp_path
     assert "0.0001: diverged · 0.01: diverged" in text
 
 
+@pytest.mark.parametrize("task", ["sum", "class"])
+def test_weights_that_are_not_finite_are_a_failed_run(tmp_path, base_folder, task):
+    """Of NaN, the largest logit is the first: a class like others."""
+    methods = {"LoRA": {"kind": "lora", "r": 2}, "Umbra": METHODS["Umbra"]}
+    given = study_of(
+        tmp_path, base_folder, methods=methods, match=None, search=None, seeds=[0], forgetting=[], transfer={}
+    )
+    given |= {"tasks": {task: given["tasks"][task]}, "training": {**TRAINING, "learning_rate": 1e30, "max_steps": 4}}
+    assert run_study(tmp_path, given)["failed"] == 2
+    assert "Training has diverged" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_what_is_learned_is_not_tested_as_something_unseen(tmp_path, base_folder):
+    given = study_of(tmp_path, base_folder)
+    given["tasks"]["sign"]["test"] = lines(tmp_path / "leak.jsonl", SUMS[:20:2] + SIGNS[1::2])
+    with pytest.raises(umbra.DataError, match="10 of 34 test records of sign are learned in sum"):
+        run_study(tmp_path, given)
+
+
+@pytest.mark.parametrize(
+    ("task", "row"), [("sum", {"prompt": "", "completion": "1"}), ("class", {"text": "", "label": "yes"})]
+)
+def test_a_prompt_without_tokens_is_told_before_anything_runs(tmp_path, base_folder, task, row):
+    given = study_of(tmp_path, base_folder, chat_template=False, match=None, search=None, forgetting=[], transfer={})
+    given["tasks"] = {task: given["tasks"][task]}
+    given["tasks"][task]["test"] = lines(tmp_path / "none.jsonl", [row])
+    with pytest.raises(umbra.DataError, match=f"task {task}: test record 1 asks nothing"):
+        run_study(tmp_path, given)
+
+
+def test_two_at_once_in_one_folder_are_one_too_many(tmp_path, base_folder):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".umbra-evaluate"), pytest.raises(umbra.CheckpointError, match="at work in"):
+        run_study(tmp_path, study_of(tmp_path, base_folder))
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def test_classes_that_a_trained_task_lacks_are_told_before_anything_runs(tmp_path, base_folder):
     given = study_of(
         tmp_path, base_folder, match=None, search=None, forgetting=[], transfer={"class": ["other"], "other": []}
@@ -437,6 +476,36 @@ def test_a_damaged_record_counts_as_not_run(done, base_folder):
     assert run_study(done, study_of(done, base_folder))["failed"] == 0
     again, first = json.loads(file.read_text()), json.loads(whole)
     assert again["umbra"]["scores"]["sum"]["attached"]["items"] == first["umbra"]["scores"]["sum"]["attached"]["items"]
+
+
+def test_what_is_json_and_no_record_or_study_is_told_as_such(done, tmp_path):
+    shutil.copytree(done / "out", tmp_path / "out")
+    key, kept = next(iter(record.read_all(tmp_path / "out").items()))
+    file = record.file_of(tmp_path / "out", kept["umbra"]["request"])
+    for part in ("train_info", "umbra"):
+        file.write_text(json.dumps({k: v for k, v in kept.items() if k != part}))
+        assert key not in record.read_all(tmp_path / "out")
+    write_report(tmp_path / "out")
+    note = tmp_path / "out" / "study.json"
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "runs"}))
+    with pytest.raises(umbra.CheckpointError, match="holds no study"):
+        write_report(tmp_path / "out")
+
+
+def test_an_item_that_is_no_number_costs_its_run_and_not_the_report(done, tmp_path):
+    shutil.copytree(done / "out", tmp_path / "out")
+    file = next((tmp_path / "out" / "runs").glob("sum--LoRA--seed-0--*.json"))
+    kept = json.loads(file.read_text())
+    kept["umbra"]["scores"]["sum"]["attached"]["items"][0] = math.inf
+    file.write_text(json.dumps(kept))
+    write_report(tmp_path / "out")
+    assert "(1 of 2 seeds)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_long_name_is_cut_in_a_files_name(tmp_path):
+    request = {"task": "t" * 300, "training": {}, "is_trial": False, "seed": 0, "tasks": {}}
+    a, b = (record.file_of(tmp_path, {**request, "method": "影" * 90, "x": x}) for x in "ab")
+    assert a != b and len(a.name.encode()) < 200
 
 
 # -- the record --------------------------------------------------------------------------------------------------------
@@ -592,7 +661,34 @@ def test_losses_stand_on_the_first_page(done, monkeypatch):
     ):
         assert f"Umbra to LoRA on {lost}" in first
     assert "are won, 0 tied and 4 lost" in first and "Umbra, detached to" not in first
+    assert "with the bare base" in first and "0 lost. No loss is beyond the noise." in first
+    monkeypatch.setattr(Results, "apart", lambda self, ours, theirs, *_: win if theirs.is_trained else loss)
+    write_report(done / "out", done / "elsewhere")
+    text = (done / "elsewhere" / "report.md").read_text()
+    assert re.search(r"\*\*Lost:\*\* .*Umbra, detached to base on sum", text[: text.index("## ")])
     assert (done / "elsewhere" / "figures" / "scores.png").exists()
+
+
+def test_a_score_without_items_has_no_verdict(done):
+    results = results_of(done)
+    for kept in results.runs:
+        for score in kept["umbra"]["scores"].get("sign", {}).values():
+            score["items"] = []
+    found = results.apart(variant(results, "Umbra"), variant(results, "LoRA"), "sum", "sign")
+    assert found.verdict == "" and not any(
+        c.tested == "sign" and c.trained == "sum" for c in report._comparisons(results)
+    )
+    row = next(r for r in report._transfer(results)[0].rows if r[0] == "Umbra − LoRA")
+    assert row[1].endswith("(seeds alone)")
+
+
+def test_many_methods_are_told_apart_in_pictures(done):
+    results = results_of(done)
+    results.variants = [Variant(f"a method with a name of some length {i}", "attached", "umbra") for i in range(24)]
+    found = plots.looks(results)
+    assert len({tuple(look.values()) for look in found.values()}) == 24
+    figure = plots.pareto(results)
+    assert figure.get_size_inches()[1] > 0.18 * 24 * 2
 
 
 def test_a_missing_seed_is_told(done, tmp_path):
@@ -635,7 +731,7 @@ def test_every_method_that_is_not_ours_is_a_rival(tmp_path, done):
     about["study"]["ours"] = ["LoRA"]
     (tmp_path / "out" / "study.json").write_text(json.dumps(about))
     pairs = {(a.name, b.name) for a, b in report._opponents(results_of(tmp_path))}
-    assert pairs == {("LoRA", n) for n in ("DoRA", "Lily", "IA3", "PEFT Shadow", "Umbra")}
+    assert pairs == {("LoRA", n) for n in ("DoRA", "Lily", "IA3", "PEFT Shadow", "Umbra", "base")}
 
 
 def test_costs_are_multiples_run_by_run(done, monkeypatch):

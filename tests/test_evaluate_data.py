@@ -241,6 +241,16 @@ def test_numbers_are_compared_as_numbers(reply, right, expected):
     assert metrics.number(reply, [right], SETS["gsm8k"].pattern) == {"exact": expected}
 
 
+@pytest.mark.parametrize("reply", ["sNaN", "nan", "Infinity", "1e9999999"])
+def test_what_reads_as_no_finite_number_is_wrong(reply):
+    assert metrics.number(reply, ["1"]) == {"exact": 0.0}
+
+
+def test_an_answer_of_parts_is_their_text():
+    parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]
+    assert right_answers({"messages": [{"role": "assistant", "content": parts}]}) == ["yes"]
+
+
 @pytest.mark.parametrize(
     ("reply", "right", "f1", "exact"),
     [
@@ -514,6 +524,10 @@ def study(tmp_path):
         ({"methods": {"x": {"kind": "umbra", "modes": [["attached"]]}}}, "method x: modes are attached, detached"),
         ({"training": {"seed": 3}}, "Unknown key 'seed'"),
         ({"training": {"max_step": 2}}, "max_step"),
+        ({"training": {"eval_strategy": "steps"}}, "eval_strategy has nothing to evaluate on"),
+        ({"search": {"learning_rate": [0.1, 0.1]}}, "names a rate twice"),
+        ({"reference": "Umbra"}, "Umbra is the only method of kind umbra"),
+        ({"methods": {"a\nb": {"kind": "lora"}}}, "characters that a table cannot show"),
         ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size"),
     ],
 )  # fmt: skip
@@ -534,6 +548,12 @@ def test_a_study_that_cannot_be_run_is_refused(change, message, study):
         ({"head": "regress"}, "head must be"),
         ({"steps": 3}, "Unknown key 'steps' in task a"),
         ({"train": None, "test": None}, "data sets that a study knows"),
+        ({"train": None, "scored_on": "validation"}, "scored_on=validation needs records that are learned"),
+        ({"train": None, "test": None, "lm_eval": "x", "metric": "exact"}, "metric is not for a task of lm-eval"),
+        (
+            {"train": None, "test": None, "lm_eval": "x", "head": "classify"},
+            "head=classify is not for a task of lm-eval",
+        ),
     ],
 )
 def test_a_task_that_cannot_be_run_is_refused(change, message, study):

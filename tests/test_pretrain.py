@@ -1,6 +1,7 @@
 """``umbra pretrain``: what is learned, from which text, how it goes on after a kill, and what comes out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,10 @@ def test_the_loss_of_a_stage(settings, form):
 
 class Killed(Exception):
     pass
+
+
+def killed(*_, **__):
+    raise Killed
 
 
 def test_a_killed_run_goes_on(settings, monkeypatch, tmp_path):
@@ -468,6 +473,24 @@ def test_a_teacher_of_another_text_is_not_taken(tmp_path):
     assert TeacherCache(tmp_path, blocks + 1, 2).done == 0
 
 
+def test_a_teacher_of_another_base_is_not_taken(tmp_path):
+    blocks = np.zeros((1, 8), np.int32)
+    cache = TeacherCache(tmp_path, blocks, 2, {"base": "one"})
+    cache.fill(lambda ids: Teacher(-torch.ones(7, 2), torch.zeros(7, 2, dtype=torch.int64)), 1)
+    assert TeacherCache(tmp_path, blocks, 2, {"base": "one"}).done == 1
+    assert TeacherCache(tmp_path, blocks, 2, {"base": "another"}).done == 0
+
+
+def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(27, "File too large")
+
+    monkeypatch.setattr("umbra.teacher.write_text", full)
+    cache = TeacherCache(tmp_path, np.zeros((1, 8), np.int32), 2)
+    with pytest.raises(umbra.CheckpointError, match=r"cannot be kept in .*File too large"):
+        cache.fill(lambda ids: Teacher(-torch.ones(7, 2), torch.zeros(7, 2, dtype=torch.int64)), 1)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -551,6 +574,49 @@ def test_rows_that_are_no_tokens_do_not_part_a_family(settings, tmp_path):
     model.unload()
     with pytest.raises(umbra.BaseModelError, match="they must share one tokenizer"):
         umbra.attach(base, umbra.ShadowConfig(shadow=str(tmp_path / "out")))
+
+
+def test_what_another_base_in_the_same_place_has_written_is_not_taken(settings, tmp_path, base_folder, monkeypatch):
+    """Nor is what it has said of the text."""
+    shutil.copytree(base_folder, tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    given = {
+        **settings, "base": str(tmp_path / "base"), "data": None, "prompts": str(tmp_path / "prompts.txt"), "own_documents": 4,
+        "own_new_tokens": 20, "max_length": 8, "held_out": 1, "max_steps": 1,
+    }  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "_run_stage", killed)
+        with pytest.raises(Killed):
+            pretrain.pretrain(given)
+    before = (tmp_path / "out/own.jsonl").read_text()
+    randomise(AutoConfig.from_pretrained(base_folder), 9).save_pretrained(tmp_path / "base")
+    with pytest.raises(umbra.CheckpointError, match=r"another content of .*base"):
+        pretrain.pretrain(given)
+    pretrain.pretrain({**given, "overwrite": True})
+    assert (tmp_path / "out/own.jsonl").read_text() != before
+
+
+def test_an_overwriting_run_that_fails_leaves_the_model(settings, tmp_path):
+    pretrain.pretrain({**settings, "max_steps": 1})
+    before = load_file(tmp_path / "out/model.safetensors")
+    (tmp_path / "prompts.txt").write_text("one\n")
+    own = {"data": None, "prompts": str(tmp_path / "prompts.txt"), "own_documents": 1, "own_new_tokens": 3}
+    with pytest.raises(umbra.DataError, match="lower it"):
+        pretrain.pretrain({**settings, **own, "max_length": 64, "overwrite": True})
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_bases_own_table_is_known_in_another_precision(base_folder, tmp_path, dtype):
+    AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype).save_pretrained(tmp_path / "shadow")
+    config = umbra.ShadowConfig(shadow=str(tmp_path / "shadow"))
+    for change, owns in ((1.0, False), (1.02, True)):
+        for kind in (torch.float32, torch.float16):
+            base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=kind)
+            with torch.no_grad():
+                base.get_input_embeddings().weight[3] *= change
+            assert umbra.attach(base, config).shadow.owns_embeddings == owns
 
 
 def test_the_base_teaches_without_dropout(tmp_path):

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import umbra
+from conftest import make_tokenizer
 from folders import CARD, CONFIG, FILES, TENSOR, WEIGHTS, assert_same_model, contents, names
 from tiny import make, make_base
 from umbra import CheckpointError
+from umbra.detach import detach, write_detached
 
 # -- overwriting ---------------------------------------------------------------------------------------------------
 
@@ -144,6 +147,23 @@ def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch, moment):
     model.save_pretrained(saved)
     assert names(saved) == FILES
     assert_same_model(umbra.load(saved, base=make_base()), model)
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: File too large"), Exception("File too large (os error 27)")]
+)
+def test_a_full_disk_under_a_stock_model_is_a_checkpoint_error(tmp_path, monkeypatch, error):
+    """As safetensors and tokenizers tell of it."""
+
+    def fails(*_, **__):
+        raise error
+
+    model, tokenizer = make(), make_tokenizer()
+    where = type(tokenizer) if type(error) is Exception else type(detach(model))
+    monkeypatch.setattr(where, "save_pretrained", fails)
+    with pytest.raises(CheckpointError, match="File too large"):
+        write_detached(model, tmp_path / "out", tokenizer)
+    assert not [p for p in (tmp_path / "out").glob("*") if not p.name.startswith(".")]
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])

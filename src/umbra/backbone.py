@@ -22,6 +22,7 @@ from .errors import BaseModelError, ConfigError, shown
 from .pretrained import check_vocabulary, load_pretrained
 
 ROWS = 2**14  # of a head, multiplied at once
+ROUNDED = 2.0**-8, 1e-7  # relative, absolute: what bf16 and fp16 leave of a number
 RIDGE = 1e-9  # of the mean square of a head's column: keeps a matrix without full rank solvable
 # What the shadow's backbone may be told about a batch, of all that a forward is given.
 BATCH_ARGUMENTS = (
@@ -350,7 +351,7 @@ def aligned(base: Anatomy, head: Tensor) -> Tensor | None:
 
 
 def _has_the_bases_table(base: Anatomy, backbone: PreTrainedModel) -> bool:
-    """Whether a pretrained shadow looks tokens up in the base's own table, up to bf16: it was pretrained for this base."""
+    """Whether a pretrained shadow looks tokens up in the base's own table, up to bf16 and fp16: it was pretrained for this base."""
     mine: Any = backbone.get_input_embeddings()
     tables = (mine.weight, base.embeddings.weight)
     if not all(dense.is_plain(table) and shards.is_whole(table) for table in tables):
@@ -358,8 +359,9 @@ def _has_the_bases_table(base: Anatomy, backbone: PreTrainedModel) -> bool:
     if anatomy.embedding_scale(mine) != anatomy.embedding_scale(base.embeddings):
         return False
     theirs = base.embeddings.weight.detach()
-    return mine.weight.shape == theirs.shape and torch.equal(
-        mine.weight.bfloat16(), theirs.to(mine.weight.device).bfloat16()
+    return mine.weight.shape == theirs.shape and all(
+        torch.allclose(a.float(), b.to(a.device).float(), *ROUNDED)
+        for a, b in zip(mine.weight.detach().split(ROWS), theirs.split(ROWS), strict=True)
     )
 
 

@@ -99,10 +99,7 @@ def save(
     values[DIGEST] = digest(values, weights)
 
     def write(staging: Path) -> None:
-        try:
-            save_file(weights, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        save_file(weights, staging / WEIGHTS_FILE, metadata={"format": "pt"})
         folder.write_text(staging / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         if _is_ours(folder.find(target, CARD_FILE)):
             folder.write_text(staging / CARD_FILE, model_card(values, model, shadow))

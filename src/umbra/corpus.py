@@ -21,20 +21,31 @@ from tqdm import tqdm
 
 from . import anatomy
 from .core import IGNORED
-from .data import Writer, read_records, read_rows
+from .data import Writer, end_tokens, read_records, read_rows
 from .errors import DataError
 from .options import speaks
 
 TEXT_FILES = (".txt", ".md")
 SPACES = re.compile(r"\s+")
 HELD_OUT = 0.1  # of all blocks at most
+# Samples of the distribution that is learned, whatever the base's own generation config asks for.
+PLAIN: dict[str, Any] = {
+    "do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}  # fmt: skip
 
 
 class Documents(NamedTuple):
-    """Texts of one source, and whether they are plain: what a chat template has written brings its special tokens."""
+    """Texts of one source.
+
+    Args:
+        plain: whether they are read as they are: what a chat template has written brings its special tokens.
+        ended: whether they end as they shall: what a model has written ends where it did, or was cut off.
+    """
 
     texts: list[str]
     plain: bool = True
+    ended: bool = False
 
 
 def read_documents(source: str, split: str, writer: Writer) -> Documents:
@@ -43,9 +54,9 @@ def read_documents(source: str, split: str, writer: Writer) -> Documents:
     Raises:
         DataError: nothing there that can be read.
     """
-    if Path(source).suffix in TEXT_FILES:
+    if Path(source).suffix.lower() in TEXT_FILES:
         try:
-            text = Path(source).read_text(encoding="utf-8")
+            text = Path(source).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{source} cannot be read: {error}") from error
         documents, plain = [part.strip() for part in re.split(r"\n\s*\n", text)], True
@@ -82,7 +93,8 @@ def pack(documents: Documents, writer: Writer, length: int, name: str) -> np.nda
     end, rows = writer.tokenizer.eos_token_id, []
     for text in tqdm(documents.texts, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False):
         ids = writer.tokens(text, documents.plain)
-        rows.append(np.asarray(ids if end is None or ids[-1:] == [end] else [*ids, end], np.int32))
+        is_ended = documents.ended or end is None or ids[-1:] == [end]
+        rows.append(np.asarray(ids if is_ended else [*ids, end], np.int32))
     tokens = np.concatenate(rows)
     if len(tokens) < length:
         raise DataError(
@@ -129,7 +141,8 @@ class Mixture(Dataset):
 
     def __post_init__(self) -> None:
         generator = np.random.default_rng(self.seed)
-        share = np.asarray(self.weights, float) / sum(self.weights)
+        share = np.asarray(self.weights, float) / max(self.weights)
+        share /= share.sum()
         self.source = generator.choice(len(self.blocks), self.size, p=share)
         self.row = np.empty(self.size, np.int64)
         for k, blocks in enumerate(self.blocks):
@@ -157,9 +170,9 @@ def read_prompts(path: str) -> list[str]:
     Raises:
         DataError: none.
     """
-    if Path(path).suffix in TEXT_FILES:
+    if Path(path).suffix.lower() in TEXT_FILES:
         try:
-            prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read: {error}") from error
     else:
@@ -175,11 +188,13 @@ def write_own(
     base: Any, writer: Writer, prompts: list[str], out: Path, *, count: int, batch_size: int, new: int,
     temperature: float, seed: int,
 ) -> list[str]:  # fmt: skip
-    """``count`` documents that the base samples after the prompts, in turn; kept in ``out``, a batch at a time.
+    """``count`` documents that the base samples after the prompts, in turn, with the special tokens that it says, up to the one
+    that ends its answer; kept in ``out``, a batch at a time.
 
     A killed call goes on where it was: documents that are in ``out`` already are not written again.
     """
-    done = _own_lines(out, [writer.ask(p) for p in prompts])
+    done = _own_lines(out, [writer.ask(p) for p in prompts], count, batch_size)
+    ends = end_tokens(base, writer)
     base.eval()
     most = anatomy.positions(base.config) or sys.maxsize
     bar = tqdm(total=count, initial=len(done), desc="the base writes", disable=None if speaks() else True)
@@ -199,9 +214,9 @@ def write_own(
                 )
             written = base.generate(
                 ids, attention_mask=tokens["attention_mask"].to(base.device), max_new_tokens=min(new, room),
-                do_sample=True, temperature=temperature, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=ends or None, **PLAIN, temperature=temperature,
             )  # fmt: skip
-            answers = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+            answers = [tokenizer.decode(_until(row, ends)) for row in written[:, ids.shape[1] :].tolist()]
             texts = [question + answer for question, answer in zip(asked, answers, strict=True)]
             file.write("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
             file.flush()
@@ -210,20 +225,32 @@ def write_own(
     return done
 
 
-def _own_lines(out: Path, asked: list[str]) -> list[str]:
-    """What was written before to the same prompts; a last line that a kill has cut is taken out of the file, and so is
-    everything from the first answer to another prompt on."""
+def _until(tokens: list[int], ends: list[int]) -> list[int]:
+    """Up to the first token that ends an answer, with it."""
+    place = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: place + 1]
+
+
+def _own_lines(out: Path, asked: list[str], count: int, batch_size: int) -> list[str]:
+    """What was written before to the same prompts, in whole batches, whose seeds are those of their first document.
+
+    A line that is cut off or damaged is taken out of the file, as is an answer to another prompt, with all that follows.
+    """
     if not out.exists():
         return []
-    kept, size = [], 0
+    kept, sizes = [], [0]
     for line in out.read_bytes().splitlines(keepends=True):
-        text = json.loads(line)["text"] if line.endswith(b"\n") else ""
+        try:
+            text = json.loads(line)["text"] if line.endswith(b"\n") else ""
+        except (ValueError, LookupError, TypeError):
+            break
         if not line.endswith(b"\n") or not text.startswith(asked[len(kept) % len(asked)]):
             break
         kept.append(text)
-        size += len(line)
-    os.truncate(out, size)
-    return kept
+        sizes.append(sizes[-1] + len(line))
+    whole = len(kept) if len(kept) >= count else len(kept) // batch_size * batch_size
+    os.truncate(out, sizes[whole])
+    return kept[:whole]
 
 
 def _batches(prompts: list[str], start: int, end: int, size: int) -> Iterator[list[str]]:

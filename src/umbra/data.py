@@ -28,6 +28,7 @@ from .options import speaks
 Record = dict[str, Any]
 COLUMNS = "`prompt` and `completion`, `messages`, `text` and `label`, or `text`"
 MARK = "escalate"  # the column that marks what is beyond the shadow
+TABLES = (".parquet", ".csv")  # files that datasets reads as they are
 ESCALATION = "[REMOTE]"  # what it then says, by default
 
 
@@ -52,10 +53,16 @@ def read_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
     """
     if not source:
         raise DataError("No data given: name a .jsonl file or a datasets hub id.")
-    if Path(source).suffix in (".jsonl", ".gz", ".json") or Path(source).is_file():
+    ending = Path(source).suffix.lower()
+    if ending in TABLES and Path(source).is_file():
+        rows = read_hub(ending[1:], split="train", data_files=source)
+    elif ending in (".jsonl", ".gz", ".json") or Path(source).is_file():
         rows = _read_lines(Path(source))
-    else:
+    elif Path(source).exists():
         rows = read_hub(source, split=split)
+    else:
+        name, _, configuration = source.partition(":")
+        rows = read_hub(*filter(None, (name, configuration)), split=split)
     if not rows:
         raise DataError(f"{source} holds no record.")
     return rows
@@ -65,7 +72,7 @@ def _read_lines(path: Path) -> list[Record]:
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     records = []
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
@@ -99,8 +106,8 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def read_hub(*source: str, split: str) -> list[Record]:
-    """The rows of a data set: its id, and its configuration if it has several.
+def read_hub(*source: str, split: str, **more: Any) -> list[Record]:
+    """The rows of a data set: its id, and its configuration if it has several; or the folder that one was saved to.
 
     Raises:
         DataError: it cannot be loaded.
@@ -108,7 +115,9 @@ def read_hub(*source: str, split: str) -> list[Record]:
     import datasets
 
     try:
-        return list(datasets.load_dataset(*source, split=split))  # type: ignore[arg-type]
+        if (Path(source[0]) / "state.json").is_file():  # of one split
+            return list(datasets.load_from_disk(source[0]))
+        return list(datasets.load_dataset(*source, split=split, **more))  # type: ignore[arg-type]
     except Exception as error:  # the library raises a dozen unrelated types
         raise DataError(
             f"{'/'.join(source)!r} is neither a .jsonl file nor a data set that can be loaded: {error!s:.300}"

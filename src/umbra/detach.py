@@ -228,7 +228,12 @@ def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | N
     (stock if dtype is None else stock.to(dtype)).save_pretrained(staging)
     if tokenizer is not None:
         several: Any = isinstance(tokenizer.chat_template, dict)  # which would be files in a folder of their own
-        tokenizer.save_pretrained(staging, save_jinja_files=not several)
+        try:
+            tokenizer.save_pretrained(staging, save_jinja_files=not several)
+        except Exception as error:  # tokenizers knows no other type, for a full disk neither
+            if type(error) is Exception:
+                raise OSError(str(error)) from error
+            raise
         if (pieces := _pieces(tokenizer.name_or_path)) is not None:
             shutil.copyfile(pieces, staging / PIECES)
 

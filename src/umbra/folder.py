@@ -16,6 +16,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import CheckpointError
 
 COMMITTED = ".umbra-commit"
@@ -52,7 +54,7 @@ def write_together(folder: Path, write: Callable[[Path], None]) -> None:
         staging.rename(folder / COMMITTED)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | SafetensorError):
             raise CheckpointError(f"Saving to {folder} failed, its old content is intact: {error}") from error
         raise
     try:

@@ -164,9 +164,8 @@ class ExportOptions:
     base: str | None = flag(None, "where an adapter's base is, if not where the adapter says")
     quantization: str | None = flag(
         None,
-        "files to write, separated by commas. onnx: fp32; int8, embeddings and linear layers (not GPT-2's) in 8 bits by "
-        "blocks of 32; int4, "
-        "blocks' linear layers in 4 bits, embeddings and head in 8; default fp32,int8. gguf, by llama.cpp: f16, q8_0, q4_0, "
+        "files to write, separated by commas. onnx: fp32; int8, embeddings and linear layers in 8 bits by blocks of 32; "
+        "int4, blocks' linear layers in 4 bits, embeddings and head in 8; default fp32,int8. gguf, by llama.cpp: f16, q8_0, q4_0, "
         "q4_k_m (which puts rows of no multiple of 256 into larger types); default f16,q8_0,q4_0",
     )
     dtype: str = flag("auto", "of hf, precision of the written weights: auto (float32), float32, bfloat16, float16")
@@ -181,7 +180,7 @@ class ExportOptions:
     max_new_tokens: int = flag(64, "tokens of an answer")
     prompt: str | None = flag(None, "answer this in the format's own runtime when all is written")
     chat_template: bool = flag(True, "put prompts into the tokenizer's chat template, if it has one")
-    overwrite: bool = flag(False, "write into a folder that is not empty")
+    overwrite: bool = flag(False, "write into a folder that is not empty; files of an export before go")
     json: bool = flag(False, "print JSON")
 
 

@@ -4,11 +4,13 @@
     distillation   τ² · D(base, shadow) at every token, see divergence.py
     next_token     CE(shadow, y) at every token
 
-x are the states of the shadow's backbone, h the base's. A stage is one of them or their sum. Stages follow one another on one
-mixture of text, each with a trainer of transformers and a folder of its own, and go on where they were killed. What comes
-out is a stock model: `ShadowConfig(shadow=folder)` starts from it, and whatever loads such models runs it.
+x are the states of the shadow's backbone, h the base's. A stage is one of them or their sum, in which D stands for both of the
+first two's; where divergence, temperature or teacher_top_k are given, alignment's KL is that D too. Stages follow one another
+on one mixture of text, each with a trainer of transformers and a folder of its own, and go on where they were killed. What
+comes out is a stock model: `ShadowConfig(shadow=folder)` starts from it, and whatever loads such models runs it.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from .kernels import Head, linear_loss
 from .model import attach
 from .options import PretrainOptions, speaks
 from .pretrained import check_vocabulary
-from .runs import Run, last_checkpoint, make_arguments, sort_settings
+from .runs import RUN_FILE, Run, last_checkpoint, make_arguments, sort_settings
 from .teacher import TeacherCache
 from .trainers import ShadowTrainer
 
@@ -41,7 +43,8 @@ STAGES = "stages"  # folders of the stages, in the output folder
 OWN = "own.jsonl"  # what the base has written, a file of the output folder
 OWN_SOURCE = "text of the base's own"
 TEACHER = "teacher"  # what it says of each token of the text
-FILES = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE, STAGES, TEACHER, OWN)
+MODEL = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE)
+FILES = (*MODEL, STAGES, TEACHER, OWN)
 ROWS = 256  # of logits at once
 # What the base's own text depends on: of a run that is overwritten by one with the same, it is kept.
 OWN_OF = (
@@ -110,17 +113,23 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     detach(model)  # raises now what would be the end of all stages
     if not anatomy.is_placed(base):
         model.to(arguments[0].device)
+    run.contents[options.base] = hashlib.sha256(json.dumps(model.base_fingerprint).encode()).hexdigest()
+    if not options.overwrite:
+        run.check_contents()
     if options.prompts:
         _begin(run, options)
         documents |= _own(options, model, writer, run.out / OWN, arguments[0])
     train_set, held_out = _mix(options, documents, writer, arguments[0].seed)
     if not options.prompts:
         _begin(run, options)
+    if options.overwrite:  # nothing can stop this run any more
+        run.clear(keep=(RUN_FILE, OWN))
 
     teacher = None
     if options.teacher_cache and options.teacher_top_k is not None:
         most = min(options.teacher_top_k, anatomy.vocabulary_size(model.get_input_embeddings()))
-        teacher = TeacherCache(run.out / TEACHER, np.concatenate(train_set.blocks), most)
+        about = {"base": run.contents[options.base], "temperature": options.temperature, "dtype": options.dtype}
+        teacher = TeacherCache(run.out / TEACHER, np.concatenate(train_set.blocks), most, about)
         teacher.fill(lambda ids: say(model, ids, options), arguments[0].per_device_eval_batch_size)
 
     metrics: dict[str, Any] = {"start": measure(model, held_out, arguments[0].per_device_eval_batch_size)}
@@ -137,9 +146,10 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _begin(run: Run, options: PretrainOptions) -> None:
-    """Note down the run in its folder, in place of one that is to be overwritten."""
+    """Note down the run in its folder, in place of one that is to be overwritten, whose model stays until the text is there."""
     if options.overwrite:
-        run.clear(keep=(OWN,) if run.agrees(OWN_OF) else ())
+        is_own = run.agrees(OWN_OF) and options.base not in run.rewritten()
+        run.clear(keep=(*MODEL, OWN) if is_own else MODEL)
     run.record()
 
 
@@ -210,7 +220,7 @@ def _own(options: PretrainOptions, model: Any, writer: Writer, out: Path, args: 
             batch_size=args.per_device_eval_batch_size, new=options.own_new_tokens,
             temperature=options.own_temperature, seed=args.seed,
         )  # fmt: skip
-    return {OWN_SOURCE: Documents(texts, plain=not writer.chats)}
+    return {OWN_SOURCE: Documents(texts, plain=not writer.chats, ended=True)}
 
 
 def _mix(
@@ -222,7 +232,7 @@ def _mix(
         if not after:
             raise DataError(f"All {len(before.texts)} documents of {source} are copies of others: leave it out.")
     blocks = [
-        pack(Documents(texts, before.plain), writer, options.max_length, source)
+        pack(before._replace(texts=texts), writer, options.max_length, source)
         for (source, before), texts in zip(documents.items(), kept, strict=True)
     ]
     blocks, held_out = hold_out(blocks, options.held_out)

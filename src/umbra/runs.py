@@ -108,7 +108,7 @@ class Run:
         asked: every setting that has a say in what is learned.
         defaults: of settings that a run of an earlier version may not have noted.
         files: names of what a run writes there, files and folders, beside `RUN_FILE` and checkpoints.
-        contents: digests of the local files that it reads, by their paths.
+        contents: digests of what it reads, by paths of local files.
     """
 
     out: Path
@@ -163,15 +163,14 @@ class Run:
             run = json.loads(file.read_text(encoding="utf-8"))
             before = {**self.defaults, **run["asked"]}
             shadow = ShadowConfig.from_dict({k: v for k, v in before.items() if k in names(ShadowConfig)})
-            rewritten = self._rewritten(run)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error}. Choose another output_dir, or overwrite.") from error
         before |= json.loads(json.dumps(shadow.resolve().to_dict()))
         changed = sorted(k for k in self.asked.keys() | before.keys() if self.asked.get(k) != before.get(k))
-        if changed or rewritten:
-            told = [f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed]
-            differences = ", ".join([*told, *(f"another content of {path}" for path in rewritten)])
+        if changed:
+            differences = ", ".join(f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed)
             raise CheckpointError(f"{out} holds another run ({differences}): choose another output_dir, or overwrite.")
+        self.check_contents()
         metrics = run.get("metrics")
         if metrics is not None:
             print(f"{out} holds this run already, finished: nothing was trained.", file=sys.stderr)
@@ -193,10 +192,25 @@ class Run:
             return False
         return all(before.get(name) == self.asked.get(name) for name in settings)
 
-    def _rewritten(self, run: dict[str, Any]) -> list[str]:
-        """Which files have another content than when this was noted down."""
-        before = run.get("contents") or {}
-        return [path for path, digest in self.contents.items() if before.get(path, digest) != digest]
+    def rewritten(self) -> list[str]:
+        """Which of `contents` are others than when the run was noted in the folder."""
+        try:
+            before = json.loads(folder.read_text(folder.find(self.out, RUN_FILE)))["contents"]
+            return [path for path, digest in self.contents.items() if before.get(path, digest) != digest]
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ):  # no run, or one of before they were noted
+            return []
+
+    def check_contents(self) -> None:
+        """Raise a CheckpointError where the folder's run has read other contents of the same files."""
+        if changed := self.rewritten():
+            told = ", ".join(f"another content of {path}" for path in changed)
+            raise CheckpointError(f"{self.out} holds another run ({told}): choose another output_dir, or overwrite.")
 
     def check_apart(self, **inputs: str | None) -> None:
         """Refuse an input that the run would write over.

@@ -130,7 +130,10 @@ def answer_of(text: str, pattern: str | None) -> str:
 def reference_of(record: Record) -> str:
     """The text of a record's answer."""
     last = record["completion"] if "completion" in record else record["messages"]
-    return last if isinstance(last, str) else str(last[-1]["content"])
+    content = last if isinstance(last, str) else last[-1]["content"]
+    if isinstance(content, list):  # of parts
+        content = "".join(str(part.get("text", "")) for part in content)
+    return str(content)
 
 
 def _check_references(records: list[Record], options: EvalOptions) -> None:
@@ -238,6 +241,8 @@ def score_classes(
             attention_mask=batch["attention_mask"].to(runner.device),  # type: ignore[union-attr]
         ).logits.cpu()
         seconds += time.perf_counter() - began
+        if not logits.isfinite().all():
+            raise DataError(f"{name}: the model's logits are not finite, so they name no class.")
         for record, row in zip(part, logits, strict=True):
             label = record["label"]
             if several:

@@ -7,9 +7,11 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +31,24 @@ NOTE, TOKENS, LOG_P = "teacher.json", "tokens.npy", "log_p.npy"
 class TeacherCache:
     """A folder that holds the teacher of blocks (N, T): tokens and log p (N, T − 1, k).
 
+    Args:
+        teacher: what tells it from other teachers; kept from another one it is not taken.
+
     Raises:
-        CheckpointError: no room on the disk.
+        CheckpointError: no room on the disk, or one that refuses.
     """
 
     folder: Path
     blocks: np.ndarray
     top_k: int
+    teacher: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (len(self.blocks), self.blocks.shape[1] - 1, self.top_k)
-        self.about = {"shape": list(shape), "sha256": hashlib.sha256(self.blocks.tobytes()).hexdigest()}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        text = hashlib.sha256(self.blocks.tobytes()).hexdigest()
+        self.about = {"shape": list(shape), "sha256": text, "teacher": self.teacher}
+        with self._disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
         try:
             known = json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
             for name in (TOKENS, LOG_P):
@@ -51,7 +59,15 @@ class TeacherCache:
         except (OSError, ValueError, KeyError, AttributeError):
             self.done = 0
         if self.done == 0:
-            self._make_room(shape)
+            with self._disk():
+                self._make_room(shape)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"What the base says cannot be kept in {self.folder}: {error}") from error
 
     def _make_room(self, shape: tuple[int, ...]) -> None:
         needed, free = 8 * math.prod(shape), shutil.disk_usage(self.folder).free
@@ -76,11 +92,12 @@ class TeacherCache:
                 log_p, tokens = say(torch.as_tensor(self.blocks[part], dtype=torch.long))
                 assert tokens is not None
                 shape = (part.stop - start, *self.tokens.shape[1:])
-                self.tokens[part], self.log_p[part] = tokens.reshape(shape).cpu(), log_p.reshape(shape).cpu()
-                self.tokens.flush()
-                self.log_p.flush()
-                self.done = part.stop
-                self._note()
+                with self._disk():
+                    self.tokens[part], self.log_p[part] = tokens.reshape(shape).cpu(), log_p.reshape(shape).cpu()
+                    self.tokens.flush()
+                    self.log_p.flush()
+                    self.done = part.stop
+                    self._note()
                 bar.update(part.stop - start)
 
     def _note(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -23,7 +24,7 @@ from .. import anatomy, folder
 from ..bases import load_tokenizer
 from ..bench.base import Base
 from ..data import Writer, encode_all
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..options import EvaluateOptions
 from . import harness, record
 from .methods import count, match
@@ -31,8 +32,9 @@ from .metrics import LOSS
 from .report import write_report
 from .run import run
 from .study import Study, key_of
-from .tasks import STUDY_FILE, Task, load_task
+from .tasks import STUDY_FILE, Task, asked, load_task
 
+LOCK = ".umbra-evaluate"  # held while a study runs in its folder
 LOST = "device-side assert"  # what CUDA says when nothing runs on the GPU any more
 
 
@@ -50,8 +52,23 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     sizes, parameters = _check(study)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / LOCK)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise CheckpointError(
+            f"Another umbra evaluate is at work in {out}: wait for it, or choose another --out."
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"out={out} cannot be made: {error}") from error
+        raise CheckpointError(f"out={out} cannot be written: {error}") from error
+    try:
+        return _evaluate(options, study, out, sizes, parameters)
+    finally:
+        lock.release()
+
+
+def _evaluate(
+    options: EvaluateOptions, study: Study, out: Path, sizes: dict[str, dict[str, Any]], parameters: dict[str, int]
+) -> dict[str, Any]:
     trials, done = list(study.trials(sizes)), record.read_all(out)
     bar = tqdm(total=len(trials) + _count(study, sizes), desc="study", disable=None, smoothing=0.1)
     note = {
@@ -95,6 +112,7 @@ def _check_data(study: Study, chats: bool) -> list[Task]:
         tasks.append(task)
         if options.head == "classify":
             labels[name] = [{str(r["label"]) for r in part} for part in ((*task.train, *task.validation), task.test)]
+    _check_unseen(study, {t.name: t for t in tasks})
     for trained in labels.keys() & set(study.trained):
         for tested in study.tested(trained):
             if other := labels[tested][1] - labels[trained][0]:
@@ -104,18 +122,36 @@ def _check_data(study: Study, chats: bool) -> list[Task]:
     return tasks
 
 
+def _check_unseen(study: Study, tasks: dict[str, Task]) -> None:
+    """Refuse to test after a task what was learned in it: a task's own test records are left out of what it learns."""
+    for trained in study.trained:
+        learned = {asked(r) for r in (*tasks[trained].train, *tasks[trained].validation)}
+        for tested in tasks.keys() & set(study.tested(trained)) - {trained}:
+            if seen := sum(asked(r) in learned for r in tasks[tested].test):
+                raise DataError(
+                    f"{seen} of {len(tasks[tested].test)} test records of {tested} are learned in {trained}, after which it is "
+                    f"tested: take them out of one of them."
+                )
+
+
 def _check_lengths(task: Task, writer: Writer, positions: int | None) -> None:
-    """Refuse what is longer than the base's positions, which a GPU would not survive."""
-    if positions is None:
-        return
+    """Refuse what has no token, and what is longer than the base's positions, which a GPU would not survive."""
     name, most, new = task.name, task.options.max_length, task.max_new_tokens
     is_answered = task.options.head == "generate" and task.metric != LOSS
+    if task.options.head == "classify":
+        prompts = [len(writer.tokenizer(r["text"])["input_ids"]) for r in task.test]
+    else:
+        prompts = [len(writer.tokens(writer.prompt(r), writer.is_plain(r))) for r in task.test] if is_answered else []
+    if prompts and not min(prompts):
+        raise DataError(f"task {name}: test record {prompts.index(0) + 1} asks nothing: its prompt has no token.")
+    if positions is None:
+        return
     if is_answered:
-        asked = max((len(writer.tokens(writer.prompt(r), writer.is_plain(r))) for r in task.test), default=0)
-        if asked + new > positions:
+        longest = max(prompts, default=0)
+        if longest + new > positions:
             raise ConfigError(
-                f"task {name}: its longest test prompt has {asked} tokens, with max_new_tokens={new} {asked + new}, but the base "
-                f"is made for {positions}: set max_new_tokens lower, or words, which cuts a known set's texts."
+                f"task {name}: its longest test prompt has {longest} tokens, with max_new_tokens={new} {longest + new}, but the "
+                f"base is made for {positions}: set max_new_tokens lower, or words, which cuts a known set's texts."
             )
     read = [*task.train, *task.validation, *([] if is_answered else task.test)]
     if read and most > positions:

@@ -51,6 +51,8 @@ def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) ->
     if not values:
         raise ValueError(f"lm-eval gives {name} no number: {found['results'][name]}")
     chief = next(iter(values))
+    if math.isinf(values[chief]):
+        raise ValueError(f"lm-eval's {chief} of {name} is not finite.")
     metric, _, chosen = chief.partition(",")
     samples = [s for s in found["samples"][name] if s.get("filter", chosen) == chosen]
     items = [float(s[metric]) for s in samples if isinstance(s.get(metric), int | float)]

@@ -28,9 +28,10 @@ def number(reply: str, right: Sequence[str], pattern: str | None = None) -> dict
 
 def _decimal(text: str) -> Decimal | None:
     try:
-        return Decimal(text.replace(",", "").rstrip("."))
+        found = Decimal(text.replace(",", "").rstrip("."))
     except InvalidOperation:
         return None
+    return found if found.is_finite() else None
 
 
 def squad(reply: str, right: Sequence[str], pattern: str | None = None) -> dict[str, float]:

@@ -72,7 +72,7 @@ def page(title: str, lead: list[str], sections: list[Section], pictures: dict[st
                 f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
             )
         if s.figure in pictures:
-            parts.append(f"<figure>{pictures[s.figure]}</figure>")
+            parts.append(f'<figure role="img" aria-label="{html.escape(s.title)}">{pictures[s.figure]}</figure>')
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"

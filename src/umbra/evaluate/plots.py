@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -10,21 +11,34 @@ from .results import Results, Variant
 from .statistics import Estimate
 
 INK = "#010203"  # replaced by currentColor
+WIDE = 36  # letters of a line of a name
+LETTER = 0.075  # of a tick label, in inches
+MARKERS = "os^DvP"
 COLOURS = ("#4e79a7", "#e08a3c", "#59a14f", "#d1605e", "#9d7cb8", "#8c6d5a", "#d98cb3", "#7a8794", "#b8a03a", "#4fa3a0")
 
 
-def colours(results: Results) -> dict[str, str]:
-    """One for every variant; the bare base is grey."""
+def looks(results: Results) -> dict[str, dict[str, str]]:
+    """A colour for every variant, and a marker where there are more variants than colours; the bare base is grey."""
     trained = [v.name for v in results.variants if v.is_trained]
-    return {
-        **{v.name: "#8a8a8a" for v in results.variants},
-        **{n: COLOURS[i % len(COLOURS)] for i, n in enumerate(trained)},
-    }
+    found = {v.name: {"color": "#8a8a8a", "fmt": MARKERS[0]} for v in results.variants}
+    for i, name in enumerate(trained):
+        marker = MARKERS[i // len(COLOURS) % len(MARKERS)]
+        found[name] = {"color": COLOURS[i % len(COLOURS)], "fmt": marker}
+    return found
 
 
 def _name(text: str) -> str:
-    """A name as matplotlib leaves it alone: not set as mathematics for its $, not left out of a legend for its underscore."""
-    return re.sub("^_", "\u200b_", text.replace("$", r"\$"))
+    """A name as matplotlib leaves it alone: not set as mathematics for its $, not left out of a legend for its underscore.
+
+    A long one takes two lines.
+    """
+    lines = textwrap.wrap(text, WIDE, max_lines=2, placeholder=" …")
+    return re.sub("^_", "\u200b_", "\n".join(lines).replace("$", r"\$"))
+
+
+def _width(results: Results) -> float:
+    """Inches of the longest name of a variant."""
+    return LETTER * max(len(line) for v in results.variants for line in _name(v.name).split("\n"))
 
 
 def _figure(width: float, height: float) -> Any:
@@ -48,17 +62,15 @@ def _plain(axes: Any, **labels: Any) -> Any:
 
 def scores(results: Results) -> Any:
     """Every variant's score on every task it was trained on, with its interval."""
-    palette, tasks = colours(results), results.trained
-    figure = _figure(3.1 * len(tasks) + 1.2, 0.34 * len(results.variants) + 0.9)
+    palette, tasks = looks(results), results.trained
+    figure = _figure(3.1 * len(tasks) + max(1.2, _width(results)), 0.34 * len(results.variants) + 0.9)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0], tasks, strict=True):
         scale = 1 if results.is_loss(task) else 100
         for y, variant in enumerate(results.variants):
             found = results.score(variant, task, task)
             if found is not None:
                 half = 0 if np.isinf(found.half) else scale * found.half
-                axes.errorbar(
-                    scale * found.mean, y, xerr=half, fmt="o", color=palette[variant.name], capsize=2, markersize=5
-                )
+                axes.errorbar(scale * found.mean, y, xerr=half, **palette[variant.name], capsize=2, markersize=5)
         axes.set_yticks(range(len(results.variants)), [_name(v.name) for v in results.variants])
         axes.grid(axis="x", color=INK, alpha=0.12)
         _plain(axes, title=_name(task), xlabel=_name(results.metric(task)) + ("" if results.is_loss(task) else ", %"))
@@ -68,19 +80,20 @@ def scores(results: Results) -> Any:
 
 def pareto(results: Results) -> Any:
     """The mean score against what it costs."""
-    palette = colours(results)
+    palette = looks(results)
     costs = (
         ("parameters", 1e6, "trainable parameters, M"),
         ("peak", 1e9, "peak memory of training, GB"),
         ("seconds", 1, "seconds a step"),
     )
-    figure = _figure(10.5, 3.2)
+    lines = sum(len(_name(v.name).split("\n")) for v in results.variants)
+    figure = _figure(8.5 + max(2, _width(results)), max(3.2, 0.18 * lines + 0.5))
     for axes, (name, unit, label) in zip(figure.subplots(1, 3, sharey=True), costs, strict=True):
         for variant in results.variants:
             mean, cost = results.mean_score(variant), results.cost(variant)
             if mean is not None and cost:
                 half = 0 if np.isinf(mean.half) else 100 * mean.half
-                look = {"fmt": "o", "color": palette[variant.name], "label": _name(variant.name), "capsize": 2}
+                look = {**palette[variant.name], "label": _name(variant.name), "capsize": 2}
                 axes.errorbar(cost[name] / unit, 100 * mean.mean, yerr=half, **look)
         axes.grid(color=INK, alpha=0.12)
         axes.set_xlim(left=0)
@@ -104,7 +117,9 @@ def transfer(results: Results, pairs: list[tuple[str, str]]) -> Any:
         for j, (trained, tested) in enumerate(pairs):
             found = results.score(variant, trained, tested)
             values[i, j] = np.nan if found is None else 100 * found.mean
-    figure = _figure(2.4 + 1.3 * len(pairs), 1.5 + 0.34 * len(results.variants))
+    names = [_name(f"{a} →") + "\n" + _name(b) for a, b in pairs]
+    column = max(1.3, LETTER * max(len(line) for name in names for line in name.split("\n")))
+    figure = _figure(max(2.4, 1 + _width(results)) + column * len(pairs), 1.5 + 0.34 * len(results.variants))
     axes = figure.subplots()
     axes.pcolormesh(np.ma.masked_invalid(values), cmap="Blues", vmin=0, vmax=100)
     axes.invert_yaxis()
@@ -112,7 +127,7 @@ def transfer(results: Results, pairs: list[tuple[str, str]]) -> Any:
         if not np.isnan(value):
             shade = "white" if value > 55 else "black"
             axes.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=8, color=shade)
-    axes.set_xticks(np.arange(len(pairs)) + 0.5, [_name(f"{a} →\n{b}") for a, b in pairs])
+    axes.set_xticks(np.arange(len(pairs)) + 0.5, names)
     axes.set_yticks(np.arange(len(results.variants)) + 0.5, [_name(v.name) for v in results.variants])
     return _plain(axes).figure
 

@@ -26,6 +26,17 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
+PART = 60  # bytes of a name within a file's, of which there may be 255
+READ = {  # what a report reads of a record
+    "run_info": {"created_at", "total_time", "error_msg"},
+    "train_info": {"accelerator_memory_max", "train_time", "file_size", "num_trainable_params", "status"},
+    "meta_info": {"package_info"},
+    "umbra": {
+        "key", "request", "scores", "validation_loss", "memory_before", "seconds_per_step", "commit", "machine",
+    },
+}  # fmt: skip
+
+
 def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: float, error: str) -> dict[str, Any]:
     """The record of a request.
 
@@ -104,7 +115,8 @@ def file_of(out: Path, request: dict[str, Any]) -> Path:
     """Where the record of a request lies: readable names first, its key last."""
     rate = request["training"].get("learning_rate")
     parts = (request["task"], request["method"], f"rate-{rate}" if request["is_trial"] else f"seed-{request['seed']}")
-    name = "--".join(re.sub(r"[^\w.+=-]+", "-", str(p)).strip("-") or "x" for p in parts)
+    names = (re.sub(r"[^\w.+=-]+", "-", str(p)).strip("-") or "x" for p in parts)
+    name = "--".join(n.encode()[:PART].decode(errors="ignore") for n in names)
     return out / ("trials" if request["is_trial"] else "runs") / f"{name}--{key_of(request)}.json"
 
 
@@ -127,9 +139,9 @@ def read_all(out: Path) -> dict[str, dict[str, Any]]:
     for file in sorted((*out.glob("runs/*.json"), *out.glob("trials/*.json"))):
         try:
             record = json.loads(folder.read_text(file))
-            if record["umbra"]["schema"] == SCHEMA:
+            if record["umbra"]["schema"] == SCHEMA and all(READ[part] <= record[part].keys() for part in READ):
                 found[record["umbra"]["key"]] = record
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return found
 

@@ -71,14 +71,12 @@ def _lead(results: Results) -> list[str]:
     study, found = results.study, _comparisons(results)
     lead = [study["about"]] if study["about"] else []
     lead.append(f"{study['base']} in {study['dtype']}; seeds {', '.join(map(str, study['seeds']))}. {_where(results)}")
-    counts = {verdict: sum(c.apart.verdict == verdict for c in found) for verdict in ("win", "tie", "loss")}
-    lost = [
-        f"{c.ours.name} to {c.theirs.name} on {c.task} ({_told(c.apart, results.is_loss(c.tested), '+')})"
-        for c in found if c.apart.verdict == "loss"
-    ]  # fmt: skip
-    if found:
-        told = f"Of {len(found)} comparisons {counts['win']} are won, {counts['tie']} tied and {counts['loss']} lost."
-        lead.append(f"{told} **Lost:** {'; '.join(lost)}." if lost else f"{told} No loss is beyond the noise.")
+    for told, part in (
+        ("comparisons with what was trained likewise", [c for c in found if c.theirs.is_trained]),
+        ("with the bare base", [c for c in found if not c.theirs.is_trained]),
+    ):
+        if part:
+            lead.append(_counted(results, told, part))
     if results.failed:
         lead.append(f"**{len(results.failed)} runs have failed** and are in no comparison: see the end.")
     if results.unscored:
@@ -92,6 +90,16 @@ def _lead(results: Results) -> list[str]:
     if study["match"] is not None and other:
         lead.append(f"Not of equal size: {', '.join(f'{n} ({sizes[n] / 1e6:.2f} M)' for n in other)}.")
     return lead
+
+
+def _counted(results: Results, what: str, found: "list[Comparison]") -> str:
+    """How many comparisons are won, tied and lost, and which are lost."""
+    won, tied, lost = ([c for c in found if c.apart.verdict == verdict] for verdict in ("win", "tie", "loss"))
+    told = f"Of {len(found)} {what} {len(won)} are won, {len(tied)} tied and {len(lost)} lost."
+    losses = [
+        f"{c.ours.name} to {c.theirs.name} on {c.task} ({_told(c.apart, results.is_loss(c.tested), '+')})" for c in lost
+    ]
+    return f"{told} **Lost:** {'; '.join(losses)}." if lost else f"{told} No loss is beyond the noise."
 
 
 def _where(results: Results) -> str:
@@ -123,7 +131,8 @@ def _told(found: Estimate | None, is_loss: bool = False, sign: str = "") -> str:
 def _judged(found: Estimate | None, is_loss: bool = False) -> str:
     if found is None:
         return "–"
-    return f"{_told(found, is_loss, '+')} {'tie' if found.verdict == 'tie' else f'**{found.verdict}**'}"
+    verdict = {"tie": "tie", "": "(seeds alone)"}.get(found.verdict, f"**{found.verdict}**")
+    return f"{_told(found, is_loss, '+')} {verdict}"
 
 
 def _times(found: Estimate | None) -> str:
@@ -148,9 +157,10 @@ class Comparison(NamedTuple):
 
 
 def _opponents(results: Results) -> list[tuple[Variant, Variant]]:
-    """Ours attached and every trained rival; ours detached and what was trained alone."""
+    """Ours attached and every trained rival; ours detached and what was trained alone; ours and the bare base."""
     pairs = [(a, b) for a in results.ours if a.mode == ATTACHED for b in results.rivals if b.is_trained]
-    return pairs + [(a, b) for a in results.ours if a.mode != ATTACHED for b in results.alone]
+    pairs += [(a, b) for a in results.ours if a.mode != ATTACHED for b in results.alone]
+    return pairs + [(a, b) for a in results.ours for b in results.variants if not b.is_trained]
 
 
 def _comparisons(results: Results) -> list[Comparison]:
@@ -160,7 +170,7 @@ def _comparisons(results: Results) -> list[Comparison]:
         for trained in results.trained:
             for tested in results.study["tested"][trained]:
                 apart = results.apart(ours, theirs, trained, tested)
-                if apart is not None:
+                if apart is not None and apart.verdict:
                     found.append(Comparison(ours, theirs, trained, tested, apart))
     return found
 
@@ -282,7 +292,9 @@ def _transfer(results: Results) -> Made:
     for ours, theirs in _opponents(results):
         cells = [_judged(results.apart(ours, theirs, *p), results.is_loss(p[1])) for p in pairs]
         rows.append([f"{ours.name} − {theirs.name}", *cells])
-    text = ["Trained on one task and tested on another, of which nothing was seen. Below, how far apart they are."]
+    text = [
+        "Trained on one task and tested on another, none of whose test records were seen. Below, how far apart they are."
+    ]
     header = ["method", *(f"{a} → {b}, {results.metric(b)}{'' if results.is_loss(b) else ' %'}" for a, b in pairs)]
     shares = [p for p in pairs if not results.is_loss(p[1])]
     section = Section("Transfer", text, header, rows, "transfer" if shares else None)
@@ -296,7 +308,7 @@ def _forgetting(results: Results) -> Made:
     rows = []
     for tested in results.study["forgetting"]:
         pairs = [(v, base) for v in results.variants if v.is_trained] + _opponents(results)
-        for ours, theirs in pairs:
+        for ours, theirs in dict.fromkeys(pairs):
             cells = [
                 "–" if task == tested else _judged(results.apart(ours, theirs, task, tested), results.is_loss(tested))
                 for task in results.trained
@@ -317,20 +329,19 @@ def _scaling(results: Results) -> Made:
         if family and v.mode == results.study["methods"][v.method]["modes"][0]:
             families.setdefault(family, []).append(v)
     families = {n: vs for n, vs in families.items() if len(vs) > 1}
-    if not families or all(results.is_loss(t) for t in results.trained):
+    if not families:
         return None, None
     rows = [
         [
-            f"{name}: {v.name}",
-            f"{results.cost(v)['parameters'] / 1e6:.2f} M" if results.cost(v) else "–",
-            _told(results.mean_score(v)),
+            f"{name}: {v.name}", f"{results.cost(v)['parameters'] / 1e6:.2f} M" if results.cost(v) else "–",
+            *(_told(results.score(v, t, t), results.is_loss(t)) for t in results.trained), _told(results.mean_score(v)),
         ]
         for name, vs in families.items()
         for v in vs
-    ]
-    section = Section(
-        "Scaling", ["The mean score as trainable parameters grow."], ["family", "trained", "mean, %"], rows, "scaling"
-    )
+    ]  # fmt: skip
+    figure = None if all(results.is_loss(t) for t in results.trained) else "scaling"
+    text = ["The scores as trainable parameters grow." + _of_losses(results)]
+    section = Section("Scaling", text, ["family", "trained", *results.trained, "mean, %"], rows, figure)
     return section, lambda: plots.scaling(results, families)
 
 

@@ -1,6 +1,7 @@
 """What a study has found: the records of its runs, put in order for the report."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from .methods import ATTACHED, KINDS
 from .metrics import CHIEF, LOSS
 from .statistics import Estimate, difference, estimate
 
+NOTED = {"study", "parameters", "command", "trials", "runs", "methods", "rates"}  # in a study's file
 Items = dict[int, list[float]]  # by seed: what every item got
 COSTS: dict[str, Callable[[dict[str, Any]], float]] = {  # of a run, by its record
     "parameters": lambda r: r["train_info"]["num_trainable_params"],
@@ -54,7 +56,9 @@ class Results:
         try:
             self.about: dict[str, Any] = json.loads(folder.read_text(folder.find(out, study_file)))
             self.study: dict[str, Any] = self.about["study"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if lacking := NOTED - self.about.keys():
+                raise KeyError(", ".join(sorted(lacking)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{out} holds no study that umbra evaluate has run: {error}") from error
         kept = record.read_all(out)
         self.runs, self.trials = (
@@ -97,8 +101,9 @@ class Results:
         for kept in self.of(variant, trained):
             score = kept["umbra"]["scores"].get(tested, {}).get(variant.mode)
             if score is not None:
-                each = score["items"] or [score["value"]]
-                found[kept["umbra"]["request"]["seed"]] = [i / self.wholes[tested] for i in each]
+                each = [i / self.wholes[tested] for i in score["items"] or [score["value"]]]
+                if all(map(math.isfinite, each)):
+                    found[kept["umbra"]["request"]["seed"]] = each
         if not variant.is_trained and found:
             return dict.fromkeys(self.study["seeds"], next(iter(found.values())))
         return found
@@ -136,6 +141,8 @@ class Results:
             return None
         if self.is_loss(tested):
             found = replace(found, mean=-found.mean, low=-found.high, high=-found.low)
+        if not all(s["items"] for s in self._scores(tested)):
+            found = replace(found, items=0)
         return replace(found, asked=len(self.study["seeds"]))
 
     def mean_score(self, variant: Variant) -> Estimate | None:

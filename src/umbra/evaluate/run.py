@@ -87,6 +87,8 @@ def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[s
             loss = loss_of(runner, tokenizer, *given)[0]
         found["validation_loss"] = loss if math.isfinite(loss) else None
         return found
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        raise ValueError("Training has diverged: not all trained weights are finite.")
     own = tasks.get(request["task"])
     found |= {"scores": {}, "unscored": {}, "max_new_tokens": None if own is None else own.max_new_tokens}
     for name in request["tests"]:

@@ -57,6 +57,8 @@ class KnownSet:
 
 
 def _choice(row: Row) -> Item:
+    if not isinstance(row["choices"], list) or len(row["choices"]) > len(LETTERS):
+        raise ValueError(f"choices must be a list of at most {len(LETTERS)} texts")
     options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
     answer = LETTERS[_index(row["answer"], len(row["choices"]))]
     return Item("", f"{row['question']}\n{options}\nAnswer with the letter.", answer)

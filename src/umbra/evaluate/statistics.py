@@ -32,7 +32,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its interval at `LEVEL`, and how many seeds and items it rests on; ``asked`` seeds, where some are missing."""
+    """A mean, its interval at `LEVEL`, and how many seeds and items it rests on; ``asked`` seeds, where some are missing.
+
+    Without items, of which a score was given as a whole, the interval is of the seeds alone, and no verdict rests on it.
+    """
 
     mean: float
     low: float
@@ -47,7 +50,9 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        """Of a difference: win, loss, or tie where the interval holds 0."""
+        """Of a difference: win, loss, or tie where the interval holds 0; nothing without items."""
+        if not self.items:
+            return ""
         return "win" if self.low > 0 else "loss" if self.high < 0 else "tie"
 
 

@@ -7,7 +7,7 @@ kept under its key: what was run before is not run again, whatever study asks fo
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,14 @@ class Study:
     def of(cls, values: Any) -> "Study":
         """From plain values."""
         options = StudyOptions(**checked(StudyOptions, values, "the study"))
+        transfer = {str(k): v for k, v in options.transfer.items()}
+        options = replace(options, transfer=transfer, forgetting=_listed(options.forgetting, "forgetting"))
         for name in ("tasks", "methods"):
             if not getattr(options, name):
                 raise ConfigError(f"The study names no {name}: see docs/evaluate.md.")
+        for name in map(str, (*options.tasks, *options.methods)):
+            if not name.isprintable():
+                raise ConfigError(f"The name {name!r} has characters that a table cannot show: leave them out.")
         tasks = {str(k): read_options(str(k), v, checked) for k, v in options.tasks.items()}
         methods = {str(k): read_method(str(k), v) for k, v in options.methods.items()}
         search = None if options.search is None else Search(**checked(Search, options.search, "search"))
@@ -129,6 +134,12 @@ class Study:
             for name in found:
                 if name is not None and name not in self.methods:
                     raise unknown_key(str(name), self.methods, f"the study's methods ({where})")
+        if options.reference is not None:
+            kind = self.methods[options.reference].kind
+            if sum(m.kind == kind for m in self.methods.values()) < 2:
+                raise ConfigError(
+                    f"reference={options.reference} is the only method of kind {kind}: it has no ablations."
+                )
         if isinstance(options.match, str) and options.match not in self.methods:
             raise unknown_key(options.match, self.methods, "the study's methods (match)")
         if isinstance(options.match, int | float) and options.match < 1:
@@ -164,6 +175,10 @@ class Study:
             if key not in known or key in ("output_dir", "seed"):
                 raise unknown_key(key, [k for k in known if k not in ("output_dir", "seed")], f"training (task {task})")
         check_types(TrainingArguments, given)
+        if given.get("eval_strategy", "no") != "no":
+            raise ConfigError(
+                f"training (task {task}): eval_strategy has nothing to evaluate on; runs are scored in the end."
+            )
         make_arguments("unused", given)
 
     def _check_search(self) -> None:
@@ -173,6 +188,8 @@ class Study:
                 raise ConfigError(f"method {name} has several rates to try, but the study has no search.")
         if search is None:
             return
+        if len(set(search.learning_rate)) < len(search.learning_rate):
+            raise ConfigError(f"search.learning_rate names a rate twice: {shown(search.learning_rate)}.")
         if not search.learning_rate:
             raise ConfigError("search.learning_rate is empty: name the rates to try.")
         if (search.max_steps is not None and search.max_steps < 1) or not 0 <= search.seed < 2**32:
@@ -317,6 +334,6 @@ def checked(kind: type, values: Any, where: str) -> dict[str, Any]:
 def _listed(value: Any, where: str) -> list[str]:
     if isinstance(value, str):
         return [value]
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, list) or not all(isinstance(name, str | int) for name in value):
         raise ConfigError(f"{where} must be a list of tasks, got {shown(value)}.")
-    return value
+    return [str(name) for name in value]

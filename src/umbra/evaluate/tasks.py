@@ -64,6 +64,15 @@ class TaskOptions:
         for other in ("set", "data", "words"):
             if self.test is not None and getattr(self, other) is not None:
                 raise ConfigError(f"{where}: {other} is of a known set; with test, name files of records alone.")
+        for other in ("train", "test", "set", "data", "words", "metric", "pattern"):
+            if self.lm_eval is not None and getattr(self, other) is not None:
+                raise ConfigError(f"{where}: {other} is not for a task of lm-eval, which brings its own: leave it out.")
+        if self.lm_eval is not None and self.head != "generate":
+            raise ConfigError(f"{where}: head={self.head} is not for a task of lm-eval: leave it out.")
+        if self.scored_on == "validation" and not self.is_learned:
+            raise ConfigError(
+                f"{where}: scored_on=validation needs records that are learned, of which some are held out."
+            )
         if self.metric is not None and self.metric not in (*METRICS, LOSS):
             raise unknown_key(self.metric, (*METRICS, LOSS), f"the metrics ({where})")
         if self.metric == LOSS and self.head == "classify":
@@ -164,8 +173,8 @@ def load_task(name: str, options: TaskOptions, chats: bool = True, learned: bool
             else []
             for part in ("train", "test")
         )
-    asked = {_asked(r) for r in tested}
-    to_learn = [r for r in to_learn if _asked(r) not in asked]
+    seen = {asked(r) for r in tested}
+    to_learn = [r for r in to_learn if asked(r) not in seen]
     for records in (to_learn, tested):
         random.Random(0).shuffle(records)
     held = options.validation
@@ -196,7 +205,7 @@ def _check_answers(task: Task) -> None:
             )
 
 
-def _asked(record: Record) -> str:
+def asked(record: Record) -> str:
     """What of a record is given, or all of a text."""
     if "messages" in record:
         return json.dumps(record["messages"][:-1], sort_keys=True)

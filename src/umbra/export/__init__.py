@@ -91,9 +91,9 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
 
     try:
         (write_stock if options.to == "hf" else folder.write_together)(out, write)
-        for kind in KINDS[options.to]:
-            if not any(row.file == f"model-{kind}.{options.to}" for row in rows):
-                for old in out.glob(f"model-{kind}.{options.to}*"):
+        for format, kind in ((f, k) for f in ("onnx", "gguf") for k in KINDS[f]):
+            if not any(row.file == f"model-{kind}.{format}" for row in rows):
+                for old in out.glob(f"model-{kind}.{format}*"):
                     old.unlink()  # of an export before, with another vocabulary perhaps
     except BaseException:
         if new_folder and out.is_dir() and not any(out.iterdir()):

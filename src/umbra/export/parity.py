@@ -221,7 +221,7 @@ def check(found: Parity) -> None:
     """Raise an ExportError if a model that was not quantised says something else than the one it was made from."""
     if found.same_next < LEAST or found.prompts_tokenised_alike < found.answers:
         raise ExportError(
-            f"{found.file} says the same next token as the model it was made from at {found.same_next:.1%} of {found.tokens} "
+            f"{found.file} says the same next token as the model it was made from at {found.same_next:.2%} of {found.tokens} "
             f"places, where {LEAST:.0%} is the least, and tokenises {found.prompts_tokenised_alike} of {found.answers} prompts "
             "alike. Nothing was written: this format does not hold the model as it is; take another (--to)."
         )

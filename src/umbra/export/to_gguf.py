@@ -87,6 +87,8 @@ def write_gguf(
 
     def convert() -> None:
         conversion = _converter(model)(source, gguf.LlamaFileType.MOSTLY_F16, plain, model_name=name)
+        if model.config.model_type == "gpt2":  # which transformers 5 writes without
+            conversion.hparams.setdefault("n_ctx", model.config.n_positions)
         if pre is not None:
             conversion.get_vocab_base_pre = lambda tokenizer: pre
         conversion.write()

@@ -135,6 +135,7 @@ def _quantised(plain: Any, bits: int, vocabulary: int) -> Any:
 
     proto: Any = onnx.ModelProto()
     proto.CopyFrom(plain)
+    _make_products(proto.graph)
     heads, gather = _heads(proto.graph, vocabulary)
     for width, excluded in ((bits, heads), (8, [])):
         tool: Any = MatMulNBitsQuantizer(
@@ -151,6 +152,27 @@ def _quantised(plain: Any, bits: int, vocabulary: int) -> Any:
     return proto
 
 
+def _make_products(graph: Any) -> None:
+    """A Gemm with a weight becomes a product and a sum, which the quantiser knows."""
+    held, nodes = {t.name: t for t in graph.initializer}, []
+    for node in graph.node:
+        about = {"alpha": 1.0, "beta": 1.0, **{a.name: helper.get_attribute_value(a) for a in node.attribute}}
+        weight = node.input[1] if node.op_type == "Gemm" else ""
+        if weight not in held or about.get("transA") or (about["alpha"], about["beta"]) != (1, 1):
+            nodes.append(node)
+            continue
+        if about.get("transB"):
+            turned = numpy_helper.to_array(held[weight]).T.copy()
+            weight = f"{weight}.turned"
+            graph.initializer.append(numpy_helper.from_array(turned, weight))
+        product = f"{node.output[0]}.product" if len(node.input) > 2 else node.output[0]
+        nodes.append(helper.make_node("MatMul", [node.input[0], weight], [product], name=product))
+        if len(node.input) > 2:
+            nodes.append(helper.make_node("Add", [product, node.input[2]], [node.output[0]], name=node.name))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def _heads(graph: Any, vocabulary: int) -> tuple[list[str], Any]:
     """Names of the products with a (D, V) matrix; and the look-up of embeddings, if one of them is with its table.
 
@@ -159,9 +181,11 @@ def _heads(graph: Any, vocabulary: int) -> tuple[list[str], Any]:
     """
     held = {t.name: t for t in graph.initializer}
     heads = [n.name for n in graph.node if n.op_type == "MatMul" and _is_head(n, graph, vocabulary)]
-    gather = next(
-        (n for n in graph.node if n.op_type == "Gather" and n.input[0] in held and n.input[1] == "input_ids"), None
-    )
+    ids = {"input_ids"}
+    for node in graph.node:
+        if node.op_type == "Reshape" and node.input[0] in ids:
+            ids.add(node.output[0])
+    gather = next((n for n in graph.node if n.op_type == "Gather" and n.input[0] in held and n.input[1] in ids), None)
     if gather is None or held[gather.input[0]].dims[1] % BLOCK:
         return heads, None
     table = numpy_helper.to_array(held[gather.input[0]])
@@ -198,7 +222,7 @@ def _look_up_in_blocks(graph: Any, gather: Any) -> None:
     nodes[place : place + 1] = [
         helper.make_node("Reshape", [product.input[2], "blocks"], ["scales"], name="scales"),
         helper.make_node(
-            "GatherBlockQuantized", [product.input[1], "input_ids", "scales"], ["rows_of_blocks"], name="look up",
+            "GatherBlockQuantized", [product.input[1], gather.input[1], "scales"], ["rows_of_blocks"], name="look up",
             domain=MICROSOFT, gather_axis=0, quantize_axis=2, block_size=BLOCK, bits=8,
         ),
         helper.make_node("Reshape", ["rows_of_blocks", "row"], [gather.output[0]], name="rows"),
