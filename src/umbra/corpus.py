@@ -216,7 +216,7 @@ def write_own(
                 ids, attention_mask=tokens["attention_mask"].to(base.device), max_new_tokens=min(new, room),
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=ends or None, **PLAIN, temperature=temperature,
             )  # fmt: skip
-            answers = [tokenizer.decode(_until(row, ends)) for row in written[:, ids.shape[1] :].tolist()]
+            answers = [str(tokenizer.decode(_until(row, ends))) for row in written[:, ids.shape[1] :].tolist()]
             texts = [question + answer for question, answer in zip(asked, answers, strict=True)]
             file.write("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
             file.flush()

@@ -116,7 +116,7 @@ def read_hub(*source: str, split: str, **more: Any) -> list[Record]:
 
     try:
         if (Path(source[0]) / "state.json").is_file():  # of one split
-            return list(datasets.load_from_disk(source[0]))
+            return list(datasets.load_from_disk(source[0]))  # type: ignore[arg-type]
         return list(datasets.load_dataset(*source, split=split, **more))  # type: ignore[arg-type]
     except Exception as error:  # the library raises a dozen unrelated types
         raise DataError(
