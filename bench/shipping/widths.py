@@ -21,7 +21,7 @@ from umbra.pretrain import measure, pretrain
 
 from .text import write_text
 
-WIDTH, BLOCKS, LENGTH = 640, 32, 256
+WIDTH, BLOCKS, LENGTH = 720, 32, 256
 ALIGNMENT: dict[str, Any] = {
     "stages": "alignment", "max_steps": 60, "per_device_train_batch_size": 4, "auxiliary_loss_every": 4, "learning_rate": 3e-4,
     "max_length": LENGTH, "held_out": BLOCKS, "dtype": "float32", "dropout": 0.0, "bf16": True,
@@ -34,6 +34,7 @@ def widened(base: Any, width: int, seed: int = 0) -> Any:
     """A Llama of another width with the same logits: its new channels are always 0, and its norms know."""
     config, old = copy.deepcopy(base.config), base.config.hidden_size
     config.head_dim, config.hidden_size = base.config.head_dim, width
+    config.rms_norm_eps *= old / width
     wide = type(base)(config).to(base.dtype).eval()
     places = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[:old]
     for (name, new), was in zip(wide.named_parameters(), base.parameters(), strict=True):
