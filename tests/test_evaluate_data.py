@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from umbra.config import DIALECTS
 from umbra.errors import ConfigError, DataError
 from umbra.evaluate import harness, metrics
 from umbra.evaluate.sets import SETS, items, known
@@ -571,12 +572,18 @@ def test_too_little_data_and_the_wrong_records_are_named(study):
         load_task("a", TaskOptions(**study["tasks"]["a"], head="classify"))
 
 
-def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path):
+def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path, monkeypatch):
     def key(**changes):
         made = Study.of({**study, **changes})
         return key_of(next(made.runs({n: m.fields for n, m in made.methods.items()}, {})))
 
     first = key()
+    with monkeypatch.context() as patch:  # of another version, where a field that is not given means another number
+        patch.setitem(DIALECTS["umbra"], "alpha", 0.7)
+        assert key() != first
+        given = {"methods": {"Umbra": {"kind": "umbra", "rank": 4, "alpha": 0.7}}}
+        patch.setitem(DIALECTS["umbra"], "alpha", 1.0)
+        assert key() == first != key(**given)
     assert key(title="Other", about="words", batch_size=3) == first
     assert key(methods={"Renamed": study["methods"]["Umbra"]}) == first
     assert key(seeds=[1]) != first

@@ -29,6 +29,7 @@ PAPER = {
 DIALECTS: dict[str, dict[str, Any]] = {
     "umbra": {
         **PAPER,
+        "rank": 64,
         "alpha": 1.0,
         "channel_scale": "measured",
         "dropout": 0.0,
@@ -70,7 +71,7 @@ class ShadowConfig:
         "umbra", "what a field that is not given is: as published in shadow-peft (paper) or by PEFT's ShadowConfig (peft), or "
         "umbra, the paper's form with what measured best (docs/LOG.md)"
     )  # fmt: skip
-    rank: int | None = option(None, "R, the rank of the injection; default 16, peft 8")
+    rank: int | None = option(None, "R, the rank of the injection; default 64, paper 16, peft 8")
     gate_rank: int | None = option(None, "G, hidden width of gate and transform; default 10, peft the rank")
     alpha: float | None = option(None, "α, the strength of the injection; default 1, paper and peft 0.1")
     channel_scale: Literal["none", "measured"] | None = option(

@@ -206,7 +206,7 @@ METHODS = (
     ),
     Method("Umbra plain", "core.py as it reads, without the kernels", _plain, None, True, True, task=_task_of_umbra),
     umbra("Umbra", "as in the paper: every block but the first is coupled, α = 0.1"),
-    umbra("Umbra default", "at its defaults", dialect="umbra"),
+    umbra("Umbra default", "at its defaults, but rank 16: 64 alone is larger than LoRA's 8", dialect="umbra", rank=16),
     Method("Umbra cast", "its weights in the base's precision", _cast, None, True, True, only="inference", task=_task_of_umbra),
     umbra("Umbra λ=0", "no loss of the shadow's own", only="training", auxiliary_loss_weight=0.0),
     umbra("Umbra 4th", "the shadow's own loss on every 4th label", only="training", auxiliary_loss_every=4),

@@ -14,12 +14,13 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..bench.base import RANDOM
+from ..config import DIALECTS
 from ..errors import ConfigError, shown, unknown_key
 from ..folder import digest_of
 from ..options import EMBEDDED, check_dtype, check_types, flag, names
 from ..runs import make_arguments
 from ..settings import read_yaml
-from .methods import MethodOptions, read_method
+from .methods import SHADOWS, MethodOptions, read_method
 from .tasks import TaskOptions, read_options
 
 SCHEMA = 1  # of requests and of records
@@ -276,10 +277,12 @@ class Study:
         settings = settings if how.is_trained else {k: v for k, v in settings.items() if k == "use_cpu"}
         tests = [] if is_trial else tests or self.tested(task)
         involved = dict.fromkeys([task, *tests])
+        given = DIALECTS[fields.get("dialect") or "umbra"] if how.kind in SHADOWS else {}
         return json.loads(json.dumps({
             "schema": SCHEMA, "base": options.base, "dtype": options.dtype, "chat_template": options.chat_template,
-            "method": method, "kind": how.kind, "fields": fields, "modes": list(how.modes), "task": task, "seed": seed,
-            "training": settings, "is_trial": is_trial, "tests": tests, "batch_size": options.batch_size,
+            "method": method, "kind": how.kind, "fields": fields,
+            "defaults": {k: v for k, v in given.items() if fields.get(k) is None}, "modes": list(how.modes), "task": task,
+            "seed": seed, "training": settings, "is_trial": is_trial, "tests": tests, "batch_size": options.batch_size,
             "tasks": {n: asdict(self.tasks[n]) for n in involved},
             "data": {n: self.tasks[n].digest(n) for n in involved},
             "models": {p: digest_of(_weights(p)) for p in (options.base, fields.get("shadow", "")) if _weights(p)},
