@@ -177,6 +177,7 @@ TABLE = {
     },
 }
 OURS = {
+    "rank": 64,
     "alpha": 1.0,
     "dropout": 0.0,
     "channel_scale": "measured",

@@ -25,6 +25,11 @@ from .tasks import TaskOptions, read_options
 
 SCHEMA = 1  # of requests and of records
 LATER = {"scored_on": "test"}  # fields of tasks that schema 1 began without
+# What a field of ours that is not given meant when schema 1 began; the published dialects stay as they are.
+FIRST = {
+    "rank": 16, "gate_rank": 10, "alpha": 1.0, "channel_scale": "measured", "dropout": 0.0, "init": "auto",
+    "first_layer": 0.25, "norm": True, "activation": "silu", "bias": False, "dropout_position": "rank", "down_init": "scaled",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -277,7 +282,8 @@ class Study:
         settings = settings if how.is_trained else {k: v for k, v in settings.items() if k == "use_cpu"}
         tests = [] if is_trial else tests or self.tested(task)
         involved = dict.fromkeys([task, *tests])
-        given = DIALECTS[fields.get("dialect") or "umbra"] if how.kind in SHADOWS else {}
+        is_ours = how.kind in SHADOWS and fields.get("dialect", "umbra") == "umbra"
+        given = DIALECTS["umbra"] if is_ours else {}
         return json.loads(json.dumps({
             "schema": SCHEMA, "base": options.base, "dtype": options.dtype, "chat_template": options.chat_template,
             "method": method, "kind": how.kind, "fields": fields,
@@ -292,9 +298,12 @@ class Study:
 def key_of(request: dict[str, Any]) -> str:
     """Under which a request's result is kept. A method's name and the places of files, whose contents count, have no say.
 
-    Nor have fields that came later while they are at their default: what was run before them stays valid.
+    Nor have fields that came later while they are at their default, nor defaults that are as they were: what was run before
+    them stays valid.
     """
-    asked = {k: v for k, v in request.items() if k not in ("method", "batch_size")}
+    asked = {k: v for k, v in request.items() if k not in ("method", "batch_size", "defaults")}
+    if changed := {k: v for k, v in request.get("defaults", {}).items() if FIRST.get(k) != v}:
+        asked["defaults"] = changed
     asked["tasks"] = {
         n: {k: v for k, v in t.items() if k != "data" and (k, v) not in LATER.items() and not _is_a_place(k, v)}
         for n, t in request["tasks"].items()
