@@ -235,11 +235,14 @@ def _verdicts(results: Results) -> Made:
         rows.append([f"{ours.name} − {theirs.name}", *cells, " / ".join(map(str, counts))])
     if not rows:
         return None, None
+    rivals = [c for c in found if c.theirs.is_trained]  # beside the bare base all of these would look alike
     text = [
         "Differences are paired, seed by seed and item by item (two-way random effects, Student's t with Satterthwaite's degrees "
-        "of freedom). One whose 95 % interval holds zero is a tie." + _of_losses(results) + _exact(results, found)
+        "of freedom). One whose 95 % interval holds zero is a tie." + _of_losses(results) + _exact(results, rivals)
     ]  # fmt: skip
-    named = [(f"{c.ours.name} − {c.theirs.name}, {c.trained}", c.apart) for c in found if not results.is_loss(c.tested)]
+    named = [
+        (f"{c.ours.name} − {c.theirs.name}, {c.trained}", c.apart) for c in rivals if not results.is_loss(c.tested)
+    ]
     figure = "differences" if named else None
     section = Section("Wins, ties and losses", text, ["difference", *results.trained, "win / tie / loss"], rows, figure)
     return section, lambda: plots.differences(named, "ours − theirs, points")
