@@ -494,10 +494,10 @@ def test_what_is_json_and_no_record_or_study_is_told_as_such(done, tmp_path):
 
 def test_an_item_that_is_no_number_costs_its_run_and_not_the_report(done, tmp_path):
     shutil.copytree(done / "out", tmp_path / "out")
-    file = next((tmp_path / "out" / "runs").glob("sum--LoRA--seed-0--*.json"))
-    kept = json.loads(file.read_text())
+    of_lora = variant(results_of(tmp_path), "LoRA")
+    kept = next(results_of(tmp_path).of(of_lora, "sum"))
     kept["umbra"]["scores"]["sum"]["attached"]["items"][0] = math.inf
-    file.write_text(json.dumps(kept))
+    record.write(tmp_path / "out", kept)
     write_report(tmp_path / "out")
     assert "(1 of 2 seeds)" in (tmp_path / "out" / "report.md").read_text()
 
