@@ -28,8 +28,8 @@ from .options import speaks
 Record = dict[str, Any]
 COLUMNS = "`prompt` and `completion`, `messages`, `text` and `label`, or `text`"
 MARK = "escalate"  # the column that marks what is beyond the shadow
-TABLES = (".parquet", ".csv")  # files that datasets reads as they are
 ESCALATION = "[REMOTE]"  # what it then says, by default
+TABLES = (".parquet", ".csv")  # files that datasets reads as they are
 
 
 def read_records(source: str, split: str = "train") -> list[Record]:

@@ -193,17 +193,11 @@ class Run:
         return all(before.get(name) == self.asked.get(name) for name in settings)
 
     def rewritten(self) -> list[str]:
-        """Which of `contents` are others than when the run was noted in the folder."""
+        """Which of `contents` are others than when the run was noted in the folder; none where none were noted."""
         try:
             before = json.loads(folder.read_text(folder.find(self.out, RUN_FILE)))["contents"]
             return [path for path, digest in self.contents.items() if before.get(path, digest) != digest]
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ):  # no run, or one of before they were noted
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return []
 
     def check_contents(self) -> None:
