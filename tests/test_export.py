@@ -256,6 +256,11 @@ def test_an_export_leaves_alone_what_is_not_its_own(made, tmp_path):
     (tmp_path / "out" / "model-notes.txt").write_text("mine")
     run(made, "qwen3", tmp_path / "out", to="gguf", quantization="f16", overwrite=True)
     assert {p.name for p in (tmp_path / "out").glob("model*")} == {"model-notes.txt", "model-f16.gguf"}
+    run(made, "qwen3", tmp_path / "out", to="hf", overwrite=True)
+    assert {p.name for p in (tmp_path / "out").glob("model-*")} == {"model-notes.txt", "model-f16.gguf"}
+    run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32", overwrite=True)
+    kept = {p.name for p in (tmp_path / "out").glob("[mM]odel*")}
+    assert kept == {"model-notes.txt", "model-fp32.onnx", "model-fp32.onnx.data", "model.safetensors"}
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])

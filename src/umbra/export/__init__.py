@@ -38,7 +38,7 @@ PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "gguf": ("gguf", "conversion", "sentencepiece", "cyllama"),
 }
-RUN, PROMPT, PARITY = "run.py", "prompt.json", "parity.json"
+RUN, PROMPT, PARITY, MODELFILE = "run.py", "prompt.json", "parity.json", "Modelfile"
 PLACE = "the prompt stands here"
 CONTEXT = 4096  # tokens that Ollama is to keep, of models that do not say how many they can
 
@@ -91,10 +91,15 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
 
     try:
         (write_stock if options.to == "hf" else folder.write_together)(out, write)
-        for format, kind in ((f, k) for f in ("onnx", "gguf") for k in KINDS[f]):
-            if not any(row.file == f"model-{kind}.{format}" for row in rows):
-                for old in out.glob(f"model-{kind}.{format}*"):
-                    old.unlink()  # of an export before, with another vocabulary perhaps
+        if (
+            options.to != "hf"
+        ):  # which shares no file with what an export before has left, of another vocabulary perhaps
+            if options.to != "gguf":
+                (out / MODELFILE).unlink(missing_ok=True)
+            for ending, kind in ((f, k) for f in KINDS for k in KINDS[f]):
+                if not any(row.file == f"model-{kind}.{ending}" for row in rows):
+                    for old in out.glob(f"model-{kind}.{ending}*"):
+                        old.unlink()
     except BaseException:
         if new_folder and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
@@ -199,7 +204,7 @@ def _write_around(
     shutil.copyfile(Path(__file__).with_name(RUN), staging / RUN)
     if options.to == "gguf":
         context = anatomy.positions(model.config) or CONTEXT
-        folder.write_text(staging / "Modelfile", modelfile(writer, file, context))
+        folder.write_text(staging / MODELFILE, modelfile(writer, file, context))
 
 
 def _write_models(
