@@ -334,6 +334,17 @@ def test_mixed_classification_is_its_rows_apart(base):
         torch.testing.assert_close(found[row : row + 1], alone(base, name, **options)(ids[row : row + 1]).logits)
 
 
+def test_a_classifiers_shadow_is_not_taught_by_the_pair():
+    """Neither the first one nor one more."""
+    taught = umbra.ShadowConfig(distillation_weight=0.5)
+    with pytest.raises(umbra.ConfigError, match="distillation_weight is for language models"):
+        umbra.attach(make_base(classifier=True), taught)
+    model = make("llama", classifier=True)
+    with pytest.raises(umbra.ConfigError, match="distillation_weight is for language models"):
+        model.add_adapter(taught, "second")
+    assert model.adapters == ["default"]
+
+
 def test_classifiers_of_other_labels_are_refused(tmp_path):
     make("llama", classifier=True, base_options={"num_labels": 2}).save_pretrained(tmp_path / "two")
     model = make("llama", classifier=True, base_options={"num_labels": 3})

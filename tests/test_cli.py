@@ -175,6 +175,15 @@ def test_mistakes_are_answered_in_one_line(run, arguments, says, capsys):
     assert "Traceback" not in error
 
 
+def test_an_empty_prompt_is_named(run, capsys):
+    """A template makes a question even of nothing."""
+    write(run / "empty.jsonl", [{"prompt": p, "completion": "a"} for p in ("a", "")])
+    eval_ = ["eval", str(run / "out"), str(run / "empty.jsonl"), "--modes", "base"]
+    assert main(eval_) == 0
+    assert main([*eval_, "--chat-template=no"]) == 2
+    assert "umbra: error: Record 2 has an empty prompt" in capsys.readouterr().err
+
+
 def test_flags_are_read_as_the_file_is(tmp_path):
     (tmp_path / "x.yaml").write_text("k: {min_lr: 1e-5, more: [1e-3, no]}\n")
     assert number("{min_lr: 1e-5, more: [1e-3, no]}") == read_yaml(str(tmp_path / "x.yaml"))["k"]

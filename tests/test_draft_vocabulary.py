@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainingArguments
@@ -45,6 +46,13 @@ def test_the_draft_head_gives_the_logits_of_the_shadow_alone(name):
         model.set_draft_vocabulary(part)
         found = drafting.DraftHead(model, model.shadow, ids.device)(state)
         torch.testing.assert_close(found, expected if part is None else expected[:, part], rtol=1e-4, atol=1e-4)
+
+
+def test_a_draft_vocabulary_of_numpy():
+    model = make()
+    for given in (np.array([5, 90, 5]), [np.int64(5), torch.tensor(90)]):
+        model.set_draft_vocabulary(given)
+        assert model.shadow.draft_tokens == [5, 90]
 
 
 @pytest.mark.parametrize("wrong", [[], [VOCAB], [-1], [1.5], ["a"], [True]], ids=str)

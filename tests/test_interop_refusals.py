@@ -102,6 +102,20 @@ def test_a_misshapen_tensor_is_named(theirs, package):
 
 
 @PACKAGES
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_is_named(theirs, package, value):
+    """In the dead weights too: the file is damaged."""
+    file = theirs / FILES[package][1]
+    tensors = load_file(file)
+    base = make_base()
+    for name in kinds(tensors):
+        changed = tensors[name].clone()
+        changed.view(-1)[-1] = value
+        save_file({**tensors, name: changed}, file)
+        assert_refused(theirs, name, file.name, "no finite numbers", base=base)
+
+
+@PACKAGES
 def test_a_left_over_tensor_is_named(theirs, package):
     file = theirs / FILES[package][1]
     save_file({**load_file(file), "surplus.weight": torch.zeros(2)}, file)

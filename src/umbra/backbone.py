@@ -47,6 +47,10 @@ class Shadow(nn.Module):
         device: torch.device | str | None = None,
     ):  # fmt: skip
         super().__init__()
+        if base.is_classifier and config.distillation_weight > 0:
+            raise ConfigError(
+                "distillation_weight is for language models: a classifier's shadow learns the labels alone."
+            )
         D, L = base.config.hidden_size, len(base.blocks)
         self.config = config
         self.adapter_id = uuid.uuid4().hex

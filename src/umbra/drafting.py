@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
@@ -121,7 +122,8 @@ class Drafting(Decoding):
         """
         shadow, tokens = self.adapter(adapter_name), None
         if token_ids is not None:
-            tokens = list(dict.fromkeys(token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids))
+            plain = [t.item() if isinstance(t, Tensor | np.generic) else t for t in token_ids]
+            tokens = list(dict.fromkeys(plain))
             check_draft_tokens(tokens, anatomy.vocabulary_size(self.base.get_input_embeddings()))
         shadow.draft_tokens = tokens
 

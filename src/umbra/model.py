@@ -94,10 +94,6 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         if layers < 2:
             raise BaseModelError(f"The base has {layers} block; a shadow needs at least 2 to be coupled to.")
         resolved.coupled(layers)
-        if located.is_classifier and resolved.distillation_weight > 0:
-            raise ConfigError(
-                "distillation_weight is for language models: a classifier's shadow learns the labels alone."
-            )
         shadow = Shadow(located, resolved, backbone_config)
 
         composite = anatomy.composite_config(base.config, {shadow.first_cache_layer: shadow.backbone.config})

@@ -164,10 +164,10 @@ def score_generation(
     for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
         part = records[start : start + batch_size]
         prompts = [writer.prompt(r) for r in part]
-        batch = left_padded(
-            [writer.tokens(p, writer.is_plain(r)) for p, r in zip(prompts, part, strict=True)],
-            int(tokenizer.pad_token_id), runner.device,  # type: ignore[arg-type]
-        )  # fmt: skip
+        rows = [writer.tokens(p, writer.is_plain(r)) for p, r in zip(prompts, part, strict=True)]
+        if [] in rows:
+            raise DataError(f"Record {start + rows.index([]) + 1} has an empty prompt: there is nothing to answer.")
+        batch = left_padded(rows, int(tokenizer.pad_token_id), runner.device)  # type: ignore[arg-type]
         new_tokens = room(runner, batch["input_ids"].shape[1], max_new_tokens)
         began = time.perf_counter()
         out = runner.generate(  # type: ignore[operator]

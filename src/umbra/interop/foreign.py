@@ -74,7 +74,7 @@ class Foreign:
         """Put all tensors into the shadow, or none.
 
         Raises:
-            CheckpointError: a tensor is missing, left over, misshapen or not floating point.
+            CheckpointError: a tensor is missing, left over, misshapen, not floating point or not finite.
         """
         found: Tensors = {}
         for name, layout in self.layouts(shadow, self.base).items():

@@ -61,7 +61,7 @@ class Layout:
         """Ours, from theirs.
 
         Raises:
-            CheckpointError: a tensor is missing, left over, misshapen or not floating point.
+            CheckpointError: a tensor is missing, left over, misshapen, not floating point or not finite.
         """
         check_names(self.slots.keys(), tensors.keys(), file)
         found: Tensors = {}
@@ -72,6 +72,8 @@ class Layout:
                     f"{file}: {name!r} is {value.dtype} of shape {tuple(value.shape)}, needed beside this base is floating "
                     f"point of shape {slot.shape}."
                 )
+            if not value.isfinite().all():
+                raise CheckpointError(f"{file}: {name!r} holds values that are no finite numbers.")
             for i, key in enumerate(slot.mine):
                 found[key] = value[i].T if slot.stacked else value
         return found
