@@ -469,6 +469,33 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base_folder):
     assert not (tmp_path / "out" / "work").exists()
 
 
+def test_time_before_a_kill_counts_too(tmp_path, base_folder, monkeypatch):
+    """At the pace of what came after it; the answers are those of a run that was not killed."""
+    methods = {"LoRA": {"kind": "lora", "r": 2}}
+    given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None, forgetting=[], transfer={}, seeds=[0])
+    given["tasks"] = {"sum": given["tasks"]["sum"]}
+    given["training"] = {**TRAINING, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    run_study(tmp_path, given, out="whole")
+    step = Trainer.training_step
+
+    def fall(trainer, *args, **kwargs):
+        if trainer.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", fall)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(tmp_path, given)
+    monkeypatch.setattr(Trainer, "training_step", lambda *a, **k: time.sleep(0.2) or step(*a, **k))
+    assert run_study(tmp_path, given)["failed"] == 0
+    (whole,), (resumed,) = ([r for r in record.read_all(tmp_path / out).values() if r["umbra"]["request"]["kind"] == "lora"]
+                            for out in ("whole", "out"))  # fmt: skip
+    assert resumed["umbra"]["scores"]["sum"]["attached"]["items"] == whole["umbra"]["scores"]["sum"]["attached"]["items"]
+    train, pace = resumed["train_info"], resumed["umbra"]["seconds_per_step"]
+    assert pace > 0.2 and train["train_time"] == pytest.approx(6 * pace)
+    assert resumed["run_info"]["total_time"] > 6 * 0.2
+
+
 def test_a_damaged_record_counts_as_not_run(done, base_folder):
     file = next((done / "out" / "runs").glob("sum--IA3--seed-0--*.json"))
     whole = file.read_text()

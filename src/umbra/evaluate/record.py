@@ -91,7 +91,7 @@ def make(request: dict[str, Any], found: dict[str, Any], created: str, seconds: 
             "schema": SCHEMA, "key": key_of(request), "request": request, "scores": scores,
             "unscored": found.get("unscored", {}),
             "validation_loss": found.get("validation_loss"), "memory_before": memory["before"],
-            "seconds_per_step": found.get("train_seconds", 0.0) / max(found.get("timed_steps", 1), 1), "commit": commit(),
+            "seconds_per_step": found.get("seconds_per_step", 0.0), "commit": commit(),
             "machine": Device(device if device.startswith("cuda") else "cpu").describe(),
         },
     }  # fmt: skip

@@ -46,7 +46,8 @@ def run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[st
     except Exception:  # whatever a method, a data set or a library does wrong is this run's result, not the sweep's end
         found, error = {}, traceback.format_exc()
     gc.collect()
-    return records.make(request, found, created, time.perf_counter() - began, error)
+    seconds = time.perf_counter() - began + found.get("earlier_seconds", 0.0)
+    return records.make(request, found, created, seconds, error)
 
 
 def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[str, Any]:
@@ -109,7 +110,10 @@ def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[s
 def _train(
     model: Any, task: Task, tokenizer: Any, labels: Labels | None, request: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """By transformers' Trainer, or ours, from the same batches in the same order."""
+    """By transformers' Trainer, or ours, from the same batches in the same order.
+
+    What was trained before a kill counts at the pace of what came after it.
+    """
     given = {"save_strategy": "no", **request["training"], "seed": request["seed"]}
     last = last_checkpoint(folder) if folder.exists() else None
     arguments = make_arguments(folder, {"logging_strategy": "steps", **given})
@@ -129,11 +133,13 @@ def _train(
         done = trainer.train(resume_from_checkpoint=last)
     peak = device.peak_memory()
     shutil.rmtree(folder, ignore_errors=True)
+    runtime, earlier = done.metrics["train_runtime"], int(last.rpartition("-")[2]) if last else 0
+    pace = runtime / max(done.global_step - earlier, 1)
     samples = done.global_step * arguments.train_batch_size * arguments.gradient_accumulation_steps
     history = [{k: h[k] for k in ("step", "loss", "learning_rate")} for h in trainer.state.log_history if "loss" in h]
     return {
-        "train_seconds": done.metrics["train_runtime"], "steps": done.global_step,
-        "timed_steps": done.global_step - (int(last.rpartition("-")[2]) if last else 0), "samples": samples,
+        "seconds_per_step": pace, "train_seconds": runtime + pace * earlier, "earlier_seconds": pace * earlier,
+        "steps": done.global_step, "samples": samples,
         "tokens": round(samples * sum(len(e["input_ids"]) for e in examples) / len(examples)), "peak_bytes": peak,
         "before_bytes": before, "train_loss": done.training_loss, "history": history,
         "arguments": {k: v for k, v in arguments.to_dict().items() if k in records.ARGUMENTS},
