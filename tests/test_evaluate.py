@@ -472,7 +472,9 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base_folder):
 def test_time_before_a_kill_counts_too(tmp_path, base_folder, monkeypatch):
     """At the pace of what came after it; the answers are those of a run that was not killed."""
     methods = {"LoRA": {"kind": "lora", "r": 2}}
-    given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None, forgetting=[], transfer={}, seeds=[0])
+    given = study_of(
+        tmp_path, base_folder, methods=methods, match=None, search=None, forgetting=[], transfer={}, seeds=[0]
+    )
     given["tasks"] = {"sum": given["tasks"]["sum"]}
     given["training"] = {**TRAINING, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     run_study(tmp_path, given, out="whole")
@@ -490,7 +492,9 @@ def test_time_before_a_kill_counts_too(tmp_path, base_folder, monkeypatch):
     assert run_study(tmp_path, given)["failed"] == 0
     (whole,), (resumed,) = ([r for r in record.read_all(tmp_path / out).values() if r["umbra"]["request"]["kind"] == "lora"]
                             for out in ("whole", "out"))  # fmt: skip
-    assert resumed["umbra"]["scores"]["sum"]["attached"]["items"] == whole["umbra"]["scores"]["sum"]["attached"]["items"]
+    assert (
+        resumed["umbra"]["scores"]["sum"]["attached"]["items"] == whole["umbra"]["scores"]["sum"]["attached"]["items"]
+    )
     train, pace = resumed["train_info"], resumed["umbra"]["seconds_per_step"]
     assert pace > 0.2 and train["train_time"] == pytest.approx(6 * pace)
     assert resumed["run_info"]["total_time"] > 6 * 0.2
