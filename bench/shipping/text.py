@@ -76,7 +76,7 @@ class Task(NamedTuple):
 TASKS = {
     "intents": Task(intents, 120, 8, 8),
     "hotel_reviews": Task(hotel_reviews, 300, 8, 4, 1e-3, alone=1200),
-    "vitaminc": Task(vitaminc, 100, 8, 4),
+    "vitaminc": Task(vitaminc, 400, 8, 4, 1e-3, alone=1200),
     "gsm_symbolic": Task(gsm_symbolic, 100, 8, 200, pattern=r"####\s*(-?[\d.,]+)"),
 }
 
