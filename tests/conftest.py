@@ -54,6 +54,17 @@ def base_folder(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def done(tmp_path_factory, base_folder) -> Path:
+    """The folder of a study that was run: every kind of method on every kind of task."""
+    from studies import run_study, study_of
+
+    folder = tmp_path_factory.mktemp("study")
+    found = run_study(folder, study_of(folder, base_folder))
+    assert found["failed"] == 0
+    return folder
+
+
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """An adapter folder of a tiny llama."""

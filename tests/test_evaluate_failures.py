@@ -2,20 +2,25 @@
 
 import importlib
 import json
+import math
 import shutil
 
 import pytest
 from transformers import AutoConfig
 
+import umbra
 import umbra.evaluate
 from conftest import make_tokenizer
-from test_evaluate import METHODS, SIGNS, SUMS, TRAINING, lines, results_of, run_study, study_of
+from studies import METHODS, SIGNS, SUMS, TRAINING, lines, results_of, run_study, study_of, variant
 from tiny import make_base
 from umbra.errors import CheckpointError, ConfigError, DataError
 from umbra.evaluate import harness, record
+from umbra.evaluate.report import write_report
 from umbra.evaluate.study import Study
 
 run_module = importlib.import_module("umbra.evaluate.run")  # the package has a function of that name
+# of PEFT's use of transformers
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
 @pytest.fixture
@@ -223,3 +228,81 @@ def test_adapters_that_were_not_kept_are_told_once(tmp_path, small, capsys):
     run_study(tmp_path, given)
     assert "keep_adapters" not in capsys.readouterr().err
     assert len(list((tmp_path / "out" / "adapters").iterdir())) == 2
+
+
+def test_a_method_that_does_not_fit_the_base_is_told_before_anything_runs(tmp_path, base_folder):
+    methods = {"base": {"kind": "base"}, "Bad": {"kind": "peft", "peft_type": "LORA", "target_modules": ["nowhere"]}}
+    given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None)
+    with pytest.raises(umbra.ConfigError, match=r"method Bad cannot be put on .*nowhere"):
+        run_study(tmp_path, given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_run_and_a_diverged_trial(tmp_path, base_folder, monkeypatch):
+    methods = {"LoRA": {"kind": "lora", "r": 2}}
+    given = study_of(tmp_path, base_folder, methods=methods, match=None, seeds=[0], forgetting=[], transfer={})
+    given["tasks"] = {"sum": {**given["tasks"]["sum"], "metric": "loss"}}
+    monkeypatch.setattr(run_module, "loss_of", lambda *_: (float("nan"), [1.0, float("nan")]))
+    assert run_study(tmp_path, given)["failed"] == 1
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "The loss on sum is not finite: training has diverged." in text
+    assert "0.0001: diverged · 0.01: diverged" in text
+
+
+@pytest.mark.parametrize("task", ["sum", "class"])
+def test_weights_that_are_not_finite_are_a_failed_run(tmp_path, base_folder, task):
+    """Of NaN, the largest logit is the first: a class like others."""
+    methods = {"LoRA": {"kind": "lora", "r": 2}, "Umbra": METHODS["Umbra"]}
+    given = study_of(
+        tmp_path, base_folder, methods=methods, match=None, search=None, seeds=[0], forgetting=[], transfer={}
+    )
+    given |= {"tasks": {task: given["tasks"][task]}, "training": {**TRAINING, "learning_rate": 1e30, "max_steps": 4}}
+    assert run_study(tmp_path, given)["failed"] == 2
+    assert "Training has diverged" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_what_is_learned_is_not_tested_as_something_unseen(tmp_path, base_folder):
+    given = study_of(tmp_path, base_folder)
+    given["tasks"]["sign"]["test"] = lines(tmp_path / "leak.jsonl", SUMS[:20:2] + SIGNS[1::2])
+    with pytest.raises(umbra.DataError, match="10 of 34 test records of sign are learned in sum"):
+        run_study(tmp_path, given)
+
+
+@pytest.mark.parametrize(
+    ("task", "row"), [("sum", {"prompt": "", "completion": "1"}), ("class", {"text": "", "label": "yes"})]
+)
+def test_a_prompt_without_tokens_is_told_before_anything_runs(tmp_path, base_folder, task, row):
+    given = study_of(tmp_path, base_folder, chat_template=False, match=None, search=None, forgetting=[], transfer={})
+    given["tasks"] = {task: given["tasks"][task]}
+    given["tasks"][task]["test"] = lines(tmp_path / "none.jsonl", [row])
+    with pytest.raises(umbra.DataError, match=f"task {task}: test record 1 asks nothing"):
+        run_study(tmp_path, given)
+
+
+def test_classes_that_a_trained_task_lacks_are_told_before_anything_runs(tmp_path, base_folder):
+    given = study_of(
+        tmp_path, base_folder, match=None, search=None, forgetting=[], transfer={"class": ["other"], "other": []}
+    )
+    files = {
+        p: lines(tmp_path / f"other.{p}.jsonl", [{"text": "1", "label": "x"}, {"text": "2", "label": "y"}] * 5)
+        for p in ("train", "test")
+    }
+    given["tasks"]["other"] = {
+        **files,
+        "test": lines(tmp_path / "o.jsonl", [{"text": "3", "label": "x"}]),
+        "validation": 1,
+        "head": "classify",
+    }
+    with pytest.raises(umbra.ConfigError, match="class cannot be tested on other: it does not learn the classes x"):
+        run_study(tmp_path, given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_item_that_is_no_number_costs_its_run_and_not_the_report(done, tmp_path):
+    shutil.copytree(done / "out", tmp_path / "out")
+    of_lora = variant(results_of(tmp_path), "LoRA")
+    kept = next(results_of(tmp_path).of(of_lora, "sum"))
+    kept["umbra"]["scores"]["sum"]["attached"]["items"][0] = math.inf
+    record.write(tmp_path / "out", kept)
+    write_report(tmp_path / "out")
+    assert "(1 of 2 seeds)" in (tmp_path / "out" / "report.md").read_text()
