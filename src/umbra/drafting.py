@@ -122,8 +122,8 @@ class Drafting(Decoding):
         """
         shadow, tokens = self.adapter(adapter_name), None
         if token_ids is not None:
-            plain = [t.item() if isinstance(t, Tensor | np.generic) else t for t in token_ids]
-            tokens = list(dict.fromkeys(plain))
+            listed = token_ids.tolist() if isinstance(token_ids, Tensor | np.ndarray) else token_ids
+            tokens = list(dict.fromkeys(t.item() if isinstance(t, Tensor | np.generic) else t for t in listed))
             check_draft_tokens(tokens, anatomy.vocabulary_size(self.base.get_input_embeddings()))
         shadow.draft_tokens = tokens
 
