@@ -125,7 +125,7 @@ def test_time_before_a_kill_counts_too(tmp_path, base_folder, monkeypatch):
     monkeypatch.setattr(Trainer, "training_step", fall)
     with pytest.raises(KeyboardInterrupt):
         run_study(tmp_path, given)
-    monkeypatch.setattr(Trainer, "training_step", lambda *a, **k: time.sleep(0.2) or step(*a, **k))
+    monkeypatch.setattr(Trainer, "training_step", lambda *a, **k: time.sleep(1) or step(*a, **k))
     assert run_study(tmp_path, given)["failed"] == 0
     (whole,), (resumed,) = ([r for r in record.read_all(tmp_path / out).values() if r["umbra"]["request"]["kind"] == "lora"]
                             for out in ("whole", "out"))  # fmt: skip
@@ -133,8 +133,8 @@ def test_time_before_a_kill_counts_too(tmp_path, base_folder, monkeypatch):
         resumed["umbra"]["scores"]["sum"]["attached"]["items"] == whole["umbra"]["scores"]["sum"]["attached"]["items"]
     )
     train, pace = resumed["train_info"], resumed["umbra"]["seconds_per_step"]
-    assert pace > 0.2 and train["train_time"] == pytest.approx(6 * pace)
-    assert resumed["run_info"]["total_time"] > 6 * 0.2
+    assert pace > 1 and train["train_time"] == pytest.approx(6 * pace)
+    assert resumed["run_info"]["total_time"] > 6, "two steps of it after the kill"
 
 
 def test_a_damaged_record_counts_as_not_run(done, base_folder):
