@@ -18,9 +18,10 @@ N, K = 24, 40
 
 
 @pytest.fixture(autouse=True)
-def _every_size(monkeypatch):
-    """Tiny models, too."""
+def _everywhere(monkeypatch):
+    """Tiny models, too, on whatever CPU."""
     monkeypatch.setattr(module, "SMALLEST", 1)
+    monkeypatch.setattr(module, "ONEDNN_IS_FASTER", True)
 
 
 @pytest.fixture
@@ -150,3 +151,14 @@ def test_small_matrices_are_not_worth_the_call(monkeypatch):
     layer = nn.Linear(K, N)
     kernels.quicken([layer])
     assert not quick(layer)
+
+
+@pytest.mark.parametrize(("cpu", "faster"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_mkl_keeps_the_products_of_its_makers_cpus(cpu, faster, monkeypatch, calls):
+    monkeypatch.setattr(module.Path, "read_text", lambda *_, **__: f"vendor_id : {cpu}")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(module, "ONEDNN_IS_FASTER", module._onednn_is_faster())
+    layer = nn.Linear(K, N).requires_grad_(False)
+    kernels.quicken([layer])
+    kernels.product(torch.randn(3, K), layer.weight, layer.bias)
+    assert bool(quick(layer)) == bool(calls) == faster

@@ -1,10 +1,13 @@
 """Products with the base's frozen matrices on a CPU: y = x · Wᵀ + b.
 
-PyTorch has MKL multiply in float32, which on the CPUs measured takes up to twice as long as the oneDNN that PyTorch carries as
-well (docs/LOG.md), most of all for the few rows of decoding. `quicken` sends a linear layer's products there.
+PyTorch has MKL multiply in float32. On an AMD EPYC that takes up to twice as long as the oneDNN that PyTorch carries as well,
+most of all for the few rows of decoding; on Intel's own CPUs it is the other way round (docs/LOG.md). `quicken` sends a linear
+layer's products to oneDNN where that is faster.
 """
 
+import platform
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,23 @@ from torch import Tensor, nn
 from .switch import in_use
 
 SMALLEST = 2**16  # entries of a matrix that are worth the call
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _is_intel() -> bool:
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        told = platform.processor()
+    return "GenuineIntel" in told
+
+
+def _onednn_is_faster() -> bool:
+    """By the CPU's maker, so that a machine rounds alike from run to run; where there is no MKL nothing was measured."""
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not _is_intel()
+
+
+ONEDNN_IS_FASTER = _onednn_is_faster()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,7 +45,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def quicken(modules: Iterable[nn.Module]) -> None:
     """Have those that are large linear layers in float32 compute by `product`, until `leave_alone`."""
-    for module in modules:
+    for module in modules if ONEDNN_IS_FASTER else ():
         if type(module) is not nn.Linear or "forward" in vars(module):
             continue
         if module.weight.dtype == torch.float32 and module.weight.numel() >= SMALLEST:
@@ -67,7 +86,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether these are plain float32 tensors on a CPU, with nobody to trace them, and only x may want a gradient."""
-    if not _HAS_ONEDNN or not in_use() or x.device.type != "cpu" or weight.numel() < SMALLEST or not x.numel():
+    if not ONEDNN_IS_FASTER or not in_use() or x.device.type != "cpu" or weight.numel() < SMALLEST or not x.numel():
         return False
     if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu":
         return False
