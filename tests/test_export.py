@@ -59,7 +59,7 @@ def made(tmp_path_factory, tokenizer):
         tokenizer.save_pretrained(folder / name)
     for name, fields in (("adapter", {}), ("narrow", NARROW)):
         model = umbra.attach(load_base(str(folder / "base")), umbra.ShadowConfig(rank=4, **fields))
-        scramble(model.shadow, std=0.15)
+        scramble(model.shadow, std=0.1)
         model.save_pretrained(folder / name)
     return folder
 
@@ -146,7 +146,9 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
     """Whose file transformers does not save, and GGML's converter reads nothing else; also from a detached folder."""
     import sentencepiece
 
-    lines = [line for line in README.splitlines() if len(line) > 40 and line[0].isalpha()]
+    # The likeliest token of each place leads by 8 times what f16 is off by; another text, or a larger std, has nearer ties.
+    text = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if len(line) > 40]
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     make_base("llama", head_dim=16, num_hidden_layers=2, **{**SIZES, "vocab_size": 700}).save_pretrained(base)
     sentencepiece.SentencePieceTrainer.train(
@@ -155,7 +157,7 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
     )  # fmt: skip
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": false}')
     model = umbra.attach(load_base(str(base)), umbra.ShadowConfig(rank=4))
-    scramble(model.shadow, std=0.15)
+    scramble(model.shadow, std=0.1)
     model.save_pretrained(adapter)
     main(["detach", str(adapter), str(tmp_path / "edge")])
     (tmp_path / "prompts.txt").write_text("\n".join(lines[:8]) + "\n")
