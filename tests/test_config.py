@@ -178,7 +178,7 @@ TABLE = {
 }
 OURS = {
     "rank": 64,
-    "alpha": 1.0,
+    "alpha": 0.25,
     "dropout": 0.0,
     "channel_scale": "measured",
     "init": "auto",
@@ -203,12 +203,20 @@ def test_an_explicit_field_beats_the_dialect(dialect, name):
     expected = {**TABLE[dialect], name: TABLE[other][name]}
     if (dialect, name) == ("peft", "rank"):
         expected["gate_rank"] = expected["rank"]
+    if (dialect, name) == ("umbra", "rank"):
+        expected["alpha"] = 16 / expected["rank"]
     assert resolved.to_dict().items() >= expected.items()
 
 
 def test_the_gate_rank_of_peft_follows_the_rank_and_that_of_the_paper_does_not():
     assert ShadowConfig(dialect="peft", rank=5).resolve().gate_rank == 5
     assert ShadowConfig(dialect="paper", rank=5).resolve().gate_rank == 10
+
+
+def test_alpha_by_the_rank_moves_the_hidden_states_alike():
+    assert [ShadowConfig(rank=r).resolve().alpha for r in (4, 16, 64)] == [4.0, 1.0, 0.25]
+    assert ShadowConfig(rank=4, alpha=0.5).resolve().alpha == 0.5
+    assert {ShadowConfig(dialect=d, rank=4).resolve().alpha for d in ("paper", "peft")} == {0.1}
 
 
 def test_replacing_the_dialect_replaces_all_of_it():

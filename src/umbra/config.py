@@ -26,11 +26,12 @@ PAPER = {
     "dropout_position": "rank",
     "down_init": "normal",
 }
-DIALECTS: dict[str, dict[str, Any]] = {
+STRENGTH = 16.0  # α · rank, where α is not given
+DIALECTS: dict[str, dict[str, Any]] = {  # where None stands, the rank decides
     "umbra": {
         **PAPER,
         "rank": 64,
-        "alpha": 1.0,
+        "alpha": None,
         "channel_scale": "measured",
         "dropout": 0.0,
         "init": "auto",
@@ -73,7 +74,9 @@ class ShadowConfig:
     )  # fmt: skip
     rank: int | None = option(None, "R, the rank of the injection; default 64, paper 16, peft 8")
     gate_rank: int | None = option(None, "G, hidden width of gate and transform; default 10, peft the rank")
-    alpha: float | None = option(None, "α, the strength of the injection; default 1, paper and peft 0.1")
+    alpha: float | None = option(
+        None, "α, the strength of the injection; default 16 / rank, so that one learning rate suits every rank; paper and peft 0.1"
+    )  # fmt: skip
     channel_scale: Literal["none", "measured"] | None = option(
         None, "measured (default; paper and peft none): each channel that the injection reads is divided by its own size, "
         "measured on the base at attach, so that the few large ones do not drown the rest"
@@ -230,9 +233,10 @@ class ShadowConfig:
 
     def resolve(self) -> "ShadowConfig":
         """This configuration with each None of the dialect filled in."""
-        filled = {k: v for k, v in DIALECTS[self.dialect].items() if getattr(self, k) is None}
-        if self.gate_rank is None and filled.get("gate_rank") is None:
-            filled["gate_rank"] = self.rank or filled["rank"]
+        own = DIALECTS[self.dialect]
+        rank = self.rank or own["rank"]
+        by_rank = {"gate_rank": rank, "alpha": STRENGTH / rank}
+        filled = {k: by_rank[k] if v is None else v for k, v in own.items() if getattr(self, k) is None}
         return dataclasses.replace(self, **filled)
 
     def coupled(self, num_layers: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..bench.base import RANDOM
-from ..config import DIALECTS
+from ..config import DIALECTS, ShadowConfig
 from ..errors import ConfigError, shown, unknown_key
 from ..folder import digest_of
 from ..options import EMBEDDED, check_dtype, check_types, flag, names
@@ -283,12 +283,13 @@ class Study:
         tests = [] if is_trial else tests or self.tested(task)
         involved = dict.fromkeys([task, *tests])
         is_ours = how.kind in SHADOWS and fields.get("dialect", "umbra") == "umbra"
-        given = DIALECTS["umbra"] if is_ours else {}
+        own = ShadowConfig(**fields).resolve() if is_ours else None
         return json.loads(json.dumps({
             "schema": SCHEMA, "base": options.base, "dtype": options.dtype, "chat_template": options.chat_template,
             "method": method, "kind": how.kind, "fields": fields,
-            "defaults": {k: v for k, v in given.items() if fields.get(k) is None}, "modes": list(how.modes), "task": task,
-            "seed": seed, "training": settings, "is_trial": is_trial, "tests": tests, "batch_size": options.batch_size,
+            "defaults": {k: getattr(own, k) for k in DIALECTS["umbra"] if own and fields.get(k) is None},
+            "modes": list(how.modes), "task": task, "seed": seed, "training": settings, "is_trial": is_trial, "tests": tests,
+            "batch_size": options.batch_size,
             "tasks": {n: asdict(self.tasks[n]) for n in involved},
             "data": {n: self.tasks[n].digest(n) for n in involved},
             "models": {p: digest_of(_weights(p)) for p in (options.base, fields.get("shadow", "")) if _weights(p)},
