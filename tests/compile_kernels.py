@@ -55,7 +55,7 @@ if __name__ == "__main__":
     JITFunction.run = compile_for(int(sys.argv[1]))  # type: ignore[method-assign]
     N, D = 2, 576
     h = torch.randn(N, D, dtype=torch.bfloat16)
-    for G, R, dtype, bias in ((10, 16, torch.bfloat16, False), (32, 32, torch.float32, True)):
+    for G, R, dtype, bias in ((10, 16, torch.bfloat16, False), (32, 64, torch.float32, True)):
         s, weights = torch.randn(N, D, dtype=dtype), seam(D, G, R, dtype, bias)
         transform, rank, delta = (torch.ones(N, size, dtype=dtype) for size in (G, R, D))
         masks = Masks(delta=delta) if bias else Masks(transform, rank)

@@ -22,7 +22,7 @@ from umbra.kernels.couple import NO_MASKS, Masks, couple
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEAMS = {"injection": 0, "both": 1, "update": 2}  # of the coupled blocks 0, 1 and 3
-SHAPES = [(1, 32, 10, 8), (3, 100, 1, 16), (17, 576, 16, 3), (0, 32, 10, 8)]
+SHAPES = [(1, 32, 10, 8), (3, 100, 1, 16), (17, 576, 16, 3), (5, 40, 10, 64), (0, 32, 10, 8)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids="N{0[0]}-D{0[1]}-G{0[2]}-R{0[3]}".format)
 dialects = pytest.mark.parametrize("dialect", ["paper", "peft"])
 modes = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain", "dropout"])
@@ -245,10 +245,10 @@ def test_the_kernels_compile_for_a_gpu_and_fit_it(tmp_path):
 def test_which_seams_the_kernels_take(monkeypatch):
     room = import_module("umbra.kernels.couple")
     monkeypatch.setattr(room, "_has_triton", lambda device: True)
-    narrow, wide = (couplings("paper", 100, G, R)._seam("0", "1") for G, R in ((32, 32), (10, 33)))
+    narrow, wide, gate = (couplings("paper", 100, *w)._seam("0", "1") for w in ((32, 64), (10, 65), (33, 8)))
     with FakeTensorMode():
         h, s = torch.empty(3, 100, device="cuda", dtype=torch.bfloat16), torch.empty(3, 100, device="cuda")
         assert room._on_triton(h, s, narrow)
-        assert not room._on_triton(h, s, wide)
+        assert not room._on_triton(h, s, wide) and not room._on_triton(h, s, gate)
         assert not room._on_triton(h, s.double(), narrow)
         assert not room._on_triton(h.cpu(), s.cpu(), narrow)

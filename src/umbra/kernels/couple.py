@@ -44,7 +44,7 @@ class Masks(NamedTuple):
 NO_MASKS = Masks()
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 FLOATS = {torch.float32, torch.bfloat16, torch.float16}
-WIDEST = 32
+WIDEST_GATE, WIDEST_RANK = 32, 64  # that couple_triton.py takes, which bounds its registers
 GRADIENTS = {"silu": torch.ops.aten.silu_backward, "gelu": torch.ops.aten.gelu_backward}
 
 
@@ -92,11 +92,11 @@ def _inner(g1: Tensor, g1_bias: Tensor | None, t1: Tensor, t1_bias: Tensor | Non
 
 
 def _on_triton(h: Tensor, s: Tensor, seam: Seam) -> bool:
-    """Whether couple_triton.py takes this seam: on a GPU, with G and R of at most 32, which bounds registers."""
+    """Whether couple_triton.py takes this seam: on a GPU, with a G and an R that are not too wide for it."""
     if not h.is_cuda or not _has_triton(h.device):
         return False
     G, R = 0 if seam.gate is None else len(seam.gate[0]), 0 if seam.down is None else len(seam.down)
-    return max(G, R) <= WIDEST and {h.dtype, s.dtype} <= FLOATS
+    return G <= WIDEST_GATE and R <= WIDEST_RANK and {h.dtype, s.dtype} <= FLOATS
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from .couple import Masks, Seam, weights_of
 
 kernels: Any = couple_kernels  # typed as the plain functions that they are before they are compiled
 
-# Chosen from what the compiler reports for sm_80, sm_86 and sm_90: larger tiles spill registers.
+# Chosen from what the compiler reports for sm_80, sm_86 and sm_90: larger tiles spill registers; rank 64 hardly more than rank 32.
 TILE = {"BN": 32, "BD": 32, "num_warps": 4}
 PARTS = 16  # of D, for few rows
 
