@@ -213,7 +213,7 @@ def test_the_gate_rank_of_peft_follows_the_rank_and_that_of_the_paper_does_not()
     assert ShadowConfig(dialect="paper", rank=5).resolve().gate_rank == 10
 
 
-def test_alpha_by_the_rank_moves_the_hidden_states_alike():
+def test_alpha_goes_by_the_rank_in_our_dialect_alone():
     assert [ShadowConfig(rank=r).resolve().alpha for r in (4, 16, 64)] == [4.0, 1.0, 0.25]
     assert ShadowConfig(rank=4, alpha=0.5).resolve().alpha == 0.5
     assert {ShadowConfig(dialect=d, rank=4).resolve().alpha for d in ("paper", "peft")} == {0.1}

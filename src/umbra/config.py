@@ -75,7 +75,7 @@ class ShadowConfig:
     rank: int | None = option(None, "R, the rank of the injection; default 64, paper 16, peft 8")
     gate_rank: int | None = option(None, "G, hidden width of gate and transform; default 10, peft the rank")
     alpha: float | None = option(
-        None, "α, the strength of the injection; default 16 / rank, so that one learning rate suits every rank; paper and peft 0.1"
+        None, "α, the strength of the injection; default 16 / rank, so that a step moves as far at any rank; paper and peft 0.1"
     )  # fmt: skip
     channel_scale: Literal["none", "measured"] | None = option(
         None, "measured (default; paper and peft none): each channel that the injection reads is divided by its own size, "
