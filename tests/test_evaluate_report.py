@@ -123,6 +123,13 @@ def test_many_methods_are_told_apart_in_pictures(done):
     assert figure.get_size_inches()[1] > 0.18 * 24 * 2
 
 
+def test_no_point_lies_on_the_edge_of_its_picture(done):
+    for axes in plots.pareto(results_of(done)).axes:
+        assert axes.get_xlim()[1] > 1.02 * max(c[0].get_xdata()[0] for c in axes.containers)
+    rows = [("a", Estimate(0.1, 0.0, 0.2, 2, 8)), ("b", Estimate(0.2, 0.1, 0.3, 2, 8))]
+    assert plots.differences(rows, "points").axes[0].get_ylim() == (1.5, -0.5)
+
+
 def test_a_missing_seed_is_told(done, tmp_path):
     shutil.copytree(done / "out", tmp_path / "out")
     for file in (tmp_path / "out" / "runs").glob("sum--LoRA--seed-1--*.json"):

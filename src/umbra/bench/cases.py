@@ -298,7 +298,7 @@ CASES: tuple[Case, ...] = (
     Prefill("prefill", "a forward over 4 × 128 tokens that fills a cache, with the last tokens' logits", 4, 128),
     Decode("decode", "32 greedy tokens after 32, one row, cached", 1, 32),
     Decode("latency", "8 greedy tokens after a prompt of 150, one row (the paper's setting)", 1, 150, new=8),
-    Detached("decode-detached", "as decode, Umbra's shadow alone", 1, 32, (*REFERENCES, "Umbra")),
+    Detached("decode-detached", "as decode, Umbra's shadow alone", 1, 32, (*REFERENCES, "Umbra", "Umbra default")),
     Drafted("decode-drafted", f"as decode, Umbra's shadow drafts {DRAFT} tokens at once", 1, 32, (*REFERENCES, "Umbra")),
     Compiled("decode-compiled", "as decode, static cache, compiled", 1, 32, (BASE, LORA, "Umbra", "Umbra upper third")),
     Memory("memory", "peak memory of a step, 8 × 256 tokens, all labelled", 8, 256),

@@ -96,6 +96,7 @@ def pareto(results: Results) -> Any:
                 look = {**palette[variant.name], "label": _name(variant.name), "capsize": 2}
                 axes.errorbar(cost[name] / unit, 100 * mean.mean, yerr=half, **look)
         axes.grid(color=INK, alpha=0.12)
+        axes.axvline(0, alpha=0)  # so that the margin at the right is of the whole width
         axes.set_xlim(left=0)
         _plain(axes, xlabel=label, ylabel="mean score, %" if name == "parameters" else "")
     _legend(figure.axes[-1])
@@ -159,7 +160,7 @@ def differences(rows: list[tuple[str, Estimate]], label: str) -> Any:
         axes.errorbar(100 * found.mean, y, xerr=half, fmt="o", color=colour, capsize=2, markersize=5)
     axes.axvline(0, color=INK, alpha=0.5, linewidth=1)
     axes.set_yticks(range(len(rows)), [_name(name) for name, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", color=INK, alpha=0.12)
     return _plain(axes, xlabel=label).figure
 
