@@ -37,8 +37,14 @@ def test_the_readme_names_every_room():
     packages = [path.parent for path in (ROOT / "src/umbra").glob("*/__init__.py")]
     for name in [path.name for path in (ROOT / "src/umbra").glob("*.py")] + [f"{path.name}/" for path in packages]:
         assert f"  {name} " in README, f"README's tree lacks {name}"
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / path).exists(), path
 
 
 def test_the_compatibility_page_lists_what_is_tested(request):
