@@ -1,5 +1,6 @@
 """A tiny base with a tokenizer, and an adapter, as folders on disk."""
 
+import gc
 import os
 
 import torch
@@ -17,6 +18,7 @@ from tables import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
 from tiny import LLAMA_LIKE, make
 
 torch.set_num_threads(1)
+FROZEN: set[Path] = set()  # the files whose first test has begun
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;?!+-=/\n<>_|'[]"
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>\n{% endfor %}"
@@ -41,6 +43,15 @@ def begins(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     begin = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     tokenizer.backend_tokenizer.post_processor = begin
     return tokenizer
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is there before a file's first test stays, and garbage need not be looked for in it, as trainers do after each run."""
+    if item.path not in FROZEN:
+        FROZEN.add(item.path)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

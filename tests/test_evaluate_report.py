@@ -238,6 +238,10 @@ def test_names_are_drawn_as_they_are():
     assert [t.get_text().lstrip("\u200b") for t in figure.axes[0].get_legend().get_texts()] == [
         n.replace("$", "\\$") for n in names
     ]
+    figure.draw_without_rendering()
+    low, high = figure.axes[0].get_xlim()
+    ticks = [t.get_text() for t in figure.axes[0].get_xticklabels() if low <= t.get_position()[0] <= high]
+    assert ticks == ["1", "2"]
     for each in (figure, plots.differences([(n, estimate(np.eye(3))) for n in names], "")):
         drawn = plots.svg(each)
         assert all(n in drawn for n in names) and plots.png(each)

@@ -205,6 +205,18 @@ def test_a_shadow_of_another_width_is_aligned_in_closed_form(settings, tmp_path,
     torch.testing.assert_close(model.shadow.projection.weight.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_shadow_of_another_base_of_the_same_width_is_told_of(settings, recwarn):
+    """It has no projection to be solved for. Fine-tuned further, a base is no other one."""
+    pretrain.pretrain(settings)
+    config, base = umbra.ShadowConfig(shadow=settings["output_dir"]), umbra.bases.load_base(settings["base"])
+    with torch.no_grad():
+        base.get_output_embeddings().weight.mul_(1.5).add_(torch.randn_like(base.get_output_embeddings().weight) * 0.01)
+    umbra.attach(base, config)
+    assert not [w for w in recwarn if "another base" in str(w.message)]
+    with pytest.warns(UserWarning, match="umbra pretrain --base BASE --shadow"):
+        umbra.attach(make_base(vocab_size=99), config)
+
+
 @pytest.mark.parametrize(("kind", "fields"), [("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.25})])
 def test_logits_that_a_family_scales_are_scaled_once(settings, tmp_path, kind, fields):
     randomise(AutoConfig.for_model(kind, **{**LLAMA_LIKE, **fields})).save_pretrained(tmp_path / "base")

@@ -266,6 +266,14 @@ def test_a_smaller_vocabulary_than_a_pretrained_shadows(tmp_path):
 # -- interrupted -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def hears_control_c():
+    """As what is started in the background does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupt(LogitsProcessor):
     """Control-C at the n-th token: by a real signal, which Python raises wherever it is just then."""
 

@@ -8,6 +8,7 @@ fold them into its embeddings and its head.
 
 import dataclasses
 import uuid
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -323,9 +324,33 @@ def _pretrained(base: Anatomy, path: str) -> Built:
             f"The pretrained shadow {path!r} knows {rows} tokens, the base {needed}: they must share one tokenizer. "
             "Take a shadow of the base's family, or shadow='mirror'."
         )
-    if projection is None and head is not None and anatomy.states_width(backbone.config) != base.config.hidden_size:
-        projection = aligned(base, head)
+    if projection is None and head is not None:
+        if anatomy.states_width(backbone.config) != base.config.hidden_size:
+            projection = aligned(base, head)
+        elif _is_of_another_base(base, head):
+            warnings.warn(
+                f"The pretrained shadow {path!r} was made for another base of the same width: their heads read hidden states "
+                "each in their own way, so it begins as if it knew little. Teach it this base first: umbra pretrain --base "
+                f"{base.model.name_or_path or 'BASE'} --shadow {path}.",
+                stacklevel=2,
+            )
     return Built(backbone, projection)
+
+
+@torch.no_grad()
+def _is_of_another_base(base: Anatomy, head: Tensor) -> bool:
+    """Whether a token's rows of the base's head and of a head (V, D) point elsewhere: a cosine below 0.5 in the mean."""
+    if not _has_a_head_at_hand(base):
+        return False
+    weight = dense.linear_weight(base.head, base.model.dtype)
+    if weight.shape[1] != head.shape[1]:  # a head that reads something else than the states
+        return False
+    rows = min(len(weight), len(head), ROWS)
+    return float(torch.cosine_similarity(weight[:rows].float().cpu(), head[:rows].float().cpu()).mean()) < 0.5
+
+
+def _has_a_head_at_hand(base: Anatomy) -> bool:
+    return not base.is_classifier and shards.is_whole(base.head.weight) and not base.head.weight.is_meta
 
 
 @torch.no_grad()
@@ -340,7 +365,7 @@ def aligned(base: Anatomy, head: Tensor) -> Tensor | None:
     Returns:
         None where the base has no such head, or its weights are not here.
     """
-    if base.is_classifier or not shards.is_whole(base.head.weight) or base.head.weight.is_meta:
+    if not _has_a_head_at_hand(base):
         return None
     weight = dense.linear_weight(base.head, base.model.dtype)
     rows, D = min(len(weight), len(head)), weight.shape[1]

@@ -135,6 +135,8 @@ def transfer(results: Results, pairs: list[tuple[str, str]]) -> Any:
 
 def scaling(results: Results, families: dict[str, list[Variant]]) -> Any:
     """The mean score over trainable parameters, a curve for every family."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = _figure(6, 3.4)
     axes = figure.subplots()
     for colour, (name, variants) in zip(COLOURS, families.items(), strict=False):
@@ -144,6 +146,9 @@ def scaling(results: Results, families: dict[str, list[Variant]]) -> Any:
         x, y = [x for x, _ in points], [100 * f.mean for _, f in points]
         axes.errorbar(x, y, halves, fmt="o-", color=colour, label=_name(name), capsize=2)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(color=INK, alpha=0.12)
     _plain(axes, xlabel="trainable parameters, M", ylabel="mean score, %")
     _legend(axes)
