@@ -205,16 +205,24 @@ def test_a_shadow_of_another_width_is_aligned_in_closed_form(settings, tmp_path,
     torch.testing.assert_close(model.shadow.projection.weight.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_shadow_of_another_base_of_the_same_width_is_told_of(settings, recwarn):
-    """It has no projection to be solved for. Fine-tuned further, a base is no other one."""
+def test_a_shadow_of_another_base_of_the_same_width_is_told_of(settings, tmp_path, recwarn):
+    """It has no projection to be solved for. Fine-tuned further, a base is no other one; what the warning names helps."""
     pretrain.pretrain(settings)
     config, base = umbra.ShadowConfig(shadow=settings["output_dir"]), umbra.bases.load_base(settings["base"])
     with torch.no_grad():
         base.get_output_embeddings().weight.mul_(1.5).add_(torch.randn_like(base.get_output_embeddings().weight) * 0.01)
     umbra.attach(base, config)
-    assert not [w for w in recwarn if "another base" in str(w.message)]
-    with pytest.warns(UserWarning, match="umbra pretrain --base BASE --shadow"):
-        umbra.attach(make_base(vocab_size=99), config)
+    assert not [w for w in recwarn if "each in their own way" in str(w.message)]
+    other, taught = str(tmp_path / "other"), str(tmp_path / "taught")
+    make_base(vocab_size=99).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    with pytest.warns(UserWarning, match=f"umbra pretrain --base {other} --shadow {settings['output_dir']}"):
+        umbra.attach(umbra.bases.load_base(other), config)
+    found = pretrain.pretrain({**settings, "base": other, "shadow": settings["output_dir"], "output_dir": taught})
+    assert found["1-distillation"]["divergence"] < 0.9 * found["start"]["divergence"]
+    recwarn.clear()
+    umbra.attach(umbra.bases.load_base(other), umbra.ShadowConfig(shadow=taught))
+    assert not [w for w in recwarn if "each in their own way" in str(w.message)]
 
 
 @pytest.mark.parametrize(("kind", "fields"), [("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.25})])

@@ -327,18 +327,18 @@ def _pretrained(base: Anatomy, path: str) -> Built:
     if projection is None and head is not None:
         if anatomy.states_width(backbone.config) != base.config.hidden_size:
             projection = aligned(base, head)
-        elif _is_of_another_base(base, head):
+        elif _reads_otherwise(base, head):
             warnings.warn(
-                f"The pretrained shadow {path!r} was made for another base of the same width: their heads read hidden states "
-                "each in their own way, so it begins as if it knew little. Teach it this base first: umbra pretrain --base "
-                f"{base.model.name_or_path or 'BASE'} --shadow {path}.",
+                f"The heads of the pretrained shadow {path!r} and of the base read hidden states of one width each in their own "
+                f"way: it begins as if it knew little. umbra pretrain --base {base.model.name_or_path or 'BASE'} --shadow {path} "
+                "teaches it this base.",
                 stacklevel=2,
             )
     return Built(backbone, projection)
 
 
 @torch.no_grad()
-def _is_of_another_base(base: Anatomy, head: Tensor) -> bool:
+def _reads_otherwise(base: Anatomy, head: Tensor) -> bool:
     """Whether a token's rows of the base's head and of a head (V, D) point elsewhere: a cosine below 0.5 in the mean."""
     if not _has_a_head_at_hand(base):
         return False
