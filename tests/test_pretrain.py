@@ -17,8 +17,7 @@ from tiny import LLAMA_LIKE, make, make_base, randomise, tokens
 from umbra import divergence, pretrain
 from umbra.cli import main
 from umbra.data import Writer
-from umbra.divergence import KINDS, Teacher, teach
-from umbra.teacher import TeacherCache
+from umbra.divergence import KINDS, teach
 from umbra.train import train
 
 TEXT = "\n\n".join(f"{a} plus {b} is {a + b}, and {b} plus {a} is {a + b}." for a in range(12) for b in range(12))
@@ -478,39 +477,6 @@ def test_a_kept_teacher_is_filled_once_and_goes_on_after_a_kill(settings, tmp_pa
     assert note["shape"][1:] == [31, 8]
 
 
-def test_a_teacher_of_another_text_is_not_taken(tmp_path):
-    blocks = np.arange(24, dtype=np.int32).reshape(3, 8)
-
-    def say(ids):
-        return Teacher(-torch.ones(7 * len(ids), 2), ids[:, :-1].reshape(-1, 1).expand(-1, 2))
-
-    cache = TeacherCache(tmp_path, blocks, 2)
-    cache.fill(say, 2)
-    again = TeacherCache(tmp_path, blocks, 2)
-    assert again.done == 3
-    found = again.read(torch.tensor([2, 0]), torch.tensor([1, 6]), torch.device("cpu"))
-    assert found.tokens.tolist() == [[17, 17], [6, 6]]
-    assert TeacherCache(tmp_path, blocks + 1, 2).done == 0
-
-
-def test_a_teacher_of_another_base_is_not_taken(tmp_path):
-    blocks = np.zeros((1, 8), np.int32)
-    cache = TeacherCache(tmp_path, blocks, 2, {"base": "one"})
-    cache.fill(lambda ids: Teacher(-torch.ones(7, 2), torch.zeros(7, 2, dtype=torch.int64)), 1)
-    assert TeacherCache(tmp_path, blocks, 2, {"base": "one"}).done == 1
-    assert TeacherCache(tmp_path, blocks, 2, {"base": "another"}).done == 0
-
-
-def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(27, "File too large")
-
-    monkeypatch.setattr("umbra.teacher.write_text", full)
-    cache = TeacherCache(tmp_path, np.zeros((1, 8), np.int32), 2)
-    with pytest.raises(umbra.CheckpointError, match=r"cannot be kept in .*File too large"):
-        cache.fill(lambda ids: Teacher(-torch.ones(7, 2), torch.zeros(7, 2, dtype=torch.int64)), 1)
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -648,27 +614,6 @@ def test_the_base_teaches_without_dropout(tmp_path):
     expected = pretrain.base_states(model.eval(), batch)
     assert torch.equal(pretrain.base_states(model.train(), batch), expected)
     assert model.base.training
-
-
-def test_a_cache_that_is_damaged_is_filled_again(tmp_path):
-    blocks = np.arange(24, dtype=np.int32).reshape(3, 8)
-
-    def say(ids):
-        return Teacher(-torch.ones(7 * len(ids), 2), ids[:, :-1].reshape(-1, 1).expand(-1, 2))
-
-    TeacherCache(tmp_path, blocks, 2).fill(say, 2)
-    for damage in (lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:200]), lambda p: p.write_bytes(b"")):
-        damage(tmp_path / "log_p.npy")
-        cache = TeacherCache(tmp_path, blocks, 2)
-        assert cache.done == 0
-        cache.fill(say, 2)
-        assert TeacherCache(tmp_path, blocks, 2).done == 3
-
-
-def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    with pytest.raises(umbra.CheckpointError, match="lower teacher_top_k"):
-        TeacherCache(tmp_path, np.zeros((3, 8), np.int32), 2)
 
 
 def test_more_tokens_than_there_are_is_all_of_them(settings, tmp_path):
