@@ -21,7 +21,7 @@ import yaml
 
 import umbra
 from umbra.bases import load_tokenizer
-from umbra.data import Record, Writer
+from umbra.data import ChatFormatter, Record
 from umbra.detach import write_detached
 from umbra.options import EvalOptions
 from umbra.scoring import MODES, Score, in_mode, score, table
@@ -69,7 +69,7 @@ def read(split: str) -> list[Record]:
     return [json.loads(line) for line in (OUT / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def decoding_speeds(model: umbra.ShadowModel, writer: Writer, record: Record, new: int = 64) -> dict[str, float]:
+def decoding_speeds(model: umbra.ShadowModel, writer: ChatFormatter, record: Record, new: int = 64) -> dict[str, float]:
     """Tokens per second of greedy decoding at batch 1, by mode: medians of five interleaved rounds."""
     ids = torch.tensor([writer.tokens(writer.prompt(record))])
     detached = model.detached()
@@ -112,7 +112,7 @@ def measure(
     model: umbra.ShadowModel, tokenizer: Any, records: list[Record]
 ) -> tuple[list[Score], list[dict[str, Any]]]:
     """Scores and replies of every mode; the speed is that of decoding at batch 1."""
-    speeds = decoding_speeds(model, Writer(tokenizer), records[0])
+    speeds = decoding_speeds(model, ChatFormatter(tokenizer), records[0])
     scores, samples = [], [{"prompt": r["prompt"][-1]["content"], "reference": r["completion"]} for r in records]
     for mode in MODES:
         result, replies = score(model, tokenizer, records, mode, OPTIONS)

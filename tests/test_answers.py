@@ -15,7 +15,7 @@ from test_architectures import FAMILIES, build, cast
 from tiny import make, make_base
 from umbra.card import model_card
 from umbra.cli import main
-from umbra.data import Writer, end_tokens, read_records
+from umbra.data import ChatFormatter, end_tokens, read_records
 from umbra.detach import write_detached
 from umbra.errors import ConfigError, DataError, DetachError
 from umbra.export.to_gguf import modelfile
@@ -67,10 +67,10 @@ def learned_ends(tokenizer) -> list[int]:
 
 def test_the_end_is_what_training_puts_after_an_answer():
     tokenizer, plain = chat_tokenizer(), make_tokenizer()
-    assert Writer(tokenizer).ends == learned_ends(tokenizer)
-    assert Writer(plain).ends == [plain.eos_token_id]
-    assert Writer(chat_tokenizer("{{ raise_exception('never') }}"), False).ends == [tokenizer.eos_token_id]
-    learned = [i for i in Writer(tokenizer).encode(RECORD)["labels"] if i >= 0]
+    assert ChatFormatter(tokenizer).ends == learned_ends(tokenizer)
+    assert ChatFormatter(plain).ends == [plain.eos_token_id]
+    assert ChatFormatter(chat_tokenizer("{{ raise_exception('never') }}"), False).ends == [tokenizer.eos_token_id]
+    learned = [i for i in ChatFormatter(tokenizer).encode(RECORD)["labels"] if i >= 0]
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in learned and tokenizer.eos_token_id not in learned
 
 
@@ -96,7 +96,7 @@ def test_a_detached_model_ends_there_by_itself(chat_adapter, tmp_path):
     main(["detach", str(chat_adapter), str(tmp_path / "edge")])
     edge = AutoModelForCausalLM.from_pretrained(tmp_path / "edge")
     assert edge.generation_config.eos_token_id == learned_ends(tokenizer)
-    assert end_tokens(edge, Writer(tokenizer)) == learned_ends(tokenizer)
+    assert end_tokens(edge, ChatFormatter(tokenizer)) == learned_ends(tokenizer)
 
 
 def test_an_export_ends_there_and_reads_a_line_as_a_prompt(chat_adapter, tmp_path):
@@ -128,18 +128,20 @@ def test_an_export_ends_there_and_reads_a_line_as_a_prompt(chat_adapter, tmp_pat
 
 
 def test_ollama_is_given_the_empty_thoughts_that_training_puts_before_an_answer():
-    assert f'<|im_start|>assistant\n{THOUGHTS}"""' in modelfile(Writer(chat_tokenizer()), "x.gguf", 512)
-    bare = modelfile(Writer(chat_tokenizer(CHATML.replace(THOUGHTS, ""))), "x.gguf", 512)
+    assert f'<|im_start|>assistant\n{THOUGHTS}"""' in modelfile(ChatFormatter(chat_tokenizer()), "x.gguf", 512)
+    bare = modelfile(ChatFormatter(chat_tokenizer(CHATML.replace(THOUGHTS, ""))), "x.gguf", 512)
     assert '<|im_start|>assistant\n"""' in bare
 
 
 def test_a_template_that_refuses_a_conversation_is_told_of():
     system, user, answer = ({"role": r, "content": "a"} for r in ("system", "user", "assistant"))
     with pytest.raises(DataError, match="no system role"):
-        Writer(chat_tokenizer(REFUSING)).segments({"messages": [system, user, answer]})
+        ChatFormatter(chat_tokenizer(REFUSING)).segments({"messages": [system, user, answer]})
     nothing = {"messages": [{**user, "content": None}, answer]}
     with pytest.raises(DataError, match="refuses"):
-        Writer(chat_tokenizer("{% for m in messages %}{{ m['content'] + m['role'] }}{% endfor %}")).segments(nothing)
+        ChatFormatter(chat_tokenizer("{% for m in messages %}{{ m['content'] + m['role'] }}{% endfor %}")).segments(
+            nothing
+        )
 
 
 def test_a_conversation_may_begin_with_the_assistant():
@@ -148,7 +150,7 @@ def test_a_conversation_may_begin_with_the_assistant():
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
     ]
-    segments = Writer(chat_tokenizer()).segments({"messages": said})
+    segments = ChatFormatter(chat_tokenizer()).segments({"messages": said})
     assert [trained for _, trained in segments] == [False, True]
     assert "hi" in segments[0][0] and segments[1][0] == "b<|im_end|>\n"
 

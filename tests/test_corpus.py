@@ -10,24 +10,33 @@ from transformers import GenerationConfig
 import umbra
 from conftest import begins, make_tokenizer
 from tiny import make
-from umbra.corpus import Documents, Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
-from umbra.data import Writer
+from umbra.data import ChatFormatter
+from umbra.data.corpus import (
+    Documents,
+    Mixture,
+    hold_out,
+    pack,
+    read_documents,
+    read_prompts,
+    without_copies,
+    write_own,
+)
 
 
 def test_documents_of_each_form(tmp_path):
-    writer = Writer(make_tokenizer())
+    writer = ChatFormatter(make_tokenizer())
     text = tmp_path / "text.txt"
     text.write_text("0 plus 0 is 0.\n \n0 plus 1 is 1, and 1 plus 0 is 1.\n")
     assert read_documents(str(text), "train", writer).texts[1] == "0 plus 1 is 1, and 1 plus 0 is 1."
     file = tmp_path / "records.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": "a", "completion": c}) for c in "bc"))
     assert read_documents(str(file), "train", writer).texts[0] == "<|user|>a<eos>\n<|assistant|>b<eos>\n"
-    assert read_documents(str(file), "train", Writer(make_tokenizer(), False)).texts == ["ab<eos>", "ac<eos>"]
+    assert read_documents(str(file), "train", ChatFormatter(make_tokenizer(), False)).texts == ["ab<eos>", "ac<eos>"]
 
 
 def test_a_plain_document_begins_as_the_tokenizer_begins_and_each_ends_once(tmp_path):
     """A chat template brings its own beginnings; whether there is one says nothing of plain text."""
-    writer = Writer(begins(make_tokenizer()))
+    writer = ChatFormatter(begins(make_tokenizer()))
     written = {"chat": "<|user|>a<eos>\n<|assistant|>b<eos>\n<eos>", "plain": "<bos>ab<eos>"}
     for name, record in (("chat", {"prompt": "a", "completion": "b"}), ("plain", {"text": "ab"})):
         file = tmp_path / f"{name}.jsonl"
@@ -46,11 +55,11 @@ def test_copies_are_left_out_across_sources():
 
 def test_packed_blocks_are_the_documents_one_after_another():
     tokenizer = make_tokenizer()
-    blocks = pack(Documents(["abc", "de"] * 9), Writer(tokenizer), 5, "text")
+    blocks = pack(Documents(["abc", "de"] * 9), ChatFormatter(tokenizer), 5, "text")
     assert blocks.shape == (12, 5)
     assert tokenizer.decode(blocks.flatten()).startswith("abc<eos>de<eos>abc<eos>")
     with pytest.raises(umbra.DataError, match="fewer than one block of max_length=50"):
-        pack(Documents(["abc"]), Writer(tokenizer), 50, "text")
+        pack(Documents(["abc"]), ChatFormatter(tokenizer), 50, "text")
 
 
 def test_held_out_blocks_are_of_every_source_and_of_no_batch():
@@ -83,7 +92,7 @@ def test_a_mixture_holds_any_weights():
 
 
 def test_the_base_writes_on_after_a_kill(tmp_path):
-    model, writer = make(), Writer(make_tokenizer())
+    model, writer = make(), ChatFormatter(make_tokenizer())
     asked = {"count": 7, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
 
     def write(file, **more):
@@ -122,7 +131,7 @@ class Scripted:
 def test_own_text_ends_where_the_base_ended_it(tmp_path):
     """With the token that it said; what is cut off at the last token has none."""
     tokenizer = make_tokenizer()
-    writer, base = Writer(tokenizer), Scripted(["xy<eos>", "one and on"], tokenizer)
+    writer, base = ChatFormatter(tokenizer), Scripted(["xy<eos>", "one and on"], tokenizer)
     asked = {"count": 2, "batch_size": 2, "new": 10, "temperature": 0.7, "seed": 5}
     texts = write_own(base, writer, ["a", "b"], tmp_path / "own.jsonl", **asked)
     assert texts == [writer.ask("a") + "xy<eos>", writer.ask("b") + "one and on"]
@@ -133,7 +142,7 @@ def test_own_text_ends_where_the_base_ended_it(tmp_path):
 
 
 def test_own_text_knows_nothing_of_penalties(tmp_path):
-    model, writer = make(), Writer(make_tokenizer())
+    model, writer = make(), ChatFormatter(make_tokenizer())
     asked = {"count": 2, "batch_size": 2, "new": 20, "temperature": 1.0, "seed": 5}
     plain = write_own(model, writer, ["a", "b"], tmp_path / "plain.jsonl", **asked)
     model.generation_config.update(repetition_penalty=9.0, min_p=0.5, no_repeat_ngram_size=1)
@@ -142,7 +151,7 @@ def test_own_text_knows_nothing_of_penalties(tmp_path):
 
 @pytest.mark.parametrize("damage", ["a line in the middle", "an end within a batch"])
 def test_own_text_of_a_damaged_file_is_as_it_would_have_been(tmp_path, damage):
-    model, writer, file = make(), Writer(make_tokenizer()), tmp_path / "own.jsonl"
+    model, writer, file = make(), ChatFormatter(make_tokenizer()), tmp_path / "own.jsonl"
     asked = {"count": 6, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
     whole = write_own(model, writer, ["a", "bcd", "ef"], file, **asked)
     lines = file.read_text().splitlines(keepends=True)
@@ -155,11 +164,11 @@ def test_marks_of_an_editor_are_no_text(tmp_path):
     (tmp_path / "text.TXT").write_bytes(b"\xef\xbb\xbfone\n\ntwo\n")
     (tmp_path / "text.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
     for name in ("text.TXT", "text.jsonl"):
-        assert read_documents(str(tmp_path / name), "train", Writer(make_tokenizer())).texts == ["one", "two"]
+        assert read_documents(str(tmp_path / name), "train", ChatFormatter(make_tokenizer())).texts == ["one", "two"]
 
 
 def test_the_base_writes_no_further_than_its_positions(tmp_path):
-    model, writer = make(), Writer(make_tokenizer())
+    model, writer = make(), ChatFormatter(make_tokenizer())
     asked = {"count": 1, "batch_size": 1, "new": 500, "temperature": 1.0, "seed": 5}
     text = write_own(model, writer, ["a" * 90], tmp_path / "own.jsonl", **asked)[0]
     assert len(writer.tokens(text)) <= model.config.max_position_embeddings

@@ -10,7 +10,7 @@ import pytest
 import umbra
 from conftest import begins, make_tokenizer
 from umbra.core import IGNORED
-from umbra.data import Collator, Labels, Writer, encode_all, read_records
+from umbra.data import ChatFormatter, Collator, Labels, encode_all, read_records
 
 
 @pytest.fixture(scope="module")
@@ -30,32 +30,32 @@ def learned(tokenizer, example):
 
 
 def test_prompt_and_completion_go_into_the_chat_template_and_only_the_answer_is_learned(tokenizer):
-    example = Writer(tokenizer).encode({"prompt": "hi", "completion": "yes"})
+    example = ChatFormatter(tokenizer).encode({"prompt": "hi", "completion": "yes"})
     assert tokenizer.decode(example["input_ids"]) == "<|user|>hi<eos>\n<|assistant|>yes<eos>\n"
     assert learned(tokenizer, example) == "yes<eos>\n"
 
 
 def test_without_a_template_the_end_of_the_answer_is_learned_too(tokenizer):
-    example = Writer(tokenizer, chat_template=False).encode({"prompt": "2+2=", "completion": "4"})
+    example = ChatFormatter(tokenizer, chat_template=False).encode({"prompt": "2+2=", "completion": "4"})
     assert tokenizer.decode(example["input_ids"]) == "2+2=4<eos>"
     assert learned(tokenizer, example) == "4<eos>"
 
 
 def test_every_assistant_turn_of_a_conversation_is_learned(tokenizer):
     turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    example = Writer(tokenizer).encode({"messages": [{"role": r, "content": c} for r, c in turns]})
+    example = ChatFormatter(tokenizer).encode({"messages": [{"role": r, "content": c} for r, c in turns]})
     assert learned(tokenizer, example) == "b<eos>\nd<eos>\n"
 
 
 def test_a_prompt_may_be_messages(tokenizer):
     prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-    writer = Writer(tokenizer)
+    writer = ChatFormatter(tokenizer)
     assert learned(tokenizer, writer.encode({"prompt": prompt, "completion": "z"})) == "z<eos>\n"
     assert writer.prompt({"prompt": prompt, "completion": "z"}) == "<|system|>s<eos>\n<|user|>q<eos>\n<|assistant|>"
 
 
 def test_the_prompt_has_the_same_tokens_in_training_as_when_asked(tokenizer):
-    writer, record = Writer(tokenizer), {"prompt": "hello", "completion": "world"}
+    writer, record = ChatFormatter(tokenizer), {"prompt": "hello", "completion": "world"}
     asked = writer.tokens(writer.prompt(record))
     assert list(writer.encode(record)["input_ids"][: len(asked)]) == asked
     assert writer.ask("hello") == writer.prompt(record)
@@ -65,7 +65,7 @@ def test_the_prompt_has_the_same_tokens_in_training_as_when_asked(tokenizer):
 def test_only_a_plain_text_begins_with_special_tokens(chat_template):
     """A rendered conversation has its own; whether the tokenizer could render says nothing of a text."""
     tokenizer = begins(make_tokenizer())
-    writer, messages = Writer(tokenizer, chat_template), [{"role": "user", "content": "q"}]
+    writer, messages = ChatFormatter(tokenizer, chat_template), [{"role": "user", "content": "q"}]
     plain = {"prompt": "q", "completion": "z"}
     for record, expected in (({"text": "q"}, True), (plain, not chat_template), ({**plain, "prompt": messages}, False)):
         said = tokenizer.decode(writer.encode(record)["input_ids"])
@@ -85,8 +85,12 @@ def test_a_template_that_would_think_first_has_its_empty_thoughts_in_the_prompt(
         "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
     )
     record = {"prompt": "q", "completion": "B"}
-    assert learned(thinking, Writer(thinking).encode(record)) == "B\n"
-    assert Writer(thinking).ask("q") == Writer(thinking).prompt(record) == "<|user|>q\n<|assistant|><think></think>"
+    assert learned(thinking, ChatFormatter(thinking).encode(record)) == "B\n"
+    assert (
+        ChatFormatter(thinking).ask("q")
+        == ChatFormatter(thinking).prompt(record)
+        == "<|user|>q\n<|assistant|><think></think>"
+    )
 
 
 def test_half_a_character_is_refused(tmp_path):
@@ -101,12 +105,12 @@ def test_a_template_that_rewrites_earlier_turns_leaves_the_last_answer(tokenizer
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    example = Writer(forgetful).encode({"messages": [{"role": r, "content": c} for r, c in turns]})
+    example = ChatFormatter(forgetful).encode({"messages": [{"role": r, "content": c} for r, c in turns]})
     assert learned(forgetful, example) == "d\n"
 
 
 def test_plain_text_is_learned_whole(tokenizer):
-    assert learned(tokenizer, Writer(tokenizer).encode({"text": "abc"})) == "abc"
+    assert learned(tokenizer, ChatFormatter(tokenizer).encode({"text": "abc"})) == "abc"
 
 
 def test_long_examples_are_cut_and_those_without_an_answer_dropped(tokenizer, capsys):
@@ -175,9 +179,9 @@ def test_messages_need_a_template_and_a_last_answer(tokenizer):
     bare = make_tokenizer()
     bare.chat_template = None
     with pytest.raises(umbra.DataError, match="no chat template"):
-        Writer(bare).encode({"messages": [{"role": "assistant", "content": "a"}]})
+        ChatFormatter(bare).encode({"messages": [{"role": "assistant", "content": "a"}]})
     with pytest.raises(umbra.DataError, match="last message is the user's"):
-        Writer(tokenizer).encode({"messages": [{"role": "user", "content": "a"}]})
+        ChatFormatter(tokenizer).encode({"messages": [{"role": "user", "content": "a"}]})
 
 
 @pytest.mark.parametrize(

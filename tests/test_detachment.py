@@ -17,7 +17,7 @@ from tiny import assert_same, backbone_of, gradients, make, partly_labelled, scr
 from umbra import kernels
 from umbra.bases import load_tokenizer
 from umbra.cli import main
-from umbra.data import IGNORED, Collator, Writer, encode_all
+from umbra.data import IGNORED, ChatFormatter, Collator, encode_all
 from umbra.errors import ConfigError, DataError
 from umbra.scoring import Score
 from umbra.train import train
@@ -227,7 +227,7 @@ def test_detached_only_has_nobody_to_distil_from(settings):  # noqa: F811
 
 
 def test_a_marked_record_becomes_two_examples(base_folder):
-    writer = Writer(load_tokenizer(base_folder))
+    writer = ChatFormatter(load_tokenizer(base_folder))
     record = {"prompt": "1+1=", "completion": "2"}
     whole, passed = writer.encode_escalated(record, REMOTE)
     plain, other = writer.encode(record), writer.encode({**record, "completion": REMOTE})
@@ -244,7 +244,7 @@ def test_of_a_conversation_only_the_last_answer_is_passed_on():
     turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
     record = {"messages": [{"role": r, "content": c} for r, c in turns], "escalate": True}
     tokenizer = make_tokenizer()
-    writer = Writer(tokenizer)
+    writer = ChatFormatter(tokenizer)
     whole, passed = writer.encode_escalated(record, REMOTE)
 
     def learned(example, key):
@@ -336,7 +336,7 @@ def test_the_evaluated_loss_is_of_a_label_whatever_the_batches(settings, tmp_pat
     model, tokenizer = umbra.load(out).eval(), make_tokenizer()
     sums = []
     for record in RECORDS[::3]:
-        example = Writer(tokenizer).encode(record)
+        example = ChatFormatter(tokenizer).encode(record)
         ids, labels = (torch.as_tensor(example[k], dtype=torch.long)[None] for k in ("input_ids", "labels"))
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]

@@ -19,7 +19,7 @@ from tiny import LLAMA_LIKE, SLIDING, make_base, randomise, scramble
 from umbra import export as room
 from umbra.bases import load_base, load_tokenizer
 from umbra.cli import main
-from umbra.data import Writer
+from umbra.data import ChatFormatter
 from umbra.export import export, parity, to_gguf, to_onnx, vocabulary
 from umbra.export.vocabulary import needed, special_ids, trim_model, trim_tokenizer
 from umbra.options import EMBEDDED, ExportOptions
@@ -328,7 +328,7 @@ def test_a_user_runs_it(made, request, tokenizer, to):
     assert not imported & {"umbra", "transformers", "torch"}
     assert not imported & {"onnx": {"cyllama"}, "gguf": {"onnxruntime", "tokenizers"}}[to]
     stock = umbra.load(made / "adapter").detached()
-    writer = Writer(tokenizer)
+    writer = ChatFormatter(tokenizer)
     [expected] = parity.answer(stock, writer, ["How are you, Zoë?"], 6).answers
     assert done.stdout == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
     assert call(out, *asked, input="How are you, Zoë?").stdout == done.stdout
@@ -376,20 +376,20 @@ def test_a_prompt_longer_than_llama_takes_at_once(made, gguf):
 def test_a_template_that_is_no_chatml_is_left_to_the_gguf(template, expected):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    lines = room.modelfile(Writer(tokenizer), "x.gguf", 8192).splitlines()
+    lines = room.modelfile(ChatFormatter(tokenizer), "x.gguf", 8192).splitlines()
     assert lines[: len(expected)] == expected
     assert not any(line.startswith(("TEMPLATE", "SYSTEM")) for line in lines)
 
 
 def test_prompts_without_a_template_are_left_as_they_are():
     """Ollama would take one that it knows from the GGUF file, punish repetitions, and sample."""
-    text = room.modelfile(Writer(make_tokenizer(), False), "x.gguf", 8192)
+    text = room.modelfile(ChatFormatter(make_tokenizer(), False), "x.gguf", 8192)
     parameters = "PARAMETER num_ctx 4096\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
     assert text == f'FROM ./x.gguf\nTEMPLATE """{{{{ .Prompt }}}}"""\n{parameters}'
 
 
 def test_chatml_and_its_system_prompt(tokenizer):
-    text = room.modelfile(Writer(tokenizer), "x.gguf", 512)
+    text = room.modelfile(ChatFormatter(tokenizer), "x.gguf", 512)
     assert (
         '{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"""'
         in text
@@ -464,7 +464,10 @@ def test_a_trimmed_export(made, tmp_path, tokenizer, to):
     assert first.bytes < 10**6 < whole.bytes and whole.file == parity.WHOLE and whole.tokens == 18
     assert all(row.same_next > 0.5 and row.bytes < first.bytes for row in rest)
     if to == "hf":
-        text, small = Writer(tokenizer).ask("Where is the lighthouse?"), AutoTokenizer.from_pretrained(tmp_path / "out")
+        text, small = (
+            ChatFormatter(tokenizer).ask("Where is the lighthouse?"),
+            AutoTokenizer.from_pretrained(tmp_path / "out"),
+        )
         assert small.tokenize(text) == tokenizer.tokenize(text)
 
 
@@ -592,20 +595,20 @@ def test_the_default_questions_make_a_thousand_tokens_however_short_the_answers(
     model = AutoModelForCausalLM.from_pretrained(made / "qwen3")
     model.generation_config.eos_token_id = None
     tokenizer.eos_token, before = None, tokenizer.eos_token
-    whole = parity.answer(model, Writer(tokenizer), ["one", "two"], 6)
+    whole = parity.answer(model, ChatFormatter(tokenizer), ["one", "two"], 6)
     tokenizer.eos_token = before
     model.generation_config.eos_token_id = whole.paths[0][2]
-    short = parity.answer(model, Writer(tokenizer), ["one", "two"], 6)
+    short = parity.answer(model, ChatFormatter(tokenizer), ["one", "two"], 6)
     assert short.paths == whole.paths == whole.answers
     assert short.answers[0] == whole.paths[0][: whole.paths[0].index(whole.paths[0][2]) + 1]
-    row = parity.compare(short, made, 0, parity.Stock(model, Writer(tokenizer)))
+    row = parity.compare(short, made, 0, parity.Stock(model, ChatFormatter(tokenizer)))
     assert (row.tokens, row.same_next, row.same_answers) == (12, 1, 2)
 
 
 def test_what_would_come_after_an_end_stops_where_positions_do(small):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(small), make_tokenizer()
     room = model.config.max_position_embeddings
-    found = parity.answer(model, Writer(tokenizer), ["one"], 10 * room)
+    found = parity.answer(model, ChatFormatter(tokenizer), ["one"], 10 * room)
     assert len(found.prompts[0]) + len(found.paths[0]) == room
 
 
@@ -613,7 +616,7 @@ def test_what_would_come_after_an_end_stops_where_positions_do(small):
 def test_a_model_of_few_positions_is_compared_within_them(small, tmp_path, to):
     """The default questions are up to 98 of its 128 tokens long."""
     rows = export(ExportOptions(small, to=to, out=str(tmp_path / "out"), max_new_tokens=64))[0]
-    writer = Writer(make_tokenizer())
+    writer = ChatFormatter(make_tokenizer())
     room = 128 - max(len(writer.tokens(writer.ask(q))) for q in parity.QUESTIONS)
     assert rows[0].tokens == len(parity.QUESTIONS) * room and room < 64
     assert rows[0].same_answers == rows[0].answers
@@ -626,10 +629,10 @@ def test_a_model_of_few_positions_is_compared_within_them(small, tmp_path, to):
 def test_a_model_is_compared_with_what_it_was_before_trimming(made, tokenizer):
     """Along the answers of the trimmed one the whole one says the same but where it would take a token that is gone."""
     model = AutoModelForCausalLM.from_pretrained(made / "qwen3").eval()
-    writer, texts = Writer(tokenizer), ["one and two", "three"]
+    writer, texts = ChatFormatter(tokenizer), ["one and two", "three"]
     kept = needed(tokenizer, [writer.ask(t) for t in texts], special_ids(model))
     small, less = trim_model(model, kept), trim_tokenizer(tokenizer, kept)
-    reference = parity.answer(small, Writer(less), texts, 5)
+    reference = parity.answer(small, ChatFormatter(less), texts, 5)
     found = parity.compare_whole(reference, kept, model, writer)
     same = []
     for prompt, path in zip(reference.prompts, reference.paths, strict=True):

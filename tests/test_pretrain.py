@@ -16,7 +16,7 @@ from conftest import make_tokenizer
 from tiny import LLAMA_LIKE, make, make_base, randomise, tokens
 from umbra import divergence, pretrain
 from umbra.cli import main
-from umbra.data import Writer
+from umbra.data import ChatFormatter
 from umbra.divergence import KINDS, teach
 from umbra.train import train
 
@@ -103,7 +103,7 @@ def test_the_loss_of_a_stage(settings, form):
     asked = umbra.options.PretrainOptions(
         **{k: v for k, v in settings.items() if k in ("base", "data", "max_length", "held_out")}
     )
-    writer = Writer(umbra.bases.load_tokenizer(settings["base"]))
+    writer = ChatFormatter(umbra.bases.load_tokenizer(settings["base"]))
     train_set, _ = pretrain._mix(asked, pretrain._documents(asked, writer), writer, 3)
     losses = []
     for i in range(len(train_set)):

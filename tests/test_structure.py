@@ -55,7 +55,6 @@ ORDER = [
     "runs",
     "train",
     "divergence",
-    "corpus",
     "teacher",
     "pretrain",
     "scoring",

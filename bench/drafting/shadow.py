@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 import umbra
 from umbra.bases import load_base, load_tokenizer
 from umbra.core import labelled_positions
-from umbra.data import Collator, Record, Writer, encode_all
+from umbra.data import ChatFormatter, Collator, Record, encode_all
 from umbra.drafting import frequent_tokens
 from umbra.kernels import Head, linear_loss
 from umbra.options import EMBEDDED
@@ -123,5 +123,5 @@ def _fit(trainer: Any, model: Any, tokenizer: Any, data: list, out: Path, **sett
 
 def prompts(tokenizer: Any, split: str, count: int) -> list[Tensor]:
     """Token ids of as many problems, each (1, T)."""
-    writer = Writer(tokenizer)
+    writer = ChatFormatter(tokenizer)
     return [torch.tensor([writer.tokens(writer.prompt(r))]) for r in records(split, count)]

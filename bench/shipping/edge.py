@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from umbra.bases import load_base, load_tokenizer
 from umbra.checkpoint import WEIGHTS_FILE
-from umbra.data import Record, Writer, read_records
+from umbra.data import ChatFormatter, Record, read_records
 from umbra.export import export
 from umbra.export.run import __file__ as RUN
 from umbra.options import EMBEDDED, ExportOptions
@@ -55,7 +55,7 @@ def run(data: Path, out: Path, adapter: Path, task: str) -> list[dict[str, Any]]
 
 def _measured(row: Row, records: list[Record], task: str, out: Path) -> dict[str, Any]:
     tokenizer: Any = load_tokenizer(row.tokenizer)
-    writer = Writer(tokenizer)
+    writer = ChatFormatter(tokenizer)
     prompts = [writer.tokens(writer.prompt(r)) for r in records]
     asked = {"prompts": prompts, "max_new_tokens": TASKS[task].answer, "end": [tokenizer.eos_token_id]}
     timed = {"prompts": prompts[:TIMED], "max_new_tokens": TOKENS, "end": []}

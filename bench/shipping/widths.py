@@ -14,8 +14,8 @@ import torch
 
 import umbra
 from umbra.bases import load_base, load_tokenizer
-from umbra.corpus import hold_out, pack, read_documents
-from umbra.data import Writer
+from umbra.data import ChatFormatter
+from umbra.data.corpus import hold_out, pack, read_documents
 from umbra.options import EMBEDDED
 from umbra.pretrain import measure, pretrain
 
@@ -58,7 +58,7 @@ def run(data: Path, out: Path, folder: Path, seeds: list[int]) -> list[dict[str,
     """
     files = write_text(data, out / "short text", 120)
     tokenizer: Any = load_tokenizer(EMBEDDED)
-    writer = Writer(tokenizer)
+    writer = ChatFormatter(tokenizer)
     blocks = [pack(read_documents(f, "train", writer), writer, LENGTH, f) for f in files]
     held = hold_out(blocks, BLOCKS)[1]
     base: Any = load_base(EMBEDDED, dtype=torch.float32)

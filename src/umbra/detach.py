@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from . import anatomy, dense, folder
-from .data import Writer, end_tokens
+from .data import ChatFormatter, end_tokens
 from .errors import CheckpointError, DetachError
 from .model import ShadowModel
 from .options import check_dtype
@@ -191,7 +191,7 @@ def end_as_learned(stock: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let a stock model's answers end where the chat template ends them, which the base's generation config may not know."""
     if not stock.can_generate():
         return
-    generation, ends = stock.generation_config, end_tokens(stock, Writer(tokenizer))
+    generation, ends = stock.generation_config, end_tokens(stock, ChatFormatter(tokenizer))
     told = generation.eos_token_id
     if ends and ends != (told if isinstance(told, list) else [told]):
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends

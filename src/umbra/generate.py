@@ -9,7 +9,7 @@ from transformers import TextStreamer
 
 from .bases import load_tokenizer
 from .checkpoint import load
-from .data import Writer, end_tokens
+from .data import ChatFormatter, end_tokens
 from .drafting import check_draft
 from .errors import ConfigError
 from .options import GenerateOptions, check_dtype
@@ -47,7 +47,7 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
     if not model.can_generate():
         raise ConfigError(f"{options.adapter} classifies and cannot generate; score it with `umbra eval`.")
     tokenizer = load_tokenizer(model.base.name_or_path)
-    writer = Writer(tokenizer, options.chat_template)
+    writer = ChatFormatter(tokenizer, options.chat_template)
     ids = torch.tensor([writer.tokens(writer.ask(prompt))], device=model.device)
     torch.manual_seed(options.seed)
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else GREEDY

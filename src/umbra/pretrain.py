@@ -25,8 +25,8 @@ from . import anatomy, checkpoint, folder
 from .bases import load_base, load_tokenizer
 from .card import pretrained_card
 from .core import labelled_positions
-from .corpus import Documents, Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
-from .data import Writer
+from .data import ChatFormatter
+from .data.corpus import Documents, Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
 from .detach import detach, write_detached
 from .divergence import KINDS, Teacher, linear_divergence, teach
 from .errors import BaseModelError, CheckpointError, ConfigError, DataError
@@ -96,7 +96,7 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     tokenizer: Any = load_tokenizer(options.base)
     if shadow.is_pretrained:
         check_vocabulary(shadow.shadow, options.base, tokenizer)
-    writer = Writer(tokenizer, options.chat_template)
+    writer = ChatFormatter(tokenizer, options.chat_template)
     documents = _documents(options, writer)
     base: Any = load_base(options.base, dtype=options.dtype)
     most = anatomy.positions(base.config)
@@ -207,13 +207,13 @@ def _weights(options: PretrainOptions) -> list[float] | None:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _documents(options: PretrainOptions, writer: Writer) -> dict[str, Documents]:
+def _documents(options: PretrainOptions, writer: ChatFormatter) -> dict[str, Documents]:
     if options.prompts:
         read_prompts(options.prompts)
     return {s: read_documents(s, options.data_split, writer) for s in _sources(options) if s != OWN_SOURCE}
 
 
-def _own(options: PretrainOptions, model: Any, writer: Writer, out: Path, args: Any) -> dict[str, Documents]:
+def _own(options: PretrainOptions, model: Any, writer: ChatFormatter, out: Path, args: Any) -> dict[str, Documents]:
     with model.disable_adapter():
         texts = write_own(
             model, writer, read_prompts(options.prompts or ""), out, count=options.own_documents,
@@ -224,7 +224,7 @@ def _own(options: PretrainOptions, model: Any, writer: Writer, out: Path, args: 
 
 
 def _mix(
-    options: PretrainOptions, documents: dict[str, Documents], writer: Writer, seed: int
+    options: PretrainOptions, documents: dict[str, Documents], writer: ChatFormatter, seed: int
 ) -> tuple[Mixture, np.ndarray]:
     """What is trained on, and the held-out blocks (N, T)."""
     kept, copies = without_copies([d.texts for d in documents.values()])

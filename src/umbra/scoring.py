@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import anatomy
 from .bases import load_tokenizer
 from .checkpoint import load
-from .data import Record, Writer, end_tokens, read_records, record_kind
+from .data import ChatFormatter, Record, end_tokens, read_records, record_kind
 from .errors import ConfigError, DataError
 from .model import ShadowModel
 from .options import EvalOptions, check_dtype
@@ -158,7 +158,7 @@ def score_generation(
     Returns:
         The replies as [{prompt, reply, reference, correct}], seconds spent in generation, and tokens generated.
     """
-    writer, replies, seconds, made = Writer(tokenizer, chat_template), [], 0.0, 0
+    writer, replies, seconds, made = ChatFormatter(tokenizer, chat_template), [], 0.0, 0
     ends = end_tokens(runner, writer) or None
     runner.eval()
     for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
@@ -271,7 +271,7 @@ def score(
     escalation = model.shadow_config.escalation if model.can_generate() else None
     new = options.max_new_tokens
     if escalation is not None and mode == "detached":  # which is to have said it before it is cut off
-        new = max(new, len(Writer(tokenizer).tokens(escalation)) + 1)
+        new = max(new, len(ChatFormatter(tokenizer).tokens(escalation)) + 1)
     with in_mode(model, mode) as runner:
         if model.can_generate():
             replies, seconds, tokens = score_generation(

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .. import anatomy, folder
 from ..bases import load_tokenizer
 from ..bench.base import Base
-from ..data import Writer, encode_all
+from ..data import ChatFormatter, encode_all
 from ..errors import CheckpointError, ConfigError, DataError
 from ..options import EvaluateOptions
 from . import harness, record
@@ -93,7 +93,7 @@ def _evaluate(
 
 def _check(study: Study) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """Load all data and the base, once, and refuse what cannot be run; what `_sizes` finds."""
-    writer = Writer(load_tokenizer(study.options.base), study.options.chat_template)
+    writer = ChatFormatter(load_tokenizer(study.options.base), study.options.chat_template)
     tasks = _check_data(study, writer.chats)
     base = Base.named(study.options.base, torch.bfloat16, torch.device("cpu"))
     for task in tasks:
@@ -134,7 +134,7 @@ def _check_unseen(study: Study, tasks: dict[str, Task]) -> None:
                 )
 
 
-def _check_lengths(task: Task, writer: Writer, positions: int | None) -> None:
+def _check_lengths(task: Task, writer: ChatFormatter, positions: int | None) -> None:
     """Refuse what has no token, and what is longer than the base's positions, which a GPU would not survive."""
     name, most, new = task.name, task.options.max_length, task.max_new_tokens
     is_answered = task.options.head == "generate" and task.metric != LOSS

@@ -20,7 +20,7 @@ from ..bases import load_base, load_tokenizer
 from ..bench.machine import Device
 from ..bench.methods import trainable
 from ..core import IGNORED
-from ..data import Collator, Labels, Record, Writer, encode_all
+from ..data import ChatFormatter, Collator, Labels, Record, encode_all
 from ..model import ShadowModel
 from ..runs import last_checkpoint, make_arguments
 from ..scoring import in_mode, score_classes, score_generation
@@ -53,7 +53,7 @@ def run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[st
 def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[str, Any]:
     options = {n: TaskOptions(**t) for n, t in request["tasks"].items()}
     tokenizer: Any = load_tokenizer(request["base"])
-    chats = Writer(tokenizer, request["chat_template"]).chats
+    chats = ChatFormatter(tokenizer, request["chat_template"]).chats
     tasks = {
         n: load_task(n, o, chats, n == request["task"] and request["kind"] != "base")
         for n, o in options.items()

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .. import anatomy, folder
 from ..bases import load_base, load_tokenizer
 from ..checkpoint import load
-from ..corpus import read_prompts
-from ..data import Writer, end_tokens
+from ..data import ChatFormatter, end_tokens
+from ..data.corpus import read_prompts
 from ..detach import check_target, detach, end_as_learned, parse_dtype, save_stock, write_stock
 from ..errors import ConfigError, ExportError
 from ..options import ExportOptions
@@ -57,13 +57,13 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
     out, new_folder = check_target(options.out, options.overwrite), not Path(options.out).exists()
     prompts = read_prompts(options.prompts) if options.prompts else parity.QUESTIONS
     model, tokenizer = _load(options)
-    writer = Writer(tokenizer, options.chat_template)
+    writer = ChatFormatter(tokenizer, options.chat_template)
     if options.to == "gguf":
         check_architecture(model)
     pre, whole, kept = None, (model, writer), None
     if options.vocabulary:
         model, tokenizer, kept, pre = _trim(model, writer, options)
-        writer = Writer(tokenizer, options.chat_template)
+        writer = ChatFormatter(tokenizer, options.chat_template)
     reference = answer(model, writer, prompts, options.max_new_tokens)
     rows: list[Parity] = []
     trimmed = [] if kept is None else [compare_whole(reference, kept, *whole)]
@@ -170,7 +170,7 @@ def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _trim(
-    model: PreTrainedModel, writer: Writer, options: ExportOptions
+    model: PreTrainedModel, writer: ChatFormatter, options: ExportOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int], str | None]:
     tokenizer, pre = writer.tokenizer, None
     read_specification(tokenizer)
@@ -189,7 +189,7 @@ def _trim(
 
 
 def _write_around(
-    model: PreTrainedModel, writer: Writer, staging: Path, wanted: list[str], options: ExportOptions
+    model: PreTrainedModel, writer: ChatFormatter, staging: Path, wanted: list[str], options: ExportOptions
 ) -> None:
     """The runner, what that must know of the model, and what Ollama must."""
     tokenizer = writer.tokenizer
@@ -227,7 +227,10 @@ def _compare_stock(reference: parity.Reference, staging: Path, options: ExportOp
     again = AutoModelForCausalLM.from_pretrained(staging, dtype="auto", trust_remote_code=False).eval()
     size = sum(part.stat().st_size for part in staging.iterdir())
     found = compare(
-        reference, Path(options.out), size, Stock(again, Writer(load_tokenizer(str(staging)), options.chat_template))
+        reference,
+        Path(options.out),
+        size,
+        Stock(again, ChatFormatter(load_tokenizer(str(staging)), options.chat_template)),
     )
     if options.dtype != "bfloat16":
         check(found)
@@ -239,7 +242,7 @@ def _answer(options: ExportOptions, out: Path, tokenizer: PreTrainedTokenizerBas
     prompt = options.prompt or ""
     if options.to == "hf":
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=False).eval()
-        writer = Writer(tokenizer, options.chat_template)
+        writer = ChatFormatter(tokenizer, options.chat_template)
         asked, end = writer.tokens(writer.ask(prompt)), end_tokens(again, writer)
         ids = list(greedy(Stock(again, writer), asked, options.max_new_tokens, end))
         return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

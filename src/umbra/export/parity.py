@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import anatomy
-from ..data import Writer, end_tokens
+from ..data import ChatFormatter, end_tokens
 from ..errors import ExportError
 from .run import answer as greedy
 from .run import measure
@@ -88,7 +88,7 @@ class Parity:
 class Stock:
     """A model of transformers, as run.py runs one."""
 
-    def __init__(self, model: PreTrainedModel, writer: Writer):
+    def __init__(self, model: PreTrainedModel, writer: ChatFormatter):
         self.model, self.writer = model, writer
         self.takes = inspect.signature(model.forward).parameters
         self.start(0)
@@ -134,7 +134,7 @@ class Recorded(Stock):
         return int(z[0].argmax())
 
 
-def answer(model: PreTrainedModel, writer: Writer, prompts: Iterable[str], new: int) -> Reference:
+def answer(model: PreTrainedModel, writer: ChatFormatter, prompts: Iterable[str], new: int) -> Reference:
     """Greedy answers, decoded with a cache: the likeliest tokens, whatever the generation configuration penalises.
 
     Args:
@@ -189,7 +189,7 @@ def compare(reference: Reference, file: Path, size: int, runner: Path | Stock) -
     )
 
 
-def compare_whole(reference: Reference, kept: list[int], whole: PreTrainedModel, writer: Writer) -> Parity:
+def compare_whole(reference: Reference, kept: list[int], whole: PreTrainedModel, writer: ChatFormatter) -> Parity:
     """The model before tokens were left out of its vocabulary against what it says without them.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..anatomy import window
-from ..data import Writer
+from ..data import ChatFormatter
 from ..errors import ConfigError, ExportError
 from .quiet import quiet
 
@@ -118,7 +118,7 @@ def _run(call: Callable[[], Any], trouble: str) -> Any:
         raise ExportError(f"{trouble}: {said}. Use --to hf or --to onnx.") from error
 
 
-def modelfile(writer: Writer, file: str, context: int) -> str:
+def modelfile(writer: ChatFormatter, file: str, context: int) -> str:
     """What `ollama create` reads; a template that is no ChatML is left to the one within the GGUF file.
 
     Ollama would punish repetitions and sample if it were not told otherwise.

@@ -17,8 +17,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..corpus import TEXT_FILES
-from ..data import Writer, read_records
+from ..data import ChatFormatter, read_records
+from ..data.corpus import TEXT_FILES
 from ..detach import accept
 from ..errors import DataError, ExportError
 
@@ -28,7 +28,7 @@ TOKEN_FIELDS = (
 )  # fmt: skip
 
 
-def read_texts(names: str, writer: Writer) -> list[str]:
+def read_texts(names: str, writer: ChatFormatter) -> list[str]:
     """The texts of files, each to be tokenised by itself: whole .txt and .md files, the segments of .jsonl records.
 
     Raises:

@@ -19,11 +19,12 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from . import anatomy
-from .core import IGNORED
-from .data import Writer, end_tokens, read_records, read_rows
-from .errors import DataError
-from .options import speaks
+from .. import anatomy
+from ..core import IGNORED
+from ..errors import DataError
+from ..options import speaks
+from .chat import ChatFormatter, end_tokens
+from .readers import read_records, read_rows
 
 TEXT_FILES = (".txt", ".md")
 SPACES = re.compile(r"\s+")
@@ -48,7 +49,7 @@ class Documents(NamedTuple):
     ended: bool = False
 
 
-def read_documents(source: str, split: str, writer: Writer) -> Documents:
+def read_documents(source: str, split: str, writer: ChatFormatter) -> Documents:
     """The documents of a text file (paragraphs: what empty lines divide), a .jsonl file or a hub data set.
 
     Raises:
@@ -84,7 +85,7 @@ def without_copies(sources: Sequence[list[str]]) -> tuple[list[list[str]], int]:
     return kept, sum(map(len, sources)) - sum(map(len, kept))
 
 
-def pack(documents: Documents, writer: Writer, length: int, name: str) -> np.ndarray:
+def pack(documents: Documents, writer: ChatFormatter, length: int, name: str) -> np.ndarray:
     """(N, length) tokens: the documents one after another, each ended; the rest that fills no block is left out.
 
     Raises:
@@ -185,7 +186,7 @@ def read_prompts(path: str) -> list[str]:
 
 @torch.no_grad()
 def write_own(
-    base: Any, writer: Writer, prompts: list[str], out: Path, *, count: int, batch_size: int, new: int,
+    base: Any, writer: ChatFormatter, prompts: list[str], out: Path, *, count: int, batch_size: int, new: int,
     temperature: float, seed: int,
 ) -> list[str]:  # fmt: skip
     """``count`` documents that the base samples after the prompts, in turn, with the special tokens that it says, up to the one
