@@ -14,41 +14,76 @@ from ..errors import DataError
 from ..options import speaks
 from .chat import ChatFormatter
 from .labels import Labels
+from .readers import Rows
 from .records import ESCALATION, MARK, Record
+from .tokens import encode_plain
 
 
 def encode_all(
     records: list[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int, chat_template: bool = True,
-    labels: Labels | None = None, name: str = "data", escalation: str = ESCALATION,
+    chat_template_kwargs: dict[str, Any] | None = None, labels: Labels | None = None, name: str = "data",
+    escalation: str = ESCALATION,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Tokenise records, cut at ``max_length``; examples left without a label are dropped, and said so.
+    """Tokenise records, cut at ``max_length``; examples left without a label are dropped, and counted in a message.
 
     Args:
-        escalation: what the shadow answers to records that are marked for it.
+        escalation: the shadow's answer to records that are marked for it.
 
     Raises:
-        DataError: no example is left.
+        DataError: a record that cannot be rendered or whose label is unknown, with its place; or no example is left.
     """
-    writer, examples, cut, dropped = ChatFormatter(tokenizer, chat_template), [], 0, 0
-    for record in tqdm(records, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False):
-        if labels is not None:
-            ids = np.asarray(tokenizer(record["text"])["input_ids"], np.int32)
-            cut += len(ids) > max_length
-            examples.append({"input_ids": ids[:max_length], "labels": labels.encode(record["label"])})
-            continue
-        found = writer.encode_escalated(record, escalation) if record.get(MARK) else [writer.encode(record)]
-        cut += len(found[0]["input_ids"]) > max_length
-        found = [{k: v[:max_length] for k, v in example.items()} for example in found]
-        kept = [e for e in found if any((v[1:] != IGNORED).any() for k, v in e.items() if k != "input_ids")]
-        examples += kept
-        dropped += not kept
-    if (cut or dropped) and speaks():
-        tqdm.write(
-            f"{name}: {cut} of {len(records)} records cut at {max_length} tokens, {dropped} without an answer dropped"
-        )
+    formatter, examples, cut, dropped, split = (
+        ChatFormatter(tokenizer, chat_template, chat_template_kwargs or {}),
+        [],
+        0,
+        0,
+        0,
+    )
+    place = records.where if isinstance(records, Rows) else lambda i: f"{name}, record {i + 1}"
+    for i, record in enumerate(tqdm(records, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False)):
+        try:
+            encoded = _encode(record, formatter, labels, escalation)
+        except DataError as error:
+            raise DataError(f"{place(i)}: {error}") from error
+        cut += any(len(e["input_ids"]) > max_length for e in encoded)
+        split += len(encoded) - 1 - bool(record.get(MARK)) > 0
+        short = [{k: v[:max_length] if isinstance(v, np.ndarray) else v for k, v in e.items()} for e in encoded]
+        learned = [e for e in short if labels is not None or _is_learned(e)]
+        examples += learned
+        dropped += not learned
+    if speaks():
+        for line in _report(name, len(records), cut, dropped, split, max_length):
+            tqdm.write(line)
     if not examples:
         raise DataError(f"No record of {name} has an answer within max_length={max_length} tokens: raise it.")
     return examples
+
+
+def _encode(record: Record, formatter: ChatFormatter, labels: Labels | None, escalation: str) -> list[dict[str, Any]]:
+    if labels is not None:
+        if not record["text"]:
+            raise DataError("'text' is empty, so there is nothing to classify: leave the record out.")
+        ids = np.asarray(encode_plain(formatter.tokenizer, record["text"]), np.int32)
+        return [{"input_ids": ids, "labels": labels.encode(record["label"])}]
+    return formatter.encode_escalated(record, escalation) if record.get(MARK) else formatter.encode_examples(record)
+
+
+def _is_learned(example: dict[str, Any]) -> bool:
+    return any((v[1:] != IGNORED).any() for k, v in example.items() if k != "input_ids")
+
+
+def _report(name: str, total: int, cut: int, dropped: int, split: int, max_length: int) -> list[str]:
+    lines = []
+    if cut or dropped:
+        lines.append(
+            f"{name}: {cut} of {total} records cut at {max_length} tokens, {dropped} without an answer dropped"
+        )
+    if split:
+        lines.append(
+            f"{name}: the chat template renders earlier turns differently once a conversation goes on; {split} of {total} "
+            "conversations are learned turn by turn, each as it is asked"
+        )
+    return lines
 
 
 def shadows_own(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:

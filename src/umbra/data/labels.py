@@ -1,11 +1,16 @@
 """Classification and regression labels."""
 
 import math
-from collections.abc import Iterable
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, shown
+
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
 @dataclass(frozen=True)
@@ -17,66 +22,85 @@ class Labels:
     width: int
 
     @classmethod
-    def of(cls, values: Iterable[Any]) -> "Labels":
-        """Read off the training labels: strings, integers or booleans are classes, floats are regression targets,
-        lists of strings are several classes at once, lists of 0 and 1 likewise.
+    def of(
+        cls, values: Iterable[Any], problem_type: str | None = None, where: Callable[[int], str] | None = None
+    ) -> "Labels":
+        """Read the classes off the training labels.
+
+        Strings, integers, floats and booleans are classes, by their text without surrounding white space. Lists of strings are
+        several classes at once, and so are lists of 0 and 1, one for each class.
+
+        Args:
+            problem_type: ``regression`` for numbers, or text of numbers, as targets; lists of numbers are several targets.
+            where: the place of a label, for messages.
 
         Raises:
-            DataError: labels of different kinds, or a single class.
+            DataError: an empty or missing label, labels of different kinds, or a single class.
         """
         values = list(values)
-        for value in values:
-            for x in value if isinstance(value, list) else [value]:
-                if not isinstance(x, str | int | float) or (isinstance(x, float) and not math.isfinite(x)):
-                    raise DataError(f"The label {value!r:.80} is neither a name nor a number, nor a list of those.")
-        lists = [isinstance(v, list) for v in values]
-        if any(lists) and not all(lists):
-            raise DataError("Some labels are lists and some are not.")
-        if all(lists):
-            flat = [x for v in values for x in v]
-            if flat and all(isinstance(x, str) for x in flat):
-                names = tuple(sorted(set(flat)))
-                return cls("multi_label_classification", names, len(names))
-            widths = {len(v) for v in values}
-            if len(widths) != 1 or not all(isinstance(x, int | float) for x in flat):
-                raise DataError("List labels must all be class names, or all numbers of one length.")
-            width = widths.pop()
-            if set(flat) <= {0, 1}:
-                return cls("multi_label_classification", tuple(f"LABEL_{i}" for i in range(width)), width)
-            return cls("regression", (), width)
-        if any(isinstance(v, float) for v in values):
-            if not all(isinstance(v, int | float) for v in values):
-                raise DataError("Some labels are numbers and some are not.")
-            return cls("regression", (), 1)
-        distinct = set(values)
-        names = sorted(distinct) if len({type(v) for v in distinct}) == 1 else sorted(distinct, key=str)
+        place = where or (lambda i: f"record {i + 1}")
+        for i, value in enumerate(values):
+            _check(value, place(i))
+        is_list = [isinstance(v, list) for v in values]
+        if len(set(is_list)) > 1:
+            odd = is_list.index(not is_list[0])
+            raise DataError(
+                f"{place(odd)}: the label {shown(values[odd])} differs in kind from the first, {shown(values[0])}."
+            )
+        if problem_type not in (None, *PROBLEM_TYPES):
+            raise DataError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}; got {shown(problem_type)}.")
+        if problem_type == "regression":
+            return cls("regression", (), _regression_width(values, place))
+        if is_list[0]:
+            return cls._several(values, place)
+        if problem_type == "multi_label_classification":
+            raise DataError(f"problem_type={problem_type} needs lists of classes as labels, got {shown(values[0])}.")
+        if problem_type == "multi_label_classification":
+            raise DataError(f"problem_type={problem_type} needs lists of classes as labels, got {shown(values[0])}.")
+        _check_kinds(values, place)
+        names = _sorted(values)
         if len(names) < 2:
-            raise DataError(f"All labels are {values[0]!r}: a classifier needs at least two classes.")
-        return cls("single_label_classification", tuple(map(str, names)), len(names))
+            raise DataError(f"All labels are {shown(values[0])}: a classifier needs at least two classes.")
+        return cls("single_label_classification", tuple(names), len(names))
+
+    @classmethod
+    def _several(cls, values: list[list], place: Callable[[int], str]) -> "Labels":
+        flat = [x for v in values for x in v]
+        if flat and all(isinstance(x, str) for x in flat):
+            names = _sorted(flat)
+            return cls("multi_label_classification", tuple(names), len(names))
+        width = len(values[0])
+        for i, value in enumerate(values):
+            if len(value) != width or not all(not isinstance(x, str) and x in (0, 1) for x in value):
+                raise DataError(
+                    f"{place(i)}: the label {shown(value)} is neither a list of class names nor one of {width} zeros and ones, as the "
+                    "first; for numbers as targets set problem_type: regression."
+                )
+        return cls("multi_label_classification", tuple(f"LABEL_{i}" for i in range(width)), width)
 
     def encode(self, value: Any) -> Any:
-        """The number, or numbers, of one label.
+        """Return the number, or numbers, of one label.
 
         Raises:
-            DataError: a class that the training data does not have.
+            DataError: a class that the training data does not have, or no number for regression.
         """
         if self.problem_type == "regression":
-            return [float(x) for x in value] if isinstance(value, list) else float(value)
+            return [_number(x) for x in value] if isinstance(value, list) else _number(value)
         if isinstance(value, list):
             if all(isinstance(x, int | float) for x in value) and len(value) == self.width:
                 return [float(x) for x in value]
-            for x in value:
-                self._index(x)
-            return [float(name in value) for name in self.names]
+            present = {self._index(x) for x in value}
+            return [float(i in present) for i in range(self.width)]
         return self._index(value)
 
     def _index(self, value: Any) -> int:
-        if str(value) not in self.names:
-            raise DataError(f"The label {value!r} is none of the training data's: {', '.join(self.names)}.")
-        return self.names.index(str(value))
+        name = class_name(value)
+        if name not in self.names:
+            raise DataError(f"The label {shown(value)} is none of the training data's: {', '.join(self.names)}.")
+        return self.names.index(name)
 
     def config(self) -> dict[str, Any]:
-        """The fields of a transformers configuration that say the same."""
+        """Return the fields of a transformers configuration that say the same."""
         names = self.names or tuple(f"LABEL_{i}" for i in range(self.width))
         return {
             "num_labels": self.width,
@@ -84,3 +108,91 @@ class Labels:
             "label2id": {n: i for i, n in enumerate(names)},
             "problem_type": self.problem_type,
         }
+
+
+def class_name(value: Any) -> str:
+    """Return the name of a class: its text without surrounding white space."""
+    return str(value).strip()
+
+
+def describe_classes(labels: Labels, values: Sequence[Any]) -> list[str]:
+    """Return lines for the user: every class with its count, and classes whose names differ in spelling alone."""
+    if labels.problem_type == "regression":
+        return [f"regression on {len(values)} labels"]
+    counts = Counter(
+        name
+        for value in values
+        for name in (
+            [labels.names[i] for i, x in enumerate(labels.encode(value)) if x]
+            if isinstance(value, list)
+            else [class_name(value)]
+        )
+    )
+    lines = [f"{len(labels.names)} classes: " + ", ".join(f"{shown(n)} {counts[n]}" for n in labels.names)]
+    alike: dict[str, list[str]] = {}
+    for name in labels.names:
+        alike.setdefault(_spelling(name), []).append(name)
+    return lines + [
+        f"Nearly the same class twice: {', '.join(map(shown, names))}. Give them one name if one class is meant."
+        for names in alike.values()
+        if len(names) > 1
+    ]
+
+
+def _spelling(name: str) -> str:
+    """A name without what is easily misspelled: case, blanks, punctuation, zeros around a number."""
+    try:
+        return str(float(name))
+    except ValueError:
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        return re.sub(r"[\W_]+", "", plain) or plain
+
+
+def _check(value: Any, place: str) -> None:
+    for x in value if isinstance(value, list) else [value]:
+        if x is None or not isinstance(x, str | int | float) or (isinstance(x, float) and not math.isfinite(x)):
+            raise DataError(f"{place}: the label {shown(value)} is neither a name nor a number, nor a list of those.")
+        if isinstance(x, str) and not x.strip():
+            raise DataError(f"{place}: the label is empty.")
+
+
+def _check_kinds(values: list[Any], place: Callable[[int], str]) -> None:
+    """Refuse classes of which some are text and others numbers: 1 and "1" may be meant as one class, or as two."""
+    kinds = [str if isinstance(v, str) else bool if isinstance(v, bool) else float for v in values]
+    odd = next((i for i, kind in enumerate(kinds) if kind is not kinds[0]), None)
+    if odd is not None:
+        raise DataError(
+            f"{place(odd)}: the label {shown(values[odd])} differs in kind from the first, {shown(values[0])}: write all as text, or "
+            "all as numbers."
+        )
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"The label {shown(value)} is not a number, which problem_type: regression needs.")
+    return number
+
+
+def _regression_width(values: list[Any], place: Callable[[int], str]) -> int:
+    for i, value in enumerate(values):
+        if isinstance(value, list) and len(value) != len(values[0]):
+            raise DataError(
+                f"{place(i)}: the label {shown(value)} holds {len(value)} numbers, the first {len(values[0])}."
+            )
+        for x in value if isinstance(value, list) else [value]:
+            try:
+                _number(x)
+            except DataError as error:
+                raise DataError(f"{place(i)}: {error}") from None
+    return len(values[0]) if isinstance(values[0], list) else 1
+
+
+def _sorted(values: Iterable[Any]) -> list[str]:
+    """The distinct classes, by number where all are numbers, otherwise by text."""
+    by_name = {class_name(v): v for v in values}
+    numeric = all(isinstance(v, int | float) for v in by_name.values())
+    return sorted(by_name, key=lambda name: by_name[name]) if numeric else sorted(by_name)

@@ -3,27 +3,42 @@
 import gzip
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .records import Record, check_record, record_kind
+from .records import Record, normalize, record_kind
 
 TABLES = (".parquet", ".csv")  # files that datasets reads as they are
 
 
-def read_records(source: str, split: str = "train") -> list[Record]:
-    """All records of a .jsonl or .jsonl.gz file, or of a split of a ``datasets`` hub id.
+class Rows(list[Record]):
+    """Rows, and where each was read."""
+
+    def where(self, i: int) -> str:
+        """Return the place of row ``i``."""
+        return f"record {i + 1}"
+
+
+def read_records(source: str, split: str = "train", ignore_columns: Collection[str] = ()) -> Rows:
+    """Read records and check every field of them.
+
+    Args:
+        ignore_columns: columns of the records and fields of their messages to leave out.
+
+    Returns:
+        The records in canonical form: see `normalize`.
 
     Raises:
-        DataError: see `read_rows`; or a column that is missing or of the wrong type.
+        DataError: see `read_rows`; or a column or field that is missing, unknown or malformed, with its place.
     """
-    records = read_rows(source, split)
-    kind = record_kind(records[0], f"{source}, record 1")
-    for number, record in enumerate(records, start=1):
-        check_record(record, kind, f"{source}, record {number}")
-    return records
+    rows = Rows(read_rows(source, split))
+    first = {k: v for k, v in rows[0].items() if k not in ignore_columns}
+    kind = record_kind(first, f"{source}, {rows.where(0)}")
+    for i, row in enumerate(rows):
+        rows[i] = normalize(row, f"{source}, {rows.where(i)}", ignore_columns, kind)
+    return rows
 
 
 def read_rows(source: str, split: str = "train") -> list[dict[str, Any]]:

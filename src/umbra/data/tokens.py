@@ -1,0 +1,131 @@
+"""One tokenisation: a prompt has the same tokens when it is asked as at the start of the record that is learned.
+
+A text is tokenised as a whole, as `apply_chat_template` does it. Only where a token would span the end of a prompt, or the
+prompt alone would be tokenised differently, the text is cut there, and what follows is tokenised as a continuation.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Segments = list[tuple[str, bool]]  # consecutive pieces of one text, and whether each is learned
+ANCHORS = ("\n", "x", ".")  # texts after one of which a continuation is tokenised as in the middle of a text
+
+
+def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the tokens that a tokenizer puts before and after a text by itself, such as BOS, or [CLS] and [SEP]."""
+    core, whole = encode(tokenizer, "x"), _ids(tokenizer, "x", add_special_tokens=True)
+    for start in range(len(whole) - len(core) + 1):
+        if whole[start : start + len(core)] == core:
+            return whole[:start], whole[start + len(core) :]
+    return [], []
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenise a text; no special token is added."""
+    return _ids(tokenizer, text, add_special_tokens=False) if text else []
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenise a text with the special tokens that the tokenizer puts around it, none of them twice."""
+    ids, (begin, end) = encode(tokenizer, text), special_ends(tokenizer)
+    ids = ids if ids[: len(begin)] == begin else [*begin, *ids]
+    return ids if not end or ids[-len(end) :] == end else [*ids, *end]
+
+
+def encode_segments(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> list[tuple[list[int], bool]]:
+    """Tokenise consecutive segments as one text.
+
+    Returns:
+        The token ids of each segment, and whether it is learned. The ids of all segments before a learned one are those of
+        `encode` for their text.
+    """
+    whole = _Tokenized.of(tokenizer, "".join(text for text, _ in segments))
+    ends, place = [0], 0
+    for number, (text, _) in enumerate(segments):
+        place += len(text)
+        end = whole.count(place)
+        starts_answer = number + 1 < len(segments) and segments[number + 1][1]
+        if starts_answer and not whole.is_boundary(place, end):
+            asked = encode_segments(tokenizer, segments[: number + 1])
+            return [*asked, *_continue(tokenizer, segments[number + 1 :])]
+        ends.append(end)
+    spans = pairwise([*ends[:-1], len(whole.ids)])
+    return [(whole.ids[a:b], learned) for (a, b), (_, learned) in zip(spans, segments, strict=True)]
+
+
+def cut_where_merged(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> list[Segments]:
+    """Return the text as one, or a text for each answer where a token would span the end of an earlier prompt.
+
+    The prompt of a later turn, tokenised as it is asked, would not begin with the tokens that are learned for the earlier one.
+    """
+    answers = [n for n, (_, learned) in enumerate(segments) if learned]
+    whole = _Tokenized.of(tokenizer, "".join(text for text, _ in segments)) if len(answers) > 1 else None
+    place = 0
+    for number, (text, learned) in enumerate(segments if whole is not None else []):
+        if learned and number < answers[-1] and place and not whole.is_boundary(place, whole.count(place)):
+            return [[("".join(text for text, _ in segments[:n]), False), segments[n]] for n in answers]
+        place += len(text)
+    return [segments]
+
+
+def _continue(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> list[tuple[list[int], bool]]:
+    """Tokenise segments as the continuation of a text, without the blank that some tokenizers put before a first word."""
+    text = "".join(text for text, _ in segments)
+    for anchor in ANCHORS:
+        anchored = _Tokenized.of(tokenizer, anchor + text)
+        if anchored.is_boundary(len(anchor), anchored.count(len(anchor))):
+            return encode_segments(tokenizer, [(anchor, False), *segments])[1:]
+    return encode_segments(tokenizer, segments)
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    """A text and its tokens; ``starts`` holds the character at which each begins, None for a tokenizer without offsets."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    ids: list[int]
+    starts: list[int] | None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str) -> "_Tokenized":
+        if not text or not tokenizer.is_fast:
+            return cls(tokenizer, text, encode(tokenizer, text), None)
+        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return cls(tokenizer, text, encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]])
+
+    def count(self, place: int) -> int:
+        """The number of tokens that begin before a character."""
+        if self.starts is not None:
+            return bisect_left(self.starts, place)
+        before = encode(self.tokenizer, self.text[:place])
+        return next(
+            (n for n, (a, b) in enumerate(zip(before, self.ids, strict=False)) if a != b),
+            min(len(before), len(self.ids)),
+        )
+
+    def is_boundary(self, place: int, count: int) -> bool:
+        """Whether the first ``count`` tokens are those of the text up to a character.
+
+        Tokenisers split at added tokens first, so that only the text after the last one has to be looked at.
+        """
+        if self.starts is None:
+            return encode(self.tokenizer, self.text[:place]) == self.ids[:count]
+        added = _added_tokens(self.tokenizer, len(self.tokenizer))
+        last = next((n for n in range(count - 1, -1, -1) if self.ids[n] in added), 0)
+        return encode(self.tokenizer, self.text[self.starts[last] if last else 0 : place]) == self.ids[last:count]
+
+
+@lru_cache(maxsize=8)
+def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+    return frozenset(tokenizer.added_tokens_decoder)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    encoded: Any = tokenizer(text, add_special_tokens=add_special_tokens)
+    return encoded["input_ids"]
