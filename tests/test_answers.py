@@ -137,11 +137,8 @@ def test_a_template_that_refuses_a_conversation_is_told_of():
     system, user, answer = ({"role": r, "content": "a"} for r in ("system", "user", "assistant"))
     with pytest.raises(DataError, match="no system role"):
         ChatFormatter(chat_tokenizer(REFUSING)).segments({"messages": [system, user, answer]})
-    nothing = {"messages": [{**user, "content": None}, answer]}
-    with pytest.raises(DataError, match="refuses"):
-        ChatFormatter(chat_tokenizer("{% for m in messages %}{{ m['content'] + m['role'] }}{% endfor %}")).segments(
-            nothing
-        )
+    with pytest.raises(DataError, match="lacks `content`"):
+        ChatFormatter(chat_tokenizer()).segments({"messages": [{**user, "content": None}, answer]})
 
 
 def test_a_conversation_may_begin_with_the_assistant():
@@ -150,9 +147,9 @@ def test_a_conversation_may_begin_with_the_assistant():
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
     ]
-    segments = ChatFormatter(chat_tokenizer()).segments({"messages": said})
-    assert [trained for _, trained in segments] == [False, True]
-    assert "hi" in segments[0][0] and segments[1][0] == "b<|im_end|>\n"
+    first, last = ChatFormatter(chat_tokenizer()).examples({"messages": said})
+    assert first == [("<|im_start|>assistant\n", False), ("<think>\n\n</think>\n\nhi<|im_end|>\n", True)]
+    assert "hi" in last[0][0] and last[1] == ("<think>\n\n</think>\n\nb<|im_end|>\n", True)
 
 
 # -- how long it can be ------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_documents_of_each_form(tmp_path):
     file = tmp_path / "records.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": "a", "completion": c}) for c in "bc"))
     assert read_documents(str(file), "train", writer).texts[0] == "<|user|>a<eos>\n<|assistant|>b<eos>\n"
-    assert read_documents(str(file), "train", ChatFormatter(make_tokenizer(), False)).texts == ["ab<eos>", "ac<eos>"]
+    assert read_documents(str(file), "train", ChatFormatter(make_tokenizer(), False)).texts == ["ab", "ac"]
 
 
 def test_a_plain_document_begins_as_the_tokenizer_begins_and_each_ends_once(tmp_path):

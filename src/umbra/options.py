@@ -35,6 +35,12 @@ class TrainOptions:
     eval_split: str = flag("test", "split of a datasets hub id to evaluate on")
     max_length: int = flag(1024, "tokens of one example; longer ones are cut at the end")
     chat_template: bool = flag(True, "put prompt and completion into the tokenizer's chat template, if it has one")
+    ignore_columns: str | list[str] | None = flag(
+        None, "columns of the records and fields of their messages to leave out; other unknown ones are an error"
+    )
+    problem_type: str | None = flag(
+        None, "regression, where labels are numbers to predict; default: labels are classes"
+    )
     detached_only: bool = flag(
         False, "train the shadow by itself, for when only the detached model is wanted: the base does not run"
     )
@@ -93,6 +99,7 @@ class EvalOptions:
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
     modes: str = flag("base,attached,detached", "which to score, separated by commas")
     split: str = flag("test", "split of a datasets hub id")
+    ignore_columns: str | list[str] | None = flag(None, "columns and fields to leave out, as in umbra train")
     limit: int | None = flag(None, "score only the first so many records")
     batch_size: int = flag(16, "records in one batch")
     max_new_tokens: int = flag(64, "tokens of one answer")
@@ -239,6 +246,12 @@ class BenchOptions:
     out: str = flag("bench-results", "folder to write to")
     name: str | None = flag(None, "name of the files; default from base, dtype and device")
     json: bool = flag(False, "print JSON in place of the tables")
+
+
+def listed(value: str | list[str] | None) -> list[str]:
+    """Return the values of an option that takes one or several; text may separate them by commas."""
+    given = [] if value is None else [value] if isinstance(value, str) else value
+    return [part.strip() for text in given for part in text.split(",") if part.strip()]
 
 
 def speaks() -> bool:

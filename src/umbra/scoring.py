@@ -23,10 +23,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import anatomy
 from .bases import load_tokenizer
 from .checkpoint import load
-from .data import ChatFormatter, Record, end_tokens, read_records, record_kind
+from .data import ChatFormatter, Record, class_name, encode_plain, end_tokens, read_records, record_kind
+from .data.chat import END_OF_THOUGHT
 from .errors import ConfigError, DataError
 from .model import ShadowModel
-from .options import EvalOptions, check_dtype
+from .options import EvalOptions, check_dtype, listed
 
 MODES = ("base", "attached", "detached")
 CASCADE = "cascade"
@@ -118,7 +119,9 @@ def count_parameters(model: ShadowModel, mode: str, runner: PreTrainedModel) -> 
 
 
 def answer_of(text: str, pattern: str | None) -> str:
-    """The answer in a text: the last match of the pattern (its first group that matched, if any has), or all of it."""
+    """The answer in a text, after its reasoning: the last match of the pattern (its first group that matched, if any has), or all
+    of it."""
+    text = text.rpartition(END_OF_THOUGHT)[2]
     if pattern is None:
         return text.strip()
     matches = list(re.finditer(pattern, text))
@@ -128,9 +131,9 @@ def answer_of(text: str, pattern: str | None) -> str:
 
 
 def reference_of(record: Record) -> str:
-    """The text of a record's answer."""
+    """The text of a record's answer, as it is written."""
     last = record["completion"] if "completion" in record else record["messages"]
-    content = last if isinstance(last, str) else last[-1]["content"]
+    content = last if isinstance(last, str) else last[-1].get("content") or ""
     if isinstance(content, list):  # of parts
         content = "".join(str(part.get("text", "")) for part in content)
     return str(content)
@@ -179,7 +182,7 @@ def score_generation(
         for record, prompt, text in zip(
             part, prompts, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
         ):
-            reference = reference_of(record)
+            reference = writer.reference(record)
             right = answer_of(text, answer_pattern) == answer_of(reference, answer_pattern)
             replies.append({"prompt": prompt, "reply": text, "reference": reference, "correct": right})
     return replies, seconds, made
@@ -233,7 +236,9 @@ def score_classes(
     runner.eval()
     for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
         part = records[start : start + batch_size]
-        rows = [tokenizer(r["text"])["input_ids"][:max_length] for r in part]  # type: ignore[index]
+        rows = [encode_plain(tokenizer, r["text"])[:max_length] for r in part]
+        if [] in rows:
+            raise DataError(f"Record {start + rows.index([]) + 1} has an empty text: there is nothing to classify.")
         batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
         began = time.perf_counter()
         logits = runner(
@@ -247,12 +252,12 @@ def score_classes(
             label = record["label"]
             if several:
                 reply: Any = [config.id2label[i] for i in range(config.num_labels) if row[i] > 0]
-                right = sorted(reply) == sorted(map(str, _label_names(label, config)))
+                right = sorted(reply) == sorted(map(class_name, _label_names(label, config)))
             else:
                 reply = config.id2label[int(row.argmax())]
-                if str(label) not in config.label2id:
+                if class_name(label) not in config.label2id:
                     raise DataError(f"The label {label!r} is none of the model's: {', '.join(config.label2id)}.")
-                right = reply == str(label)
+                right = reply == class_name(label)
             replies.append({"prompt": record["text"], "reply": reply, "reference": label, "correct": right})
     return replies, seconds
 
@@ -320,7 +325,7 @@ def score_adapter(options: EvalOptions) -> list[Score]:
             raise ConfigError(f"answer_pattern is no regular expression: {error}") from error
     check_dtype(options.dtype)
     _check_output(options.output, options.data)
-    records = read_records(options.data, options.split)[: options.limit]
+    records = read_records(options.data, options.split, listed(options.ignore_columns))[: options.limit]
     kind = record_kind(records[0], options.data)
     _check_references(records, options)
     model = on_accelerator(load(options.adapter, options.base, dtype=options.dtype).eval())

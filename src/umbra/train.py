@@ -6,16 +6,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers.utils import logging
 
 from . import anatomy, checkpoint
 from .bases import load_base, load_tokenizer
 from .config import ShadowConfig
-from .data import ESCALATION, MARK, Collator, Labels, Record, encode_all, read_records, record_kind, shadows_own
+from .data import (
+    ESCALATION,
+    MARK,
+    ChatFormatter,
+    Collator,
+    Labels,
+    Record,
+    Rows,
+    describe_classes,
+    encode_all,
+    needs_thinking,
+    read_records,
+    record_kind,
+    shadows_own,
+)
 from .drafting import frequent_tokens
 from .errors import BaseModelError, CheckpointError, ConfigError, DataError
 from .model import attach
-from .options import TrainOptions, speaks
+from .options import TrainOptions, listed, speaks
 from .pretrained import check_vocabulary
 from .runs import Run, last_checkpoint, make_arguments, sort_settings
 from .trainers import ShadowTrainer
@@ -60,9 +75,10 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
 
     if not speaks():
         logging.disable_progress_bar()
-    records = read_records(options.train_data, options.train_split)
-    eval_records = read_records(options.eval_data, options.eval_split) if options.eval_data else None
-    labels = _labels(records, eval_records)
+    ignore = listed(options.ignore_columns)
+    records = read_records(options.train_data, options.train_split, ignore)
+    eval_records = read_records(options.eval_data, options.eval_split, ignore) if options.eval_data else None
+    labels = _labels(records, eval_records, options.problem_type)
     shadow = _with_escalation(shadow, records, options.train_data)
     tokenizer = load_tokenizer(options.base)
     _check_escalation(shadow.escalation, tokenizer)
@@ -74,11 +90,13 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     base = load_base(options.base, classifier=classifier, dtype=options.dtype)
     encode: dict[str, Any] = {
         "max_length": options.max_length, "chat_template": options.chat_template, "labels": labels,
+        "chat_template_kwargs": _template_arguments(records, tokenizer, options.chat_template),
         "escalation": shadow.escalation or ESCALATION,
     }  # fmt: skip
     train_set = encode_all(records, tokenizer, name="train_data", **encode)
     eval_set = encode_all(eval_records, tokenizer, name="eval_data", **encode) if eval_records else None
 
+    _check_image_tokens([*train_set, *(eval_set or [])], base)
     _check_positions([*train_set, *(eval_set or [])], base, options.max_length)
     if options.detached_only:
         train_set, eval_set = shadows_own(train_set), shadows_own(eval_set) if eval_set else None
@@ -119,11 +137,43 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def _labels(records: list[Record], eval_records: list[Record] | None) -> Labels | None:
+def _labels(records: Rows, eval_records: Rows | None, problem_type: str | None) -> Labels | None:
     kind = record_kind(records[0], "the training data's first record")
     if eval_records is not None and record_kind(eval_records[0], "the evaluation data") != kind:
         raise DataError(f"The training data holds {kind} records, the evaluation data another kind.")
-    return Labels.of(r["label"] for r in records) if kind == "label" else None
+    if kind != "label":
+        if problem_type is not None:
+            raise DataError(
+                f"problem_type={problem_type} is for `text` and `label`, but the data holds {kind} records."
+            )
+        return None
+    values = [r["label"] for r in records]
+    labels = Labels.of(values, problem_type, records.where)
+    if speaks():
+        for line in describe_classes(labels, values):
+            tqdm.write(line)
+    return labels
+
+
+def _template_arguments(records: Rows, tokenizer: Any, chat_template: bool) -> dict[str, Any]:
+    """The arguments of the chat template, with thinking switched on where the records need it."""
+    arguments: dict[str, Any] = {}
+    if needs_thinking(ChatFormatter(tokenizer, chat_template, arguments), records):
+        arguments["enable_thinking"] = True
+        if speaks():
+            tqdm.write(
+                "enable_thinking: true is set: the records hold reasoning, and the chat template's prompt closes it by default."
+            )
+    return arguments
+
+
+def _check_image_tokens(examples: list[dict[str, Any]], base: Any) -> None:
+    """Refuse text that spells the image token of a vision-language base: the model would look for an image there."""
+    token = anatomy.image_token_id(base.config)
+    if token is not None and any((example["input_ids"] == token).any() for example in examples):
+        raise DataError(
+            "A record's text spells the image token of the base, but holds no image: Umbra trains on text alone (docs/data.md)."
+        )
 
 
 def _check_alone(options: TrainOptions, shadow: ShadowConfig, rest: dict[str, Any]) -> None:

@@ -111,6 +111,12 @@ def positions(config: PretrainedConfig) -> int | None:
     return int(most) if most > 0 else None
 
 
+def image_token_id(config: PretrainedConfig) -> int | None:
+    """The token in whose place a vision-language model puts an image; None of a language model."""
+    tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((token for token in tokens if isinstance(token, int)), None)
+
+
 def cache_depth(base: Anatomy) -> int:
     """How many layers a cache of the base has, and so the first that is free for a shadow."""
     return len(layer_types(base.config))

@@ -1,18 +1,20 @@
 """Records to token batches: prompt/completion, messages, text with or without a label; only answers carry labels.
 
 readers    files and data sets → rows
-records    the forms of a record, and what each field means
+records    the contract: every column and field, what it means, what is refused
 chat       records → text and tokens
+tokens     text → tokens, a prompt's alike whether it is asked or learned
 labels     classes and regression targets → numbers
 batches    token batches
 corpus     text for pretraining
 """
 
 from .batches import Collator, encode_all, shadows_own
-from .chat import ChatFormatter, end_tokens
-from .labels import Labels
-from .readers import read_hub, read_records, read_rows
-from .records import ESCALATION, MARK, Record, record_kind
+from .chat import ChatFormatter, end_tokens, needs_thinking
+from .labels import Labels, class_name, describe_classes
+from .readers import Rows, read_hub, read_records, read_rows
+from .records import ESCALATION, MARK, Record, normalize, record_kind
+from .tokens import encode_plain
 
 __all__ = [
     "ESCALATION",
@@ -21,8 +23,14 @@ __all__ = [
     "Collator",
     "Labels",
     "Record",
+    "Rows",
+    "class_name",
+    "describe_classes",
     "encode_all",
+    "encode_plain",
     "end_tokens",
+    "needs_thinking",
+    "normalize",
     "read_hub",
     "read_records",
     "read_rows",

@@ -42,7 +42,7 @@ def encode_all(
     place = records.where if isinstance(records, Rows) else lambda i: f"{name}, record {i + 1}"
     for i, record in enumerate(tqdm(records, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False)):
         try:
-            encoded = _encode(record, formatter, labels, escalation)
+            encoded = _encode(record, formatter, labels, escalation, max_length)
         except DataError as error:
             raise DataError(f"{place(i)}: {error}") from error
         cut += any(len(e["input_ids"]) > max_length for e in encoded)
@@ -59,13 +59,19 @@ def encode_all(
     return examples
 
 
-def _encode(record: Record, formatter: ChatFormatter, labels: Labels | None, escalation: str) -> list[dict[str, Any]]:
+def _encode(
+    record: Record, formatter: ChatFormatter, labels: Labels | None, escalation: str, max_length: int
+) -> list[dict[str, Any]]:
     if labels is not None:
         if not record["text"]:
             raise DataError("'text' is empty, so there is nothing to classify: leave the record out.")
         ids = np.asarray(encode_plain(formatter.tokenizer, record["text"]), np.int32)
         return [{"input_ids": ids, "labels": labels.encode(record["label"])}]
-    return formatter.encode_escalated(record, escalation) if record.get(MARK) else formatter.encode_examples(record)
+    return (
+        formatter.encode_escalated(record, escalation)
+        if record.get(MARK)
+        else formatter.encode_examples(record, max_length)
+    )
 
 
 def _is_learned(example: dict[str, Any]) -> bool:

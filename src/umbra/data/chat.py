@@ -70,8 +70,11 @@ class ChatFormatter:
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def examples(self, record: Record) -> list[Segments]:
+    def examples(self, record: Record, max_length: int | None = None) -> list[Segments]:
         """Return the texts of a record as segments, each learned or not; one text, unless the template rewrites earlier turns.
+
+        Args:
+            max_length: tokens; further texts whose prompts are longer are left out.
 
         Raises:
             DataError: messages for a tokenizer without a chat template, a turn or a field that the template does not render, or
@@ -93,7 +96,7 @@ class ChatFormatter:
             raise DataError("No turn of the assistant has a weight other than 0, so there is nothing to learn.")
         self._check_rendered(conversation)
         conversation = self._once_ended(self._spelled(conversation))
-        texts = self._regular(conversation, turns) or self._turn_by_turn(conversation, turns)
+        texts = self._regular(conversation, turns) or self._turn_by_turn(conversation, turns, max_length)
         return [_closed(text, self._closing) for text in texts] if kind == "messages" else texts
 
     def segments(self, record: Record) -> Segments:
@@ -132,19 +135,18 @@ class ChatFormatter:
         prompt, completion = _as_messages(record["prompt"], "user"), _as_messages(record["completion"], "assistant")
         return Conversation([*prompt, *completion], given, arguments), len(prompt)
 
-    def _turn_by_turn(self, conversation: Conversation, turns: list[int]) -> list[Segments]:
+    def _turn_by_turn(self, conversation: Conversation, turns: list[int], max_length: int | None) -> list[Segments]:
         """The texts of all turns; each goes on where the one before it ended, or begins anew where that was rewritten."""
         texts: list[Segments] = []
         whole, done = self._render(conversation) if len(turns) > 1 else "", ""
         for i in turns:
             before, answer = self._turn(conversation, i)
-            bare = answer.removesuffix(
-                self.tokenizer.eos_token or ""
-            )  # which some templates put after the last turn alone
-            if bare != answer and i != turns[-1] and not whole.startswith(before + answer):
-                answer = bare if whole.startswith(before + bare) else answer
+            if i != turns[-1]:
+                answer = self._within(whole, before, answer)
             if texts and before.startswith(done):
                 texts[-1] += [(before[len(done) :], False), (answer, True)]
+            elif texts and max_length is not None and len(encode(self.tokenizer, before)) >= max_length:
+                break
             else:
                 texts.append([(before, False), (answer, True)])
             done = before + answer
@@ -173,7 +175,7 @@ class ChatFormatter:
 
     def _within(self, whole: str, before: str, answer: str) -> str:
         """The answer of a turn that others follow, without the end token that some templates put after the last turn alone."""
-        bare = answer.removesuffix(self.tokenizer.eos_token or "")
+        bare = answer.removesuffix(str(self.tokenizer.eos_token or ""))
         if bare == answer or whole.startswith(before + answer) or not whole.startswith(before + bare):
             return answer
         last = encode(self.tokenizer, bare.rstrip())[-1:]
@@ -248,14 +250,20 @@ class ChatFormatter:
         probe = conversation.until(start + 1)
         probe.messages.extend({"role": role, "content": f"\t{SENTINEL}\t"} for role in roles)
         before, after = self._render(probe.until(start), answer=True), self._render(probe.until(start + 1))
-        asked, answered = self._render(probe.until(start + 2), answer=True), self._render(probe)
-        frames = {"user": _frame(after, asked), "assistant": _frame(asked, answered)}
-        if not after.startswith(before) or None in frames.values():
+        if not after.startswith(before):
             return None
-        pieces = [before, after[len(before) :]]
+        asked, answered = self._render(probe.until(start + 2), answer=True), self._render(probe)
+        answer = self._within(asked, before, after[len(before) :])
+        ending = after[len(before) + len(answer) :]  # of the last turn alone
+        after, answered = before + answer, answered.removesuffix(ending)
+        frames = {"user": _frame(after, asked), "assistant": _frame(asked, answered)}
+        if None in frames.values():
+            return None
+        pieces = [before, answer]
         for message in later:
             head, tail, strips = frames[message["role"]] or ("", "", False)
             pieces.append(head + (message["content"].strip() if strips else message["content"]) + tail)
+        pieces[-1] += ending
         if "".join(pieces) != self._render(conversation):
             return None
         learned = [False, *(i in set(turns) for i in range(start, turns[-1] + 1))]
@@ -263,7 +271,7 @@ class ChatFormatter:
 
     def _once_ended(self, conversation: Conversation) -> Conversation:
         """The conversation without the begin and end tokens that its text brings and the template renders, too."""
-        begin, ends = self.tokenizer.bos_token, tuple(self.tokenizer.convert_ids_to_tokens(self.ends))
+        begin, ends = str(self.tokenizer.bos_token or ""), tuple(self.tokenizer.convert_ids_to_tokens(self.ends))
         messages = list(conversation.messages)
         for i, message in enumerate(messages):
             text = message["content"]
@@ -362,18 +370,18 @@ class ChatFormatter:
         return self._reads["developer"]
 
     def _render(self, conversation: Conversation, answer: bool = False) -> str:
-        arguments = {**self.chat_template_kwargs, **conversation.arguments}
-        given: Any = conversation.messages
-        for messages in (given, _with_json_arguments(given)) if any("tool_calls" in m for m in given) else (given,):
+        given = conversation.messages
+        calls = any("tool_calls" in message for message in given)
+        problem: Exception | None = None
+        for messages in (given, _with_json_arguments(given)) if calls else (given,):
             try:
-                text = self.tokenizer.apply_chat_template(
-                    messages, tools=conversation.tools, tokenize=False, add_generation_prompt=answer, **arguments
-                )
+                text: Any = self.tokenizer.apply_chat_template(
+                    messages, tools=conversation.tools, tokenize=False, add_generation_prompt=answer,  # type: ignore[arg-type]
+                    **{**self.chat_template_kwargs, **conversation.arguments},
+                )  # fmt: skip
+                return text
             except Exception as error:  # templates raise what they like, about roles that they do not have too
                 problem = error
-                continue
-            assert isinstance(text, str)
-            return text
         raise DataError(f"The chat template refuses {str(given)[:200]}: {problem!s:.200}") from problem
 
     @cached_property
@@ -421,17 +429,21 @@ class ChatFormatter:
 
     def _end(self) -> list[int]:
         """The tokens that end a plain text."""
-        return special_ends(self.tokenizer)[1] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        end: Any = self.tokenizer.eos_token_id
+        return special_ends(self.tokenizer)[1] if end is None else [end]
 
-    def encode_examples(self, record: Record) -> list[dict[str, np.ndarray]]:
+    def encode_examples(self, record: Record, max_length: int | None = None) -> list[dict[str, np.ndarray]]:
         """Tokenise a record.
+
+        Args:
+            max_length: see `examples`; texts are not cut.
 
         Returns:
             For each of its `examples`, ``input_ids`` (T,) and ``labels`` (T,), the latter `IGNORED` where nothing is
             learned.
         """
         plain = self.is_plain(record)
-        texts = [t for text in self.examples(record) for t in cut_where_merged(self.tokenizer, text)]
+        texts = [t for text in self.examples(record, max_length) for t in cut_where_merged(self.tokenizer, text)]
         return [self._encode(text, plain) for text in texts]
 
     def encode(self, record: Record) -> dict[str, np.ndarray]:
@@ -488,10 +500,10 @@ def needs_thinking(formatter: ChatFormatter, records: Iterable[Record]) -> bool:
 
 
 def end_tokens(model: Any, formatter: ChatFormatter) -> list[int]:
-    """Return the tokens that end an answer: those of the model's generation config, and those by which answers are learned to end."""
-    told: Any = model.generation_config.eos_token_id
-    told = told.flatten().tolist() if isinstance(told, torch.Tensor) else told
-    return list(dict.fromkeys([*(told if isinstance(told, list) else [] if told is None else [told]), *formatter.ends]))
+    """Return the tokens that end an answer: those of the model's generation config, and those that answers are learned with."""
+    ends: Any = model.generation_config.eos_token_id
+    ends = ends.flatten().tolist() if isinstance(ends, torch.Tensor) else ends
+    return list(dict.fromkeys([*(ends if isinstance(ends, list) else [] if ends is None else [ends]), *formatter.ends]))
 
 
 def _as_messages(value: Any, role: str) -> list[Message]:
@@ -532,9 +544,10 @@ def _reasoning(message: Message) -> tuple[str, str]:
 def _frame(shorter: str, longer: str) -> tuple[str, str, bool] | None:
     """What a template puts before and after the content of a message, whose content was a sentinel between tabs, and whether it
     strips the content; None where that cannot be told."""
-    if not longer.startswith(shorter) or longer.count(SENTINEL) != 1:
+    added = longer[len(shorter) :]
+    if not longer.startswith(shorter) or added.count(SENTINEL) != 1:
         return None
-    head, _, tail = longer[len(shorter) :].partition(SENTINEL)
+    head, _, tail = added.partition(SENTINEL)
     if head.endswith("\t") and tail.startswith("\t"):
         return head[:-1], tail[1:], False
     return head, tail, True

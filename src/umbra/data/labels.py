@@ -73,8 +73,8 @@ class Labels:
         for i, value in enumerate(values):
             if len(value) != width or not all(not isinstance(x, str) and x in (0, 1) for x in value):
                 raise DataError(
-                    f"{place(i)}: the label {shown(value)} is neither a list of class names nor one of {width} zeros and ones, as the "
-                    "first; for numbers as targets set problem_type: regression."
+                    f"{place(i)}: the label {shown(value)} is neither a list of class names nor one of {width} zeros and ones, as "
+                    "the first; for numbers as targets set problem_type: regression."
                 )
         return cls("multi_label_classification", tuple(f"LABEL_{i}" for i in range(width)), width)
 
@@ -162,8 +162,8 @@ def _check_kinds(values: list[Any], place: Callable[[int], str]) -> None:
     odd = next((i for i, kind in enumerate(kinds) if kind is not kinds[0]), None)
     if odd is not None:
         raise DataError(
-            f"{place(odd)}: the label {shown(values[odd])} differs in kind from the first, {shown(values[0])}: write all as text, or "
-            "all as numbers."
+            f"{place(odd)}: the label {shown(values[odd])} differs in kind from the first, {shown(values[0])}: write all as text, "
+            "or all as numbers."
         )
 
 

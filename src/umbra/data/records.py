@@ -25,12 +25,17 @@ COLUMNS: dict[str, dict[str, str]] = {
         "completion": "text or messages; the assistant's turns are learned",
         "tools": "functions that the chat template renders; `functions` is read alike",
         "chat_template_kwargs": "arguments of the chat template for this record, over those of the run",
+        "also": "a list of further answers that a study counts as right",
+        "puzzle": "the entry of reasoning-gym by which a study judges an answer",
         MARK: "true: the pair learns the answer, the shadow learns to escalate",
     },
     "messages": {
-        "messages": "a conversation; every assistant turn is learned unless its `weight` is 0; `conversations` (ShareGPT) is read alike",
+        "messages": "a conversation; every assistant turn is learned unless its `weight` is 0; `conversations` (ShareGPT) is read "
+        "alike",
         "tools": "as above",
         "chat_template_kwargs": "as above",
+        "also": "as above",
+        "puzzle": "as above",
         MARK: "as above",
         "parallel_tool_calls": "a setting of OpenAI's API; read and not used",
     },
@@ -40,6 +45,11 @@ COLUMNS: dict[str, dict[str, str]] = {
     },
     "text": {"text": "learned as a whole; the end token follows"},
 }
+FORMS = {
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "label": ("text", "label"),
+}  # and text alone
 SPELLINGS = {"functions": "tools", "conversations": "messages"}
 
 # Fields of a message → their meaning.
@@ -76,9 +86,9 @@ def record_kind(record: Record, where: str) -> str:
     Raises:
         DataError: the columns fit no form, or several.
     """
-    keys = {SPELLINGS.get(k, k) for k, v in record.items() if v is not None}
-    forms = [("completion", {"prompt", "completion"}), ("messages", {"messages"}), ("label", {"text", "label"})]
-    fitting = [name for name, needed in forms if needed <= keys]
+    keys = {SPELLINGS.get(k, k) for k in record}
+    given = {SPELLINGS.get(k, k) for k, v in record.items() if v is not None}
+    fitting = [n for n in FORMS if set(FORMS[n]) <= given] or [n for n in FORMS if set(FORMS[n]) <= keys]
     if not fitting and "text" in keys and "prompt" not in keys:
         fitting = ["text"]
     if len(fitting) > 1:
@@ -102,8 +112,9 @@ def normalize(record: Record, where: str, ignore: Collection[str] = (), kind: st
     Raises:
         DataError: a missing, unknown or malformed column or field, by its name.
     """
-    record = {k: v for k, v in record.items() if v is not None and k not in ignore}
+    record = {k: v for k, v in record.items() if k not in ignore}
     kind = _expect(record, where, kind)
+    record = {k: v for k, v in record.items() if v is not None}
     known, result = COLUMNS[kind], {}
     for column, value in record.items():
         name = SPELLINGS.get(column, column)
@@ -133,14 +144,11 @@ def normalize(record: Record, where: str, ignore: Collection[str] = (), kind: st
 
 def _expect(record: Record, where: str, kind: str | None) -> str:
     """The form of the record, which must be ``kind`` where one is given."""
-    if kind is None:
-        return record_kind(record, where)
-    spelled = {SPELLINGS.get(k, k) for k in record}
-    for column in {"completion": ("prompt", "completion"), "messages": ("messages",), "label": ("text", "label")}.get(
-        kind, ("text",)
-    ):
+    kind = kind or record_kind(record, where)
+    spelled = {SPELLINGS.get(k, k) for k, v in record.items() if v is not None}
+    for column in FORMS.get(kind, ("text",)):
         if column not in spelled:
-            raise DataError(f"{where} lacks the column {column!r}, which the first record has.")
+            raise DataError(f"{where} lacks the column {column!r}, or it is null.")
     return kind
 
 
@@ -200,7 +208,7 @@ def _message(value: Any, where: str, ignore: Collection[str]) -> Message:
         raise DataError(f"{where} lacks `role`: {shown(value)}.")
     if role == "function_call":  # ShareGPT's turn of the assistant that is one call
         message = {"role": "assistant", "tool_calls": [_parsed(message.get("content"), where)]}
-    message["role"] = role = ROLES.get(role, role)
+    message["role"] = ROLES.get(message["role"], message["role"])
     _check_fields(message, where)
     if "function_call" in message:
         message["tool_calls"] = [*message.get("tool_calls", ()), message.pop("function_call")]

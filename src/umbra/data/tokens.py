@@ -44,7 +44,7 @@ def encode_segments(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> l
         The token ids of each segment, and whether it is learned. The ids of all segments before a learned one are those of
         `encode` for their text.
     """
-    whole = _Tokenized.of(tokenizer, "".join(text for text, _ in segments))
+    whole = _tokenized(tokenizer, len(tokenizer), "".join(text for text, _ in segments))
     ends, place = [0], 0
     for number, (text, _) in enumerate(segments):
         place += len(text)
@@ -64,9 +64,10 @@ def cut_where_merged(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> 
     The prompt of a later turn, tokenised as it is asked, would not begin with the tokens that are learned for the earlier one.
     """
     answers = [n for n, (_, learned) in enumerate(segments) if learned]
-    whole = _Tokenized.of(tokenizer, "".join(text for text, _ in segments)) if len(answers) > 1 else None
-    place = 0
-    for number, (text, learned) in enumerate(segments if whole is not None else []):
+    if len(answers) < 2:
+        return [segments]
+    whole, place = _tokenized(tokenizer, len(tokenizer), "".join(text for text, _ in segments)), 0
+    for number, (text, learned) in enumerate(segments):
         if learned and number < answers[-1] and place and not whole.is_boundary(place, whole.count(place)):
             return [[("".join(text for text, _ in segments[:n]), False), segments[n]] for n in answers]
         place += len(text)
@@ -77,7 +78,7 @@ def _continue(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> list[tu
     """Tokenise segments as the continuation of a text, without the blank that some tokenizers put before a first word."""
     text = "".join(text for text, _ in segments)
     for anchor in ANCHORS:
-        anchored = _Tokenized.of(tokenizer, anchor + text)
+        anchored = _tokenized(tokenizer, len(tokenizer), anchor + text)
         if anchored.is_boundary(len(anchor), anchored.count(len(anchor))):
             return encode_segments(tokenizer, [(anchor, False), *segments])[1:]
     return encode_segments(tokenizer, segments)
@@ -91,13 +92,6 @@ class _Tokenized:
     text: str
     ids: list[int]
     starts: list[int] | None
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str) -> "_Tokenized":
-        if not text or not tokenizer.is_fast:
-            return cls(tokenizer, text, encode(tokenizer, text), None)
-        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return cls(tokenizer, text, encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]])
 
     def count(self, place: int) -> int:
         """The number of tokens that begin before a character."""
@@ -117,13 +111,33 @@ class _Tokenized:
         if self.starts is None:
             return encode(self.tokenizer, self.text[:place]) == self.ids[:count]
         added = _added_tokens(self.tokenizer, len(self.tokenizer))
-        last = next((n for n in range(count - 1, -1, -1) if self.ids[n] in added), 0)
-        return encode(self.tokenizer, self.text[self.starts[last] if last else 0 : place]) == self.ids[last:count]
+        last = next((n for n in range(count - 1, -1, -1) if self._is_written(n, added)), 0)
+        start = self.starts[last] if last else 0
+        return list(_encode_short(self.tokenizer, len(self.tokenizer), self.text[start:place])) == self.ids[last:count]
+
+    def _is_written(self, n: int, added: dict[int, str]) -> bool:
+        """Whether token ``n`` is an added token that the text spells out, and not the unknown token."""
+        assert self.starts is not None
+        return self.ids[n] in added and self.text.startswith(added[self.ids[n]], self.starts[n])
+
+
+@lru_cache(maxsize=2)
+def _tokenized(tokenizer: PreTrainedTokenizerBase, size: int, text: str) -> _Tokenized:
+    if not text or not tokenizer.is_fast:
+        return _Tokenized(tokenizer, text, encode(tokenizer, text), None)
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return _Tokenized(tokenizer, text, encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]])
 
 
 @lru_cache(maxsize=8)
-def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
-    return frozenset(tokenizer.added_tokens_decoder)
+def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    return {i: str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
+
+
+@lru_cache(maxsize=64)
+def _encode_short(tokenizer: PreTrainedTokenizerBase, size: int, text: str) -> tuple[int, ...]:
+    """As `encode`, for the few texts that open the assistant's turns of a conversation."""
+    return tuple(encode(tokenizer, text))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
