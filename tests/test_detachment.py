@@ -271,8 +271,8 @@ def test_batches_hold_both_kinds_of_labels(base_folder):
     ("record", "says"),
     [
         ({"prompt": "a", "completion": "b", "escalate": "yes"}, "must be true or false"),
-        ({"text": "a", "escalate": True}, "needs an answer"),
-        ({"text": "a", "label": "b", "escalate": True}, "needs an answer"),
+        ({"text": "a", "escalate": True}, "unknown column 'escalate'"),
+        ({"text": "a", "label": "b", "escalate": True}, "unknown column 'escalate'"),
     ],
 )
 def test_marks_that_cannot_be_meant_are_refused(settings, tmp_path, record, says):  # noqa: F811

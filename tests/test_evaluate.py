@@ -161,14 +161,14 @@ def test_the_loss_is_of_a_token_whatever_the_batch(base_folder):
     task = Task("x", TaskOptions(head="text", max_length=12), [], [], [], "loss", None, 1)
     sums, count, means = 0.0, 0, []
     for r in records:
-        ids = torch.tensor([tokenizer(r["text"])["input_ids"]])[:, :12]
+        ids = torch.tensor([[*tokenizer(r["text"])["input_ids"], tokenizer.eos_token_id]])[:, :12]
         with torch.no_grad():
             logps = base(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
         sums, count = sums - float(logps.sum()), count + len(logps)
-        means += [-float(logps.mean())] if len(logps) else []
+        means.append(-float(logps.mean()))
     found, each = loss_of(base, tokenizer, task, records, None, True)
     assert found == pytest.approx(sums / count, rel=1e-5)
-    assert each == pytest.approx(means, abs=1e-4) and len(each) == 2
+    assert each == pytest.approx(means, abs=1e-4) and len(each) == 3
 
 
 def test_a_shadow_alone_never_sees_the_base(done):
@@ -200,7 +200,7 @@ def test_methods_with_virtual_tokens_have_a_loss(base_folder):
     model: Any = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     records = [{"text": "13+25=38"}, {"text": "1+1"}]
     task = Task("x", TaskOptions(head="text"), [], [], [], "loss", None, 1)
-    ids = [torch.tensor([tokenizer(r["text"])["input_ids"]]) for r in records]
+    ids = [torch.tensor([[*tokenizer(r["text"])["input_ids"], tokenizer.eos_token_id]]) for r in records]
     with torch.no_grad():
         losses = [float(model(input_ids=i, labels=i).loss) for i in ids]
     # PEFT's own loss counts the first token too, which the prompt predicts

@@ -193,9 +193,9 @@ def test_classes_that_are_not_learned_are_told_before_training(tmp_path):
         load_task("x", TaskOptions(**given))
     for part in ("train", "test"):
         (tmp_path / f"{part}.jsonl").write_text(
-            "".join(json.dumps({"text": f"{part}{i}", "label": 0.5 * i}) + "\n" for i in range(6))
+            "".join(json.dumps({"text": f"{part}{i}", "label": ["a", "b"]}) + "\n" for i in range(6))
         )
-    with pytest.raises(DataError, match="one class each, not of regression"):
+    with pytest.raises(DataError, match="one class each, not of multi_label_classification"):
         load_task("x", TaskOptions(**given))
 
 
