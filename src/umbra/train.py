@@ -12,6 +12,7 @@ from . import anatomy, checkpoint
 from .bases import load_base, load_tokenizer
 from .config import ShadowConfig
 from .data import ESCALATION, MARK, Collator, Labels, Record, encode_all, read_records, record_kind, shadows_own
+from .data.sources import local_files
 from .drafting import frequent_tokens
 from .errors import BaseModelError, CheckpointError, ConfigError, DataError
 from .model import attach
@@ -47,7 +48,8 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     _check_alone(options, shadow, rest)
     evaluates = {"eval_strategy": "steps" if "eval_steps" in rest else "epoch"} if options.eval_data else {}
     arguments = make_arguments(options.output_dir, {**evaluates, **rest})
-    run = Run.of(FILES, options, shadow, rest, (options.train_data, options.eval_data))
+    files = [str(file) for data in (options.train_data, options.eval_data) for file in local_files(data)]
+    run = Run.of(FILES, options, shadow, rest, files)
     run.check_apart(base=options.base, shadow=shadow.shadow if shadow.is_pretrained else None)
     try:
         with arguments.main_process_first(local=False):
@@ -165,7 +167,7 @@ def _check_positions(examples: list[dict[str, Any]], base: Any, max_length: int)
         )
 
 
-def _with_escalation(shadow: ShadowConfig, records: list[Record], source: str) -> ShadowConfig:
+def _with_escalation(shadow: ShadowConfig, records: list[Record], source: str | list[str]) -> ShadowConfig:
     """The configuration, with what the shadow says to the records that are marked."""
     marked = any(record.get(MARK) for record in records)
     if shadow.escalation is not None and not marked:

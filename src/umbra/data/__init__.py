@@ -1,6 +1,8 @@
 """Records to token batches: prompt/completion, messages, text with or without a label; only answers carry labels.
 
-readers    files and data sets → rows
+sources    names → files, folders, saved data sets, data sets of the hub
+readers    sources → rows, by text_files, from_json, from_csv, from_arrow and splits
+rows       rows and their places
 records    the forms of a record, and what each field means
 chat       records → text and tokens
 labels     classes and regression targets → numbers
@@ -13,6 +15,8 @@ from .chat import ChatFormatter, end_tokens
 from .labels import Labels
 from .readers import read_hub, read_records, read_rows
 from .records import ESCALATION, MARK, Record, record_kind
+from .rows import Rows
+from .sources import local_files
 
 __all__ = [
     "ESCALATION",
@@ -21,8 +25,10 @@ __all__ = [
     "Collator",
     "Labels",
     "Record",
+    "Rows",
     "encode_all",
     "end_tokens",
+    "local_files",
     "read_hub",
     "read_records",
     "read_rows",
