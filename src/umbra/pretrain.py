@@ -78,11 +78,12 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
         )
     if shadow.escalation is not None:
         raise ConfigError("escalation is learned from records that are marked for it: give it to umbra train.")
-    files = [str(file) for source in (*_sources(options), options.prompts) for file in local_files(source)]
-    run = Run.of(FILES, options, shadow, rest, files)
-    for source in (*_sources(options), *files):
-        run.check_apart(data=source)
-    run.check_apart(base=options.base, prompts=options.prompts, shadow=shadow.shadow if shadow.is_pretrained else None)
+    inputs = [("data", source) for source in named_sources(options.data)] + [("prompts", options.prompts)]
+    files = [(name, str(file)) for name, source in inputs for file in local_files(source)]
+    run = Run.of(FILES, options, shadow, rest, [file for _, file in files])
+    for name, source in (*inputs, *files):
+        run.check_apart(**{name: source})
+    run.check_apart(base=options.base, shadow=shadow.shadow if shadow.is_pretrained else None)
     try:
         finished = run.claim(options.overwrite)
     except OSError as error:

@@ -77,16 +77,16 @@ def _check_value(value: Any, text: str) -> None:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise _Refused("holds half of a character (a lone surrogate)") from None
-    level = [value] if text.count("[") + text.count("{") > DEEPEST else []
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
-    if level:
+    if text.count("[") + text.count("{") > DEEPEST and _is_deeper(value, DEEPEST):
         raise _Refused(f"is nested more than {DEEPEST} levels deep")
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        lists = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [inner for one in lists for inner in one]
+    return bool(level)
 
 
 def _check_row(value: Any, where: str) -> Row:
