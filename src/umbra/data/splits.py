@@ -42,7 +42,7 @@ def parse_split(split: str) -> list[Cut]:
         DataError: malformed, or a share of more than 100 %.
     """
     cuts = []
-    for part in split.split("+"):
+    for part in split.split("+") if isinstance(split, str) else [""]:
         match = PART.fullmatch(part.strip())
         cut = Cut(**match.groupdict()) if match else None
         bounds = [b for b in (cut.start, cut.end) if b is not None] if cut else []

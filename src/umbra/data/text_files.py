@@ -5,6 +5,7 @@ A line is what an editor counts: it ends at U+000A. Whatever else Unicode calls 
 
 import bz2
 import codecs
+import functools
 import gzip
 import io
 import itertools
@@ -24,7 +25,7 @@ from ..errors import DataError, shown
 TEXT_FILES = (".txt", ".md")
 LONGEST = 2**26  # bytes of one line, or characters of one record
 EXPANDS = 2**26  # bytes that any compressed file may become,
-RATIO = 200  # and how many times its size where that is more
+RATIO = 120  # and how many times its size where that is more
 PIECE = 2**20
 KINDS = {
     stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe (FIFO)", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device",
@@ -64,6 +65,7 @@ NO_TEXT = {
 BOMS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF8, "UTF-8"),
         (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))  # fmt: skip
 
+BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # in no text of an encoding that is a superset of ASCII
 # Encodings that would decode one another's text, each with the letters that show it and their share of what is not ASCII.
 SCRIPTS = (
     ("SHIFT_JIS", "\u3040", "\u30ff", 0.2),
@@ -123,12 +125,11 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         stream: Any = file
         compression = _compression(path, stream.peek(8))
         if compression:
-            expanded = _Expanding(compression.open(stream), path, os.fstat(file.fileno()).st_size)
-            stream = io.BufferedReader(expanded, PIECE)
+            about = os.fstat(file.fileno())
+            _check_expansion(path, compression, about.st_size, about.st_mtime_ns)
+            stream = io.BufferedReader(_Expanding(compression.open(stream), path, about.st_size), PIECE)
         head = stream.peek(64)[:64]
-        for magic, kind in NO_TEXT.items():
-            if head.startswith(magic):
-                raise DataError(f"{path} is {kind}.")
+        _check_text(path, head)
         encoding = _encoding(path, head)
         if encoding == "UTF-16":
             stream = io.BufferedReader(_Utf8(stream, path), PIECE)
@@ -145,6 +146,14 @@ def _compression(path: Path, head: bytes) -> Compression | None:
             f"{path} cannot be read: it is not a {by_name.suffix} file, though its name ends so: rename it."
         )
     return by_content
+
+
+def _check_text(path: Path, head: bytes) -> None:
+    for magic, kind in NO_TEXT.items():
+        if head.startswith(magic):
+            raise DataError(f"{path} is {kind}.")
+    if any(head.startswith(c.magic) for c in COMPRESSIONS):
+        raise DataError(f"{path} is compressed twice: decompress it once.")
 
 
 def _encoding(path: Path, head: bytes) -> str:
@@ -166,8 +175,18 @@ def _convert(path: Path, encoding: str) -> str:
     return f"convert it (`{command} > {result}`)."
 
 
+@functools.cache
+def _check_expansion(path: Path, compression: Compression, size: int, modified: int) -> None:
+    """Decompress a file once without keeping anything: rows take more memory than their text, and a bomb is to take none."""
+    with path.open("rb", buffering=PIECE) as file:
+        stream = _Expanding(compression.open(file), path, size)
+        buffer = bytearray(PIECE)
+        while stream.readinto(buffer):
+            pass
+
+
 class _Expanding(io.RawIOBase):
-    """A decompressed stream that stops a bomb: what grows beyond all measure while it is read."""
+    """A decompressed stream that stops a bomb: a file that expands beyond `EXPANDS` bytes and `RATIO` times its size."""
 
     def __init__(self, stream: Any, path: Path, size: int) -> None:
         self.stream, self.path, self.limit, self.read_bytes = stream, path, max(EXPANDS, RATIO * size), 0
@@ -275,6 +294,10 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 def _not_utf8(path: Path, number: int, text: bytes, error: UnicodeDecodeError) -> DataError:
     first, last = text.rfind(b"\n", 0, error.start) + 1, text.find(b"\n", error.start)
     line = text[first : last if last >= 0 else len(text)]
+    if BINARY.search(line):
+        return DataError(
+            f"{path}:{number} is not text but binary data (byte 0x{text[error.start]:02x}): name a text file."
+        )
     encoding = _suspected(line)
     near = line[max(0, error.start - first - 20) : error.start - first + 20].decode(encoding or "utf-8", "replace")
     at = f"byte 0x{text[error.start]:02x}, as in {shown(near)}"

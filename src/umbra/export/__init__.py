@@ -18,7 +18,7 @@ from ..data import ChatFormatter, end_tokens
 from ..data.corpus import read_prompts
 from ..data.sources import named_sources, resolve
 from ..detach import check_target, detach, end_as_learned, parse_dtype, save_stock, write_stock
-from ..errors import ConfigError, ExportError
+from ..errors import ConfigError, DataError, ExportError
 from ..options import ExportOptions
 from ..pretrained import LANGUAGE_MODELS, read_config
 from . import parity
@@ -132,7 +132,10 @@ def _check(options: ExportOptions) -> list[str]:
     if missing := [p for p in PACKAGES[options.to] if find_spec(p) is None]:
         raise ConfigError(f"--to {options.to} needs {', '.join(missing)}: pip install 'umbra-peft[{options.to}]'.")
     for name in (*named_sources(options.prompts), *named_sources(options.vocabulary)):
-        resolve(name)
+        try:
+            resolve(name)
+        except DataError as error:
+            raise ConfigError(f"{name} is no file or data set: {error}") from None
     return sorted(dict.fromkeys(wanted), key=known.index)
 
 
