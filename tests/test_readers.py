@@ -299,14 +299,15 @@ def test_archives_are_refused_with_the_way_out(tmp_path, name):
 def test_a_bomb_is_refused_within_bounded_memory(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr(text_files, "EXPANDS", 2**20)
     line = b'{"text": "' + b"a" * 100 + b'"}\n'
-    bombs = {"zeros": bytes(2**22), "lines": line * (2**22 // len(line))}
+    bombs = {"zeros": bytes(2**24), "lines": line * (2**24 // len(line))}
     for name, content in bombs.items():
         path = put(tmp_path / f"{name}.jsonl{suffix}", COMPRESS[suffix](content))
         assert Path(path).stat().st_size * text_files.RATIO < len(content)
         tracemalloc.start()
         refused(path, "expands to more than 120 times its size", "decompress it")
-        assert tracemalloc.get_traced_memory()[1] < 2**23
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        assert peak < 2**24  # of which the dictionary of xz takes half
 
 
 def test_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
