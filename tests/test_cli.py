@@ -154,7 +154,7 @@ def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
         (["eval", "{out}", "{data}", "--output", "/no/where.jsonl"], "lies in a folder that does not exist"),
         (["eval", "{out}", "{data}", "--output", "/tmp"], "is no file that can be written"),
         (["eval", "{out}", "{data}", "--modes", ","], "modes is empty"),
-        (["eval", "{out}", "{data}", "--answer-pattern", "####"], "record 1: answer_pattern='####' finds no answer in"),
+        (["eval", "{out}", "{data}", "--answer-pattern", "####"], "jsonl:1: answer_pattern='####' finds no answer in"),
         (["generate", "{out}", " "], "prompt is empty"),
         (["generate", "{out}", "a", "--mode", "both"], "Unknown mode"),
         (["generate", "{out}", "a", "--temperature=-1"], "temperature"),

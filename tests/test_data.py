@@ -140,11 +140,11 @@ def test_gzipped_lines_are_read(tmp_path):
     [
         (['{"text": "a"}', '{"text": '], r"data.jsonl:2 is not JSON"),
         (['{"text": "a"}', "[1]"], r"data.jsonl:2 is a JSON list"),
-        ([{"prompt": "a"}], r"record 1 has the columns 'prompt'; needed are `prompt` and `completion`"),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], r"record 2 lacks the column 'completion'"),
-        ([{"prompt": "a", "completion": 3}], r"record 1, completion must be a list of messages, got 3"),
-        ([{"text": "a", "label": None}], r"record 1 lacks the column 'label'"),
-        ([{"messages": []}], r"record 1, messages must be a list of messages"),
+        ([{"prompt": "a"}], r"data.jsonl:1 has the columns 'prompt'; needed are `prompt` and `completion`"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], r"data.jsonl:2 lacks the column 'completion'"),
+        ([{"prompt": "a", "completion": 3}], r"data.jsonl:1, completion must be a list of messages, got 3"),
+        ([{"text": "a", "label": None}], r"data.jsonl:1 lacks the column 'label'"),
+        ([{"messages": []}], r"data.jsonl:1, messages must be a list of messages"),
         ([{"messages": [{"role": "user"}]}], r"messages\[0\] lacks `content`"),
         ([""], r"holds no record"),
     ],
@@ -214,14 +214,13 @@ def test_unusable_labels_are_refused():
         Labels.of(["a", "b"]).encode("c")
 
 
-def test_a_data_set_is_read_through_datasets(tmp_path):
-    """A folder stands for a hub id: both go through ``datasets.load_dataset``, with its splits."""
+def test_the_files_of_a_folder_are_its_splits(tmp_path):
     for split, text in (("train", "a"), ("test", "b")):
         (tmp_path / f"{split}.csv").write_text(f"text,label\n{text},{text}\n")
     assert read_records(str(tmp_path), "train") == [{"text": "a", "label": "a"}]
     assert read_records(str(tmp_path), "test") == [{"text": "b", "label": "b"}]
-    with pytest.raises(umbra.DataError, match=r"neither a \.jsonl file nor a data set"):
-        read_records(str(tmp_path), "no such split")
+    with pytest.raises(umbra.DataError, match="has no split 'validation': it has 'test', 'train'"):
+        read_records(str(tmp_path), "validation")
 
 
 def test_other_tables_saved_sets_and_configurations(tmp_path, monkeypatch):

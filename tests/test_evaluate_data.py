@@ -202,8 +202,8 @@ def test_classes_that_are_not_learned_are_told_before_training(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, r"hotel_reviews, train, row 2 \(columns 'text'\) is not as this set's"),
-        ({"label": "x", "text": None}, "row 2"),
+        ({"text": "x"}, r"hotel_reviews, .*train.jsonl:2 \(columns 'text'\) is not as this set's"),
+        ({"label": "x", "text": None}, "train.jsonl:2"),
     ],
 )
 def test_a_row_that_is_not_as_the_sets_is_named(row, message, tmp_path):

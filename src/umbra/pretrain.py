@@ -27,6 +27,7 @@ from .card import pretrained_card
 from .core import labelled_positions
 from .data import ChatFormatter
 from .data.corpus import Documents, Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
+from .data.sources import local_files, named_sources
 from .detach import detach, write_detached
 from .divergence import KINDS, Teacher, linear_divergence, teach
 from .errors import BaseModelError, CheckpointError, ConfigError, DataError
@@ -77,10 +78,12 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
         )
     if shadow.escalation is not None:
         raise ConfigError("escalation is learned from records that are marked for it: give it to umbra train.")
-    run = Run.of(FILES, options, shadow, rest, (*_sources(options), options.prompts))
-    for source in _sources(options):
-        run.check_apart(data=source)
-    run.check_apart(base=options.base, prompts=options.prompts, shadow=shadow.shadow if shadow.is_pretrained else None)
+    inputs = [("data", source) for source in named_sources(options.data)] + [("prompts", options.prompts)]
+    files = [(name, str(file)) for name, source in inputs for file in local_files(source)]
+    run = Run.of(FILES, options, shadow, rest, [file for _, file in files])
+    for name, source in (*inputs, *files):
+        run.check_apart(**{name: source})
+    run.check_apart(base=options.base, shadow=shadow.shadow if shadow.is_pretrained else None)
     try:
         finished = run.claim(options.overwrite)
     except OSError as error:
@@ -184,7 +187,7 @@ def _check(options: PretrainOptions) -> dict[str, tuple[str, ...]]:
 
 
 def _sources(options: PretrainOptions) -> list[str]:
-    named = [part.strip() for part in (options.data or "").split(",") if part.strip()]
+    named = named_sources(options.data)
     if len(set(named)) < len(named):
         raise ConfigError(f"data={options.data!r} names a source twice: raise its weight instead.")
     return [*named, *([OWN_SOURCE] if options.prompts else [])]

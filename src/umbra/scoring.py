@@ -23,7 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import anatomy
 from .bases import load_tokenizer
 from .checkpoint import load
-from .data import ChatFormatter, Record, class_name, encode_plain, end_tokens, read_records, record_kind
+from .data import (
+    ChatFormatter,
+    Record,
+    Rows,
+    class_name,
+    encode_plain,
+    end_tokens,
+    local_files,
+    read_records,
+    record_kind,
+)
 from .data.chat import END_OF_THOUGHT
 from .errors import ConfigError, DataError
 from .model import ShadowModel
@@ -139,14 +149,14 @@ def reference_of(record: Record) -> str:
     return str(content)
 
 
-def _check_references(records: list[Record], options: EvalOptions) -> None:
+def _check_references(records: Rows, options: EvalOptions) -> None:
     """Raise a DataError for an answer in which the pattern finds none: every reply would be held to nothing."""
-    for number, record in enumerate(records, 1):
-        if options.answer_pattern is None or record_kind(record, options.data) not in ("completion", "messages"):
+    for i, record in enumerate(records):
+        if options.answer_pattern is None or record_kind(record, records.where(i)) not in ("completion", "messages"):
             return
         if not answer_of(reference_of(record), options.answer_pattern):
             raise DataError(
-                f"{options.data}, record {number}: answer_pattern={options.answer_pattern!r} finds no answer in "
+                f"{records.where(i)}: answer_pattern={options.answer_pattern!r} finds no answer in "
                 f"{reference_of(record)!r:.200}."
             )
 
@@ -326,7 +336,7 @@ def score_adapter(options: EvalOptions) -> list[Score]:
     check_dtype(options.dtype)
     _check_output(options.output, options.data)
     records = read_records(options.data, options.split, listed(options.ignore_columns))[: options.limit]
-    kind = record_kind(records[0], options.data)
+    kind = record_kind(records[0], records.where(0))
     _check_references(records, options)
     model = on_accelerator(load(options.adapter, options.base, dtype=options.dtype).eval())
     expected = ("completion", "messages") if model.can_generate() else ("label",)
@@ -349,12 +359,12 @@ def score_adapter(options: EvalOptions) -> list[Score]:
     return scores
 
 
-def _check_output(name: str | None, data: str) -> None:
+def _check_output(name: str | None, data: str | list[str]) -> None:
     """Refuse a file for the replies that cannot be written or that holds the data, before they are made."""
     if name is None:
         return
     file = Path(name)
-    if file.exists() and file.resolve() == Path(data).resolve():
+    if file.exists() and any(file.samefile(part) for part in local_files(data)):
         raise ConfigError(f"output={name} is the data that is scored: name another file.")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"output={name} lies in a folder that does not exist.")

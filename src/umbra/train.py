@@ -22,6 +22,7 @@ from .data import (
     Rows,
     describe_classes,
     encode_all,
+    local_files,
     needs_thinking,
     read_records,
     record_kind,
@@ -62,7 +63,8 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     _check_alone(options, shadow, rest)
     evaluates = {"eval_strategy": "steps" if "eval_steps" in rest else "epoch"} if options.eval_data else {}
     arguments = make_arguments(options.output_dir, {**evaluates, **rest})
-    run = Run.of(FILES, options, shadow, rest, (options.train_data, options.eval_data))
+    files = [str(file) for data in (options.train_data, options.eval_data) for file in local_files(data)]
+    run = Run.of(FILES, options, shadow, rest, files)
     run.check_apart(base=options.base, shadow=shadow.shadow if shadow.is_pretrained else None)
     try:
         with arguments.main_process_first(local=False):
@@ -215,7 +217,7 @@ def _check_positions(examples: list[dict[str, Any]], base: Any, max_length: int)
         )
 
 
-def _with_escalation(shadow: ShadowConfig, records: list[Record], source: str) -> ShadowConfig:
+def _with_escalation(shadow: ShadowConfig, records: list[Record], source: str | list[str]) -> ShadowConfig:
     """The configuration, with what the shadow says to the records that are marked."""
     marked = any(record.get(MARK) for record in records)
     if shadow.escalation is not None and not marked:

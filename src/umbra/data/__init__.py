@@ -1,7 +1,9 @@
 """Records to token batches: prompt/completion, messages, text with or without a label; only answers carry labels.
 
-readers    files and data sets → rows
-records    the contract: every column and field, what it means, what is refused
+    sources    names → files, folders, saved data sets, data sets of the hub
+    readers    sources → rows, by text_files, from_json, from_csv, from_arrow and splits
+    rows       rows and their places
+    records    the contract: every column and field, what it means, what is refused
 chat       records → text and tokens
 tokens     text → tokens, a prompt's alike whether it is asked or learned
 labels     classes and regression targets → numbers
@@ -12,8 +14,10 @@ corpus     text for pretraining
 from .batches import Collator, encode_all, shadows_own
 from .chat import ChatFormatter, end_tokens, needs_thinking
 from .labels import Labels, class_name, describe_classes
-from .readers import Rows, read_hub, read_records, read_rows
+from .readers import read_hub, read_records, read_rows
 from .records import ESCALATION, MARK, Record, normalize, record_kind
+from .rows import Rows
+from .sources import local_files
 from .tokens import encode_plain
 
 __all__ = [
@@ -29,6 +33,7 @@ __all__ = [
     "encode_all",
     "encode_plain",
     "end_tokens",
+    "local_files",
     "needs_thinking",
     "normalize",
     "read_hub",

@@ -14,8 +14,8 @@ from ..errors import DataError
 from ..options import speaks
 from .chat import ChatFormatter
 from .labels import Labels
-from .readers import Rows
 from .records import ESCALATION, MARK, Record
+from .rows import Rows
 from .tokens import encode_plain
 
 

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from .. import anatomy
 from ..core import IGNORED
-from ..errors import DataError
+from ..errors import DataError, shown
 from ..options import speaks
 from .chat import ChatFormatter, end_tokens
 from .readers import read_records, read_rows
+from .sources import text_files
+from .text_files import read_text, text_lines
 
-TEXT_FILES = (".txt", ".md")
 SPACES = re.compile(r"\s+")
 HELD_OUT = 0.1  # of all blocks at most
 # Samples of the distribution that is learned, whatever the base's own generation config asks for.
@@ -50,17 +51,14 @@ class Documents(NamedTuple):
 
 
 def read_documents(source: str, split: str, writer: ChatFormatter) -> Documents:
-    """The documents of a text file (paragraphs: what empty lines divide), a .jsonl file or a hub data set.
+    """The documents of text files (paragraphs, separated by blank lines) or of records, as `read_records` reads them.
 
     Raises:
         DataError: nothing there that can be read.
     """
-    if Path(source).suffix.lower() in TEXT_FILES:
-        try:
-            text = Path(source).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{source} cannot be read: {error}") from error
-        documents, plain = [part.strip() for part in re.split(r"\n\s*\n", text)], True
+    if files := text_files(source):
+        texts = map(read_text, files)
+        documents, plain = [part.strip() for text in texts for part in re.split(r"\n\s*\n", text)], True
     else:
         records = read_records(source, split)
         documents = ["".join(part for part, _ in writer.segments(record)) for record in records]
@@ -165,23 +163,30 @@ class Mixture(Dataset):
 # -- what the base writes ----------------------------------------------------------------------------------------------
 
 
-def read_prompts(path: str) -> list[str]:
-    """A prompt a line of a text file; or the `prompt`, or else the `text`, of the records of a .jsonl file.
+def read_prompts(source: str | list[str]) -> list[str]:
+    """A prompt a line of text files, blank lines skipped; or the `prompt`, or else the `text`, of each record.
 
     Raises:
-        DataError: none.
+        DataError: none, or a record without one.
     """
-    if Path(path).suffix.lower() in TEXT_FILES:
-        try:
-            prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
+    if files := text_files(source):
+        prompts = [prompt for file in files for _, prompt in text_lines(file)]
     else:
-        prompts = [r.get("prompt", r.get("text")) for r in read_rows(path)]
-    prompts = [p for p in prompts if isinstance(p, str) and p]
+        rows = read_rows(source)
+        prompts = [_prompt(row, rows.where(i)) for i, row in enumerate(rows)]
     if not prompts:
-        raise DataError(f"{path} holds no prompt.")
+        raise DataError(f"{source} holds no prompt.")
     return prompts
+
+
+def _prompt(row: dict[str, Any], where: str) -> str:
+    column = "text" if row.get("prompt") is None else "prompt"
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(
+            f"{where} has no prompt: `prompt`, or else `text`, must be a string of some words, got {shown(value)}."
+        )
+    return value
 
 
 @torch.no_grad()

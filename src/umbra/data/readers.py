@@ -1,28 +1,29 @@
-"""Read files and data sets into rows."""
+"""Read everything that holds records into `Rows`: files of any form, folders, saved data sets, data sets of the hub."""
 
-import gzip
-import json
-import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from .records import Record, normalize, record_kind
+from ..errors import DataError, shown
+from .from_arrow import dataset_rows, read_arrow, read_parquet
+from .from_csv import read_csv
+from .from_json import read_json
+from .records import normalize, record_kind
+from .rows import Rows
+from .sources import ARROW_FILES, CSV_FILES, FORMS, JSON_FILES, PARQUET_FILES, Source, folder_splits, resolve
+from .splits import parse_split, read_split
+from .text_files import TEXT_FILES, form_of, pieces
 
-TABLES = (".parquet", ".csv")  # files that datasets reads as they are
+READERS: dict[tuple[str, ...], Callable[[Path], Rows]] = {
+    JSON_FILES: read_json,
+    CSV_FILES: read_csv,
+    PARQUET_FILES: read_parquet,
+    ARROW_FILES: read_arrow,
+}
 
 
-class Rows(list[Record]):
-    """Rows, and where each was read."""
-
-    def where(self, i: int) -> str:
-        """Return the place of row ``i``."""
-        return f"record {i + 1}"
-
-
-def read_records(source: str, split: str = "train", ignore_columns: Collection[str] = ()) -> Rows:
-    """Read records and check every field of them.
+def read_records(source: str | list[str], split: str = "train", ignore_columns: Collection[str] = ()) -> Rows:
+    """Read records, all of one form, and check every field of them.
 
     Args:
         ignore_columns: columns of the records and fields of their messages to leave out.
@@ -33,88 +34,108 @@ def read_records(source: str, split: str = "train", ignore_columns: Collection[s
     Raises:
         DataError: see `read_rows`; or a column or field that is missing, unknown or malformed, with its place.
     """
-    rows = Rows(read_rows(source, split))
-    first = {k: v for k, v in rows[0].items() if k not in ignore_columns}
-    kind = record_kind(first, f"{source}, {rows.where(0)}")
-    for i, row in enumerate(rows):
-        rows[i] = normalize(row, f"{source}, {rows.where(i)}", ignore_columns, kind)
+    rows = read_rows(source, split)
+    kind = record_kind({k: v for k, v in rows[0].items() if k not in ignore_columns}, rows.where(0))
+    for i, where in enumerate(rows.places()):
+        rows[i] = normalize(rows[i], where, ignore_columns, kind)
     return rows
 
 
-def read_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
-    """As `read_records`, whatever the columns.
+def read_rows(source: str | list[str], split: str = "train") -> Rows:
+    """The rows of a source, whatever the columns; ``where(i)`` of the result is the place of row ``i``.
+
+    Args:
+        source: a file, a folder of files, a data set that was saved to disk, an ``owner/name`` or ``owner/name:configuration``
+            of the hub, a glob, or a list of these. ``~`` is the home folder.
+        split: a split, with a slice if needed, in the syntax of datasets: ``train[:100]``. The rows of a file belong to any.
 
     Raises:
-        DataError: no such file, a line that is not a JSON object (file and line are named), or no record at all.
+        DataError: nothing of this name, a file that cannot be read (with the line), no such split, or no row at all.
     """
-    if not source:
-        raise DataError("No data given: name a .jsonl file or a datasets hub id.")
-    ending = Path(source).suffix.lower()
-    if ending in TABLES and Path(source).is_file():
-        rows = read_hub(ending[1:], split="train", data_files=source)
-    elif ending in (".jsonl", ".gz", ".json") or Path(source).is_file():
-        rows = _read_lines(Path(source))
-    elif Path(source).exists():
-        rows = read_hub(source, split=split)
-    else:
-        name, _, configuration = source.partition(":")
-        rows = read_hub(*filter(None, (name, configuration)), split=split)
+    sources = resolve(source)
+    names = {cut.name for cut in parse_split(split)}
+    loose = next((one for one in sources if one.kind in ("file", "saved")), None)
+    if loose and len(names) > 1:
+        raise DataError(
+            f"{loose.name} has no splits, so that split={shown(split)} would read its rows twice: name one split."
+        )
+    rows = read_split(split, lambda name: Rows.joined([_read(one, name) for one in sources]))
     if not rows:
-        raise DataError(f"{source} holds no record.")
+        raise DataError(f"{', '.join(one.name for one in sources)} holds no record.")
     return rows
 
 
-def _read_lines(path: Path) -> list[Record]:
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    records = []
+def _read(source: Source, split: str) -> Rows:
+    match source.kind:
+        case "file":
+            return read_file(source.path)
+        case "folder":
+            splits = folder_splits(source.path)
+            files = splits.get("") or _split_of(splits, split, source.name)
+            return Rows.joined([read_file(file) for file in files])
+        case "hub":
+            name, _, configuration = source.name.partition(":")
+            return read_hub(*filter(None, (name, configuration)), split=split)
+    saved = _saved(source.name)
+    return dataset_rows(saved if source.kind == "saved" else _split_of(saved, split, source.name), source.name)
+
+
+def _split_of(splits: dict[str, Any], split: str, name: str) -> Any:
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}: it has {', '.join(map(repr, sorted(splits)))}.")
+    return splits[split]
+
+
+def read_file(path: Path) -> Rows:
+    """The rows of one file, by the end of its name; of another end by its content, if that is JSON.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    form = form_of(path)
+    for forms, read in READERS.items():
+        if form in forms:
+            return read(path)
+    first = next((piece.lstrip()[:1] for piece in pieces(path) if piece.strip()), "")
+    if form not in TEXT_FILES and first in ("{", "["):
+        return read_json(path)
+    raise DataError(
+        f"{path} cannot be read as records: its name ends in {form or 'nothing'}, not as one of {FORMS} does "
+        f"({', '.join(end for ends in READERS for end in ends)}, also with .gz, .bz2, .xz or .zst)."
+    )
+
+
+def _saved(name: str) -> Any:
+    import datasets
+
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (
-                    ValueError,
-                    RecursionError,
-                ) as error:  # also numbers that are too long, and what is nested too deep
-                    raise DataError(
-                        f"{path}:{number} is not JSON: {error}. Each line must be one JSON object."
-                    ) from None
-                if "\\ud" in line.lower() and not _is_text(record):
-                    raise DataError(
-                        f"{path}:{number} holds half of a character (a lone surrogate): mend or leave it out."
-                    )
-                if not isinstance(record, dict):
-                    raise DataError(f"{path}:{number} is a JSON {type(record).__name__}, not an object with columns.")
-                records.append(record)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    return records
+        return datasets.load_from_disk(name)
+    except Exception as error:  # the library raises a dozen unrelated types
+        raise DataError(f"The data set saved in {name} cannot be read: {error!s:.300}") from error
 
 
-def _is_text(value: Any) -> bool:
-    """Whether all strings in it can be written as UTF-8."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def read_hub(*source: str, split: str) -> Rows:
+    """The rows of a split of a data set of the hub: its id, and its configuration if it has several.
 
-
-def read_hub(*source: str, split: str, **more: Any) -> list[Record]:
-    """The rows of a data set: its id, and its configuration if it has several; or the folder that one was saved to.
+    Cells of its CSV files are text, as those of local ones.
 
     Raises:
         DataError: it cannot be loaded.
     """
     import datasets
 
+    name = f"{':'.join(source)}, split {split}"
     try:
-        if (Path(source[0]) / "state.json").is_file():  # of one split
-            return list(datasets.load_from_disk(source[0]))  # type: ignore[arg-type]
-        return list(datasets.load_dataset(*source, split=split, **more))  # type: ignore[arg-type]
+        loaded: Any = datasets.load_dataset(*source, split=split)
+        if isinstance(loaded, datasets.Dataset) and loaded.builder_name == "csv":
+            text = {
+                k: datasets.Value("string") if isinstance(f, datasets.Value) else f for k, f in loaded.features.items()
+            }
+            loaded = datasets.load_dataset(
+                *source, split=split, features=datasets.Features(text), keep_default_na=False
+            )
     except Exception as error:  # the library raises a dozen unrelated types
         raise DataError(
-            f"{'/'.join(source)!r} is neither a .jsonl file nor a data set that can be loaded: {error!s:.300}"
+            f"{shown(':'.join(source))} is neither a file here nor a data set that can be loaded: {error!s:.300}"
         ) from error
+    return dataset_rows(loaded, name) if isinstance(loaded, datasets.Dataset) else Rows(loaded)

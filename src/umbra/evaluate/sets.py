@@ -6,13 +6,13 @@ the hub's columns; those of reasoning-gym are made.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data import read_hub, read_rows
-from ..errors import ConfigError, DataError, unknown_key
+from ..data import Rows, read_hub, read_rows
+from ..errors import ConfigError, DataError, shown, unknown_key
 from .metrics import PUZZLE, UNANSWERABLE, UNKNOWN
 
 Row = dict[str, Any]
@@ -60,15 +60,16 @@ def _choice(row: Row) -> Item:
     if not isinstance(row["choices"], list) or len(row["choices"]) > len(LETTERS):
         raise ValueError(f"choices must be a list of at most {len(LETTERS)} texts")
     options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
-    answer = LETTERS[_index(row["answer"], len(row["choices"]))]
+    answer = LETTERS[_index(row["answer"], tuple(LETTERS)[: len(row["choices"])])]
     return Item("", f"{row['question']}\n{options}\nAnswer with the letter.", answer)
 
 
-def _index(value: Any, count: int) -> int:
-    """Of one of ``count``, from 0 on."""
-    if not 0 <= int(value) < count:
-        raise IndexError(f"{value} is none of 0 to {count - 1}")
-    return int(value)
+def _index(value: Any, names: Sequence[str]) -> int:
+    """Of one of ``names``, which a row gives by its name or its number, from 0 on."""
+    number = names.index(value) if value in names else int(value)
+    if not 0 <= number < len(names):
+        raise IndexError(f"{shown(value)} is none of 0 to {len(names) - 1}")
+    return number
 
 
 def _span(row: Row) -> Item:
@@ -87,7 +88,7 @@ def _labelled(question: str, names: tuple[str, ...] | None = None) -> Callable[[
     def form(row: Row) -> Item:
         label = row["label"]
         if names is not None:
-            label = names[_index(label, len(names))]
+            label = names[_index(label, names)]
         elif "label_text" in row:
             label = row["label_text"]
         return Item(row["text"], question, str(label))
@@ -170,28 +171,32 @@ def items(name: str, part: str, folder: str | None = None) -> list[Item]:
     given = known(name)
     split = given.splits[part == "test"]
     found, rows = [], _rows(name, given, split, part, folder)
-    for number, row in enumerate(rows, start=1):
+    for i, row in enumerate(rows):
         try:
             item = given.form(row)
             if not all(isinstance(x, str) for x in (*item[:3], *item.also)):
                 raise TypeError("a value that should be text is none")
             found.append(item)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            columns = ", ".join(map(repr, row))
+            columns = ", ".join(map(shown, row))
             raise DataError(
-                f"{name}, {split}, row {number} (columns {columns}) is not as this set's are: {error!r}."
+                f"{name}, {rows.where(i)} (columns {columns}) is not as this set's are: {error!r:.200}."
             ) from error
     return found
 
 
-def _rows(name: str, given: KnownSet, split: str, part: str, folder: str | None) -> list[Row]:
+def set_files(name: str, split: str, folder: str) -> list[Path]:
+    """The files of a known set's split that lie in a folder, of which the first is read."""
+    files = (Path(folder).expanduser() / f"{name}.{split}{ending}" for ending in (".jsonl", ".jsonl.gz"))
+    return [file for file in files if file.exists()]
+
+
+def _rows(name: str, given: KnownSet, split: str, part: str, folder: str | None) -> Rows:
     if name == "gsm_symbolic" or name.startswith(GYM):
-        return _made(name.removeprefix(GYM), part)
+        return Rows(_made(name.removeprefix(GYM), part))
     if folder is not None:
-        for ending in (".jsonl", ".jsonl.gz"):
-            file = Path(folder) / f"{name}.{split}{ending}"
-            if file.exists():
-                return read_rows(str(file))
+        for file in set_files(name, split, folder):
+            return read_rows(str(file))
         raise DataError(f"{folder} holds neither {name}.{split}.jsonl nor {name}.{split}.jsonl.gz.")
     if not given.hub:
         raise ConfigError(f"The set {name} is on no hub: name the folder that holds {name}.{split}.jsonl as `data`.")

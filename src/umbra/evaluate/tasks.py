@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data import MARK, Labels, Record, read_records, record_kind
+from ..data import MARK, Labels, Record, local_files, read_records, record_kind
 from ..errors import ConfigError, DataError, unknown_key
 from ..folder import digest_of
-from ..options import flag
+from ..options import DATA, flag
 from ..scoring import reference_of
 from .metrics import LOSS, METRICS, PUZZLE, has_answer, puzzle
-from .sets import Item, items, known
+from .sets import Item, items, known, set_files
 
 ALSO, ROW = "also", "puzzle"  # columns of a record: further right answers, and what reasoning-gym judges them by
 STUDY_FILE, FIGURES = "study.json", "figures"  # in a study's folder: what its report knows of it, and pictures
@@ -30,8 +30,8 @@ class TaskOptions:
 
     set: str | None = flag(None, "a set that is known by name, or reasoning_gym:GENERATOR; default the task's own name")
     data: str | None = flag(None, "folder with NAME.SPLIT.jsonl files of a known set; default the hub")
-    train: str | None = flag(None, "in place of a known set: records to learn, a .jsonl file or a hub id")
-    test: str | None = flag(None, "records to test on, likewise; without train, a task that is tested only")
+    train: str | list[str] | None = flag(None, f"in place of a known set, records to learn: {DATA}")
+    test: str | list[str] | None = flag(None, "records to test on, likewise; without train, a task that is tested only")
     lm_eval: str | None = flag(None, "a task of lm-eval, which is tested only")
     lm_eval_path: str | None = flag(None, "folder with task files, in place of lm-eval's own")
     head: Literal["generate", "classify", "text"] = flag(
@@ -104,12 +104,11 @@ class TaskOptions:
             written = {f.parent / name for f in found if f.name == STUDY_FILE for name in WRITTEN}
             return sorted(root / f for f in found if written.isdisjoint((f, *f.parents)))
         if self.train is not None or self.test is not None:
-            return [p for p in map(Path, (self.train or "", self.test or "")) if p.is_file()]
+            return [*local_files(self.train), *local_files(self.test)]
         if self.data is None:
             return []
         name = self.set or name
-        found = [Path(self.data) / f"{name}.{s}{e}" for s in known(name).splits for e in (".jsonl", ".jsonl.gz")]
-        return [f for f in found if f.is_file()]
+        return [f for split in known(name).splits for f in set_files(name, split, self.data) if f.is_file()]
 
     def digest(self, name: str) -> str:
         """Of these files."""
@@ -151,8 +150,8 @@ def load_task(name: str, options: TaskOptions, chats: bool = True, learned: bool
     learns = options.is_learned and (learned or options.scored_on == "validation")
     metric, pattern, new = options.metric, options.pattern, options.max_new_tokens
     if options.test is not None:
-        to_learn = read_records(options.train) if options.train and learns else []
-        tested = read_records(options.test, "test")
+        to_learn: list[Record] = list(read_records(options.train)) if options.train and learns else []
+        tested = list(read_records(options.test, "test"))
         wanted = {"classify": ("label",), "text": ("text",), "generate": ("completion", "messages")}[options.head]
         for records in filter(None, (to_learn, tested)):
             if any(r.get(MARK) for r in records):

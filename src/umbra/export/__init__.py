@@ -16,8 +16,9 @@ from ..bases import load_base, load_tokenizer
 from ..checkpoint import load
 from ..data import ChatFormatter, end_tokens
 from ..data.corpus import read_prompts
+from ..data.sources import named_sources, resolve
 from ..detach import check_target, detach, end_as_learned, parse_dtype, save_stock, write_stock
-from ..errors import ConfigError, ExportError
+from ..errors import ConfigError, DataError, ExportError
 from ..options import ExportOptions
 from ..pretrained import LANGUAGE_MODELS, read_config
 from . import parity
@@ -130,9 +131,11 @@ def _check(options: ExportOptions) -> list[str]:
         raise ConfigError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}.")
     if missing := [p for p in PACKAGES[options.to] if find_spec(p) is None]:
         raise ConfigError(f"--to {options.to} needs {', '.join(missing)}: pip install 'umbra-peft[{options.to}]'.")
-    for name in filter(None, [options.prompts, *(options.vocabulary or "").split(",")]):
-        if not Path(name.strip()).is_file():
-            raise ConfigError(f"{name.strip()} is no file.")
+    for name in (*named_sources(options.prompts), *named_sources(options.vocabulary)):
+        try:
+            resolve(name)
+        except DataError as error:
+            raise ConfigError(f"{name} is no file or data set: {error}") from None
     return sorted(dict.fromkeys(wanted), key=known.index)
 
 

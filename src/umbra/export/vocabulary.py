@@ -18,7 +18,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import ChatFormatter, read_records
-from ..data.corpus import TEXT_FILES
+from ..data.sources import named_sources, text_files
+from ..data.text_files import read_text
 from ..detach import accept
 from ..errors import DataError, ExportError
 
@@ -29,22 +30,19 @@ TOKEN_FIELDS = (
 
 
 def read_texts(names: str, writer: ChatFormatter) -> list[str]:
-    """The texts of files, each to be tokenised by itself: whole .txt and .md files, the segments of .jsonl records.
+    """The texts of files, each to be tokenised by itself: whole .txt and .md files, the segments of records.
 
     Raises:
         DataError: a file that cannot be read.
     """
     texts: list[str] = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
-        if Path(name).suffix not in TEXT_FILES:
+    for name in named_sources(names):
+        if files := text_files(name):
+            texts += map(read_text, files)
+        else:
             texts += [text for record in read_records(name) for text, _ in writer.segments(record)]
-            continue
-        try:
-            texts.append(Path(name).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{name} cannot be read: {error}") from error
     if not texts:
-        raise DataError(f"vocabulary={names!r} names no text: give .txt, .md or .jsonl files, separated by commas.")
+        raise DataError(f"vocabulary={names!r} names no text: give files of text or records, separated by commas.")
     return texts
 
 
