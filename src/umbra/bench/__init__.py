@@ -80,10 +80,6 @@ def bench(options: BenchOptions) -> dict[str, Any]:
 
 
 def _check(options: BenchOptions) -> torch.dtype:
-    for name in ("rounds", "lora_rank", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}.")
     if options.dtype not in DTYPES:
         raise ConfigError(f"Unknown dtype {options.dtype!r}: choose from {', '.join(DTYPES)}.")
     return DTYPES[options.dtype]

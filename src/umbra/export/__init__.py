@@ -126,8 +126,6 @@ def _check(options: ExportOptions) -> list[str]:
         raise ConfigError(
             f"--dtype is for hf, got {options.dtype} for {options.to}: use --quantization {','.join(known)}."
         )
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}.")
     if missing := [p for p in PACKAGES[options.to] if find_spec(p) is None]:
         raise ConfigError(f"--to {options.to} needs {', '.join(missing)}: pip install 'umbra-peft[{options.to}]'.")
     for name in filter(None, [options.prompts, *(options.vocabulary or "").split(",")]):
