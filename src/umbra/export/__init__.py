@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +20,7 @@ from ..options import ExportOptions
 from ..pretrained import LANGUAGE_MODELS, read_config
 from . import parity
 from .parity import Parity, Stock, answer, check, compare, compare_whole
+from .process import run_python
 from .quiet import quiet
 from .run import answer as greedy
 from .to_gguf import check_architecture, modelfile, pre_tokenizer, write_gguf
@@ -241,8 +240,7 @@ def _answer(options: ExportOptions, out: Path, tokenizer: PreTrainedTokenizerBas
         asked, end = writer.tokens(writer.ask(prompt)), end_tokens(again, writer)
         ids = list(greedy(Stock(again, writer), asked, options.max_new_tokens, end))
         return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-    command = [sys.executable, str(out / RUN), prompt, "--max-new-tokens", str(options.max_new_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    done = run_python(str((out / RUN).resolve()), "--max-new-tokens", str(options.max_new_tokens), "--", prompt)
     if done.returncode:
         raise ExportError(f"{out} was written, but did not answer: {done.stderr[-1000:].strip()}")
     return done.stdout.strip()

@@ -2,8 +2,6 @@
 
 import importlib
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from transformers import PreTrainedModel
 from ..anatomy import window
 from ..data import Writer
 from ..errors import ConfigError, ExportError
+from .process import run_python
 from .quiet import quiet
 
 TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # llama.cpp's llama_ftype
@@ -98,8 +97,7 @@ def write_gguf(
 
     _run(convert, "GGML's converter cannot take this model")
     for kind, file in zip(wanted[1:], files[1:], strict=True):
-        command = [sys.executable, "-c", QUANTISE, str(plain), str(file), str(TYPES[kind])]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_python("-c", QUANTISE, str(plain.resolve()), str(file.resolve()), str(TYPES[kind]))
         if done.returncode:
             raise ExportError(f"llama.cpp cannot quantise this model to {kind}: {done.stderr[-500:].strip()}")
     return files
