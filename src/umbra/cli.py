@@ -69,9 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:]
     with plain_streams():
         try:
-            code = _dispatch(arguments)
-            sys.stdout.flush()
-            return code
+            try:
+                return _dispatch(arguments)
+            finally:  # argparse ends the process after its help
+                sys.stdout.flush()
         except BrokenPipeError:
             abandon_output()
             return BROKEN_PIPE
@@ -95,8 +96,7 @@ def _fail(error: Exception) -> int:
             f"unexpected {kind} at {place_of(error)}: {error!s:.300}. Set UMBRA_TRACEBACK=1 for the traceback, and report it"
         )
     print(f"umbra: error: {text}", file=sys.stderr)
-    if isinstance(error, OSError):
-        abandon_output()  # it may be standard output itself that cannot be written
+    abandon_output()
     return code
 
 

