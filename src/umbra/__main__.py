@@ -6,11 +6,10 @@ Python puts the working folder ahead of all packages here. Only what it has impo
 import os
 import sys
 
-if not sys.flags.safe_path and sys.path:
-    here = os.path.realpath(os.curdir)
-    if os.path.realpath(sys.path[0] or os.curdir) == here != os.path.realpath(os.path.join(__file__, "..", "..")):
-        del sys.path[0]
+here = os.path.realpath(os.curdir)
+if here != os.path.realpath(os.path.join(__file__, "..", "..")):  # else Umbra itself is imported from there
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != here]
 
-from .cli import main
+from .cli import main  # noqa: E402
 
 sys.exit(main())

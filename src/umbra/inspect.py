@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from . import folder
 from .checkpoint import CONFIG_FILE, PREFIX, WEIGHTS_FILE, local_folder, read_config
 from .config import DIALECTS, ShadowConfig
-from .errors import CheckpointError, ConfigError, one_line, plain
+from .errors import CheckpointError, ConfigError, plain
 from .integrity import DRAFT_TOKENS
 from .interop import recognise
 from .pretrained import saved_config
@@ -76,7 +76,7 @@ def explain(found: dict[str, Any]) -> str:
     where = f"{blocks[0]} to {blocks[-1]}" if whole else ", ".join(map(str, blocks))
     changed = ", ".join(f"{k}={v}" for k, v in found["changed_from_dialect"].items())
     lines = [
-        f"{found['path']}: a shadow for {one_line(base['name'] or 'an unnamed base')} ({found['task']})",
+        f"{found['path']}: a shadow for {base['name'] or 'an unnamed base'} ({found['task']})",
         f"  dialect     {found['dialect']}" + (f", but {changed}" if changed else ""),
         f"  injection   rank {found['rank']}, α {found['alpha']}, before blocks {where}",
         f"  update      gate rank {found['gate_rank']}",
@@ -88,4 +88,4 @@ def explain(found: dict[str, Any]) -> str:
         "  parameters",
     ]
     lines += [f"    {part:<18}{count:>14,}" for part, count in found["parameters"].items()]
-    return "\n".join(map(plain, lines))
+    return "\n".join(plain(line).replace("\n", " ") for line in lines)
