@@ -23,6 +23,8 @@ ORDER = [
     "options",
     "config",
     "settings",
+    "terminal",
+    "hub",
     "kernels",
     "core",
     "folder",

@@ -1,11 +1,12 @@
 """The model card that lies in every adapter folder."""
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bases import EMBEDDED_HUB_ID
-from .options import EMBEDDED
+from .errors import one_line
+from .options import EMBEDDED, EMBEDDED_HUB_ID
 
 if TYPE_CHECKING:
     from .backbone import Shadow
@@ -21,6 +22,16 @@ def _base_model(base: str | None) -> str:
     return f"base_model: {name}\n" if is_id else ""
 
 
+MARKUP = {"<": "&lt;", "`": "\\`", "|": "\\|", "](": "]\\("}  # HTML, code, tables, links
+
+
+def _shown(value: Any) -> str:
+    """Text of others for Markdown: on one line, without markup; of a local folder its name alone."""
+    text = str(value)
+    text = os.path.basename(text.rstrip("/")) or text if os.path.isabs(text) else text
+    return re.sub("|".join(map(re.escape, MARKUP)), lambda match: MARKUP[match[0]], one_line(text))
+
+
 def model_card(values: dict[str, Any], model: "ShadowModel", shadow: "Shadow") -> str:
     """Markdown with the hub's front matter, from the content of ``adapter_config.json``."""
     base, config = values["base_model_name_or_path"], values["shadow"]
@@ -32,7 +43,7 @@ pipeline_tag: {pipeline}
 tags: [umbra, shadow, peft]
 ---
 
-# Shadow of {base or "an unnamed base"}
+# Shadow of {_shown(base or "an unnamed base")}
 
 A shadow network beside a frozen {type(model.base).__name__}, in dialect `{config["dialect"]}` with injection rank
 {config["rank"]} and α = {config["alpha"]}, made by Umbra {values["umbra_version"]}.
@@ -58,13 +69,13 @@ def pretrained_card(base: str, asked: dict[str, Any], metrics: dict[str, Any]) -
         for name, m in stages.items()
     )
     told = ("data", "prompts", "weights", "stages", "divergence", "temperature", "teacher_top_k", "max_length")
-    text = "\n".join(f"- {name}: {asked[name]}" for name in told if name in asked)
+    text = "\n".join(f"- {name}: {_shown(asked[name])}" for name in told if name in asked)
     return f"""---
 {_base_model(base)}pipeline_tag: text-generation
 tags: [umbra, shadow, pretrained]
 ---
 
-# Pretrained shadow for {base}
+# Pretrained shadow for {_shown(base)}
 
 A small language model that was pretrained beside the frozen base, with {metrics["parameters"]:,} trained parameters.
 

@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
-from . import __version__, anatomy, folder, shards
+from . import __version__, anatomy, folder, hub, shards
 from .anatomy import Anatomy
 from .backbone import Shadow
 from .bases import load_base
 from .card import OURS, model_card
 from .config import ShadowConfig
-from .errors import CheckpointError, ConfigError, UmbraError
+from .errors import BaseModelError, CheckpointError, ConfigError, UmbraError
 from .fingerprint import check_same_base
 from .integrity import (
     DIGEST,
@@ -36,6 +36,7 @@ from .integrity import (
     draft_tokens,
 )  # fmt: skip
 from .model import ShadowModel, attach
+from .options import EMBEDDED
 from .pretrained import saved_config
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -147,7 +148,7 @@ def describe(model: ShadowModel, shadow: Shadow) -> dict[str, Any]:
     return {
         "peft_type": "UMBRA",
         "task_type": TASKS[base.is_classifier],
-        "base_model_name_or_path": model.base.name_or_path,
+        "base_model_name_or_path": _from_anywhere(model.base.name_or_path),
         "format_version": FORMAT_VERSION,
         "umbra_version": __version__,
         "adapter_id": shadow.adapter_id,
@@ -157,6 +158,11 @@ def describe(model: ShadowModel, shadow: Shadow) -> dict[str, Any]:
         **({"classifier": {**labels, "pad_token_id": anatomy.pad_token_id(config)}} if base.is_classifier else {}),
         **({} if shadow.draft_tokens is None else {DRAFT_TOKENS: shadow.draft_tokens}),
     }
+
+
+def _from_anywhere(name: str | None) -> str | None:
+    """The base's name as it is found from any folder: local paths are absolute."""
+    return os.path.abspath(name) if name and name != EMBEDDED and os.path.isdir(name) else name
 
 
 def _plain_config(config: PretrainedConfig) -> dict[str, Any]:
@@ -271,7 +277,11 @@ def load(
         if not isinstance(name, str) or not name:
             raise CheckpointError(f"{saved.file} does not name its base: pass base=…")
         base_options = base_options if base else {**saved.base_options, **base_options}
-        base = load_base(name, classifier=saved.classifier(), **base_options)
+        try:
+            base = load_base(name, classifier=saved.classifier(), **base_options)
+        except BaseModelError as error:
+            where = "" if base else f" {saved.file} names this base: say where it is by base=… or --base."
+            raise BaseModelError(f"{error}{where}") from error
     _check_labels(saved, path, base)
     saved.check(anatomy.locate(base), allow_other_base)
     model = attach(base, saved.config, backbone_config=saved.backbone_config)
@@ -404,23 +414,18 @@ def _classifier(values: dict[str, Any], file: Path) -> dict[str, Any] | None:
 def local_folder(path: str | Path) -> Path:
     """The folder itself, or the cached copy of a hub repository (``owner/name``, ``owner/name@revision``)."""
     try:
-        if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "~", "/")):
-            return Path(path)
-    except OSError as error:
+        if hub.is_path(str(path)) or "/" not in str(path):
+            return Path(path).expanduser()
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no adapter folder: {error}") from error
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = str(path).partition("@")
+    wanted = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *SHADOW_PEFT_FILES]
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *SHADOW_PEFT_FILES],
-            )
-        )
+        with hub.lookup(repository):
+            return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is neither a folder nor a hub repository that can be reached: {error}"
-        ) from error
+        reason = hub.way_out(repository, error) or error
+        raise CheckpointError(f"The adapter {path} cannot be loaded: {reason}") from error

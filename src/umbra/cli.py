@@ -3,15 +3,18 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from importlib.util import find_spec
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
-from .errors import ConfigError, UmbraError
+from .errors import ConfigError, DataError, one_line
 from .options import (
+    EMBEDDED,
     BenchOptions,
     ConvertOptions,
     DetachOptions,
@@ -26,6 +29,16 @@ from .options import (
     speaks,
 )
 from .settings import number, read_yaml, spelled
+from .terminal import (
+    BROKEN_PIPE,
+    abandon_output,
+    isolate,
+    message_of,
+    place_of,
+    plain_streams,
+    raw_output,
+    say,
+)
 
 COMMANDS = {
     "train": "train a shadow: umbra train config.yaml [--field value …]",
@@ -45,22 +58,70 @@ PATIENCE = 20  # seconds for which a rank leaves an error to rank 0, at whose en
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; 0 on success, 2 with a message on standard error where something is wrong."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        return _dispatch(arguments)
-    except UmbraError as error:
-        if not speaks():
-            time.sleep(PATIENCE)
-        print(f"umbra: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("umbra: interrupted", file=sys.stderr)
-        return 130
+    """Run one subcommand. See docs/trouble.md.
+
+    Returns:
+        0 on success; 1 where single runs of a comparison failed; 2 with one line on standard error for what a user can
+        mend; 70 likewise for an error of Umbra's own; 130 when interrupted; 141 where nobody reads standard output.
+    """
+    if arguments is None:
+        isolate()
+        arguments = sys.argv[1:]
+    with plain_streams():
+        try:
+            try:
+                return _dispatch(arguments)
+            finally:  # argparse ends the process after its help
+                sys.stdout.flush()
+        except BrokenPipeError:
+            abandon_output()
+            return BROKEN_PIPE
+        except KeyboardInterrupt:
+            print("umbra: interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    """Say what went wrong, in one line."""
+    if os.environ.get("UMBRA_TRACEBACK"):
+        raise error
+    if not speaks():
+        time.sleep(PATIENCE)
+    text, code = message_of(error), 2
+    if text is None:
+        kind, code = type(error).__name__, 70
+        text = one_line(
+            f"unexpected {kind} at {place_of(error)}: {error!s:.300}. Set UMBRA_TRACEBACK=1 for the traceback, and report it"
+        )
+    print(f"umbra: error: {text}", file=sys.stderr)
+    abandon_output()
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises a ConfigError where argparse would print its usage and end the process; a flag is given once."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+        self.register("action", None, _Once)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+class _Once(argparse.Action):
+    """Stores a value, unless there is one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if option_string is not None and self.dest in vars(namespace):
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
 
 
 def _dispatch(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="umbra", description="A frozen language model and its detachable shadow.")
+    parser = _Parser(prog="umbra", description="A frozen language model and its detachable shadow.")
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -91,12 +152,31 @@ def _train(arguments: list[str]) -> int:
     )
     from .train import train
 
-    with _telling_errors(as_json):
+    with _reading(values.get("train_data"), values.get("eval_data")), _telling_errors(as_json):
         metrics = train(values)
     if speaks():
-        print(json.dumps(metrics, indent=2) if as_json else _lines(metrics))
+        say(json.dumps(metrics, indent=2) if as_json else _lines(metrics))
     _leave_ranks()
     return 0
+
+
+@contextmanager
+def _reading(*sources: Any) -> Iterator[None]:
+    """Read data sets of the hub from the cache alone where it is unreachable.
+
+    Args:
+        sources: files and hub ids, lists of them, or several in one text, separated by commas.
+    """
+    from . import hub
+
+    listed = [one for source in sources for one in (source if isinstance(source, list) else [source])]
+    names = [part.strip() for text in listed if isinstance(text, str) for part in text.split(",") if part.strip()]
+    with hub.lookup(*names):
+        try:
+            yield
+        except DataError as error:
+            reasons = [reason for name in names if (reason := hub.way_out(name, error.__cause__ or error))]
+            raise (DataError(f"{error} The reason: {reasons[0]}") if reasons else error) from error.__cause__
 
 
 def _telling_errors(as_json: bool) -> AbstractContextManager[Any]:
@@ -115,9 +195,9 @@ def _pretrain(arguments: list[str]) -> int:
     )
     from .pretrain import pretrain
 
-    with _telling_errors(as_json):
+    with _reading(values.get("data")), _telling_errors(as_json):
         metrics = pretrain(values)
-    print(json.dumps(metrics, indent=2) if as_json else _lines(_flat(metrics)))
+    say(json.dumps(metrics, indent=2) if as_json else _lines(_flat(metrics)))
     return 0
 
 
@@ -129,25 +209,29 @@ def _flat(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _run_settings(prog: str, about: str, kind: type, arguments: list[str]) -> tuple[dict[str, Any], bool]:
     """Flat settings of a YAML file and flags, and whether JSON is to be printed."""
-    parser = argparse.ArgumentParser(
-        prog=prog, usage=f"{prog} [config.yaml] [--field value …]", allow_abbrev=False, description=about
-    )
+    parser = _Parser(prog=prog, usage=f"{prog} [config.yaml] [--field value …]", description=about)
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     _add_flags(parser.add_argument_group("the run"), kind)
     _add_flags(parser.add_argument_group("the shadow"), ShadowConfig)
-    file = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    known, rest = parser.parse_known_args(arguments)
+    file, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else (None, arguments)
+    known, rest = parser.parse_known_args(rest)
     values = read_yaml(file) if file else {}
     values |= {k: v for k, v in vars(known).items() if k != "json"}
-    return values | _pairs(rest), known.json
+    values |= _pairs(rest)
+    _check_reachable({"base": EMBEDDED, **values})
+    return values, known.json
 
 
 def _eval(arguments: list[str]) -> int:
     options = _parse("umbra eval", EvalOptions, arguments)
-    from .scoring import as_json, score_adapter, table
+    from .scoring import as_json, score_modes, table, write_replies
 
-    scores = score_adapter(options)
-    print(json.dumps(as_json(scores), indent=2) if options.json else table(scores))
+    with _reading(options.data):
+        scores, replies = score_modes(options)
+    try:
+        say(json.dumps(as_json(scores), indent=2) if options.json else table(scores))
+    finally:
+        write_replies(options.output, replies)
     return 0
 
 
@@ -158,7 +242,7 @@ def _evaluate(arguments: list[str]) -> int:
 
     with _telling_errors(options.json):
         found = evaluate(options)
-    print(json.dumps(found, indent=2) if options.json else "\n".join(found["report"]))
+    say(json.dumps(found, indent=2) if options.json else "\n".join(found["report"]))
     return 1 if found["failed"] else 0
 
 
@@ -170,7 +254,7 @@ def _report(arguments: list[str]) -> int:
     from .evaluate.report import write_report
 
     files = write_report(Path(options.study), Path(options.out) if options.out else None)
-    print(json.dumps({"report": [str(f) for f in files]}) if options.json else "\n".join(map(str, files)))
+    say(json.dumps({"report": [str(f) for f in files]}) if options.json else "\n".join(map(str, files)))
     return 0
 
 
@@ -178,9 +262,10 @@ def _generate(arguments: list[str]) -> int:
     options = _parse("umbra generate", GenerateOptions, arguments)
     from .generate import generate
 
-    answer = generate(options)
+    with nullcontext() if options.json else raw_output():
+        answer = generate(options)
     if options.json:
-        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        say(json.dumps(answer, indent=2, ensure_ascii=False))
     return 0
 
 
@@ -198,9 +283,9 @@ def _detach(arguments: list[str]) -> int:
     )
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     if options.json:
-        print(json.dumps({"path": str(out), "bytes": size}))
+        say(json.dumps({"path": str(out), "bytes": size}))
     else:
-        print(f"{out}: a stock transformers model of {size / 1e6:.1f} MB")
+        say(f"{out}: a stock transformers model of {size / 1e6:.1f} MB")
     return 0
 
 
@@ -211,9 +296,9 @@ def _export(arguments: list[str]) -> int:
     rows, answer = export(options)
     if options.json:
         found = {"path": options.out, "files": [dataclasses.asdict(r) for r in rows], "answer": answer}
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        say(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print(table(rows), *([answer] if answer is not None else []), sep="\n\n")
+        say("\n\n".join([table(rows), *([answer] if answer is not None else [])]))
     return 0
 
 
@@ -228,7 +313,7 @@ def _convert(arguments: list[str]) -> int:
     check_new(options.out)
     out = convert(load(options.adapter, options.base, shadow=options.shadow), options.out, options.to)
     files = sorted(p.name for p in out.iterdir())
-    print(json.dumps({"path": str(out), "files": files}) if options.json else f"{out}: {', '.join(files)}")
+    say(json.dumps({"path": str(out), "files": files}) if options.json else f"{out}: {', '.join(files)}")
     return 0
 
 
@@ -237,7 +322,7 @@ def _inspect(arguments: list[str]) -> int:
     from .inspect import explain, inspect
 
     found = inspect(options.path)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else explain(found))
+    say(json.dumps(found, indent=2, ensure_ascii=False) if options.json else explain(found))
     return 0
 
 
@@ -247,15 +332,17 @@ def _bench(arguments: list[str]) -> int:
 
     found = bench(options)
     if options.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        say(json.dumps(found, indent=2, ensure_ascii=False))
     return 1 if any("refused" in row for rows in found["cases"].values() for row in rows.values()) else 0
 
 
 def _lm_eval(arguments: list[str]) -> int:
     _check_installed("umbra lm_eval", "lm-eval", ("lm_eval",))
+    from . import hub
     from .lm_eval import main
 
-    main(arguments)
+    with hub.lookup("lm-eval's data sets"):
+        main(arguments)
     return 0
 
 
@@ -277,9 +364,20 @@ def _leave_ranks() -> None:
 
 
 def _parse(prog: str, kind: type, arguments: list[str]) -> Any:
-    parser = argparse.ArgumentParser(prog=prog, description=(kind.__doc__ or "").partition("`` ")[2] or kind.__doc__)
+    parser = _Parser(prog=prog, description=(kind.__doc__ or "").partition("`` ")[2] or kind.__doc__)
     _add_flags(parser, kind)
-    return kind(**vars(parser.parse_args(arguments)))
+    options = kind(**vars(parser.parse_args(arguments)))
+    _check_reachable(vars(options))
+    return options
+
+
+def _check_reachable(values: dict[str, Any]) -> None:
+    """Refuse an adapter or a base that can be loaded from nowhere before anything heavy is imported."""
+    from . import hub
+
+    for name, files in (("adapter", ("adapter_config.json", "shadow_config.json")), ("base", ("config.json",))):
+        if isinstance(value := values.get(name), str) and not value.startswith("random:"):
+            hub.check(value, name, files)
 
 
 def _add_flags(parser: Any, kind: type) -> None:
@@ -340,7 +438,10 @@ def _pairs(rest: list[str]) -> dict[str, Any]:
         key, equals, value = rest[i][2:].partition("=")
         if not equals and i + 1 < len(rest) and not rest[i + 1].startswith("--"):
             i, value, equals = i + 1, rest[i + 1], "="
-        pairs[key.replace("-", "_")] = number(value) if equals else True
+        name = key.replace("-", "_")
+        if name in pairs:
+            raise ConfigError(f"--{key} is given twice.")
+        pairs[name] = number(value) if equals else True
         i += 1
     return spelled(pairs)
 

@@ -13,13 +13,31 @@ Each message says what was wrong, what was given, and how to mend it.
 """
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+# Control characters (C0 but for tab and newline, DEL, C1), line separators, bidirectional overrides, lone surrogates.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    """Escape the characters on which a terminal or an editor acts, as ``\\uXXXX``; tabs and newlines stay."""
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def one_line(text: str) -> str:
+    """`plain` text on one line: runs of white space become one space."""
+    return " ".join(plain(text).split())
+
 
 class UmbraError(Exception):
     """Root of the hierarchy: ``except UmbraError`` catches all that Umbra raises on purpose."""
+
+    def __str__(self) -> str:
+        """The message, `plain`, since it quotes names from files of others."""
+        return plain(super().__str__())
 
 
 class ConfigError(UmbraError, ValueError):

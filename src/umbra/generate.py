@@ -13,22 +13,17 @@ from .data import ChatFormatter, end_tokens
 from .drafting import check_draft
 from .errors import ConfigError
 from .options import GenerateOptions, check_dtype
-from .scoring import GREEDY, MODES, in_mode, on_accelerator, room
+from .scoring import GREEDY, MODES, PLAIN, in_mode, on_accelerator, room
 
 
 def generate(options: GenerateOptions) -> dict[str, Any]:
     """Run ``umbra generate``: prints the answer as it comes, unless JSON was asked for.
 
     Raises:
-        ConfigError: an unknown mode, a negative temperature, drafts in another mode than attached, or an adapter that
-            classifies.
+        ConfigError: an unknown mode, drafts in another mode than attached, or an adapter that classifies.
     """
     if options.mode not in MODES:
         raise ConfigError(f"Unknown mode {options.mode!r}: choose from {', '.join(MODES)}.")
-    if not options.temperature >= 0:
-        raise ConfigError(f"temperature must be at least 0, got {options.temperature}.")
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}.")
     drafting: dict[str, Any] = {}
     if options.draft is not None:
         if options.mode != "attached":
@@ -50,14 +45,15 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
     writer = ChatFormatter(tokenizer, options.chat_template)
     ids = torch.tensor([writer.tokens(writer.ask(prompt))], device=model.device)
     torch.manual_seed(options.seed)
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else GREEDY
+    sampling = {**PLAIN, "do_sample": True, "temperature": options.temperature} if options.temperature > 0 else GREEDY
     streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
     with in_mode(model, options.mode) as runner:
         began = time.perf_counter()
         out = runner.generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=torch.ones_like(ids),
             max_new_tokens=room(runner, ids.shape[1], options.max_new_tokens), pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=end_tokens(runner, writer) or None, streamer=streamer, **sampling, **drafting,
+            eos_token_id=end_tokens(runner, writer) or None, streamer=streamer, tokenizer=tokenizer,
+            **{**sampling, **drafting},
         )  # fmt: skip
         seconds = time.perf_counter() - began
     new = (out.sequences if drafting else out)[0, ids.shape[1] :]

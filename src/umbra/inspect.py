@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from . import folder
 from .checkpoint import CONFIG_FILE, PREFIX, WEIGHTS_FILE, local_folder, read_config
 from .config import DIALECTS, ShadowConfig
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, plain
 from .integrity import DRAFT_TOKENS
 from .interop import recognise
 from .pretrained import saved_config
@@ -88,4 +88,4 @@ def explain(found: dict[str, Any]) -> str:
         "  parameters",
     ]
     lines += [f"    {part:<18}{count:>14,}" for part, count in found["parameters"].items()]
-    return "\n".join(lines)
+    return "\n".join(plain(line).replace("\n", " ") for line in lines)

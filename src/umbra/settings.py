@@ -1,11 +1,13 @@
 """Settings that are written down: a YAML file, in which 1e-3 is a number too. No torch in here."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, shown
 
 LARGEST_YAML = 2**17  # bytes
+DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # what a shell passes: a pipe with a writer
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 NUMBER_LINE = re.compile(f"^(?:{NUMBER.pattern})$")
 
@@ -43,6 +45,21 @@ def _loader() -> type:
     return Loader
 
 
+def _size(value: Any, sizes: dict[int, int]) -> int:
+    """How many values there are in one, aliases written out; infinite where it holds itself.
+
+    Args:
+        sizes: of the containers that were met before, by identity.
+    """
+    if not isinstance(value, dict | list | set | tuple):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = 2 * LARGEST_YAML  # until its own is known
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(value)]
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The mapping that a file holds.
 
@@ -52,11 +69,15 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
+        if Path(path).is_fifo() and not path.startswith(DESCRIPTORS):
+            raise ValueError("it is a pipe, which nobody may write to")
         with open(path, "rb") as file:
             text = file.read(LARGEST_YAML + 1)
         if len(text) > LARGEST_YAML:
             raise ValueError(f"it is larger than {LARGEST_YAML:,} bytes")
         values = yaml.load(text, _loader())
+        if _size(values, {}) > LARGEST_YAML:
+            raise ValueError("its aliases stand for more than the file could hold")
     except Exception as error:  # beside YAMLError, yaml's constructors raise most of what Python has
         raise ConfigError(f"{path} cannot be read as YAML: {error!s:.500}") from error
     if not isinstance(values, dict):

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from .. import folder
-from ..errors import ConfigError
+from ..errors import ConfigError, plain
 from ..options import BenchOptions
 from . import plot, scaling
 from .base import RANDOM, Base, random_config
@@ -80,10 +80,6 @@ def bench(options: BenchOptions) -> dict[str, Any]:
 
 
 def _check(options: BenchOptions) -> torch.dtype:
-    for name in ("rounds", "lora_rank", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}.")
     if options.dtype not in DTYPES:
         raise ConfigError(f"Unknown dtype {options.dtype!r}: choose from {', '.join(DTYPES)}.")
     return DTYPES[options.dtype]
@@ -204,7 +200,7 @@ class _Progress:
 
 def _write(records: Records, about: dict[str, str], options: BenchOptions) -> None:
     report = Report(records.as_dict(), about)
-    text, stem = report.text(), records.path.stem
+    text, stem = plain(report.text()), records.path.stem
     files: dict[str, Any] = {f"{stem}.md": lambda path: folder.write_text(path, text)}
     if find_spec("matplotlib") is None:
         _say("no picture: matplotlib is not installed")

@@ -111,11 +111,12 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
 def commit() -> str | None:
     """Of Umbra's own checkout, with -dirty where it was edited; None outside of one."""
     here = Path(__file__).parent
+    git = ["git", "-c", "core.fsmonitor=false"]  # which would be a program named by the repository
     try:
-        tracked = subprocess.run(["git", "ls-files", "--error-unmatch", "__init__.py"], cwd=here, capture_output=True)
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], cwd=here, capture_output=True)
         if tracked.returncode:
             return None
-        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        told = subprocess.run([*git, "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     except OSError:
         return None
     return told.stdout.strip() or None

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from .methods import METHODS, Method, build
 from .timing import Row, prepare
 
 OWN_PAGES = 2**18
+# Umbra may be imported from where only this process looks.
+CHILD = f"import sys; sys.path.append(sys.argv[1]); from {__name__} import main; main()"
 LONGEST = 1800  # seconds until a process that weighs is given up
 
 
@@ -44,8 +47,9 @@ def weigh(
         }  # fmt: skip
         try:
             done = subprocess.run(
-                [sys.executable, "-m", __name__],
+                [sys.executable, "-P", "-c", CHILD, str(Path(__file__).parents[2])],
                 input=json.dumps(task),
+                cwd=folder,
                 env={"MALLOC_MMAP_THRESHOLD_": str(OWN_PAGES), **os.environ},
                 capture_output=True,
                 text=True,
@@ -81,5 +85,6 @@ def _weigh_here(task: dict[str, Any]) -> dict[str, Row]:
     return rows
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Weigh the task on standard input; the rows are the last line of standard output."""
     print(json.dumps(_weigh_here(json.loads(sys.stdin.read()))))

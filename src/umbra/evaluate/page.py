@@ -4,6 +4,10 @@ import html
 import re
 from dataclasses import dataclass, field
 
+from ..errors import one_line, plain
+
+TAG = re.compile(r"<(?=[A-Za-z/!?])")  # what Markdown would take for HTML
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1d21; --soft: #5d6068; --line: #d9dbe0; --paper: #fdfdfc; --raised: #f3f4f6;
   --accent: #2f6db3 }
@@ -44,19 +48,19 @@ class Section:
 
 def markdown(title: str, lead: list[str], sections: list[Section], pictures: dict[str, str]) -> str:
     """The report; ``pictures`` are file names by figure."""
-    lines = [f"# {title}", "", *(line for p in lead for line in (p, ""))]
+    lines = [f"# {one_line(title)}", "", *(line for p in lead for line in (p, ""))]
     for s in sections:
-        lines += [f"## {s.title}", "", *(line for p in s.text for line in (p, ""))]
+        lines += [f"## {one_line(s.title)}", "", *(line for p in s.text for line in (p, ""))]
         if s.header:
             rule = "|---|" + "---:|" * (len(s.header) - 1)
             lines += [_row(s.header), rule, *map(_row, s.rows), ""]
         if s.figure in pictures:
-            lines += [f"![{s.title}]({pictures[s.figure]})", ""]
-    return "\n".join(lines)
+            lines += [f"![{one_line(s.title)}]({pictures[s.figure]})", ""]
+    return TAG.sub("&lt;", plain("\n".join(lines)))
 
 
 def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+    return "| " + " | ".join(one_line(c).replace("|", "\\|") for c in cells) + " |"
 
 
 def page(title: str, lead: list[str], sections: list[Section], pictures: dict[str, str]) -> str:
@@ -73,7 +77,7 @@ def page(title: str, lead: list[str], sections: list[Section], pictures: dict[st
             )
         if s.figure in pictures:
             parts.append(f'<figure role="img" aria-label="{html.escape(s.title)}">{pictures[s.figure]}</figure>')
-    return (
+    return plain(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +21,7 @@ from ..options import ExportOptions
 from ..pretrained import LANGUAGE_MODELS, read_config
 from . import parity
 from .parity import Parity, Stock, answer, check, compare, compare_whole
+from .process import run_python
 from .quiet import quiet
 from .run import answer as greedy
 from .to_gguf import check_architecture, modelfile, pre_tokenizer, write_gguf
@@ -127,8 +126,6 @@ def _check(options: ExportOptions) -> list[str]:
         raise ConfigError(
             f"--dtype is for hf, got {options.dtype} for {options.to}: use --quantization {','.join(known)}."
         )
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}.")
     if missing := [p for p in PACKAGES[options.to] if find_spec(p) is None]:
         raise ConfigError(f"--to {options.to} needs {', '.join(missing)}: pip install 'umbra-peft[{options.to}]'.")
     for name in (*named_sources(options.prompts), *named_sources(options.vocabulary)):
@@ -249,8 +246,7 @@ def _answer(options: ExportOptions, out: Path, tokenizer: PreTrainedTokenizerBas
         asked, end = writer.tokens(writer.ask(prompt)), end_tokens(again, writer)
         ids = list(greedy(Stock(again, writer), asked, options.max_new_tokens, end))
         return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-    command = [sys.executable, str(out / RUN), prompt, "--max-new-tokens", str(options.max_new_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    done = run_python(str((out / RUN).resolve()), "--max-new-tokens", str(options.max_new_tokens), "--", prompt)
     if done.returncode:
         raise ExportError(f"{out} was written, but did not answer: {done.stderr[-1000:].strip()}")
     return done.stdout.strip()

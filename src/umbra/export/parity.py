@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from .. import anatomy
 from ..data import ChatFormatter, end_tokens
 from ..errors import ExportError
+from .process import run_python
 from .run import answer as greedy
 from .run import measure
 
@@ -211,7 +211,7 @@ def _ask(script: Path, file: Path, request: dict[str, Any], folder: Path) -> dic
     asked = folder / "request.json"
     asked.write_text(json.dumps(request), encoding="utf-8")
     options = ["--model", file.name, "--threads", str(torch.get_num_threads()), "--request", str(asked)]
-    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, encoding="utf-8")
+    done = run_python(str(script.resolve()), *options)
     if done.returncode:
         raise ExportError(f"{file.name} was written, but cannot be run: {done.stderr[-1000:].strip()}")
     return json.loads(done.stdout)

@@ -2,8 +2,6 @@
 
 import importlib
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,8 @@ from transformers import PreTrainedModel
 
 from ..anatomy import window
 from ..data import ChatFormatter
-from ..errors import ConfigError, ExportError
+from ..errors import ConfigError, ExportError, plain
+from .process import run_python
 from .quiet import quiet
 
 TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # llama.cpp's llama_ftype
@@ -98,8 +97,7 @@ def write_gguf(
 
     _run(convert, "GGML's converter cannot take this model")
     for kind, file in zip(wanted[1:], files[1:], strict=True):
-        command = [sys.executable, "-c", QUANTISE, str(plain), str(file), str(TYPES[kind])]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_python("-c", QUANTISE, str(plain.resolve()), str(file.resolve()), str(TYPES[kind]))
         if done.returncode:
             raise ExportError(f"llama.cpp cannot quantise this model to {kind}: {done.stderr[-500:].strip()}")
     return files
@@ -128,15 +126,20 @@ def modelfile(writer: ChatFormatter, file: str, context: int) -> str:
     render: Any = writer.tokenizer.apply_chat_template
     shown = _rendered(render, turns) if writer.chats else None
     thoughts = (shown or "").removeprefix(_chatml(turns))  # empty ones, which the answer then follows
-    if shown is not None and shown.startswith(_chatml(turns)) and '"""' not in thoughts and "{{" not in thoughts:
+    if shown is not None and shown.startswith(_chatml(turns)) and _is_quotable(thoughts):
         opening = OPENING.match(_rendered(render, [("user", "one")]) or "")
         each = CHATML.format(role="{{ .Role }}", content="{{ .Content }}")
         lines.append(f'TEMPLATE """{{{{- range .Messages }}}}{each}{{{{ end }}}}{START}{thoughts}"""')
-        if opening and '"""' not in opening[1]:
+        if opening and _is_quotable(opening[1]):
             lines.append(f'SYSTEM """{opening[1]}"""')
         lines.append('PARAMETER stop "<|im_end|>"')
     lines += [f"PARAMETER num_ctx {min(context, 4096)}", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     return "\n".join(lines) + "\n"
+
+
+def _is_quotable(text: str) -> bool:
+    """Whether a text can stand between triple quotes of a Modelfile, and means itself there."""
+    return not text.endswith('"') and not any(mark in text for mark in ('"""', "{{")) and plain(text) == text
 
 
 def _rendered(render: Any, turns: list[tuple[str, str]]) -> str | None:
