@@ -86,7 +86,7 @@ def test_scores_end_there(monkeypatch):
 
     model.generation_config.repetition_penalty = 1.3
     monkeypatch.setattr(model, "generate", generate)
-    replies, _, _ = score_generation(model, tokenizer, [RECORD])
+    replies, _, _ = score_generation(model, ChatFormatter(tokenizer), [RECORD])
     assert replies[0]["reply"] == "b" and replies[0]["correct"]
     assert asked["repetition_penalty"] == 1.0 and not asked["do_sample"]
 

@@ -45,6 +45,7 @@ ORDER = [
     "drafting",
     "losses",
     "data",
+    "prompting",
     "card",
     "model",
     "detach",

@@ -56,6 +56,7 @@ class Shadow(nn.Module):
         self.config = config
         self.adapter_id = uuid.uuid4().hex
         self.classifier: dict[str, Any] = {}  # label names, where they are not those of the base's configuration
+        self.prompting: Any = None  # how it is asked: see prompting.py; None for the base's tokenizer and template
         self.first_cache_layer = 0
         self.trained: list[str] | None = None  # while it rests: what to train again
         self.draft_tokens: list[int] | None = None  # those that it drafts; None for the whole vocabulary

@@ -26,15 +26,14 @@ from transformers.utils import cached_file
 
 from . import anatomy, dense, folder
 from .data import ChatFormatter, end_tokens
-from .errors import CheckpointError, DetachError
+from .errors import CheckpointError, ConfigError, DetachError
+from .integrity import PROMPTING
 from .model import ShadowModel
 from .options import check_dtype
+from .prompting import TOKENIZER_FILES, Prompting, save_tokenizer
 
 PIECES = "tokenizer.model"
-OF_STOCK = (
-    "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", PIECES,
-)  # fmt: skip
+OF_STOCK = ("generation_config.json", *TOKENIZER_FILES)
 
 
 @torch.no_grad()
@@ -93,6 +92,10 @@ def detach(model: ShadowModel) -> PreTrainedModel:
         if shadow.config.escalation is not None:
             generation.escalation = shadow.config.escalation
             generation._from_model_config = False  # otherwise it is not read back
+            accept(generation)
+        if shadow.prompting is not None and (settings := shadow.prompting.settings()) != Prompting().settings():
+            generation.prompting = settings
+            generation._from_model_config = False
             accept(generation)
         stock.generation_config = generation
     return stock.to(device=table.device).eval()
@@ -182,16 +185,34 @@ def write_detached(
     out = check_target(out, overwrite)
     stock = detach(model)
     if tokenizer is not None:
-        end_as_learned(stock, tokenizer)
+        end_as_learned(stock, formatter_of(stock, tokenizer))
     write_stock(out, lambda staging: save_stock(stock, staging, tokenizer, dtype))
     return out
 
 
-def end_as_learned(stock: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def formatter_of(
+    stock: Any, tokenizer: PreTrainedTokenizerBase, chat_template: bool | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> ChatFormatter:  # fmt: skip
+    """The chat formatting by which a stock model is asked: as the adapter that it is detached from, unless overridden.
+
+    Raises:
+        ConfigError: a damaged entry of its generation config, or unusable arguments.
+    """
+    noted = stock.generation_config.to_dict().get(PROMPTING) if stock.can_generate() else None
+    given = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
+    try:
+        prompting = Prompting(None, **(noted or {})).replaced(None, **given)
+    except TypeError as error:
+        raise ConfigError(f"The generation config is damaged: {PROMPTING}: {error}") from error
+    return ChatFormatter(tokenizer, **prompting.settings())
+
+
+def end_as_learned(stock: Any, formatter: ChatFormatter) -> None:
     """Let a stock model's answers end where the chat template ends them, which the base's generation config may not know."""
     if not stock.can_generate():
         return
-    generation, ends = stock.generation_config, end_tokens(stock, ChatFormatter(tokenizer))
+    generation, ends = stock.generation_config, end_tokens(stock, formatter)
     told = generation.eos_token_id
     if ends and ends != (told if isinstance(told, list) else [told]):
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
@@ -227,13 +248,7 @@ def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | N
         )
     (stock if dtype is None else stock.to(dtype)).save_pretrained(staging)
     if tokenizer is not None:
-        several: Any = isinstance(tokenizer.chat_template, dict)  # which would be files in a folder of their own
-        try:
-            tokenizer.save_pretrained(staging, save_jinja_files=not several)
-        except Exception as error:  # tokenizers knows no other type, for a full disk neither
-            if type(error) is Exception:
-                raise OSError(str(error)) from error
-            raise
+        save_tokenizer(tokenizer, staging)
         if (pieces := _pieces(tokenizer.name_or_path)) is not None:
             shutil.copyfile(pieces, staging / PIECES)
 

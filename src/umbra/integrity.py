@@ -18,7 +18,8 @@ from .errors import CheckpointError, ConfigError
 
 DIGEST = "sha256"  # the entry of the configuration that vouches for these others, and for all tensors
 VOUCHED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
-DRAFT_TOKENS = "draft_tokens"  # vouched for where there are any
+DRAFT_TOKENS, PROMPTING = "draft_tokens", "prompting"  # vouched for where there are any
+OPTIONAL = (DRAFT_TOKENS, PROMPTING)
 LENGTHS = ("n_positions", "n_ctx")  # tokens, which nobody counts one by one
 MOST_BUFFERED = 2**27  # values in a shadow's buffers, which no tensor of the file bounds
 Tensors = dict[str, torch.Tensor]
@@ -26,8 +27,8 @@ Tensors = dict[str, torch.Tensor]
 
 def digest(values: dict[str, Any], weights: Tensors) -> str:
     """SHA-256 of what decides an adapter's answers: the `VOUCHED` entries, in any order and spacing, and all tensors."""
-    drafts = {k: v for k, v in values.items() if k == DRAFT_TOKENS and v is not None}
-    plain = json.loads(json.dumps({**{k: values.get(k) for k in VOUCHED}, **drafts}))
+    optional = {k: v for k, v in values.items() if k in OPTIONAL and v is not None}
+    plain = json.loads(json.dumps({**{k: values.get(k) for k in VOUCHED}, **optional}))
     sha = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for key in sorted(weights):
         tensor = weights[key]

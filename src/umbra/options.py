@@ -35,6 +35,9 @@ class TrainOptions:
     eval_split: str = flag("test", "split of a datasets hub id to evaluate on")
     max_length: int = flag(1024, "tokens of one example; longer ones are cut at the end")
     chat_template: bool = flag(True, "put prompt and completion into the tokenizer's chat template, if it has one")
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        None, 'arguments of the chat template, such as {"enable_thinking": false}; default none; the adapter keeps them'
+    )
     detached_only: bool = flag(
         False, "train the shadow by itself, for when only the detached model is wanted: the base does not run"
     )
@@ -99,7 +102,12 @@ class EvalOptions:
     answer_pattern: str | None = flag(
         None, "regular expression whose last match is the answer, in the reference as in the reply; default: all of it"
     )
-    chat_template: bool = flag(True, "put prompts into the tokenizer's chat template, if it has one")
+    chat_template: bool | None = flag(
+        None, "put prompts into the tokenizer's chat template; default as the adapter was trained"
+    )
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
+    )
     output: str | None = flag(None, "write every reply to this JSON Lines file")
     json: bool = flag(False, "print JSON")
 
@@ -138,7 +146,12 @@ class GenerateOptions:
     temperature: float = flag(0.0, "0 is greedy")
     draft: str | None = flag(None, "tokens that the shadow drafts at most before the base verifies them, or auto")
     seed: int = flag(0, "seed of the sampling")
-    chat_template: bool = flag(True, "put the prompt into the tokenizer's chat template, if it has one")
+    chat_template: bool | None = flag(
+        None, "put the prompt into the tokenizer's chat template; default as the adapter was trained"
+    )
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
+    )
     json: bool = flag(False, "print JSON, not streaming")
 
 
@@ -179,7 +192,12 @@ class ExportOptions:
     )
     max_new_tokens: int = flag(64, "tokens of an answer")
     prompt: str | None = flag(None, "answer this in the format's own runtime when all is written")
-    chat_template: bool = flag(True, "put prompts into the tokenizer's chat template, if it has one")
+    chat_template: bool | None = flag(
+        None, "put prompts into the tokenizer's chat template; default as the adapter was trained"
+    )
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
+    )
     overwrite: bool = flag(False, "write into a folder that is not empty; files of an export before go")
     json: bool = flag(False, "print JSON")
 

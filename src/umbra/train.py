@@ -17,6 +17,7 @@ from .errors import BaseModelError, CheckpointError, ConfigError, DataError
 from .model import attach
 from .options import TrainOptions, speaks
 from .pretrained import check_vocabulary
+from .prompting import Prompting
 from .runs import Run, last_checkpoint, make_arguments, sort_settings
 from .trainers import ShadowTrainer
 
@@ -45,6 +46,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     """
     options, shadow, rest = split_options(values)
     _check_alone(options, shadow, rest)
+    prompting = Prompting(None, options.chat_template, options.chat_template_kwargs or {})
     evaluates = {"eval_strategy": "steps" if "eval_steps" in rest else "epoch"} if options.eval_data else {}
     arguments = make_arguments(options.output_dir, {**evaluates, **rest})
     run = Run.of(FILES, options, shadow, rest, (options.train_data, options.eval_data))
@@ -73,7 +75,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)  # of a classifier's head
     base = load_base(options.base, classifier=classifier, dtype=options.dtype)
     encode: dict[str, Any] = {
-        "max_length": options.max_length, "chat_template": options.chat_template, "labels": labels,
+        "max_length": options.max_length, "labels": labels, **prompting.settings(),
         "escalation": shadow.escalation or ESCALATION,
     }  # fmt: skip
     train_set = encode_all(records, tokenizer, name="train_data", **encode)
@@ -84,6 +86,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         train_set, eval_set = shadows_own(train_set), shadows_own(eval_set) if eval_set else None
     torch.manual_seed(arguments.seed)
     model: Any = attach(base, shadow)
+    model.shadow.prompting = prompting
     if labels is None:
         ends: Any = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         model.set_draft_vocabulary(frequent_tokens([e["labels"] for e in train_set], also=ends))

@@ -19,7 +19,8 @@ from .records import ESCALATION, MARK, Record
 
 def encode_all(
     records: list[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int, chat_template: bool = True,
-    labels: Labels | None = None, name: str = "data", escalation: str = ESCALATION,
+    chat_template_kwargs: dict[str, Any] | None = None, labels: Labels | None = None, name: str = "data",
+    escalation: str = ESCALATION,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Tokenise records, cut at ``max_length``; examples left without a label are dropped, and said so.
 
@@ -29,7 +30,7 @@ def encode_all(
     Raises:
         DataError: no example is left.
     """
-    writer, examples, cut, dropped = ChatFormatter(tokenizer, chat_template), [], 0, 0
+    writer, examples, cut, dropped = ChatFormatter(tokenizer, chat_template, chat_template_kwargs or {}), [], 0, 0
     for record in tqdm(records, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False):
         if labels is not None:
             ids = np.asarray(tokenizer(record["text"])["input_ids"], np.int32)

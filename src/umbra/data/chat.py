@@ -1,7 +1,7 @@
 """Format records as text segments and tokens, with or without the tokenizer's chat template."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ class ChatFormatter:
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: bool = True
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def chats(self) -> bool:
@@ -67,9 +68,8 @@ class ChatFormatter:
 
     def _render(self, messages: list[dict], answer: bool = False) -> str:
         try:
-            # Of a template that lets the model think before it answers, its empty thoughts are then the prompt's.
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer, enable_thinking=False
+                messages, tokenize=False, add_generation_prompt=answer, **self.chat_template_kwargs
             )
         except Exception as error:  # templates raise what they like, about roles that they do not have too
             raise DataError(f"The chat template refuses {str(messages)[:200]}: {error!s:.200}") from error

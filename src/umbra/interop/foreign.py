@@ -19,6 +19,7 @@ from ..config import ShadowConfig
 from ..core import Update
 from ..errors import BaseModelError, CheckpointError, ConfigError
 from ..pretrained import NOT_OF_THE_MODEL, backbone_config
+from ..prompting import Prompting
 from .layout import Layout, Tensors
 
 
@@ -44,6 +45,10 @@ class Foreign:
     def classifier(self) -> dict[str, Any] | None:
         """What a base loaded by its name must be told, if it is a classifier."""
         return None if self.num_labels is None else {"num_labels": self.num_labels}
+
+    def prompting(self) -> Prompting:
+        """The tokenizer that lies in the folder, as trainers write it; its template without arguments."""
+        return Prompting.read(self.path, {})
 
     def check(self, base: Anatomy, allow_other_base: bool = False) -> None:
         """Settle `config` and `backbone_config` for a base. There is no fingerprint to check it by.
