@@ -17,7 +17,8 @@ from tiny import assert_same, backbone_of, gradients, make, partly_labelled, scr
 from umbra import kernels
 from umbra.bases import load_tokenizer
 from umbra.cli import main
-from umbra.data import IGNORED, ChatFormatter, Collator, encode_all
+from umbra.core import IGNORED
+from umbra.data import ChatFormatter, Collator, encode_all
 from umbra.errors import ConfigError, DataError
 from umbra.scoring import Score
 from umbra.train import train

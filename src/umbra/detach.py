@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from . import anatomy, dense, folder
+from .backbone import ROUNDED, Shadow
 from .data import ChatFormatter, end_tokens
 from .errors import CheckpointError, ConfigError, DetachError
 from .integrity import PROMPTING
@@ -73,7 +74,10 @@ def detach(model: ShadowModel) -> PreTrainedModel:
             "The base's embeddings or its head are offloaded: load the base without offloading to detach."
         )
     weight = _folded_head(dense.linear_weight(head, model.base.dtype), _maps_before_head(model, stock), factor)
-    tied = weight.shape == table.shape and torch.equal(weight, table)
+    tied = (
+        _stays_tied(base, shadow) and weight.shape == table.shape and torch.allclose(weight.to(table), table, *ROUNDED)
+    )
+    table = weight if tied else table
     _settle_tying(stock, parts, tied)
     own: Any = shadow.backbone.get_input_embeddings() if shadow.owns_embeddings else None
     copied_below = {k for k, p in shadow.backbone.named_parameters() if own is not None and p is own.weight}
@@ -151,8 +155,17 @@ def _folded_head(weight: Tensor, maps: list[nn.Linear], factor: float) -> Tensor
     return weight if factor == 1 else weight.float() * factor
 
 
+def _stays_tied(base: anatomy.Anatomy, shadow: Shadow) -> bool:
+    """Whether the shadow reads and writes tokens by one weight, the base's.
+
+    Of a base in half precision whose embeddings are multiplied (Gemma's √D), the rows fall short of the head's by the rounding
+    of that factor. They are tied all the same: the stock model has the factor unrounded, as beside a base in float32.
+    """
+    return base.is_tied and not shadow.heads and not shadow.owns_embeddings
+
+
 def _settle_tying(stock: PreTrainedModel, parts: anatomy.Anatomy, tied: bool) -> None:
-    """Tie the head to the embeddings exactly where they are equal."""
+    """Tie the head to the embeddings, or untie them."""
     for config in {id(c): c for c in (stock.config, stock.config.get_text_config())}.values():
         config.tie_word_embeddings = tied
     stock.all_tied_weights_keys = stock.get_expanded_tied_weights_keys(all_submodels=True)

@@ -50,7 +50,7 @@ def fingerprint(base: Anatomy, rows: int | None = None) -> dict[str, Any]:
     """
     rows = anatomy.vocabulary_size(base.embeddings) if rows is None else rows
     plain, quantised = _table_samples("embeddings", base.embeddings, rows)
-    if is_tied(base):
+    if base.is_tied:
         plain["head weight"] = plain.get("embeddings", "")
     plain = {name: sample for name, sample in plain.items() if sample}
     for name, module in _parts(base):
@@ -73,11 +73,6 @@ def fingerprint(base: Anatomy, rows: int | None = None) -> dict[str, Any]:
         "weights": plain,
         "quantised": quantised,
     }
-
-
-def is_tied(base: Anatomy) -> bool:
-    """Whether the head's weight and the embeddings' are one parameter."""
-    return not base.is_classifier and base.head.weight is base.embeddings.weight
 
 
 def _parts(base: Anatomy) -> Iterator[tuple[str, Any]]:

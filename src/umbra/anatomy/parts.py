@@ -38,6 +38,11 @@ class Anatomy:
         return self.model.get_input_embeddings()
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the head and the embeddings share one weight."""
+        return not self.is_classifier and self.head.weight is self.embeddings.weight
+
+    @property
     def merges_embeddings(self) -> bool:
         """Whether the decoder is fed embeddings into which those of images have been put (vision-language models)."""
         return not is_text_only(self.model.config)
