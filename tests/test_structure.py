@@ -29,6 +29,7 @@ ORDER = [
     "dense",
     "shards",
     "anatomy",
+    "added_tokens",
     "channels",
     "caches",
     "hooks",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from . import anatomy, channels, dense, shards
+from .added_tokens import AddedTokens
 from .anatomy import Anatomy
 from .config import ShadowConfig
 from .core import Couplings
@@ -74,6 +75,7 @@ class Shadow(nn.Module):
             self.backbone.config.vocab_size = anatomy.vocabulary_size(base.embeddings)
         elif config.is_pretrained:
             self.backbone.get_input_embeddings().requires_grad_(False)
+        self.added_tokens: AddedTokens | None = None
         self.place(anatomy.cache_depth(base))
         self.shares_masks = anatomy.shares_masks(base.decoder, self.backbone)
 

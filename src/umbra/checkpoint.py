@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from . import __version__, anatomy, folder, shards
+from .added_tokens import AddedTokens, added_count
 from .anatomy import Anatomy
 from .backbone import Shadow
 from .bases import load_base
 from .card import OURS, model_card
 from .config import ShadowConfig
-from .errors import CheckpointError, ConfigError, UmbraError
+from .errors import BaseModelError, CheckpointError, ConfigError, UmbraError
 from .fingerprint import check_same_base
 from .integrity import (
     DIGEST,
@@ -309,6 +310,7 @@ def load(
     saved.check(anatomy.locate(base), allow_other_base)
     model = attach(base, saved.config, backbone_config=saved.backbone_config)
     try:
+        saved.add_tokens(model)
         saved.fill(model.shadow)
         model.shadow.classifier, model.shadow.prompting = saved.classifier() or {}, saved.prompting()
         for name, value in model.shadow.classifier.items():
@@ -342,6 +344,7 @@ def load_shadow(
     _check_labels(saved, path, base)
     saved.check(located, allow_other_base)
     found = Shadow(located, saved.config, saved.backbone_config)
+    saved.add_rows(found, located)
     saved.fill(found)
     found.classifier, found.prompting = saved.classifier() or {}, saved.prompting()
     if not trainable:
@@ -388,15 +391,40 @@ class _Saved:
             raise CheckpointError(
                 f"{self.path} is an adapter for {self.values['task_type']}, the base given is a model for {task}."
             )
+        rows, count = anatomy.vocabulary_size(base.embeddings), added_count(self.weights)
+        own = self.values["base"].get("vocab_size")
+        # V, of a base that has its own tokens alone, or those that this adapter adds as well.
+        self.own_rows = rows - count if count and rows - count == own else rows
         if not allow_other_base:
             try:
                 heads = base.is_classifier if self.config.train_heads is None else self.config.train_heads
-                check_same_base(self.values["base"], base, has_own_heads=heads)
+                check_same_base(self.values["base"], base, self.own_rows, heads)
             except UmbraError as error:
                 raise type(error)(f"{self.path}: {error}") from error
-        check_sizes(base, self.config, self.backbone_config, self.weights, self.file, self.source)
-        self.draft_tokens = draft_tokens(self.values, anatomy.vocabulary_size(base.embeddings), self.file)
+        rows = self.own_rows + count
+        check_sizes(base, self.config, self.backbone_config, self.weights, self.file, self.source, rows)
+        self.draft_tokens = draft_tokens(self.values, rows, self.file)
         check_digest(self.values, self.weights, self.file)
+
+    def add_tokens(self, model: ShadowModel) -> None:
+        """Make room for the tokens that the adapter adds."""
+        if added_count(self.weights):
+            model.carry_added_tokens(self.own_rows, added_count(self.weights))
+
+    def add_rows(self, shadow: Shadow, base: Anatomy) -> None:
+        """Let a shadow beside others carry the rows of tokens that it adds; the base must have them.
+
+        Raises:
+            BaseModelError: it does not.
+        """
+        if not (count := added_count(self.weights)):
+            return
+        if anatomy.vocabulary_size(base.embeddings) != self.own_rows + count:
+            raise BaseModelError(
+                f"{self.path} adds {count} tokens, which the other adapters of this base do not know: load it beside a base of "
+                "its own, by umbra.load."
+            )
+        shadow.added_tokens = AddedTokens(base, self.own_rows, shadow.dtype)
 
     def fill(self, shadow: Shadow) -> None:
         load_weights(shadow, self.weights, self.source)

@@ -46,6 +46,8 @@ def detach(model: ShadowModel) -> PreTrainedModel:
             cannot do.
     """
     base, shadow = anatomy.locate(model.base), model.shadow
+    if shadow.added_tokens is not None:
+        shadow.added_tokens.write()
     config = _stock_config(model)
     mirrored = type(shadow.backbone) is type(base.decoder) and type(config) is type(base.model.config)
     cap = None if base.is_classifier else anatomy.soft_cap(model.base.config)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from .added_tokens import added_count, expected_rows
 from .anatomy import Anatomy
 from .backbone import Shadow, check_draft_tokens, fresh_config
 from .config import ShadowConfig
@@ -82,13 +83,15 @@ def check_counts(values: dict[str, Any], weights: Tensors, file: Path) -> None:
 
 
 def check_sizes(
-    base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path
-) -> None:
+    base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path,
+    rows: int | None = None,
+) -> None:  # fmt: skip
     """Refuse a configuration that asks for other tensors than there are, without allocating any.
 
     Args:
         file: the configuration, for the message.
         source: the tensors' file, for the message.
+        rows: tokens that a language model will have, if not the base's; those beyond are added by the adapter.
 
     Raises:
         CheckpointError: the tensors differ, or no model can be built.
@@ -105,7 +108,12 @@ def check_sizes(
         raise CheckpointError(f"{file} is damaged: {error}") from error
     except Exception as error:  # a model of another kind may fail in any way
         raise CheckpointError(f"{file} is damaged: {error!r:.500}") from error
-    check_tensors(shadow.state_dict(prefix="shadow."), weights, source)
+    own = shadow.state_dict(prefix="shadow.")
+    if rows is not None:
+        heads = {k: v for k, v in own.items() if k.startswith("shadow.heads.") and not base.is_classifier}
+        own |= {k: torch.empty(rows, *v.shape[1:], device="meta") for k, v in heads.items()}
+        own |= expected_rows(base, added_count(weights))
+    check_tensors(own, weights, source)
     if sum(buffer.numel() for buffer in shadow.buffers()) > MOST_BUFFERED:
         raise CheckpointError(f"{file} is damaged: its shadow needs absurdly large buffers.")
 

@@ -118,6 +118,8 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self._merges_embeddings = located.merges_embeddings
         self._cache_argument = anatomy.cache_argument(base)
         decoder = located.decoder if located.merges_embeddings else None
+        self._rows_before: list[Tensor] = []  # of added tokens, where the base had such already
+        self._added_handles: list[Any] = []
         self._attachment = Attachment(located.blocks, located.head, decoder, located.stream)
         base.requires_grad_(False)
         kernels.quicken(self.modules())
@@ -154,8 +156,12 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     # -- as a transformers model -----------------------------------------------------------------------------------
 
     def unload(self) -> PreTrainedModel:
-        """The base, bit for bit as it was before `attach`; this model cannot be used afterwards."""
+        """The base, bit for bit as it was before `attach`; this model cannot be used afterwards.
+
+        Rows of added tokens go, or become again what they were. Rows that were cut off do not come back.
+        """
         self._attachment.remove()
+        self._remove_added_tokens()
         kernels.leave_alone(self.base.modules())
         if not self._was_checkpointing:
             self.base.activation_checkpointing_disable()

@@ -75,6 +75,12 @@ class Foreign:
         """The table of each file."""
         raise NotImplementedError
 
+    def add_tokens(self, model: Any) -> None:
+        """Nothing: these formats have no room for added tokens."""
+
+    def add_rows(self, shadow: Shadow, base: Anatomy) -> None:
+        """Likewise."""
+
     def fill(self, shadow: Shadow) -> None:
         """Put all tensors into the shadow, or none.
 
