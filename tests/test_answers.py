@@ -128,7 +128,8 @@ def test_an_export_ends_there_and_reads_a_line_as_a_prompt(chat_adapter, tmp_pat
 
 
 def test_ollama_is_given_the_empty_thoughts_that_training_puts_before_an_answer():
-    assert f'<|im_start|>assistant\n{THOUGHTS}"""' in modelfile(ChatFormatter(chat_tokenizer()), "x.gguf", 512)
+    writer = ChatFormatter(chat_tokenizer(), chat_template_kwargs={"enable_thinking": False})
+    assert f'<|im_start|>assistant\n{THOUGHTS}"""' in modelfile(writer, "x.gguf", 512)
     bare = modelfile(ChatFormatter(chat_tokenizer(CHATML.replace(THOUGHTS, ""))), "x.gguf", 512)
     assert '<|im_start|>assistant\n"""' in bare
 
@@ -150,7 +151,8 @@ def test_a_conversation_may_begin_with_the_assistant():
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
     ]
-    segments = ChatFormatter(chat_tokenizer()).segments({"messages": said})
+    writer = ChatFormatter(chat_tokenizer(), chat_template_kwargs={"enable_thinking": False})
+    segments = writer.segments({"messages": said})
     assert [trained for _, trained in segments] == [False, True]
     assert "hi" in segments[0][0] and segments[1][0] == "b<|im_end|>\n"
 

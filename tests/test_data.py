@@ -85,12 +85,10 @@ def test_a_template_that_would_think_first_has_its_empty_thoughts_in_the_prompt(
         "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
     )
     record = {"prompt": "q", "completion": "B"}
-    assert learned(thinking, ChatFormatter(thinking).encode(record)) == "B\n"
-    assert (
-        ChatFormatter(thinking).ask("q")
-        == ChatFormatter(thinking).prompt(record)
-        == "<|user|>q\n<|assistant|><think></think>"
-    )
+    writer = ChatFormatter(thinking, chat_template_kwargs={"enable_thinking": False})
+    assert learned(thinking, writer.encode(record)) == "B\n"
+    assert writer.ask("q") == writer.prompt(record) == "<|user|>q\n<|assistant|><think></think>"
+    assert ChatFormatter(thinking).ask("q") == "<|user|>q\n<|assistant|>"
 
 
 def test_half_a_character_is_refused(tmp_path):

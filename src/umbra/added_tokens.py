@@ -30,6 +30,10 @@ class AddedTokens(nn.Module):
         dtype: of the rows.
     """
 
+    embeddings: nn.Parameter
+    head: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, base: Anatomy, first: int, dtype: torch.dtype):
         super().__init__()
         self.first, self.base = first, Tables(base)

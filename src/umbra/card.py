@@ -38,7 +38,7 @@ tags: [umbra, shadow, peft]
 
 A shadow network beside a frozen {type(model.base).__name__}, in dialect `{config["dialect"]}` with injection rank
 {config["rank"]} and α = {config["alpha"]}, made by Umbra {values["umbra_version"]}.
-It is asked with {describe(values[PROMPTING])}.
+It is asked with {describe(values.get(PROMPTING))}.
 
 | part | parameters |
 |---|---:|

@@ -157,8 +157,10 @@ def _difference(expected: Any, found: Any, name: str = "") -> str | None:
         common = sorted(expected.keys() & found.keys())
         inner = (_difference(expected[k], found[k], f"{name}.{k}".lstrip(".")) for k in common)
         return next((other for other in inner if other is not None), None)
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (expected, found))
-    same = math.isclose(expected, found, rel_tol=ROUNDING) if numbers else expected == found
+    if isinstance(expected, float) and isinstance(found, int | float):
+        same = math.isclose(expected, found, rel_tol=ROUNDING)
+    else:
+        same = expected == found
     return None if same else f"{name} is {shown(found)}, the adapter's has {shown(expected)}"
 
 

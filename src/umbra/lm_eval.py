@@ -66,7 +66,8 @@ class UmbraLM(HFLM):
             if "enable_thinking" not in options:
                 options.setdefault("chat_template_args", formatter.chat_template_kwargs)
         self._loaded, self._mode = model, mode
-        super().__init__(**options, pretrained=name, tokenizer=tokenizer, dtype=dtype)
+        options |= {"pretrained": name, "tokenizer": tokenizer, "dtype": dtype}
+        super().__init__(**options)
 
     def _get_config(self, pretrained: str, **_: Any) -> None:
         model, mode = self._loaded, self._mode
