@@ -26,7 +26,7 @@ from folders import (
 )
 from tiny import ARCHITECTURES, CLASSIFIERS, class_labels, make, make_base, scramble, tokens
 from umbra import BaseModelError, CheckpointError, ConfigError
-from umbra.prompting import TOKENIZER_FILES
+from umbra.prompting import TOKENIZER_PATTERNS
 
 # -- round trips ---------------------------------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ def test_an_adapter_is_loaded_from_the_hub_by_its_id(tmp_path, monkeypatch):
     loaded = umbra.load("owner/name@v1", base=make_base("llama"))
     own = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     package = ["shadow_adapter.safetensors", "shadow_config.json", "shadow_modules.safetensors"]
-    assert asked == [("owner/name", "v1", sorted([*own, *package, *TOKENIZER_FILES]))]
+    assert asked == [("owner/name", "v1", sorted([*own, *package, *TOKENIZER_PATTERNS]))]
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from transformers import GgufConfig
 
 import umbra
 from folders import CONFIG
@@ -162,3 +163,25 @@ def test_a_base_of_several_kinds_of_blocks_is_compared_too(tmp_path):
     first.backbone.norm_f.weight.data.normal_()
     refused(folder, first, "norm_f")
     assert umbra.load(folder, build("mamba"))(tokens()).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_copy_from_a_gguf_file_is_the_same_base_and_a_stranger_is_not(tmp_path):
+    """Where there is no kernel for its blocks, transformers unpacks them into plain weights, which have lost digits."""
+
+    def unpacked(seed):
+        copied = make_base(seed=seed)
+        copied.config.quantization_config = GgufConfig()
+        for p in copied.parameters():
+            if p.ndim > 1:
+                scale = p.abs().max() / 7
+                p.copy_((p / scale).round() * scale)
+        return copied
+
+    folder = saved_beside(make_base(), tmp_path / "a")
+    umbra.load(folder, unpacked(0)).unload()
+    refused(folder, unpacked(1), "other")
+    umbra.load(saved_beside(unpacked(0), tmp_path / "b"), make_base())
+    norm = unpacked(0)
+    norm.model.norm.weight.normal_()
+    refused(folder, norm, "other weights in model.norm.weight")

@@ -39,7 +39,7 @@ from .integrity import (
 )  # fmt: skip
 from .model import ShadowModel, attach
 from .pretrained import saved_config
-from .prompting import BEFORE, TOKENIZER_FILES, Prompting, check_before_saving
+from .prompting import BEFORE, TOKENIZER_PATTERNS, Prompting, check_before_saving
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 SHADOW_PEFT_FILES = ["shadow_config.json", "shadow_adapter.safetensors", "shadow_modules.safetensors"]  # see interop
@@ -483,7 +483,7 @@ def local_folder(path: str | Path) -> Path:
             snapshot_download(
                 repository,
                 revision=revision or None,
-                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *TOKENIZER_FILES, *SHADOW_PEFT_FILES],
+                allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *TOKENIZER_PATTERNS, *SHADOW_PEFT_FILES],
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -52,7 +52,7 @@ def fingerprint(base: Anatomy, rows: int | None = None) -> dict[str, Any]:
     plain, quantised = _table_samples("embeddings", base.embeddings, rows)
     if base.is_tied:
         plain["head weight"] = plain.get("embeddings", "")
-    plain = {name: sample for name, sample in plain.items() if sample}
+    plain, matrices = {name: sample for name, sample in plain.items() if sample}, set(plain)
     for name, module in _parts(base):
         if dense.is_packed_linear(module):
             places = _places(module.in_features)
@@ -62,8 +62,12 @@ def fingerprint(base: Anatomy, rows: int | None = None) -> dict[str, Any]:
             if tensor is base.embeddings.weight or not _is_readable(tensor):
                 continue
             full = f"{name}{'' if name.endswith(' ') or not name else '.'}{key}"
+            matrices |= {full, full + LAST} if tensor.ndim > 1 else set()
             of_tokens = module is base.head and not base.is_classifier
             plain |= _rows_samples(full, tensor, rows) if of_tokens else {full: _sample(tensor)}
+    if anatomy.is_unpacked(base.model.config):
+        quantised |= {name: sample for name, sample in plain.items() if name in matrices}
+        plain = {name: sample for name, sample in plain.items() if name not in matrices}
     return {
         "model_type": base.config.model_type,
         "hidden_size": base.config.hidden_size,

@@ -29,6 +29,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+TOKENIZER_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")  # of all that a tokenizer or processor saves
 LARGEST_FILE = 2**28  # bytes; those of the largest vocabularies today have 2**25
 
 

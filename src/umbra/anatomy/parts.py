@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .. import dense
 from ..errors import BaseModelError, ConfigError
-from .families import BLOCK_COUNTS, CLASSIFIER_NAMES, ENCODER, LAYER_INDICES, UNFIT
+from .families import BLOCK_COUNTS, CLASSIFIER_NAMES, ENCODER, LAYER_INDICES, UNFIT, UNPACKED
 
 
 @dataclass
@@ -91,6 +91,12 @@ def refusal(model_type: str) -> str | None:
 
 def _num_blocks(config: PretrainedConfig) -> int:
     return next(getattr(config, name) for name in BLOCK_COUNTS if hasattr(config, name))
+
+
+def is_unpacked(config: PretrainedConfig) -> bool:
+    """Whether plain weights of this model have been quantised before: of a GGUF file that no kernel of this machine reads."""
+    method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
+    return method in UNPACKED
 
 
 def is_text_only(config: PretrainedConfig) -> bool:
