@@ -121,6 +121,21 @@ def test_their_gradients_are_those_of_the_bases_own_rows(base):
         torch.testing.assert_close(found[f"shadow.added_tokens.{name}"], table.grad[VOCAB:], rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_classifier_reads_added_tokens_too(tmp_path):
+    model = make(classifier=True, base_options={"num_labels": 3})
+    model.resize_token_embeddings(VOCAB + NEW)
+    ids, labels = with_tokens(), torch.tensor([0, 2])
+    with torch.enable_grad():
+        model.train()(ids, labels=labels).loss.backward()
+    found = gradients(model)["shadow.added_tokens.embeddings"]
+    assert (found.norm(dim=-1) > 0).all()
+    model.eval().shadow.added_tokens.embeddings.sub_(found)
+    model.save_pretrained(tmp_path / "a")
+    again = umbra.load(tmp_path / "a", make_base(classifier=True, num_labels=3))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 def test_a_trainer_saves_resumes_and_loads_them(tmp_path):
     ids = [{"input_ids": r.tolist(), "labels": r.tolist()} for s in range(4) for r in with_tokens(s)]
     options = {

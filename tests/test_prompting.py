@@ -1,6 +1,7 @@
 """The adapter folder carries how the adapter is asked, and whoever opens it asks so."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from test_train import RECORDS, settings, write  # noqa: F401 (fixture)
 from tiny import make, tokens
 from umbra.bases import load_tokenizer
 from umbra.cli import main
+from umbra.interop import convert
 from umbra.prompting import BEFORE, Prompting, open_formatter
 from umbra.train import train
 
@@ -83,6 +85,9 @@ def test_a_templates_arguments_are_learned_and_asked_with(settings, tmp_path, ba
         main(["export", str(tmp_path / "edge"), "--to", "hf", "--out", str(tmp_path / "hf"), "--max_new_tokens", "2"])
         == 0
     )
+    capsys.readouterr()
+    main(["export", str(tmp_path / "edge"), "--to", "hf", "--out", str(tmp_path / "x"), "--chat_template", "no"])
+    assert "umbra: chat_template false overrides the adapter's true" in capsys.readouterr().err
     for folder in ("edge", "hf"):
         noted = json.loads((tmp_path / folder / "generation_config.json").read_text())["prompting"]
         assert noted == {"chat_template": True, "chat_template_kwargs": {"enable_thinking": False}}
@@ -172,6 +177,36 @@ def test_saved_again_and_uploaded_it_stays(tmp_path, base_folder):
     other.load_adapter(tmp_path / "b", "second")
     other.set_adapter("second")
     assert open_formatter(other).ask("q") == again.ask("q")
+
+
+def test_an_upload_brings_the_tokenizer_along(tmp_path, base_folder, monkeypatch):
+    uploaded = []
+
+    class Hub:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, repo_id, **how):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, folder_path, **how):
+            uploaded.append(
+                (names(Path(folder_path)), json.loads((Path(folder_path) / CONFIG).read_text())["prompting"])
+            )
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    given = {"tokenizer": thinking_tokenizer(), "chat_template": False}
+    beside(base_folder).save_pretrained(tmp_path / "a", push_to_hub=True, **given)
+    umbra.load(tmp_path / "a").push_to_hub("owner/a")
+    expected = json.loads((tmp_path / "a" / CONFIG).read_text())["prompting"]
+    assert uploaded == [(names(tmp_path / "a"), expected)] * 2 and expected["chat_template"] is False
+
+
+def test_written_for_another_package_the_tokenizer_lies_beside_it(tmp_path, base_folder):
+    model = beside(base_folder, dialect="peft")
+    model.save_pretrained(tmp_path / "a", tokenizer=thinking_tokenizer())
+    convert(umbra.load(tmp_path / "a"), tmp_path / "b", "peft")
+    assert open_formatter(umbra.load(tmp_path / "b")).tokenizer.chat_template == THINKING
 
 
 def test_a_tokenizer_of_the_adapter_before_is_not_the_next_ones(tmp_path, base_folder):

@@ -31,7 +31,7 @@ from .errors import CheckpointError, ConfigError, DetachError
 from .integrity import PROMPTING
 from .model import ShadowModel
 from .options import check_dtype
-from .prompting import TOKENIZER_FILES, Prompting, save_tokenizer
+from .prompting import TOKENIZER_FILES, Prompting, override, save_tokenizer
 
 PIECES = "tokenizer.model"
 OF_STOCK = ("generation_config.json", *TOKENIZER_FILES)
@@ -215,12 +215,11 @@ def formatter_of(
         ConfigError: a damaged entry of its generation config, or unusable arguments.
     """
     noted = stock.generation_config.to_dict().get(PROMPTING) if stock.can_generate() else None
-    given = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
     try:
-        prompting = Prompting(None, **(noted or {})).replaced(None, **given)
+        prompting = Prompting(None, **(noted or {}))
     except TypeError as error:
         raise ConfigError(f"The generation config is damaged: {PROMPTING}: {error}") from error
-    return ChatFormatter(tokenizer, **prompting.settings())
+    return override(prompting, tokenizer, chat_template, chat_template_kwargs)
 
 
 def end_as_learned(stock: Any, formatter: ChatFormatter) -> None:

@@ -26,7 +26,8 @@ def inspect(path: str) -> dict[str, Any]:
             f"{path} is an adapter of {form}: make it Umbra's first, umbra convert {path} --to umbra --out …"
         )
     values = read_config(source)
-    Prompting.read(source, values.get(PROMPTING) or {})
+    if PROMPTING in values:
+        Prompting.read(source, values[PROMPTING])
     file = folder.find(source, WEIGHTS_FILE)
     parts: dict[str, int] = {}
     try:

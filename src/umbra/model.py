@@ -193,17 +193,22 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         """
         from .checkpoint import save
 
-        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", "adapter_name"}
+        own = ("adapter_name", "tokenizer", "chat_template", "chat_template_kwargs")
+        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", *own}
         hub = {name: options.pop(name) for name in names & options.keys()}
         save(self, save_directory, **options)
         if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, adapter_name=options.get("adapter_name"), **hub)
+            saved = {name: options.get(name) for name in own}
+            self.push_to_hub(repo_id or Path(save_directory).name, **saved, **hub)
 
     def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
         adapter_name: str | None = None,
+        tokenizer: Any = None,
+        chat_template: bool | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         commit_message: str = "Upload adapter",
         commit_description: str | None = None,
         private: bool | None = None,
@@ -215,6 +220,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
 
         Args:
             adapter_name: which of several adapters; by default the active one.
+            tokenizer, chat_template, chat_template_kwargs: as in `umbra.checkpoint.save`.
             private, token, revision, create_pr, commit_message, commit_description: as in huggingface_hub.
         """
         from huggingface_hub import HfApi
@@ -224,7 +230,10 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         if revision is not None and not create_pr:
             api.create_branch(repository, branch=revision, exist_ok=True)
         with TemporaryDirectory() as scratch:
-            self.save_pretrained(scratch, adapter_name=adapter_name)
+            self.save_pretrained(
+                scratch, adapter_name=adapter_name, tokenizer=tokenizer, chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+            )  # fmt: skip
             return api.upload_folder(
                 repo_id=repository, folder_path=scratch, commit_message=commit_message, revision=revision,
                 commit_description=commit_description, create_pr=create_pr,

@@ -228,7 +228,8 @@ BEFORE = Prompting(chat_template_kwargs={"enable_thinking": False})
 def describe(values: dict[str, Any] | None) -> str:
     """In words, how an adapter with this entry of its configuration (None in format 2) is asked."""
     settings = BEFORE.settings() if values is None else values
-    tokenizer = "its own tokenizer" if settings.get("tokenizer") else "the tokenizer beside it, or else the base's"
+    tokenizer = "the base's tokenizer" if values is None else "the tokenizer in its folder, or else the base's"
+    tokenizer = "its own tokenizer" if settings.get("tokenizer") else tokenizer
     if not settings["chat_template"]:
         return f"{tokenizer}, without chat template"
     given = settings["chat_template_kwargs"]
@@ -256,16 +257,21 @@ def open_formatter(
         check_fit(tokenizer, anatomy.vocabulary_size(model.get_input_embeddings()), own)
         if own is not None and (different := differences(tokenizer, own)):
             _report(f"the adapter's tokenizer is used; the base's has {' and '.join(different)}.")
-    given = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
-    settings = prompting.settings()
-    for key, value in given.items():
-        if value is None:
-            continue
-        if key == "chat_template_kwargs":
-            check_template_kwargs(value)
-        if value != settings[key]:
-            _report(f"{key} {json.dumps(value)} overrides the adapter's {json.dumps(settings[key])}.")
-        settings[key] = value
+    return override(prompting, tokenizer, chat_template, chat_template_kwargs)
+
+
+def override(
+    prompting: Prompting, tokenizer: Any, chat_template: bool | None, chat_template_kwargs: dict[str, Any] | None
+) -> ChatFormatter:
+    """The chat formatting of an adapter with other settings, which are reported on stderr; None keeps its own.
+
+    Raises:
+        ConfigError: unusable arguments of the template.
+    """
+    own, settings = prompting.settings(), prompting.replaced(None, chat_template, chat_template_kwargs).settings()
+    for key, value in settings.items():
+        if value != own[key]:
+            _report(f"{key} {json.dumps(value)} overrides the adapter's {json.dumps(own[key])}.")
     return ChatFormatter(tokenizer, **settings)
 
 
