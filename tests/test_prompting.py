@@ -290,7 +290,8 @@ def test_a_changed_tokenizer_is_refused(tmp_path, base_folder):
     "change",
     [
         {"chat_template": "no"}, {"chat_template_kwargs": []}, {"tokenizer": {"../x": None}}, {"more": 1}, {"tokenizer": ["a"]},
-        {"tokenizer": {"adapter_config.json": None}}, {"chat_template_kwargs": {"tokenize": True}},
+        {"tokenizer": {"adapter_config.json": None}},
+        {"tokenizer": {"\x1b[31m.json": None}}, {"chat_template_kwargs": {"tokenize": True}},
     ],
 )  # fmt: skip
 def test_a_damaged_entry_is_refused(change, tmp_path, base_folder):

@@ -8,6 +8,7 @@ folder (transformers' Trainer does) is the adapter's too; without any, the base'
 import hashlib
 import inspect
 import json
+import re
 import sys
 import weakref
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 TOKENIZER_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")  # of all that a tokenizer or processor saves
+PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 LARGEST_FILE = 2**28  # bytes; those of the largest vocabularies today have 2**25
 
 
@@ -209,9 +211,7 @@ class Prompting:
         kinds = {"chat_template": bool, "chat_template_kwargs": dict, "tokenizer": dict | None}
         wrong = [k for k, v in values.items() if k not in kinds or not isinstance(v, kinds[k])]
         files = values.get("tokenizer")
-        wrong += [
-            k for k in files or () if k not in TOKENIZER_FILES and (Path(k).name != k or k.startswith("adapter_"))
-        ]
+        wrong += [k for k in files or () if not PLAIN_NAME.fullmatch(k) or k.startswith("adapter_")]
         if wrong:
             raise CheckpointError(f"{path} is damaged: {PROMPTING} has an unusable {shown(wrong[0])}.")
         settings = {k: v for k, v in values.items() if k != "tokenizer"}
@@ -233,7 +233,7 @@ def describe(values: dict[str, Any] | None) -> str:
     if not settings["chat_template"]:
         return f"{tokenizer}, without chat template"
     given = settings["chat_template_kwargs"]
-    return f"{tokenizer}, with its chat template" + (f" ({json.dumps(given, ensure_ascii=False)})" if given else "")
+    return f"{tokenizer}, with its chat template" + (f" ({json.dumps(given)})" if given else "")
 
 
 def open_formatter(
@@ -253,9 +253,9 @@ def open_formatter(
     if prompting.tokenizer is None:
         tokenizer = load_tokenizer(name)
     else:
-        tokenizer, own = prompting.tokenizer.open(name), tokenizer_at_hand(name)
-        check_fit(tokenizer, anatomy.vocabulary_size(model.get_input_embeddings()), own)
-        if own is not None and (different := differences(tokenizer, own)):
+        tokenizer, base_tokenizer = prompting.tokenizer.open(name), tokenizer_at_hand(name)
+        check_fit(tokenizer, anatomy.vocabulary_size(model.get_input_embeddings()), base_tokenizer)
+        if base_tokenizer is not None and (different := differences(tokenizer, base_tokenizer)):
             _report(f"the adapter's tokenizer is used; the base's has {' and '.join(different)}.")
     return override(prompting, tokenizer, chat_template, chat_template_kwargs)
 
@@ -280,36 +280,36 @@ def _report(text: str) -> None:
         print(f"umbra: {text}", file=sys.stderr)
 
 
-def check_fit(tokenizer: Any, rows: int, own: Any) -> None:
+def check_fit(tokenizer: Any, rows: int, base_tokenizer: Any) -> None:
     """Hold an adapter's tokenizer to the base.
 
     Args:
         rows: of the base's embeddings.
-        own: the base's tokenizer, or None.
+        base_tokenizer: or None.
 
     Raises:
         CheckpointError: tokens without a row, or a number that is another token to the base.
     """
-    numbers = tokenizer.get_vocab()
-    bases = {} if own is None else own.get_vocab()
-    beyond = [t for t, i in sorted(numbers.items(), key=lambda item: item[1]) if i >= rows and bases.get(t) != i]
+    ids = tokenizer.get_vocab()
+    base_ids = {} if base_tokenizer is None else base_tokenizer.get_vocab()
+    beyond = [t for t, i in sorted(ids.items(), key=lambda item: item[1]) if i >= rows and base_ids.get(t) != i]
     if beyond:
         raise CheckpointError(
             f"The adapter's tokenizer has {len(beyond)} tokens beyond the {rows} rows of the base's embeddings, "
             f"{shown(beyond[0])} first. Use the tokenizer that the adapter was trained with; to add tokens, "
-            f"model.resize_token_embeddings({1 + max(numbers.values())}), then save with tokenizer=…"
+            f"model.resize_token_embeddings({1 + max(ids.values())}), then save with tokenizer=…"
         )
-    if own is None:
+    if base_tokenizer is None:
         return
-    roles = {own.bos_token_id, own.eos_token_id, own.unk_token_id}
-    reserved = own.added_tokens_decoder.keys() - roles  # which families rename
-    names = {i: t for t, i in bases.items()}
-    other = [t for t, i in numbers.items() if names.get(i, t) != t and i not in reserved]
+    roles = {base_tokenizer.bos_token_id, base_tokenizer.eos_token_id, base_tokenizer.unk_token_id}
+    reserved = base_tokenizer.added_tokens_decoder.keys() - roles  # which families rename
+    base_tokens = {i: t for t, i in base_ids.items()}
+    other = [t for t, i in ids.items() if base_tokens.get(i, t) != t and i not in reserved]
     if other:
-        i = numbers[other[0]]
+        i = ids[other[0]]
         raise CheckpointError(
             f"The adapter's tokenizer is not of this base: {len(other)} tokens differ; token {i} is {shown(other[0])}, to the "
-            f"base {shown(names[i])}. Load the adapter with the base that it was trained on."
+            f"base {shown(base_tokens[i])}. Load the adapter with the base that it was trained on."
         )
 
 
