@@ -20,10 +20,10 @@ import torch
 import yaml
 
 import umbra
-from umbra.bases import load_tokenizer
 from umbra.data import ChatFormatter, Record
 from umbra.detach import write_detached
 from umbra.options import EvalOptions
+from umbra.prompting import open_formatter
 from umbra.scoring import MODES, Score, in_mode, score, table
 from umbra.train import train
 
@@ -109,13 +109,13 @@ def plot(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def measure(
-    model: umbra.ShadowModel, tokenizer: Any, records: list[Record]
+    model: umbra.ShadowModel, formatter: ChatFormatter, records: list[Record]
 ) -> tuple[list[Score], list[dict[str, Any]]]:
     """Scores and replies of every mode; the speed is that of decoding at batch 1."""
-    speeds = decoding_speeds(model, ChatFormatter(tokenizer), records[0])
+    speeds = decoding_speeds(model, formatter, records[0])
     scores, samples = [], [{"prompt": r["prompt"][-1]["content"], "reference": r["completion"]} for r in records]
     for mode in MODES:
-        result, replies = score(model, tokenizer, records, mode, OPTIONS)
+        result, replies = score(model, formatter, records, mode, OPTIONS)
         scores.append(replace(result, tokens_per_second=speeds[mode]))
         for sample, reply in zip(samples, replies, strict=True):
             sample[mode] = reply["reply"].strip()
@@ -138,10 +138,10 @@ def main() -> None:
     if results.get("adapter_id") != adapter or not (OUT / "detached/config.json").exists():
         print("2/4  scoring base, attached and detached on unseen seeds")
         model = umbra.load(OUT / "adapter", dtype=settings["dtype"]).eval()
-        tokenizer = load_tokenizer(settings["base"])
-        scores, samples = measure(model, tokenizer, read("test"))
+        formatter = open_formatter(model)
+        scores, samples = measure(model, formatter, read("test"))
         print(f"3/4  detaching → {OUT / 'detached'}")
-        write_detached(model, OUT / "detached", tokenizer, overwrite=True)
+        write_detached(model, OUT / "detached", formatter.tokenizer, overwrite=True)
         results = {
             "adapter_id": adapter,
             "task": TASK,

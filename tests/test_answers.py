@@ -86,7 +86,7 @@ def test_scores_end_there(monkeypatch):
 
     model.generation_config.repetition_penalty = 1.3
     monkeypatch.setattr(model, "generate", generate)
-    replies, _, _ = score_generation(model, tokenizer, [RECORD])
+    replies, _, _ = score_generation(model, ChatFormatter(tokenizer), [RECORD])
     assert replies[0]["reply"] == "b" and replies[0]["correct"]
     assert asked["repetition_penalty"] == 1.0 and not asked["do_sample"]
 
@@ -128,7 +128,8 @@ def test_an_export_ends_there_and_reads_a_line_as_a_prompt(chat_adapter, tmp_pat
 
 
 def test_ollama_is_given_the_empty_thoughts_that_training_puts_before_an_answer():
-    assert f'<|im_start|>assistant\n{THOUGHTS}"""' in modelfile(ChatFormatter(chat_tokenizer()), "x.gguf", 512)
+    writer = ChatFormatter(chat_tokenizer(), chat_template_kwargs={"enable_thinking": False})
+    assert f'<|im_start|>assistant\n{THOUGHTS}"""' in modelfile(writer, "x.gguf", 512)
     bare = modelfile(ChatFormatter(chat_tokenizer(CHATML.replace(THOUGHTS, ""))), "x.gguf", 512)
     assert '<|im_start|>assistant\n"""' in bare
 

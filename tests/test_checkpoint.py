@@ -26,6 +26,7 @@ from folders import (
 )
 from tiny import ARCHITECTURES, CLASSIFIERS, class_labels, make, make_base, scramble, tokens
 from umbra import BaseModelError, CheckpointError, ConfigError
+from umbra.prompting import TOKENIZER_PATTERNS
 
 # -- round trips ---------------------------------------------------------------------------------------------------
 
@@ -162,7 +163,7 @@ def test_the_folder_holds_three_files_and_nothing_of_the_base(tmp_path, classifi
 
 def test_the_configuration_is_plain_json(saved):
     values = json.loads((saved / CONFIG).read_text(encoding="utf-8"))
-    assert (values["peft_type"], values["task_type"], values["format_version"]) == ("UMBRA", "CAUSAL_LM", 2)
+    assert (values["peft_type"], values["task_type"], values["format_version"]) == ("UMBRA", "CAUSAL_LM", 3)
     assert umbra.ShadowConfig.from_dict(values["shadow"]) == make().shadow_config
     assert values["shadow_model_config"]["model_type"] == "llama"
     assert "quantization_config" not in values["shadow_model_config"]
@@ -296,7 +297,7 @@ def test_an_adapter_is_loaded_from_the_hub_by_its_id(tmp_path, monkeypatch):
     loaded = umbra.load("owner/name@v1", base=make_base("llama"))
     own = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     package = ["shadow_adapter.safetensors", "shadow_config.json", "shadow_modules.safetensors"]
-    assert asked == [("owner/name", "v1", own + package)]
+    assert asked == [("owner/name", "v1", sorted([*own, *package, *TOKENIZER_PATTERNS]))]
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 

@@ -279,3 +279,46 @@ def test_read_where_there_is_no_umbra(tmp_path):
     assert found.keys() == expected.keys()
     for key, logits in expected.items():
         torch.testing.assert_close(found[key], logits, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+# -- tied and untied ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_tying_does_not_depend_on_the_precision_of_the_base(dtype, tmp_path):
+    """Gemma multiplies its embeddings by √D, which is another number in bf16; √40 and √640 are rounded alike."""
+    model = make("gemma3_text", base_options={"hidden_size": 40})
+    model.base.to(dtype)
+    edge, ids = model.detached(), tokens()
+    assert edge.lm_head.weight is edge.get_input_embeddings().weight and edge.config.tie_word_embeddings
+    assert (
+        sum(p.numel() for p in edge.parameters())
+        == sum(p.numel() for p in model.shadow.backbone.parameters()) + 99 * 40
+    )
+    write_detached(model, tmp_path / "edge")
+    assert "lm_head.weight" not in load_file(tmp_path / "edge/model.safetensors")
+    with model.shadow_only():
+        expected = model(ids).logits.float()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "edge")
+    assert torch.equal(again(ids).logits, edge(ids).logits)
+    rounding = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert (edge(ids).logits - expected).abs().max() < rounding * expected.abs().max()
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_stays_so_even_where_it_is_equal():
+    model = make("llama")
+    model.base.lm_head.weight.copy_(model.base.get_input_embeddings().weight)
+    edge = model.detached()
+    assert edge.lm_head.weight is not edge.get_input_embeddings().weight and not edge.config.tie_word_embeddings
+    torch.testing.assert_close(edge(tokens()).logits, shadow_path(model, tokens()))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"train_heads": True}, {"embeddings": "own"}, {**NARROW, "shadow_num_key_value_heads": 1}]
+)
+def test_a_shadow_with_a_table_or_head_of_its_own_is_not_tied(fields):
+    model = make("llama", base_options={"tie_word_embeddings": True}, **fields)
+    edge = model.detached()
+    assert edge.lm_head.weight is not edge.get_input_embeddings().weight

@@ -20,7 +20,7 @@ from folders import edit_config
 from tiny import make, scramble, tokens
 from umbra.bases import load_base, load_tokenizer
 from umbra.cli import main
-from umbra.data import Writer
+from umbra.data import ChatFormatter
 from umbra.errors import one_line, plain
 from umbra.export.process import run_python
 from umbra.export.to_gguf import modelfile
@@ -232,7 +232,7 @@ def test_a_modelfile_takes_no_instructions_from_a_template(system):
         "{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' if messages[0].role != 'system' else '' }}"
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     ).replace("system +", json.dumps(system) + " +")
-    text = modelfile(Writer(tokenizer), "model.gguf", 128)
+    text = modelfile(ChatFormatter(tokenizer), "model.gguf", 128)
     assert is_plain(text)
     assert [line for line in text.splitlines() if line.startswith("FROM")] == ["FROM ./model.gguf"]
     assert "SYSTEM" not in text and text.count('"""') % 2 == 0

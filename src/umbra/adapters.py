@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from . import anatomy, kernels
+from .added_tokens import AddedTokens, Tables, check_resizable
+from .anatomy import Anatomy
 from .backbone import Shadow
 from .config import ShadowConfig
-from .errors import ConfigError, StateError
+from .errors import BaseModelError, ConfigError, StateError
 from .fingerprint import fingerprint
 from .hooks import Attachment, Frame
 
@@ -36,6 +38,8 @@ class Adapters:
     base_fingerprint: dict[str, Any]
     all_tied_weights_keys: dict[str, str]
     _attachment: Attachment
+    _added_handles: list[Any]
+    _rows_before: list[Tensor]
 
     @property
     def adapters(self) -> list[str]:
@@ -96,6 +100,7 @@ class Adapters:
         if not (replace and name in self.adapters):
             self._check_new_name(name)
         found = load_shadow(path, self.base, trainable=trainable, allow_other_base=allow_other_base, shadow=shadow)
+        self._share_added_tokens(name, found, path)
         self._seat(name, found)
 
     def set_adapter(self, name: str) -> None:
@@ -144,9 +149,17 @@ class Adapters:
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
         """As in transformers, for the base and for what its shadows have of the vocabulary.
 
-        The rows that are added belong to the base, and no adapter holds them: save the base too, or resize it alike
-        (with the same values) before an adapter saved from now on is loaded.
+        Rows beyond the base's own vocabulary are trained with the shadow while there is one adapter, and are saved in its
+        folder; `umbra.load` resizes a base that does not have them. `unload` takes them away again.
+
+        Raises:
+            BaseModelError: embeddings that are quantised, offloaded or sharded.
         """
+        if new_num_tokens is None and not options.get("pad_to_multiple_of") and not args:
+            return self.base.get_input_embeddings()
+        check_resizable(anatomy.locate(self.base))
+        if self.shadow.added_tokens is not None:
+            self.shadow.added_tokens.write()
         table = self.base.resize_token_embeddings(new_num_tokens, *args, **options)
         located = anatomy.locate(self.base)
         self._attachment.settle_head(located.head)
@@ -155,8 +168,77 @@ class Adapters:
             self.adapter(name).resize(located)
         self.config.get_text_config(decoder=True).vocab_size = anatomy.vocabulary_size(table)
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in self.base.all_tied_weights_keys.items()}
-        self.base_fingerprint = fingerprint(located)
+        self._carry_added_tokens(located)
         return table
+
+    def carry_added_tokens(self, own: int, count: int) -> None:
+        """Let the adapters carry ``count`` rows beyond the first ``own``, which are the base's.
+
+        The base is resized, unless it has these rows already; then they are what `unload` restores.
+        """
+        located = anatomy.locate(self.base)
+        if anatomy.vocabulary_size(located.embeddings) == own:
+            self.resize_token_embeddings(own + count, mean_resizing=False)
+            return
+        check_resizable(located)
+        self._rows_before = [table.detach()[own:].clone() for _, table in Tables(located).named()]
+        self.base_fingerprint = fingerprint(located, own)
+        self._carry_added_tokens(located)
+
+    def _carry_added_tokens(self, base: Anatomy) -> None:
+        """Let all adapters carry the rows beyond the base's own vocabulary, that of its fingerprint."""
+        own, rows = self.base_fingerprint["vocab_size"], anatomy.vocabulary_size(base.embeddings)
+        if rows < own:
+            self.base_fingerprint = fingerprint(base)
+        before, added = self.shadow.added_tokens, None
+        self._remove_added_hooks()
+        if rows > own:
+            added = AddedTokens(base, own, self.shadow.dtype)
+            trains = len(self.adapters) == 1 and any(p.requires_grad for p in self.shadow.parameters())
+            if before is not None:
+                added.copy_from(before)
+                trains = before.is_trained
+            reads_head = not self.shadow.heads
+            added.set_trained(trains, reads_head)
+            self._added_handles = added.hook(base, reads_head)
+        for name in self.adapters:
+            self.adapter(name).added_tokens = added
+        self._settle()
+
+    def _remove_added_hooks(self) -> None:
+        for handle in self._added_handles:
+            handle.remove()
+        self._added_handles = []
+
+    def _remove_added_tokens(self) -> None:
+        """Give the base back the rows that it had before `attach`."""
+        self._remove_added_hooks()
+        if self.shadow.added_tokens is None:
+            return
+        if not self._rows_before:
+            self.base.resize_token_embeddings(self.base_fingerprint["vocab_size"])
+        for before, (_, table) in zip(self._rows_before, self.shadow.added_tokens.base.named(), strict=False):
+            table.data[-len(before) :] = before
+        for name in self.adapters:
+            self.adapter(name).added_tokens = None
+
+    def _share_added_tokens(self, name: str, shadow: Shadow, path: str | Path) -> None:
+        """Let an adapter that was read from ``path`` share the rows of the others, which must be the same.
+
+        Raises:
+            BaseModelError: other rows; a base has one table for all its adapters.
+        """
+        carried, shared = shadow.added_tokens, self.shadow.added_tokens
+        others = [n for n in self.adapters if n != name]
+        if carried is None and shared is None:
+            return
+        if carried is None or shared is None or (others and not carried.equals(shared)):
+            raise BaseModelError(
+                f"{path} has other rows of added tokens than adapter {(others or self.adapters)[0]!r}, and a base has one table "
+                "for all: load it beside a base of its own, by umbra.load."
+            )
+        shared.load_state_dict(carried.state_dict())
+        shadow.added_tokens = shared
 
     def _check_new_name(self, name: Any) -> None:
         if not isinstance(name, str) or not name or "." in name or name == BASE:
@@ -169,6 +251,9 @@ class Adapters:
         shadow.place(self._free_cache_layer(len(shadow.cache_layers), before))
         kernels.quicken(shadow.modules())
         shadow.train(self.shadow.training)
+        shadow.added_tokens = self.shadow.added_tokens
+        if shadow.added_tokens is not None and self.adapters != [name]:
+            shadow.added_tokens.requires_grad_(False)  # a training of one adapter would change the others
         if before is self.shadow:
             self.shadow = shadow
         else:

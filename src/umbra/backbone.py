@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from . import anatomy, channels, dense, shards
+from .added_tokens import AddedTokens
 from .anatomy import Anatomy
 from .config import ShadowConfig
 from .core import Couplings
@@ -56,6 +57,7 @@ class Shadow(nn.Module):
         self.config = config
         self.adapter_id = uuid.uuid4().hex
         self.classifier: dict[str, Any] = {}  # label names, where they are not those of the base's configuration
+        self.prompting: Any = None  # how it is asked: see prompting.py; None for the base's tokenizer and template
         self.first_cache_layer = 0
         self.trained: list[str] | None = None  # while it rests: what to train again
         self.draft_tokens: list[int] | None = None  # those that it drafts; None for the whole vocabulary
@@ -73,6 +75,7 @@ class Shadow(nn.Module):
             self.backbone.config.vocab_size = anatomy.vocabulary_size(base.embeddings)
         elif config.is_pretrained:
             self.backbone.get_input_embeddings().requires_grad_(False)
+        self.added_tokens: AddedTokens | None = None
         self.place(anatomy.cache_depth(base))
         self.shares_masks = anatomy.shares_masks(base.decoder, self.backbone)
 

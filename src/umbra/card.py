@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import one_line
+from .integrity import PROMPTING
 from .options import EMBEDDED, EMBEDDED_HUB_ID
+from .prompting import describe
 
 if TYPE_CHECKING:
     from .backbone import Shadow
@@ -47,6 +49,7 @@ tags: [umbra, shadow, peft]
 
 A shadow network beside a frozen {type(model.base).__name__}, in dialect `{config["dialect"]}` with injection rank
 {config["rank"]} and α = {config["alpha"]}, made by Umbra {values["umbra_version"]}.
+It is asked with {describe(values.get(PROMPTING))}.
 
 | part | parameters |
 |---|---:|

@@ -1,4 +1,4 @@
-"""The adapter folder: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md`` (model card).
+"""The adapter folder: ``adapter_config.json``, ``adapter_model.safetensors``, the tokenizer, ``README.md`` (model card).
 
 Written atomically, read strictly: a tensor that is missing, left over, misshapen or not finite is an error, never a
 random weight, and so is whatever does not match the folder's own digest (integrity.py). Nothing is ever unpickled, and
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from . import __version__, anatomy, folder, hub, shards
+from .added_tokens import AddedTokens, added_count
 from .anatomy import Anatomy
 from .backbone import Shadow
 from .bases import load_base
@@ -27,6 +28,7 @@ from .fingerprint import check_same_base
 from .integrity import (
     DIGEST,
     DRAFT_TOKENS,
+    PROMPTING,
     check_counts,
     check_digest,
     check_numbers,
@@ -38,10 +40,14 @@ from .integrity import (
 from .model import ShadowModel, attach
 from .options import EMBEDDED
 from .pretrained import saved_config
+from .prompting import BEFORE, TOKENIZER_PATTERNS, Prompting, check_before_saving
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 SHADOW_PEFT_FILES = ["shadow_config.json", "shadow_adapter.safetensors", "shadow_modules.safetensors"]  # see interop
-FORMAT_VERSION = 2  # 1, of 2026-11, had neither a digest nor samples that quantised bases could be held to
+# 1, of 2026-11, had neither a digest nor samples that quantised bases could be held to; 2 carried no tokenizer, and of its base
+# the blocks and the embeddings alone.
+FORMAT_VERSION = 3
+READABLE = (2, FORMAT_VERSION)
 PREFIX = "shadow."  # of the tensors in WEIGHTS_FILE: their names in the model's own state dict
 NAMES_OF_LABELS = ("id2label", "label2id", "problem_type")
 TRAINER_FILE = "model.safetensors"  # the name by which transformers' Trainer finds what it resumes from
@@ -59,6 +65,9 @@ def save(
     overwrite: bool = False,
     state_dict: dict[str, torch.Tensor] | None = None,
     is_main_process: bool | None = None,
+    tokenizer: Any = None,
+    chat_template: bool | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     **passed: Any,
 ) -> None:
     """Write the adapter folder; the base is not in it.
@@ -71,21 +80,30 @@ def save(
         state_dict: gathered weights under this model's names; whoever passes them writes.
         is_main_process: passed by transformers' Trainer, which owns its folders and finds the weights there by a
             second name; False writes nothing.
+        tokenizer: the tokenizer, or the processor, that the adapter is asked with; by default the one that it was loaded
+            with, and of an adapter without one the base's.
+        chat_template, chat_template_kwargs: whether the tokenizer's chat template is used, and its arguments; by default as
+            when the adapter was loaded.
         passed: what callers of transformers' models pass, and means nothing here.
 
     Raises:
-        ConfigError: another argument.
+        ConfigError: another argument, or a tokenizer that does not fit the base.
         CheckpointError: another adapter lies there, or the disk refused; the folder is as it was.
     """
     for name, value in passed.items():
         if name not in WITHOUT_MEANING and value not in ONLY.get(name, ()):
             raise ConfigError(f"save_pretrained has no {name}={value!r:.80}: an adapter is one file of safetensors.")
     target, shadow = Path(path), model.adapter(adapter_name)
+    is_called_by_user = is_main_process is None and state_dict is None
+    if tokenizer is not None and is_called_by_user:
+        check_before_saving(tokenizer, anatomy.vocabulary_size(model.get_input_embeddings()), model.base.name_or_path)
+    given = (tokenizer, chat_template, chat_template_kwargs)
+    prompting = (shadow.prompting or Prompting()).replaced(*given)
     resting = next((f"resting.{n}." for n, s in model.resting.items() if s is shadow), None)
     if state_dict is not None and resting is not None:
         state_dict = {PREFIX + k.removeprefix(resting): v for k, v in state_dict.items() if k.startswith(resting)}
     source = shards.whole_state(shadow, PREFIX) if state_dict is None else state_dict
-    if is_main_process is False or (is_main_process is None and state_dict is None and not shards.is_first_rank()):
+    if is_main_process is False or (is_called_by_user and not shards.is_first_rank()):
         return
     if is_main_process is None and not overwrite:
         refuse_other_adapter(target, shadow.adapter_id)
@@ -96,7 +114,8 @@ def save(
             f"The state dict to save lacks {len(lost)} tensors of the shadow, {sorted(lost)[0]} first."
         )
     weights = {k: v.detach().cpu().contiguous() for k, v in source.items()}
-    values = describe(model, shadow)
+    # transformers' Trainer writes its tokenizer over these files afterwards: there, no file is listed.
+    values = {**describe(model, shadow), PROMPTING: prompting.to_dict(is_listed=is_main_process is None)}
     values[DIGEST] = digest(values, weights)
 
     def write(staging: Path) -> None:
@@ -104,10 +123,24 @@ def save(
         folder.write_text(staging / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         if _is_ours(folder.find(target, CARD_FILE)):
             folder.write_text(staging / CARD_FILE, model_card(values, model, shadow))
+        if prompting.tokenizer is not None:
+            prompting.tokenizer.write(staging)
         if is_main_process:
             _link(staging / WEIGHTS_FILE, staging / TRAINER_FILE)
 
+    replaced = _listed_files(target)
     folder.write_together(target, write)
+    for file in replaced if prompting.tokenizer is None else replaced - prompting.tokenizer.contents.keys():
+        (target / file).unlink(missing_ok=True)
+
+
+def _listed_files(target: Path) -> set[str]:
+    """The unchanged tokenizer files of the adapter that lies in a folder, as its configuration lists them."""
+    try:
+        values = json.loads(folder.read_text(folder.find(target, CONFIG_FILE)))[PROMPTING]
+        return set() if values["tokenizer"] is None else set(Prompting.read(target, values).tokenizer.contents)  # type: ignore[union-attr]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return set()
 
 
 def _is_ours(card: Path) -> bool:
@@ -204,15 +237,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     values = read_json(Path(path), CONFIG_FILE)
     if values.get("peft_type") != "UMBRA":
         raise CheckpointError(f"{file} was not written by Umbra (peft_type is {values.get('peft_type')!r:.80}).")
-    if values.get("format_version") != FORMAT_VERSION:
+    version = values.get("format_version")
+    if isinstance(version, bool) or version not in READABLE:
         raise CheckpointError(
-            f"{file} has format {values.get('format_version')!r}, this is Umbra {__version__} with format {FORMAT_VERSION}: "
+            f"{file} has format {version!r:.80}, this is Umbra {__version__} with format {FORMAT_VERSION}: "
             f"load it with the version that wrote it ({values.get('umbra_version')!r:.40})."
         )
     kinds = {
         "shadow": dict, "shadow_model_config": dict, "base": dict, "task_type": str,
         "base_model_name_or_path": str | None, "adapter_id": str | None, "classifier": dict | None,
-        DRAFT_TOKENS: list | None,
+        DRAFT_TOKENS: list | None, PROMPTING: dict if version == FORMAT_VERSION else dict | None,
     }  # fmt: skip
     wrong = [k for k, kind in kinds.items() if not isinstance(values.get(k), kind)]
     if wrong:
@@ -286,8 +320,9 @@ def load(
     saved.check(anatomy.locate(base), allow_other_base)
     model = attach(base, saved.config, backbone_config=saved.backbone_config)
     try:
+        saved.add_tokens(model)
         saved.fill(model.shadow)
-        model.shadow.classifier = saved.classifier() or {}
+        model.shadow.classifier, model.shadow.prompting = saved.classifier() or {}, saved.prompting()
         for name, value in model.shadow.classifier.items():
             if name in NAMES_OF_LABELS:
                 setattr(model.config, name, value)
@@ -319,8 +354,9 @@ def load_shadow(
     _check_labels(saved, path, base)
     saved.check(located, allow_other_base)
     found = Shadow(located, saved.config, saved.backbone_config)
+    saved.add_rows(found, located)
     saved.fill(found)
-    found.classifier = saved.classifier() or {}
+    found.classifier, found.prompting = saved.classifier() or {}, saved.prompting()
     if not trainable:
         found.requires_grad_(False)
     return found
@@ -355,20 +391,50 @@ class _Saved:
     def classifier(self) -> dict[str, Any] | None:
         return _classifier(self.values, self.file)
 
+    def prompting(self) -> Prompting:
+        values = self.values.get(PROMPTING)
+        return BEFORE if values is None else Prompting.read(self.path, values)
+
     def check(self, base: Anatomy, allow_other_base: bool) -> None:
         task = TASKS[base.is_classifier]
         if task != self.values["task_type"]:
             raise CheckpointError(
                 f"{self.path} is an adapter for {self.values['task_type']}, the base given is a model for {task}."
             )
+        rows, count = anatomy.vocabulary_size(base.embeddings), added_count(self.weights)
+        own = self.values["base"].get("vocab_size")
+        # V, of a base that has its own tokens alone, or those that this adapter adds as well.
+        self.own_rows = rows - count if count and rows - count == own else rows
         if not allow_other_base:
             try:
-                check_same_base(self.values["base"], base)
+                heads = base.is_classifier if self.config.train_heads is None else self.config.train_heads
+                check_same_base(self.values["base"], base, self.own_rows, heads)
             except UmbraError as error:
                 raise type(error)(f"{self.path}: {error}") from error
-        check_sizes(base, self.config, self.backbone_config, self.weights, self.file, self.source)
-        self.draft_tokens = draft_tokens(self.values, anatomy.vocabulary_size(base.embeddings), self.file)
+        rows = self.own_rows + count
+        check_sizes(base, self.config, self.backbone_config, self.weights, self.file, self.source, rows)
+        self.draft_tokens = draft_tokens(self.values, rows, self.file)
         check_digest(self.values, self.weights, self.file)
+
+    def add_tokens(self, model: ShadowModel) -> None:
+        """Make room for the tokens that the adapter adds."""
+        if added_count(self.weights):
+            model.carry_added_tokens(self.own_rows, added_count(self.weights))
+
+    def add_rows(self, shadow: Shadow, base: Anatomy) -> None:
+        """Let a shadow beside others carry the rows of tokens that it adds; the base must have them.
+
+        Raises:
+            BaseModelError: it does not.
+        """
+        if not (count := added_count(self.weights)):
+            return
+        if anatomy.vocabulary_size(base.embeddings) != self.own_rows + count:
+            raise BaseModelError(
+                f"{self.path} adds {count} tokens, which the other adapters of this base do not know: load it beside a base of "
+                "its own, by umbra.load."
+            )
+        shadow.added_tokens = AddedTokens(base, self.own_rows, shadow.dtype)
 
     def fill(self, shadow: Shadow) -> None:
         load_weights(shadow, self.weights, self.source)
@@ -422,7 +488,7 @@ def local_folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = str(path).partition("@")
-    wanted = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *SHADOW_PEFT_FILES]
+    wanted = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *TOKENIZER_PATTERNS, *SHADOW_PEFT_FILES]
     try:
         with hub.lookup(repository):
             return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))

@@ -271,16 +271,14 @@ def _generate(arguments: list[str]) -> int:
 
 def _detach(arguments: list[str]) -> int:
     options = _parse("umbra detach", DetachOptions, arguments)
-    from .bases import load_tokenizer
     from .checkpoint import load
     from .detach import check_target, parse_dtype, write_detached
+    from .prompting import open_formatter
 
     dtype = parse_dtype(options.dtype)
     check_target(options.out, options.overwrite)
     model = load(options.adapter, options.base)
-    out = write_detached(
-        model, options.out, load_tokenizer(model.base.name_or_path), overwrite=options.overwrite, dtype=dtype
-    )
+    out = write_detached(model, options.out, open_formatter(model).tokenizer, overwrite=options.overwrite, dtype=dtype)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     if options.json:
         say(json.dumps({"path": str(out), "bytes": size}))
@@ -400,6 +398,8 @@ def _add_flags(parser: Any, kind: type) -> None:
         form, metavar = kind_of, kind_of.__name__.upper()
         if get_origin(types[0]) is tuple:
             form, metavar = _integers, "INT,…"
+        elif get_origin(types[0]) is dict:
+            form, metavar = _mapping, "JSON"
         elif types == [int, float]:
             form, metavar = number, "NUMBER"
         parser.add_argument(
@@ -419,6 +419,18 @@ class _Several(argparse.Action):
 
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f'expected a JSON object such as {{"enable_thinking": false}}, got {text!r:.80}'
+        )
+    return value
 
 
 def _boolean(text: str) -> bool:

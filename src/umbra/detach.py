@@ -25,16 +25,16 @@ from transformers import (
 from transformers.utils import cached_file
 
 from . import anatomy, dense, folder
+from .backbone import ROUNDED, Shadow
 from .data import ChatFormatter, end_tokens
-from .errors import CheckpointError, DetachError
+from .errors import CheckpointError, ConfigError, DetachError
+from .integrity import PROMPTING
 from .model import ShadowModel
 from .options import check_dtype
+from .prompting import TOKENIZER_FILES, Prompting, override, save_tokenizer
 
 PIECES = "tokenizer.model"
-OF_STOCK = (
-    "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", PIECES,
-)  # fmt: skip
+OF_STOCK = ("generation_config.json", *TOKENIZER_FILES)
 
 
 @torch.no_grad()
@@ -46,6 +46,8 @@ def detach(model: ShadowModel) -> PreTrainedModel:
             cannot do.
     """
     base, shadow = anatomy.locate(model.base), model.shadow
+    if shadow.added_tokens is not None:
+        shadow.added_tokens.write()
     config = _stock_config(model)
     mirrored = type(shadow.backbone) is type(base.decoder) and type(config) is type(base.model.config)
     cap = None if base.is_classifier else anatomy.soft_cap(model.base.config)
@@ -74,7 +76,10 @@ def detach(model: ShadowModel) -> PreTrainedModel:
             "The base's embeddings or its head are offloaded: load the base without offloading to detach."
         )
     weight = _folded_head(dense.linear_weight(head, model.base.dtype), _maps_before_head(model, stock), factor)
-    tied = weight.shape == table.shape and torch.equal(weight, table)
+    tied = (
+        _stays_tied(base, shadow) and weight.shape == table.shape and torch.allclose(weight.to(table), table, *ROUNDED)
+    )
+    table = weight if tied else table
     _settle_tying(stock, parts, tied)
     own: Any = shadow.backbone.get_input_embeddings() if shadow.owns_embeddings else None
     copied_below = {k for k, p in shadow.backbone.named_parameters() if own is not None and p is own.weight}
@@ -93,6 +98,10 @@ def detach(model: ShadowModel) -> PreTrainedModel:
         if shadow.config.escalation is not None:
             generation.escalation = shadow.config.escalation
             generation._from_model_config = False  # otherwise it is not read back
+            accept(generation)
+        if shadow.prompting is not None and (settings := shadow.prompting.settings()) != Prompting().settings():
+            generation.prompting = settings
+            generation._from_model_config = False
             accept(generation)
         stock.generation_config = generation
     return stock.to(device=table.device).eval()
@@ -148,8 +157,17 @@ def _folded_head(weight: Tensor, maps: list[nn.Linear], factor: float) -> Tensor
     return weight if factor == 1 else weight.float() * factor
 
 
+def _stays_tied(base: anatomy.Anatomy, shadow: Shadow) -> bool:
+    """Whether the shadow reads and writes tokens by one weight, the base's.
+
+    Of a base in half precision whose embeddings are multiplied (Gemma's √D), the rows fall short of the head's by the rounding
+    of that factor. They are tied all the same: the stock model has the factor unrounded, as beside a base in float32.
+    """
+    return base.is_tied and not shadow.heads and not shadow.owns_embeddings
+
+
 def _settle_tying(stock: PreTrainedModel, parts: anatomy.Anatomy, tied: bool) -> None:
-    """Tie the head to the embeddings exactly where they are equal."""
+    """Tie the head to the embeddings, or untie them."""
     for config in {id(c): c for c in (stock.config, stock.config.get_text_config())}.values():
         config.tie_word_embeddings = tied
     stock.all_tied_weights_keys = stock.get_expanded_tied_weights_keys(all_submodels=True)
@@ -182,16 +200,33 @@ def write_detached(
     out = check_target(out, overwrite)
     stock = detach(model)
     if tokenizer is not None:
-        end_as_learned(stock, tokenizer)
+        end_as_learned(stock, formatter_of(stock, tokenizer))
     write_stock(out, lambda staging: save_stock(stock, staging, tokenizer, dtype))
     return out
 
 
-def end_as_learned(stock: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def formatter_of(
+    stock: Any, tokenizer: PreTrainedTokenizerBase, chat_template: bool | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> ChatFormatter:  # fmt: skip
+    """The chat formatting by which a stock model is asked: as the adapter that it is detached from, unless overridden.
+
+    Raises:
+        ConfigError: a damaged entry of its generation config, or unusable arguments.
+    """
+    noted = stock.generation_config.to_dict().get(PROMPTING) if stock.can_generate() else None
+    try:
+        prompting = Prompting(None, **(noted or {}))
+    except TypeError as error:
+        raise ConfigError(f"The generation config is damaged: {PROMPTING}: {error}") from error
+    return override(prompting, tokenizer, chat_template, chat_template_kwargs)
+
+
+def end_as_learned(stock: Any, formatter: ChatFormatter) -> None:
     """Let a stock model's answers end where the chat template ends them, which the base's generation config may not know."""
     if not stock.can_generate():
         return
-    generation, ends = stock.generation_config, end_tokens(stock, ChatFormatter(tokenizer))
+    generation, ends = stock.generation_config, end_tokens(stock, formatter)
     told = generation.eos_token_id
     if ends and ends != (told if isinstance(told, list) else [told]):
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
@@ -227,13 +262,7 @@ def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | N
         )
     (stock if dtype is None else stock.to(dtype)).save_pretrained(staging)
     if tokenizer is not None:
-        several: Any = isinstance(tokenizer.chat_template, dict)  # which would be files in a folder of their own
-        try:
-            tokenizer.save_pretrained(staging, save_jinja_files=not several)
-        except Exception as error:  # tokenizers knows no other type, for a full disk neither
-            if type(error) is Exception:
-                raise OSError(str(error)) from error
-            raise
+        save_tokenizer(tokenizer, staging)
         if (pieces := _pieces(tokenizer.name_or_path)) is not None:
             shutil.copyfile(pieces, staging / PIECES)
 

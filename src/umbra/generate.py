@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from .bases import load_tokenizer
 from .checkpoint import load
-from .data import ChatFormatter, end_tokens
+from .data import end_tokens
 from .drafting import check_draft
 from .errors import ConfigError
 from .options import GenerateOptions, check_dtype
+from .prompting import open_formatter
 from .scoring import GREEDY, MODES, PLAIN, in_mode, on_accelerator, room
 
 
@@ -41,8 +41,8 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
     model = on_accelerator(load(options.adapter, options.base, dtype=options.dtype).eval())
     if not model.can_generate():
         raise ConfigError(f"{options.adapter} classifies and cannot generate; score it with `umbra eval`.")
-    tokenizer = load_tokenizer(model.base.name_or_path)
-    writer = ChatFormatter(tokenizer, options.chat_template)
+    writer = open_formatter(model, options.chat_template, options.chat_template_kwargs)
+    tokenizer = writer.tokenizer
     ids = torch.tensor([writer.tokens(writer.ask(prompt))], device=model.device)
     torch.manual_seed(options.seed)
     sampling = {**PLAIN, "do_sample": True, "temperature": options.temperature} if options.temperature > 0 else GREEDY

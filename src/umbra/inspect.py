@@ -8,9 +8,10 @@ from . import folder
 from .checkpoint import CONFIG_FILE, PREFIX, WEIGHTS_FILE, local_folder, read_config
 from .config import DIALECTS, ShadowConfig
 from .errors import CheckpointError, ConfigError, plain
-from .integrity import DRAFT_TOKENS
+from .integrity import DRAFT_TOKENS, PROMPTING
 from .interop import recognise
 from .pretrained import saved_config
+from .prompting import Prompting, describe
 
 
 def inspect(path: str) -> dict[str, Any]:
@@ -25,6 +26,8 @@ def inspect(path: str) -> dict[str, Any]:
             f"{path} is an adapter of {form}: make it Umbra's first, umbra convert {path} --to umbra --out …"
         )
     values = read_config(source)
+    if PROMPTING in values:
+        Prompting.read(source, values[PROMPTING])
     file = folder.find(source, WEIGHTS_FILE)
     parts: dict[str, int] = {}
     try:
@@ -65,6 +68,7 @@ def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
             "name": values.get("base_model_name_or_path"),
             **{k: base[k] for k in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")},
         },
+        "prompting": describe(values.get(PROMPTING)),
         "umbra_version": values.get("umbra_version"),
     }
 
@@ -85,6 +89,7 @@ def explain(found: dict[str, Any]) -> str:
         f"  base        {base['model_type']}, {base['num_hidden_layers']} layers of width {base['hidden_size']}, "
         f"{base['vocab_size']} tokens",
         *([f"  drafts      from {found['draft_vocabulary']} of them"] if found["draft_vocabulary"] else []),
+        f"  asked       with {found['prompting']}",
         "  parameters",
     ]
     lines += [f"    {part:<18}{count:>14,}" for part, count in found["parameters"].items()]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from .added_tokens import added_count, expected_rows
 from .anatomy import Anatomy
 from .backbone import Shadow, check_draft_tokens, fresh_config
 from .config import ShadowConfig
@@ -18,7 +19,8 @@ from .errors import CheckpointError, ConfigError
 
 DIGEST = "sha256"  # the entry of the configuration that vouches for these others, and for all tensors
 VOUCHED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
-DRAFT_TOKENS = "draft_tokens"  # vouched for where there are any
+DRAFT_TOKENS, PROMPTING = "draft_tokens", "prompting"  # vouched for where there are any
+OPTIONAL = (DRAFT_TOKENS, PROMPTING)
 LENGTHS = ("n_positions", "n_ctx")  # tokens, which nobody counts one by one
 MOST_BUFFERED = 2**27  # values in a shadow's buffers, which no tensor of the file bounds
 Tensors = dict[str, torch.Tensor]
@@ -26,8 +28,8 @@ Tensors = dict[str, torch.Tensor]
 
 def digest(values: dict[str, Any], weights: Tensors) -> str:
     """SHA-256 of what decides an adapter's answers: the `VOUCHED` entries, in any order and spacing, and all tensors."""
-    drafts = {k: v for k, v in values.items() if k == DRAFT_TOKENS and v is not None}
-    plain = json.loads(json.dumps({**{k: values.get(k) for k in VOUCHED}, **drafts}))
+    optional = {k: v for k, v in values.items() if k in OPTIONAL and v is not None}
+    plain = json.loads(json.dumps({**{k: values.get(k) for k in VOUCHED}, **optional}))
     sha = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for key in sorted(weights):
         tensor = weights[key]
@@ -81,13 +83,15 @@ def check_counts(values: dict[str, Any], weights: Tensors, file: Path) -> None:
 
 
 def check_sizes(
-    base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path
-) -> None:
+    base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path,
+    rows: int | None = None,
+) -> None:  # fmt: skip
     """Refuse a configuration that asks for other tensors than there are, without allocating any.
 
     Args:
         file: the configuration, for the message.
         source: the tensors' file, for the message.
+        rows: tokens that a language model will have, if not the base's; those beyond are added by the adapter.
 
     Raises:
         CheckpointError: the tensors differ, or no model can be built.
@@ -104,7 +108,12 @@ def check_sizes(
         raise CheckpointError(f"{file} is damaged: {error}") from error
     except Exception as error:  # a model of another kind may fail in any way
         raise CheckpointError(f"{file} is damaged: {error!r:.500}") from error
-    check_tensors(shadow.state_dict(prefix="shadow."), weights, source)
+    own = shadow.state_dict(prefix="shadow.")
+    if rows is not None:
+        heads = {k: v for k, v in own.items() if k.startswith("shadow.heads.") and not base.is_classifier}
+        own |= {k: torch.empty(rows, *v.shape[1:], device="meta") for k, v in heads.items()}
+        own |= expected_rows(base, added_count(weights))
+    check_tensors(own, weights, source)
     if sum(buffer.numel() for buffer in shadow.buffers()) > MOST_BUFFERED:
         raise CheckpointError(f"{file} is damaged: its shadow needs absurdly large buffers.")
 

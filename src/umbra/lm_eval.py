@@ -11,9 +11,9 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from .bases import load_tokenizer
 from .checkpoint import load, local_folder, read_config
 from .errors import BaseModelError, ConfigError, unknown_key
+from .prompting import open_formatter
 
 MODES = ("attached", "detached", "base")
 # What lm-eval's own class does with a model that is loaded already; the rest it would do in loading.
@@ -32,7 +32,7 @@ class UmbraLM(HFLM):
         base: where the base is, if not where the adapter says.
         mode: attached, detached (the shadow alone) or base.
         dtype: precision of the base.
-        tokenizer: by default the base's.
+        tokenizer: by default the adapter's.
         options: any of `OPTIONS`, as for lm-eval's ``hf``.
 
     Raises:
@@ -54,18 +54,23 @@ class UmbraLM(HFLM):
         for key in options:
             if key not in OPTIONS:
                 raise unknown_key(key, ("adapter", "base", "mode", "dtype", "tokenizer", *OPTIONS), "--model_args")
-        self._loading = (adapter, base, mode, dtype)
         name = base or read_config(local_folder(adapter)).get("base_model_name_or_path")
         if not name:
             raise BaseModelError(f"{adapter} does not name its base: add base=… to --model_args.")
-        options |= {"pretrained": name, "tokenizer": tokenizer or load_tokenizer(name), "dtype": dtype}
-        super().__init__(**options)
-
-    def _get_config(self, pretrained: str, **_: Any) -> None:
-        adapter, base, mode, dtype = self._loading
         model = load(adapter, base, dtype=dtype)
         if not model.can_generate():
             raise ConfigError(f"{adapter} classifies and is no language model; score it with `umbra eval`.")
+        if tokenizer is None:
+            formatter = open_formatter(model)
+            tokenizer = formatter.tokenizer
+            if "enable_thinking" not in options:
+                options.setdefault("chat_template_args", formatter.chat_template_kwargs)
+        self._loaded, self._mode = model, mode
+        options |= {"pretrained": name, "tokenizer": tokenizer, "dtype": dtype}
+        super().__init__(**options)
+
+    def _get_config(self, pretrained: str, **_: Any) -> None:
+        model, mode = self._loaded, self._mode
         self._model = {"attached": lambda: model, "detached": model.detached, "base": model.unload}[mode]()
         self._config = self._model.config
 

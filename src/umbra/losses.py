@@ -183,7 +183,8 @@ class Labelled(CausalPaths):
 
     def _fused_heads(self: Any) -> tuple[Head, Head] | None:
         """The heads of the two paths for the fast form of their losses; None where the plain one is to run."""
-        return self._heads() if kernels.in_use() else None
+        added = self.shadow.added_tokens  # whose rows of the head the fast form takes for frozen
+        return self._heads() if kernels.in_use() and not (added and added.is_trained) else None
 
     def _heads(self: Any) -> tuple[Head, Head] | None:
         """The heads of the two paths, if a product with their weights is all there is to them."""

@@ -118,6 +118,8 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self._merges_embeddings = located.merges_embeddings
         self._cache_argument = anatomy.cache_argument(base)
         decoder = located.decoder if located.merges_embeddings else None
+        self._rows_before: list[Tensor] = []  # of added tokens, where the base had such already
+        self._added_handles: list[Any] = []
         self._attachment = Attachment(located.blocks, located.head, decoder, located.stream)
         base.requires_grad_(False)
         kernels.quicken(self.modules())
@@ -154,8 +156,12 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     # -- as a transformers model -----------------------------------------------------------------------------------
 
     def unload(self) -> PreTrainedModel:
-        """The base, bit for bit as it was before `attach`; this model cannot be used afterwards."""
+        """The base, bit for bit as it was before `attach`; this model cannot be used afterwards.
+
+        Rows of added tokens go, or become again what they were. Rows that were cut off do not come back.
+        """
         self._attachment.remove()
+        self._remove_added_tokens()
         kernels.leave_alone(self.base.modules())
         if not self._was_checkpointing:
             self.base.activation_checkpointing_disable()
@@ -187,17 +193,22 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         """
         from .checkpoint import save
 
-        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", "adapter_name"}
+        own = ("adapter_name", "tokenizer", "chat_template", "chat_template_kwargs")
+        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", *own}
         hub = {name: options.pop(name) for name in names & options.keys()}
         save(self, save_directory, **options)
         if push_to_hub:
-            self.push_to_hub(repo_id or Path(save_directory).name, adapter_name=options.get("adapter_name"), **hub)
+            saved = {name: options.get(name) for name in own}
+            self.push_to_hub(repo_id or Path(save_directory).name, **saved, **hub)
 
     def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
         adapter_name: str | None = None,
+        tokenizer: Any = None,
+        chat_template: bool | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         commit_message: str = "Upload adapter",
         commit_description: str | None = None,
         private: bool | None = None,
@@ -209,6 +220,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
 
         Args:
             adapter_name: which of several adapters; by default the active one.
+            tokenizer, chat_template, chat_template_kwargs: as in `umbra.checkpoint.save`.
             private, token, revision, create_pr, commit_message, commit_description: as in huggingface_hub.
         """
         from huggingface_hub import HfApi
@@ -218,7 +230,10 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         if revision is not None and not create_pr:
             api.create_branch(repository, branch=revision, exist_ok=True)
         with TemporaryDirectory() as scratch:
-            self.save_pretrained(scratch, adapter_name=adapter_name)
+            self.save_pretrained(
+                scratch, adapter_name=adapter_name, tokenizer=tokenizer, chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+            )  # fmt: skip
             return api.upload_folder(
                 repo_id=repository, folder_path=scratch, commit_message=commit_message, revision=revision,
                 commit_description=commit_description, create_pr=create_pr,

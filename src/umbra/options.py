@@ -54,6 +54,9 @@ class TrainOptions(Options):
     eval_split: str = flag("test", "split to evaluate on, likewise")
     max_length: int = flag(1024, "tokens of one example; longer ones are cut at the end", least=2)
     chat_template: bool = flag(True, "put prompt and completion into the tokenizer's chat template, if it has one")
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        None, 'arguments of the chat template, such as {"enable_thinking": false}; default none; the adapter keeps them'
+    )
     ignore_columns: str | list[str] | None = flag(
         None, "columns of the records and fields of their messages to leave out; other unknown ones are an error"
     )
@@ -125,7 +128,12 @@ class EvalOptions(Options):
     answer_pattern: str | None = flag(
         None, "regular expression whose last match is the answer, in the reference as in the reply; default: all of it"
     )
-    chat_template: bool = flag(True, "put prompts into the tokenizer's chat template, if it has one")
+    chat_template: bool | None = flag(
+        None, "put prompts into the tokenizer's chat template; default as the adapter was trained"
+    )
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
+    )
     output: str | None = flag(None, "write every reply to this JSON Lines file")
     json: bool = flag(False, "print JSON")
 
@@ -164,7 +172,12 @@ class GenerateOptions(Options):
     temperature: float = flag(0.0, "0 is greedy", least=0)
     draft: str | None = flag(None, "tokens that the shadow drafts at most before the base verifies them, or auto")
     seed: int = flag(0, "seed of the sampling", least=0, below=SEEDS)
-    chat_template: bool = flag(True, "put the prompt into the tokenizer's chat template, if it has one")
+    chat_template: bool | None = flag(
+        None, "put the prompt into the tokenizer's chat template; default as the adapter was trained"
+    )
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
+    )
     json: bool = flag(False, "print JSON, not streaming")
 
 
@@ -205,7 +218,12 @@ class ExportOptions(Options):
     )
     max_new_tokens: int = flag(64, "tokens of an answer", least=1)
     prompt: str | None = flag(None, "answer this in the format's own runtime when all is written")
-    chat_template: bool = flag(True, "put prompts into the tokenizer's chat template, if it has one")
+    chat_template: bool | None = flag(
+        None, "put prompts into the tokenizer's chat template; default as the adapter was trained"
+    )
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
+    )
     overwrite: bool = flag(False, "write into a folder that is not empty; files of an export before go")
     json: bool = flag(False, "print JSON")
 

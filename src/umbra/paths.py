@@ -91,6 +91,12 @@ class CausalPaths(Paths):
         """
         batch = {"inputs_embeds": None, "past_key_values": None, "use_cache": None, **batch, "input_ids": input_ids}
         dtype = self.get_output_embeddings().weight.dtype
+        added = self.shadow.added_tokens
+        if self.training and torch.is_grad_enabled() and added is not None and added.is_trained:
+            raise StateError(
+                "Hidden states do not train the rows that added tokens have in the head: use the model's logits or its own "
+                "loss, or freeze the rows (model.shadow.added_tokens.requires_grad_(False))."
+            )
         if self._only == "shadow":
             states = anatomy.head_input(self.base, self._state_alone(batch))
             return MoeModelOutputWithPast(last_hidden_state=states.to(dtype))  # type: ignore[arg-type]

@@ -100,7 +100,7 @@ def check_vocabulary(path: str, base: str | None, tokenizer: Any = None) -> int 
     Raises:
         ConfigError: a number that is another token to each. Added tokens may differ: families rename those.
     """
-    own, tokenizer = _tokenizer_at_hand(path), tokenizer or _tokenizer_at_hand(base)
+    own, tokenizer = tokenizer_at_hand(path), tokenizer or tokenizer_at_hand(base)
     if own is None or tokenizer is None:
         return None
     added = own.added_tokens_decoder.keys() | tokenizer.added_tokens_decoder.keys()
@@ -115,7 +115,7 @@ def check_vocabulary(path: str, base: str | None, tokenizer: Any = None) -> int 
     return 1 + max(numbers.values())
 
 
-def _tokenizer_at_hand(name: str | None) -> Any:
+def tokenizer_at_hand(name: str | None) -> Any:
     """The tokenizer of a model that lies on this machine; None of one without: transformers would make up an empty one."""
     try:
         options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import anatomy
-from .bases import load_tokenizer
 from .checkpoint import load
 from .data import (
     ChatFormatter,
@@ -38,6 +37,7 @@ from .data.chat import END_OF_THOUGHT
 from .errors import ConfigError, DataError
 from .model import ShadowModel
 from .options import EvalOptions, check_dtype, listed
+from .prompting import open_formatter
 
 MODES = ("base", "attached", "detached")
 CASCADE = "cascade"
@@ -167,15 +167,15 @@ def _check_references(records: Rows, options: EvalOptions) -> None:
 
 @torch.no_grad()
 def score_generation(
-    runner: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: list[Record], *, batch_size: int = 16,
-    max_new_tokens: int = 64, answer_pattern: str | None = None, chat_template: bool = True, name: str = "",
+    runner: PreTrainedModel, writer: ChatFormatter, records: list[Record], *, batch_size: int = 16,
+    max_new_tokens: int = 64, answer_pattern: str | None = None, name: str = "",
 ) -> tuple[list[dict[str, Any]], float, int]:  # fmt: skip
     """Greedy answers to every record, compared by exact match of the answers.
 
     Returns:
         The replies as [{prompt, reply, reference, correct}], seconds spent in generation, and tokens generated.
     """
-    writer, replies, seconds, made = ChatFormatter(tokenizer, chat_template), [], 0.0, 0
+    tokenizer, replies, seconds, made = writer.tokenizer, [], 0.0, 0
     ends = end_tokens(runner, writer) or None
     runner.eval()
     for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
@@ -284,23 +284,24 @@ def _label_names(label: list, config: Any) -> list[str]:
 
 
 def score(
-    model: ShadowModel, tokenizer: PreTrainedTokenizerBase, records: list[Record], mode: str, options: EvalOptions
+    model: ShadowModel, writer: ChatFormatter, records: list[Record], mode: str, options: EvalOptions
 ) -> tuple[Score, list[dict[str, Any]]]:
     """One mode's score and its replies."""
     tokens: int | None = None
     escalation = model.shadow_config.escalation if model.can_generate() else None
     new = options.max_new_tokens
     if escalation is not None and mode == "detached":  # which is to have said it before it is cut off
-        new = max(new, len(ChatFormatter(tokenizer).tokens(escalation)) + 1)
+        new = max(new, len(writer.tokens(escalation)) + 1)
     with in_mode(model, mode) as runner:
         if model.can_generate():
             replies, seconds, tokens = score_generation(
-                runner, tokenizer, records, batch_size=options.batch_size, max_new_tokens=new,
-                answer_pattern=options.answer_pattern, chat_template=options.chat_template, name=mode,
+                runner, writer, records, batch_size=options.batch_size, max_new_tokens=new,
+                answer_pattern=options.answer_pattern, name=mode,
             )  # fmt: skip
         else:
             replies, seconds = score_classes(
-                runner, tokenizer, records, batch_size=options.batch_size, max_length=anatomy.positions(runner.config), name=mode
+                runner, writer.tokenizer, records, batch_size=options.batch_size,
+                max_length=anatomy.positions(runner.config), name=mode,
             )  # fmt: skip
         parameters = count_parameters(model, mode, runner)
     return Score.of(mode, replies, parameters, seconds, tokens, escalation), replies
@@ -376,11 +377,11 @@ def score_modes(options: EvalOptions) -> tuple[list[Score], Replies]:
     expected = ("completion", "messages") if model.can_generate() else ("label",)
     if kind not in expected:
         raise DataError(f"{options.data} holds {kind} records; this adapter is scored on {' or '.join(expected)}.")
-    tokenizer = load_tokenizer(model.base.name_or_path)
+    writer = open_formatter(model, options.chat_template, options.chat_template_kwargs)
     scores: list[Score] = []
     replies: Replies = {}
     for mode in modes:
-        result, replies[mode] = score(model, tokenizer, records, mode, options)
+        result, replies[mode] = score(model, writer, records, mode, options)
         scores.append(result)
     both = cascade(model, replies)
     scores += [both] if both else []

@@ -33,6 +33,7 @@ from .errors import BaseModelError, CheckpointError, ConfigError, DataError
 from .model import attach
 from .options import TrainOptions, listed, speaks
 from .pretrained import check_vocabulary
+from .prompting import Prompting
 from .runs import Run, last_checkpoint, make_arguments, sort_settings
 from .trainers import ShadowTrainer
 
@@ -61,6 +62,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     """
     options, shadow, rest = split_options(values)
     _check_alone(options, shadow, rest)
+    prompting = Prompting(None, options.chat_template, options.chat_template_kwargs or {})
     evaluates = {"eval_strategy": "steps" if "eval_steps" in rest else "epoch"} if options.eval_data else {}
     arguments = make_arguments(options.output_dir, {**evaluates, **rest})
     files = [str(file) for data in (options.train_data, options.eval_data) for file in local_files(data)]
@@ -90,9 +92,9 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     classifier = None if labels is None else {**labels.config(), "pad_token_id": pad}
     torch.manual_seed(arguments.seed)  # of a classifier's head
     base = load_base(options.base, classifier=classifier, dtype=options.dtype)
+    prompting = _with_thinking(prompting, records, tokenizer)
     encode: dict[str, Any] = {
-        "max_length": options.max_length, "chat_template": options.chat_template, "labels": labels,
-        "chat_template_kwargs": _template_arguments(records, tokenizer, options.chat_template),
+        "max_length": options.max_length, "labels": labels, **prompting.settings(),
         "escalation": shadow.escalation or ESCALATION,
     }  # fmt: skip
     train_set = encode_all(records, tokenizer, name="train_data", **encode)
@@ -104,6 +106,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         train_set, eval_set = shadows_own(train_set), shadows_own(eval_set) if eval_set else None
     torch.manual_seed(arguments.seed)
     model: Any = attach(base, shadow)
+    model.shadow.prompting = prompting
     if labels is None:
         ends: Any = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         model.set_draft_vocabulary(frequent_tokens([e["labels"] for e in train_set], also=ends))
@@ -157,16 +160,15 @@ def _labels(records: Rows, eval_records: Rows | None, problem_type: str | None) 
     return labels
 
 
-def _template_arguments(records: Rows, tokenizer: Any, chat_template: bool) -> dict[str, Any]:
-    """The arguments of the chat template, with thinking switched on where the records need it."""
-    arguments: dict[str, Any] = {}
-    if needs_thinking(ChatFormatter(tokenizer, chat_template, arguments), records):
-        arguments["enable_thinking"] = True
-        if speaks():
-            tqdm.write(
-                "enable_thinking: true is set: the records hold reasoning, and the chat template's prompt closes it by default."
-            )
-    return arguments
+def _with_thinking(prompting: Prompting, records: Rows, tokenizer: Any) -> Prompting:
+    """The prompting, with the chat template's ``enable_thinking`` where the records need it."""
+    if not needs_thinking(ChatFormatter(tokenizer, **prompting.settings()), records):
+        return prompting
+    if speaks():
+        tqdm.write(
+            "enable_thinking: true is set: the records hold reasoning, and the chat template's prompt closes it by default."
+        )
+    return replace(prompting, chat_template_kwargs={**prompting.chat_template_kwargs, "enable_thinking": True})
 
 
 def _check_image_tokens(examples: list[dict[str, Any]], base: Any) -> None:

@@ -217,9 +217,14 @@ class _ShadowLoss:
         path = output_dir or self.args.output_dir
         weights = shards.whole_state(self.model.shadow, checkpoint.PREFIX) if state_dict is None else state_dict
         if self.args.should_save:
-            checkpoint.save(self.model, path, state_dict=weights, overwrite=True)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(path)
+            arguments = vars(
+                self.args
+            )  # of trainers that render prompts by themselves (GRPO, RLOO), the template's too
+            template = (arguments["chat_template_kwargs"] or {}) if "chat_template_kwargs" in arguments else None
+            checkpoint.save(
+                self.model, path, state_dict=weights, overwrite=True, tokenizer=self.processing_class,
+                chat_template_kwargs=template,
+            )  # fmt: skip
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
         """Under FSDP as one process would, so that any number of ranks can go on, and without the frozen base."""

@@ -6,6 +6,7 @@
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 CLASSIFIER_NAMES = ("score", "classifier")
+UNPACKED = {"gguf"}  # quantisations of which transformers makes plain weights where it has no kernel for them
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")

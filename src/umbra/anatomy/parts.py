@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .. import dense
 from ..errors import BaseModelError, ConfigError
-from .families import BLOCK_COUNTS, CLASSIFIER_NAMES, ENCODER, LAYER_INDICES, UNFIT
+from .families import BLOCK_COUNTS, CLASSIFIER_NAMES, ENCODER, LAYER_INDICES, UNFIT, UNPACKED
 
 
 @dataclass
@@ -36,6 +36,11 @@ class Anatomy:
     @property
     def embeddings(self) -> Any:
         return self.model.get_input_embeddings()
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head and the embeddings share one weight."""
+        return not self.is_classifier and self.head.weight is self.embeddings.weight
 
     @property
     def merges_embeddings(self) -> bool:
@@ -86,6 +91,12 @@ def refusal(model_type: str) -> str | None:
 
 def _num_blocks(config: PretrainedConfig) -> int:
     return next(getattr(config, name) for name in BLOCK_COUNTS if hasattr(config, name))
+
+
+def is_unpacked(config: PretrainedConfig) -> bool:
+    """Whether plain weights of this model have been quantised before: of a GGUF file that no kernel of this machine reads."""
+    method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
+    return method in UNPACKED
 
 
 def is_text_only(config: PretrainedConfig) -> bool:

@@ -76,7 +76,7 @@ def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[s
     if request["kind"] != "base":
         assert learned is not None
         found |= _train(model, learned, tokenizer, labels, request, folder)
-        found["file_bytes"] = _save(model, adapters)
+        found["file_bytes"] = _save(model, adapters, tokenizer, request["chat_template"])
     else:
         model.to("cuda" if torch.cuda.is_available() and not request["training"].get("use_cpu") else "cpu")
     model.eval()
@@ -146,12 +146,13 @@ def _train(
     }  # fmt: skip
 
 
-def _save(model: Any, adapters: Path | None) -> int:
+def _save(model: Any, adapters: Path | None, tokenizer: Any, chat_template: bool) -> int:
     """Bytes of the adapter's weights, as saved."""
     if adapters is not None:
         shutil.rmtree(adapters, ignore_errors=True)  # of a run that was interrupted after it had saved
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(adapters or scratch)
+        carried = {"tokenizer": tokenizer, "chat_template": chat_template} if isinstance(model, ShadowModel) else {}
+        model.save_pretrained(adapters or scratch, **carried)
         return sum(f.stat().st_size for f in Path(adapters or scratch).glob("*.safetensors"))
 
 
@@ -191,8 +192,8 @@ def _score(
             each = [{"exact": float(r["correct"])} for r in replies]
         else:
             replies, seconds, _ = score_generation(
-                runner, tokenizer, task.test, batch_size=request["batch_size"], max_new_tokens=task.max_new_tokens,
-                chat_template=request["chat_template"], name=name,
+                runner, ChatFormatter(tokenizer, request["chat_template"]), task.test, batch_size=request["batch_size"],
+                max_new_tokens=task.max_new_tokens, name=name,
             )  # fmt: skip
             each = [task.score(r["reply"], t) for r, t in zip(replies, task.test, strict=True)]
         means = {k: sum(e[k] for e in each) / len(each) for k in each[0]}

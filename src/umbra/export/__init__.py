@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,10 +15,11 @@ from ..checkpoint import load
 from ..data import ChatFormatter, end_tokens
 from ..data.corpus import read_prompts
 from ..data.sources import named_sources, resolve
-from ..detach import check_target, detach, end_as_learned, parse_dtype, save_stock, write_stock
+from ..detach import check_target, detach, end_as_learned, formatter_of, parse_dtype, save_stock, write_stock
 from ..errors import ConfigError, DataError, ExportError
 from ..options import ExportOptions
 from ..pretrained import LANGUAGE_MODELS, read_config
+from ..prompting import open_formatter
 from . import parity
 from .parity import Parity, Stock, answer, check, compare, compare_whole
 from .process import run_python
@@ -56,14 +57,14 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
     wanted = _check(options)
     out, new_folder = check_target(options.out, options.overwrite), not Path(options.out).exists()
     prompts = read_prompts(options.prompts) if options.prompts else parity.QUESTIONS
-    model, tokenizer = _load(options)
-    writer = ChatFormatter(tokenizer, options.chat_template)
+    model, writer = _load(options)
+    tokenizer = writer.tokenizer
     if options.to == "gguf":
         check_architecture(model)
     pre, whole, kept = None, (model, writer), None
     if options.vocabulary:
         model, tokenizer, kept, pre = _trim(model, writer, options)
-        writer = ChatFormatter(tokenizer, options.chat_template)
+        writer = replace(writer, tokenizer=tokenizer)
     reference = answer(model, writer, prompts, options.max_new_tokens)
     rows: list[Parity] = []
     trimmed = [] if kept is None else [compare_whole(reference, kept, *whole)]
@@ -72,7 +73,7 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
         if options.to == "hf":
             with quiet():
                 save_stock(model, staging, tokenizer, parse_dtype(options.dtype))
-            rows.extend([_compare_stock(reference, staging, options), *trimmed])
+            rows.extend([_compare_stock(reference, staging, writer, options), *trimmed])
             return
         _write_around(model, writer, staging, wanted, options)
         kinds = list(dict.fromkeys([KINDS[options.to][0], *wanted]))  # what is not quantised is compared in any case
@@ -104,7 +105,7 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
         if new_folder and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
         raise
-    return rows, None if options.prompt is None else _answer(options, out, tokenizer)
+    return rows, None if options.prompt is None else _answer(options, out, writer)
 
 
 # -- before any work ---------------------------------------------------------------------------------------------------
@@ -136,8 +137,8 @@ def _check(options: ExportOptions) -> list[str]:
     return sorted(dict.fromkeys(wanted), key=known.index)
 
 
-def _load(options: ExportOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The stock model, in float32, and its tokenizer."""
+def _load(options: ExportOptions) -> tuple[PreTrainedModel, ChatFormatter]:
+    """The stock model, in float32, with its tokenizer and chat formatting."""
     source = Path(options.adapter)
     if folder.find(source, "config.json").is_file() and not folder.find(source, "adapter_config.json").is_file():
         import torch
@@ -146,13 +147,17 @@ def _load(options: ExportOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             raise ConfigError(f"{options.adapter} is a model of its own, it has no base: leave out --base.")
         if LANGUAGE_MODELS.isdisjoint(read_config(str(source)).get("architectures") or ()):
             raise _classifier(options)
-        return load_base(str(source), dtype=torch.float32).eval(), _fast(load_tokenizer(str(source)))
+        stock = load_base(str(source), dtype=torch.float32).eval()
+        tokenizer = _fast(load_tokenizer(str(source)))
+        return stock, formatter_of(stock, tokenizer, options.chat_template, options.chat_template_kwargs)
     attached = load(options.adapter, options.base)
     if not attached.can_generate():
         raise _classifier(options)
-    tokenizer, stock = _fast(load_tokenizer(attached.base.name_or_path)), detach(attached)
-    end_as_learned(stock, tokenizer)
-    return stock.float().eval(), tokenizer
+    formatter = open_formatter(attached, options.chat_template, options.chat_template_kwargs)
+    _fast(formatter.tokenizer)
+    stock: PreTrainedModel = detach(attached)
+    end_as_learned(stock, formatter)
+    return stock.float().eval(), formatter
 
 
 def _classifier(options: ExportOptions) -> ExportError:
@@ -223,29 +228,28 @@ def _write_models(
         return write_gguf(model, Path(stock), staging, kinds, Path(options.out).name, pre)
 
 
-def _compare_stock(reference: parity.Reference, staging: Path, options: ExportOptions) -> Parity:
+def _compare_stock(reference: parity.Reference, staging: Path, writer: ChatFormatter, options: ExportOptions) -> Parity:
     again = AutoModelForCausalLM.from_pretrained(staging, dtype="auto", trust_remote_code=False).eval()
     size = sum(part.stat().st_size for part in staging.iterdir())
     found = compare(
         reference,
         Path(options.out),
         size,
-        Stock(again, ChatFormatter(load_tokenizer(str(staging)), options.chat_template)),
+        Stock(again, replace(writer, tokenizer=load_tokenizer(str(staging)))),
     )
     if options.dtype != "bfloat16":
         check(found)
     return found
 
 
-def _answer(options: ExportOptions, out: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+def _answer(options: ExportOptions, out: Path, writer: ChatFormatter) -> str:
     """The answer to the prompt, by what was written."""
     prompt = options.prompt or ""
     if options.to == "hf":
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=False).eval()
-        writer = ChatFormatter(tokenizer, options.chat_template)
         asked, end = writer.tokens(writer.ask(prompt)), end_tokens(again, writer)
         ids = list(greedy(Stock(again, writer), asked, options.max_new_tokens, end))
-        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return str(writer.tokenizer.decode(ids, skip_special_tokens=True)).strip()
     done = run_python(str((out / RUN).resolve()), "--max-new-tokens", str(options.max_new_tokens), "--", prompt)
     if done.returncode:
         raise ExportError(f"{out} was written, but did not answer: {done.stderr[-1000:].strip()}")

@@ -123,11 +123,10 @@ def modelfile(writer: ChatFormatter, file: str, context: int) -> str:
     """
     lines = [f"FROM ./{file}", *([] if writer.chats else ['TEMPLATE """{{ .Prompt }}"""'])]
     turns = [("system", "be brief"), ("user", "one"), ("assistant", "two"), ("user", "three")]
-    render: Any = writer.tokenizer.apply_chat_template
-    shown = _rendered(render, turns) if writer.chats else None
+    shown = _rendered(writer, turns) if writer.chats else None
     thoughts = (shown or "").removeprefix(_chatml(turns))  # empty ones, which the answer then follows
     if shown is not None and shown.startswith(_chatml(turns)) and _is_quotable(thoughts):
-        opening = OPENING.match(_rendered(render, [("user", "one")]) or "")
+        opening = OPENING.match(_rendered(writer, [("user", "one")]) or "")
         each = CHATML.format(role="{{ .Role }}", content="{{ .Content }}")
         lines.append(f'TEMPLATE """{{{{- range .Messages }}}}{each}{{{{ end }}}}{START}{thoughts}"""')
         if opening and _is_quotable(opening[1]):
@@ -142,10 +141,11 @@ def _is_quotable(text: str) -> bool:
     return not text.endswith('"') and not any(mark in text for mark in ('"""', "{{")) and plain(text) == text
 
 
-def _rendered(render: Any, turns: list[tuple[str, str]]) -> str | None:
+def _rendered(writer: ChatFormatter, turns: list[tuple[str, str]]) -> str | None:
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        return render(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        options: Any = {"tokenize": False, "add_generation_prompt": True, **writer.chat_template_kwargs}
+        return writer.tokenizer.apply_chat_template(messages, **options)  # type: ignore[return-value]
     except Exception:  # templates raise what they like, about roles that they do not have too
         return None
 

@@ -69,6 +69,8 @@ def convert(model: ShadowModel, path: str | Path, to: str) -> Path:
         folder.write_text(staging / form.CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         for name, tensors in files.items():
             save_file(tensors, staging / name, metadata={"format": "pt"})
+        if shadow.prompting is not None and shadow.prompting.tokenizer is not None:
+            shadow.prompting.tokenizer.write(staging)
 
     folder.write_together(path, write)
     return path

@@ -19,6 +19,7 @@ from ..config import ShadowConfig
 from ..core import Update
 from ..errors import BaseModelError, CheckpointError, ConfigError
 from ..pretrained import NOT_OF_THE_MODEL, backbone_config
+from ..prompting import Prompting
 from .layout import Layout, Tensors
 
 
@@ -45,6 +46,10 @@ class Foreign:
         """What a base loaded by its name must be told, if it is a classifier."""
         return None if self.num_labels is None else {"num_labels": self.num_labels}
 
+    def prompting(self) -> Prompting:
+        """The tokenizer that lies in the folder, as trainers write it; its template without arguments."""
+        return Prompting.read(self.path, {})
+
     def check(self, base: Anatomy, allow_other_base: bool = False) -> None:
         """Settle `config` and `backbone_config` for a base. There is no fingerprint to check it by.
 
@@ -69,6 +74,12 @@ class Foreign:
     def layouts(self, shadow: Shadow, base: Anatomy) -> dict[str, Layout]:
         """The table of each file."""
         raise NotImplementedError
+
+    def add_tokens(self, model: Any) -> None:
+        """Nothing: these formats have no room for added tokens."""
+
+    def add_rows(self, shadow: Shadow, base: Anatomy) -> None:
+        """Likewise."""
 
     def fill(self, shadow: Shadow) -> None:
         """Put all tensors into the shadow, or none.
