@@ -11,7 +11,7 @@ from . import anatomy, caches, kernels
 from .adapters import group_rows, pick_rows
 from .backbone import BATCH_ARGUMENTS, Shadow
 from .decoding import SHADOW_MASK
-from .errors import ConfigError, StateError
+from .errors import ConfigError, StateError, unknown_key
 from .hooks import Attachment, Frame, HeadPlan, Lane
 
 Route = list[tuple[Shadow, Tensor | None]]  # each shadow that takes part, with its rows (N,); None for all
@@ -29,6 +29,24 @@ class Forward:
     _attachment: Attachment
     _merges_embeddings: bool
     _cache_argument: str
+    _arguments: frozenset[str]  # that a forward takes, this model's and its base's
+
+    def _further_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A call's further arguments, and the outputs that this model's configuration asks for.
+
+        Raises:
+            ConfigError: one that neither this model nor its base has.
+        """
+        for name in given:
+            if name not in self._arguments and name != SHADOW_MASK:
+                raise unknown_key(name, self._arguments, f"the arguments of {type(self).__name__}")
+        return {**given, **anatomy.requested_outputs(self.config, self.base.config, given)}
+
+    def _run_bare(self, batch: dict[str, Any], **options: Any) -> Any:
+        """The bare base's own output."""
+        self._settle_use_cache(batch)
+        caches.check_bare(batch["past_key_values"], self.base.config)
+        return self._call_base(batch, **options)
 
     def _route(self, batch: dict[str, Any], names: Sequence[str | None] | None) -> Route:
         """Each shadow that takes part in a forward, with its rows (N,); None for all."""
@@ -109,7 +127,8 @@ class Forward:
         anatomy.forget(self.base, batch.get("past_key_values"))
         if "past_key_values" in given:
             given[self._cache_argument] = given.pop("past_key_values")
-        out = (self.base if part is None else part)(**given, **options)
+        given |= {k: v for k, v in options.items() if v is not None}
+        out = (self.base if part is None else part)(**given)
         if isinstance(out, tuple):
             return out
         cache = out.get(self._cache_argument, batch.get("past_key_values"))

@@ -12,13 +12,20 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from . import anatomy
-from .errors import StateError
+from .errors import ConfigError, StateError
 from .forward import Forward
 from .hooks import Frame, HeadPlan
+
+NOTHING_TO_TRAIN = (
+    "The model is in training, but no parameter of its shadow requires a gradient. Load the adapter by "
+    "umbra.load(…, trainable=True), or call requires_grad_(True) on the parts of model.shadow to train; call eval() otherwise."
+)
 
 
 class Paths(Forward):
     """The contexts that choose a path, and what λ is within them."""
+
+    _has_warned = False  # of training with nothing to train
 
     @property
     def _is_disabled(self) -> bool:
@@ -57,6 +64,16 @@ class Paths(Forward):
             "auxiliary_loss_weight=0."
         )
 
+    def _to_train(self: Any, x: Tensor | None) -> Tensor | None:
+        """A loss or what one is computed from; in training with no gradient to anything, one whose backward says so."""
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if x is None or x.requires_grad or not trains or self._only is not None or not x.is_floating_point():
+            return x
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(NOTHING_TO_TRAIN, stacklevel=4)
+        return _Untrainable.apply(x, torch.zeros((), device=x.device, requires_grad=True))  # type: ignore[return-value]
+
     def _warn_if_untrained(self) -> None:
         problem = None if torch.compiler.is_compiling() else self._untrained()
         if problem:
@@ -75,6 +92,18 @@ class Paths(Forward):
         return self._initial_state(self._seen_by(self.shadow, {**batch, "use_cache": False}, {}))
 
 
+class _Untrainable(torch.autograd.Function):
+    """The identity, with a backward that raises where autograd would complain about a tensor without a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        raise ConfigError(NOTHING_TO_TRAIN)
+
+
 class CausalPaths(Paths):
     """What a language model shows to trainers that read its hidden states, such as TRL's."""
 
@@ -89,7 +118,8 @@ class CausalPaths(Paths):
         Raises:
             StateError: in training, where nobody sees to the shadow's loss.
         """
-        batch = {"inputs_embeds": None, "past_key_values": None, "use_cache": None, **batch, "input_ids": input_ids}
+        batch = {"inputs_embeds": None, "past_key_values": None, "use_cache": None, **self._further_arguments(batch)}
+        batch["input_ids"] = input_ids
         dtype = self.get_output_embeddings().weight.dtype
         if self._only == "shadow":
             states = anatomy.head_input(self.base, self._state_alone(batch))
@@ -102,7 +132,7 @@ class CausalPaths(Paths):
             self._prepare_cache(batch, route)
         with self._frame(batch, route):
             out = self._call_base(batch, self.base.base_model, return_dict=True)
-        out.last_hidden_state = out.last_hidden_state.to(dtype)
+        out.last_hidden_state = self._to_train(out.last_hidden_state.to(dtype))
         return out
 
     def get_output_embeddings(self: Any) -> nn.Module | None:

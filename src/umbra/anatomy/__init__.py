@@ -3,6 +3,7 @@
 A change that wants ``if model_type == …`` is data for families.py.
 """
 
+from .arguments import forward_arguments, head_width, requested_outputs, router_loss_weight
 from .caches import (
     ahead,
     cache_argument,
@@ -95,9 +96,11 @@ __all__ = [
     "embedding_scale",
     "exempt_from_checkpointing",
     "forget",
+    "forward_arguments",
     "has_recurrent_state",
     "head_input",
     "head_shape",
+    "head_width",
     "hide_others",
     "is_cache_in_use",
     "is_causal",
@@ -124,8 +127,10 @@ __all__ = [
     "record_past",
     "refusal",
     "remove_embeddings",
+    "requested_outputs",
     "restore_modes",
     "roll_back",
+    "router_loss_weight",
     "scale_final_norm",
     "scales_by_depth",
     "set_soft_cap",
