@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
@@ -46,7 +47,8 @@ class Forward:
         """The bare base's own output."""
         self._settle_use_cache(batch)
         caches.check_bare(batch["past_key_values"], self.base.config)
-        return self._call_base(batch, **options)
+        with self._undivided(batch):
+            return self._call_base(batch, **options)
 
     def _route(self, batch: dict[str, Any], names: Sequence[str | None] | None) -> Route:
         """Each shadow that takes part in a forward, with its rows (N,); None for all."""
@@ -117,8 +119,14 @@ class Forward:
         use_state: Callable[[Tensor], Any] | None = None,
     ) -> dict[str, Any]:
         """The base's output by name; see `_frame`."""
-        with self._frame(batch, route, head, use_state), kernels.sparing() if kernels.in_use() else nullcontext():
+        sparing = kernels.sparing() if kernels.in_use() else nullcontext()
+        with self._undivided(batch), self._frame(batch, route, head, use_state), sparing:
             return dict(self._call_base(batch, return_dict=True))
+
+    def _undivided(self, batch: dict[str, Any]) -> Any:
+        """A context for what writes to the batch's cache: see `caches.undivided`."""
+        cache = batch["past_key_values"]
+        return nullcontext() if cache is None or torch.compiler.is_compiling() else caches.undivided(cache)
 
     def _call_base(self, batch: dict[str, Any], part: Any = None, **options: Any) -> Any:
         """The base, or ``part`` of it, with the batch as it names things; its cache comes back under the usual name."""

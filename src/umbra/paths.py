@@ -130,7 +130,7 @@ class CausalPaths(Paths):
         route = [] if self._is_disabled else [(self.shadow, None)]
         if route:
             self._prepare_cache(batch, route)
-        with self._frame(batch, route):
+        with self._undivided(batch), self._frame(batch, route):
             out = self._call_base(batch, self.base.base_model, return_dict=True)
         out.last_hidden_state = self._to_train(out.last_hidden_state.to(dtype))
         return out

@@ -19,6 +19,7 @@ DIVIDED_STATES = {
 }  # families that divide by LOGIT_DIVISORS what the head reads, not what it gives
 # Vision-language models that scale or cap their logits as their text tower's own language model would; others do not.
 SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_vision"}
+FIXED_ROPES = {"default", "linear", "yarn", "llama3", "proportional", "mrope"}  # whatever the length of the text
 ROUTER_LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")  # of a model or its configuration
 COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
 # Text towers of vision-language models that have no language model of their own, and whose blocks on text alone are these.
