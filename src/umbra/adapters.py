@@ -12,7 +12,6 @@ from . import anatomy, kernels
 from .backbone import Shadow
 from .config import ShadowConfig
 from .errors import ConfigError, StateError
-from .fingerprint import fingerprint
 from .hooks import Attachment, Frame
 
 DEFAULT = "default"  # the name of the shadow that `attach` and `load` make
@@ -33,7 +32,6 @@ class Adapters:
     resting: nn.ModuleDict
     active_adapter: str
     _keys_to_ignore_on_save: set[str]
-    base_fingerprint: dict[str, Any]
     all_tied_weights_keys: dict[str, str]
     _attachment: Attachment
 
@@ -155,7 +153,6 @@ class Adapters:
             self.adapter(name).resize(located)
         self.config.get_text_config(decoder=True).vocab_size = anatomy.vocabulary_size(table)
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in self.base.all_tied_weights_keys.items()}
-        self.base_fingerprint = fingerprint(located)
         return table
 
     def _check_new_name(self, name: Any) -> None:

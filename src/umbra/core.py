@@ -135,13 +135,17 @@ class Couplings(nn.Module):
             return False
         return s.device.type == "cpu" and s.shape[0] * s.shape[1] <= kernels.FEW
 
+    def is_plain(self) -> bool:
+        """Whether the kernels may read the weights: nobody has hooked, wrapped or parametrised a module."""
+        return all(kernels.is_plain(module, kinds=KINDS) for module in self.modules())
+
     def _may_fuse(self, x: Tensor) -> bool:
         may = kernels.in_use() and self.config.update != "ungated"
         return may and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
 
     def packs(self) -> "dict[int, kernels.Pack]":
         """Each seam for `kernels.couple_few`; to be thrown away before the weights change."""
-        if self.config.update == "ungated":
+        if self.config.update == "ungated" or not self.is_plain():
             return {}
         return {l: kernels.pack(self._seam(str(l - 1), str(l))) for l in self.seams}
 
@@ -176,6 +180,9 @@ class Couplings(nn.Module):
         rank = mask(injection.dropout_rank, self.config.rank) if injection else None
         delta = mask(injection.dropout_delta, h.shape[-1]) if injection else None
         return NO_MASKS if transform is rank is delta is None else Masks(transform, rank, delta)
+
+
+KINDS = {*kernels.PLAIN, Injection, Update, Couplings}
 
 
 def _dropout(update: Any) -> nn.Dropout:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import anatomy, dense, kernels, shards
 from .core import at_least_one, labelled_positions, token_loss
 from .errors import BaseModelError, ConfigError
 from .forward import Route
-from .hooks import HeadPlan
+from .hooks import HeadPlan, is_plain_linear
 from .kernels import Head, linear_loss
 from .paths import CausalPaths
 
@@ -205,8 +205,9 @@ class Labelled(CausalPaths):
 
     def _heads(self: Any) -> tuple[Head, Head] | None:
         """The heads of the two paths, if a product with their weights is all there is to them."""
+        self._attachment.settle()
         modules = self.shadow.heads.values() if self.shadow.heads else [self.base_head] * 2
-        if not all(type(m) is nn.Linear and dense.is_plain(m.weight) and shards.is_whole(m.weight) for m in modules):
+        if not all(is_plain_linear(m) and dense.is_plain(m.weight) and shards.is_whole(m.weight) for m in modules):
             return None
         factor, cap = anatomy.after_head(self.base.config)
         attached, shadow = (Head(m.weight, m.bias, factor, cap) for m in modules)

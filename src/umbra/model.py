@@ -89,7 +89,6 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         composite = anatomy.composite_config(base.config, {shadow.first_cache_layer: shadow.backbone.config})
         composite.keys_to_ignore_at_inference = ["past_key_values", "shadow_loss"]
         super().__init__(composite)
-        self.base_fingerprint = fingerprint(located)
         self.base = base
         self.shadow = shadow
         self.resting = nn.ModuleDict()
@@ -101,6 +100,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._head_name = located.head_name
+        self.base_fingerprint = fingerprint(located)
         self._repacking = repacking
         self._was_checkpointing = base.is_activation_checkpointing
         self._modes = anatomy.modes(base)
@@ -109,7 +109,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self._cache_argument = anatomy.cache_argument(base)
         self._arguments = anatomy.forward_arguments(self, base, base.base_model, located.decoder)
         decoder = located.decoder if located.merges_embeddings else None
-        self._attachment = Attachment(located.blocks, located.head, decoder, located.stream)
+        self._attachment = Attachment(located.blocks, base, located.head_name, decoder, located.stream)
         base.requires_grad_(False)
         kernels.quicken(self.modules())
         self.train(base.training)
@@ -158,6 +158,18 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     def base_head(self) -> nn.Module:
         """The base's own task head, frozen."""
         return self.base.get_submodule(self._head_name)
+
+    @property
+    def base_fingerprint(self) -> dict[str, Any]:
+        """What tells the base from others, of the head and the embeddings that it has now."""
+        modules = (self.base_head, self.base.get_input_embeddings())
+        if any(a is not b for a, b in zip(modules, self._fingerprinted[1], strict=True)):
+            self.base_fingerprint = fingerprint(anatomy.locate(self.base))
+        return self._fingerprinted[0]
+
+    @base_fingerprint.setter
+    def base_fingerprint(self, value: dict[str, Any]) -> None:
+        self._fingerprinted = value, (self.base_head, self.base.get_input_embeddings())
 
     # -- as a transformers model -----------------------------------------------------------------------------------
 
@@ -243,13 +255,35 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         return self.base.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the base another table of embeddings, which its shadows read too.
+
+        Raises:
+            ConfigError: a table of another size.
+        """
+        _check_replacement("input embeddings", self.base.get_input_embeddings(), value)
         self.base.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.base.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Give the base another head, which both paths read from then on.
+
+        Raises:
+            ConfigError: trained heads stand in its place, or it has another size.
+        """
+        if new_embeddings is self.get_output_embeddings():
+            return
+        trained = [name for name in self.adapters if self.adapter(name).heads]
+        if trained:
+            raise ConfigError(
+                f"The adapter {trained[0]!r} has trained heads, which answer in place of the base's: another head would have no "
+                "effect. Change model.shadow.heads, or attach with train_heads=False."
+            )
+        _check_replacement("head", self.base_head, new_embeddings)
         self.base.set_output_embeddings(new_embeddings)
+        self._attachment.settle()
+        kernels.quicken([new_embeddings])
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
         """As in transformers; blocks below the first coupled one keep nothing for a backward and are left out."""
@@ -522,6 +556,15 @@ def _aligned(name: str, labels: Tensor, x: Tensor, width: int) -> Tensor:
     if labels.shape != x.shape[:2]:
         raise ConfigError(f"{name} must be of the input's shape {tuple(x.shape[:2])}, got {tuple(labels.shape)}.")
     return as_classes(labels, width, name)
+
+
+def _check_replacement(what: str, before: Any, after: Any) -> None:
+    """Refuse a table or head of another size than the one that it replaces."""
+    old, new = (anatomy.table_sizes(module) for module in (before, after))
+    if old != new:
+        raise ConfigError(
+            f"The new {what} is {new}, the base's is {old}: use resize_token_embeddings() for more tokens."
+        )
 
 
 def _check_devices(base: PreTrainedModel) -> None:

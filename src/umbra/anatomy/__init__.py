@@ -73,6 +73,7 @@ from .parts import (
     restore_modes,
     scale_final_norm,
     shift_layer_indices,
+    table_sizes,
     table_width,
     vocabulary_size,
 )
@@ -144,6 +145,7 @@ __all__ = [
     "shift_layer_indices",
     "soft_cap",
     "states_width",
+    "table_sizes",
     "table_width",
     "takes_cache",
     "text_twin",

@@ -8,6 +8,7 @@ from transformers.generation.continuous_batching.input_outputs import PagedAtten
 from transformers.utils import TransformersKwargs
 
 from .families import ROUTER_LOSS_WEIGHTS
+from .parts import table_sizes
 
 OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")  # which a configuration may ask for
 
@@ -45,5 +46,4 @@ def router_loss_weight(model: Any) -> float | None:
 
 def head_width(head: Any) -> int:
     """How many logits a head gives."""
-    width = getattr(head, "out_features", None)
-    return int(head.weight.shape[0] if width is None else width)
+    return table_sizes(head)[0]

@@ -138,6 +138,14 @@ def _table_shape(module: Any) -> torch.Size:
     return getattr(module.weight, "ds_shape", module.weight.shape)  # ZeRO-3 keeps that of a partitioned one beside it
 
 
+def table_sizes(module: Any) -> tuple[int, int]:
+    """Tokens or classes, and the width, of an embedding table or a head, packed ones too."""
+    for rows, columns in (("num_embeddings", "embedding_dim"), ("out_features", "in_features")):
+        if hasattr(module, rows):
+            return getattr(module, rows), getattr(module, columns)
+    return vocabulary_size(module), table_width(module)
+
+
 def device_of(module: Any) -> torch.device:
     """Where a module with a weight computes: between calls, accelerate keeps offloaded weights on the meta device."""
     hook = getattr(module, "_hf_hook", None)
