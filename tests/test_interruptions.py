@@ -160,6 +160,8 @@ def test_another_adapter_and_the_bare_base_notice_it_too():
     for context in (nullcontext, model.disable_adapter):
         with context(), pytest.raises(umbra.StateError, match="fresh cache"):
             model(IDS, past_key_values=held)
+        with context(), pytest.raises(umbra.StateError, match="fresh cache"):
+            plain(model, torch.cat([IDS, IDS], 1), past_key_values=held)
     held = DynamicCache(config=model.base.config)
     with model.disable_adapter():
         interrupted(model, held, "block", 1)

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from . import anatomy, kernels
 from .backbone import Shadow
-from .config import ShadowConfig
+from .config import ShadowConfig, check_kind
 from .errors import ConfigError, StateError
 from .hooks import Attachment, Frame
 
@@ -48,7 +48,7 @@ class Adapters:
         """
         if name is None or name == self.active_adapter:
             return self.shadow
-        if name not in self.resting:
+        if not isinstance(name, str) or name not in self.resting:
             raise ConfigError(f"There is no adapter {name!r}: this model has {', '.join(self.adapters)}.")
         return self.resting[name]  # type: ignore[return-value]
 
@@ -58,13 +58,14 @@ class Adapters:
             return [self.shadow]
         return [self.adapter(name) for name in dict.fromkeys(names) if name not in (None, BASE)]
 
-    def add_adapter(self, config: ShadowConfig, name: str) -> None:
+    def add_adapter(self, config: ShadowConfig, name: str | None = None) -> None:
         """Put a fresh shadow beside the others; `set_adapter` activates it.
 
         Raises:
-            ConfigError: the name is taken or no name, or sizes that do not fit the base.
+            ConfigError: the name is taken or no name, sizes that do not fit the base, or no `ShadowConfig`.
         """
-        self._check_new_name(name)
+        check_kind(config)
+        name = self._check_new_name(name)
         with Frame(self._attachment, disabled=True):  # the base may be asked for its hidden states
             shadow = Shadow(anatomy.locate(self.base), config.resolve())
         self._seat(name, shadow)
@@ -72,7 +73,7 @@ class Adapters:
     def load_adapter(
         self,
         path: str | Path,
-        name: str,
+        name: str | None = None,
         *,
         replace: bool = False,
         trainable: bool = False,
@@ -92,7 +93,7 @@ class Adapters:
         from .checkpoint import load_shadow
 
         if not (replace and name in self.adapters):
-            self._check_new_name(name)
+            name = self._check_new_name(name)
         found = load_shadow(path, self.base, trainable=trainable, allow_other_base=allow_other_base, shadow=shadow)
         self._seat(name, found)
 
@@ -155,11 +156,36 @@ class Adapters:
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in self.base.all_tied_weights_keys.items()}
         return table
 
-    def _check_new_name(self, name: Any) -> None:
+    def active_adapters(self) -> list[str]:
+        """As in transformers: the name of the active adapter."""
+        return [self.active_adapter]
+
+    def disable_adapters(self) -> None:
+        """Not as in transformers, where it holds until further notice, for every thread."""
+        raise ConfigError(
+            "A shadow is disabled for a block of code: `with model.disable_adapter():`; unload() is for good."
+        )
+
+    def enable_adapters(self) -> None:
+        """See `disable_adapters`."""
+        raise ConfigError("A shadow is enabled wherever `with model.disable_adapter():` does not disable it.")
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Any]:
+        """Not as in transformers, whose format is that of other adapters."""
+        raise ConfigError(
+            "A shadow's weights are model.adapter(name).state_dict(); save_pretrained() writes its folder."
+        )
+
+    def enable_peft_hotswap(self, *args: Any, **options: Any) -> None:
+        """Not as in transformers: nothing need be prepared."""
+        raise ConfigError("load_adapter(path, name, replace=True) takes the place of a loaded shadow at any time.")
+
+    def _check_new_name(self, name: Any) -> str:
         if not isinstance(name, str) or not name or "." in name or name == BASE:
             raise ConfigError(f"An adapter's name is a text without dots, and not {BASE}; got {name!r}.")
         if name in self.adapters:
             raise ConfigError(f"There is an adapter {name!r} already: delete_adapter it, or load with replace=True.")
+        return name
 
     def _seat(self, name: str, shadow: Shadow) -> None:
         before = self.adapter(name) if name in self.adapters else None

@@ -41,7 +41,12 @@ def is_interrupted(cache: Any) -> bool:
     return cache in _interrupted
 
 
-def _check_undivided(cache: Any) -> None:
+def check_undivided(cache: Any) -> None:
+    """Refuse a cache on which work was broken off.
+
+    Raises:
+        StateError: see `undivided`.
+    """
     if is_interrupted(cache):
         raise StateError(f"{INTERRUPTED} Start with a fresh cache, or reset() it.")
 
@@ -85,7 +90,7 @@ def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -
         )
     if torch.compiler.is_compiling():
         return
-    _check_undivided(cache)
+    check_undivided(cache)
     if not shadows:
         _check_bare(cache, L)
     held, in_use = anatomy.cached_tokens(cache.layers[:L]), anatomy.is_cache_in_use(cache.layers[:L])
@@ -116,7 +121,7 @@ def check_bare(cache: Any, base: PretrainedConfig) -> None:
         StateError: a shadow's layers are in use, or a forward was interrupted.
     """
     if cache is not None and anatomy.cache_layers(cache) != 0:
-        _check_undivided(cache)
+        check_undivided(cache)
         _check_bare(cache, _depth(base))
 
 

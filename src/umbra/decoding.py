@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
 from . import anatomy
-from .caches import check_pages, take_back_last, undivided
+from .caches import check_pages, check_undivided, take_back_last, undivided
 from .errors import BaseModelError, ConfigError, StateError
 from .hooks import packed
 
@@ -133,6 +133,7 @@ class Decoding(GenerationMixin):
 
     def _check_length(self, cache: Any, ids: Tensor, config: GenerationConfig, told: dict[str, Any]) -> None:
         """Leave at least one token of a text that is given whole to the forward."""
+        check_undivided(cache)
         mask, embeds = told.get("attention_mask"), told.get("inputs_embeds")
         length = ids.shape[1] if embeds is None else embeds.shape[1]
         masked = vars(config).get("_mask_length") if mask is None else mask.shape[1]

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import kernels, shards
 from .core import Couplings
-from .errors import BaseModelError, StateError
+from .errors import BaseModelError, ConfigError, StateError
 
 
 class _Frames(threading.local):
@@ -44,6 +45,20 @@ def check_free(blocks: nn.ModuleList) -> None:
     """Raise a BaseModelError where a shadow is attached already."""
     if any(isinstance(hook, _Hook) for block in blocks for hook in block._forward_pre_hooks.values()):
         raise BaseModelError("This base already carries a shadow: unload() it first.")
+
+
+def _refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Raise a ConfigError where PEFT takes a model with a shadow into one of its own, before it changes it."""
+    if child is None or type(parent).__module__.partition(".")[0] != "peft":
+        return
+    if any(isinstance(hook, _Hook) for module in child.modules() for hook in module._forward_pre_hooks.values()):
+        raise ConfigError(
+            f"{type(parent).__name__} of PEFT cannot adapt a model that a shadow is attached to: take one of both. unload() the "
+            "shadow first; or train the PEFT adapter, merge_and_unload() it, and attach to what that returns."
+        )
+
+
+register_module_module_registration_hook(_refuse_wrapper)
 
 
 class Attachment:

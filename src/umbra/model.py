@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassi
 from . import anatomy, dense, kernels
 from .adapters import DEFAULT, Adapters
 from .backbone import Shadow
-from .config import ShadowConfig
+from .config import ShadowConfig, check_kind
 from .core import IGNORED, as_classes, classification_loss, token_loss
 from .drafting import Drafting
 from .errors import BaseModelError, ConfigError
@@ -58,10 +58,11 @@ def attach(
         backbone_config: of a shadow that was saved before (see `umbra.load`).
 
     Raises:
-        BaseModelError: a base that cannot carry a shadow, or already carries one.
-        ConfigError: sizes that do not fit the base.
+        BaseModelError: a base that cannot carry a shadow, carries one or another adapter, or is wrapped.
+        ConfigError: sizes that do not fit the base, or no `ShadowConfig`.
     """
-    config = ShadowConfig() if config is None else config
+    config = ShadowConfig() if config is None else check_kind(config)
+    anatomy.check_bare(base)
     located = anatomy.locate(base)
     kind = ShadowForSequenceClassification if located.is_classifier else ShadowForCausalLM
     return kind(base, config, backbone_config=backbone_config)
@@ -75,6 +76,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     accepts_loss_kwargs = True
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
+        anatomy.check_bare(base)
         located = anatomy.locate(base)
         check_free(located.blocks)
         _check_devices(base)
@@ -128,14 +130,14 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
             total = total + self._distillation_weight * losses.distillation
         return total
 
-    def _output(self, kind: type, values: dict[str, Any], return_dict: bool | None) -> Any:
+    def _output(self, kind: type, values: dict[str, Any], batch: dict[str, Any], return_dict: bool | None) -> Any:
         """Values by name as an output of this kind, or as a tuple in the base's order, of those that there are.
 
         What only the base's own class has (image states, router logits) stands in it as well.
         """
         values = {"loss": None, **values}
         for name in ("loss", "logits"):
-            values[name] = self._to_train(values.get(name))
+            values[name] = self._to_train(values.get(name), batch["inputs_embeds"])
         if not (self.config.return_dict if return_dict is None else return_dict):
             return tuple(value for value in values.values() if value is not None)
         known = FIELDS[kind]
@@ -400,7 +402,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
             values["logits"] = None if skip_logits else _kept(values["logits"], logits_to_keep)
             beside = {"shadow_loss": losses.shadow, "distillation_loss": losses.distillation}
             values |= {"loss": self._total(losses), **beside}
-        return self._output(ShadowCausalLMOutput, values, return_dict)
+        return self._output(ShadowCausalLMOutput, values, batch, return_dict)
 
     def _places(
         self, batch: dict[str, Any], labels: Tensor, shadow_targets: Tensor | None, shift_labels: Tensor | None
@@ -503,7 +505,7 @@ class ShadowForSequenceClassification(ShadowModel):
             logits = self._shadow_logits(batch, self._state_alone(batch))
             loss = None if labels is None else classification_loss(logits, labels, str(kind), num_items_in_batch)
             values = {"loss": loss, "logits": logits, "shadow_loss": _copied(loss)}
-            return self._output(ShadowSequenceClassifierOutput, values, return_dict)
+            return self._output(ShadowSequenceClassifierOutput, values, batch, return_dict)
         if labels is None:
             self._warn_if_untrained()
         route = self._route(batch, adapter_names)
@@ -517,7 +519,7 @@ class ShadowForSequenceClassification(ShadowModel):
                 alone = classification_loss(shadow_logits, labels, str(kind), num_items_in_batch)
             task = classification_loss(values["logits"], labels, str(kind), num_items_in_batch)
             values |= {"loss": self._total(Losses(task, alone)), "shadow_loss": alone}
-        return self._output(ShadowSequenceClassifierOutput, values, return_dict)
+        return self._output(ShadowSequenceClassifierOutput, values, batch, return_dict)
 
     def _shadow_logits(self, batch: dict[str, Any], s0: Tensor) -> Tensor:
         """(B, C) from the last token's row of s⁰."""

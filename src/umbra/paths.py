@@ -64,10 +64,18 @@ class Paths(Forward):
             "auxiliary_loss_weight=0."
         )
 
-    def _to_train(self: Any, x: Tensor | None) -> Tensor | None:
-        """A loss or what one is computed from; in training with no gradient to anything, one whose backward says so."""
+    def _to_train(self: Any, x: Tensor | None, embeds: Tensor | None) -> Tensor | None:
+        """A loss or what one is computed from; where training could change nothing, one whose backward says so.
+
+        Args:
+            embeds: the input, which may want a gradient itself. That the result has a graph tells nothing: activation
+                checkpointing begins one at the input.
+        """
         trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if x is None or x.requires_grad or not trains or self._only is not None or not x.is_floating_point():
+        if x is None or not trains or self._only is not None or not x.is_floating_point():
+            return x
+        learns = any(p.requires_grad for part in (self.shadow, self.base) for p in part.parameters())
+        if learns or (embeds is not None and embeds.requires_grad):
             return x
         if not self._has_warned:
             self._has_warned = True
@@ -97,7 +105,7 @@ class _Untrainable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
-        return x.view_as(x)
+        return x.clone()  # trainers scale a loss in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
@@ -132,7 +140,7 @@ class CausalPaths(Paths):
             self._prepare_cache(batch, route)
         with self._undivided(batch), self._frame(batch, route):
             out = self._call_base(batch, self.base.base_model, return_dict=True)
-        out.last_hidden_state = self._to_train(out.last_hidden_state.to(dtype))
+        out.last_hidden_state = self._to_train(out.last_hidden_state.to(dtype), batch["inputs_embeds"])
         return out
 
     def get_output_embeddings(self: Any) -> nn.Module | None:

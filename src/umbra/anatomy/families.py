@@ -67,3 +67,17 @@ UNFIT = {
     "xlnet": "its hidden states are (T, B, D), and see what follows them",
     "xlstm": OWN_CACHE.format("an xLSTMCache"),
 }
+
+# What may have been put around a model or into it, by the names of classes or of their packages, and the way out.
+SHARDED = "attach to the model before it is wrapped or sharded, and wrap the ShadowModel that attach() returns"
+WRAPPERS = {
+    "OptimizedModule": "torch.compile has wrapped it; attach to the model itself, and compile the ShadowModel",
+    "DataParallel": SHARDED,
+    "DistributedDataParallel": SHARDED,
+    "FullyShardedDataParallel": SHARDED,
+    "FSDPModule": SHARDED,
+    "ShadowModel": "it has a shadow; add_adapter(…) puts another beside it, unload() gives the base back",
+}
+WRAPPING_PACKAGES = {
+    "peft": "a PEFT adapter is around it or in it; merge_and_unload() that, and attach to what it returns"
+}

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .. import dense
 from ..errors import BaseModelError, ConfigError
-from .families import BLOCK_COUNTS, CLASSIFIER_NAMES, ENCODER, LAYER_INDICES, UNFIT
+from .families import BLOCK_COUNTS, CLASSIFIER_NAMES, ENCODER, LAYER_INDICES, UNFIT, WRAPPERS, WRAPPING_PACKAGES
 
 
 @dataclass
@@ -72,6 +72,23 @@ def locate(model: nn.Module) -> Anatomy:
             "or AutoModelForSequenceClassification."
         )
     return Anatomy(model, decoder, blocks, head, head_name, is_classifier=model.get_output_embeddings() is None)
+
+
+def check_bare(model: Any) -> None:
+    """Refuse a model around which, or into which, somebody has put something, with the way out.
+
+    Raises:
+        BaseModelError: it is no model as transformers makes it.
+    """
+    reason = None
+    for kind in (
+        {kind for module in model.modules() for kind in type(module).__mro__} if isinstance(model, nn.Module) else ()
+    ):
+        reason = reason or WRAPPERS.get(kind.__name__) or WRAPPING_PACKAGES.get(kind.__module__.partition(".")[0])
+    if reason is None and getattr(model, "_compiled_call_impl", None) is not None:
+        reason = WRAPPERS["OptimizedModule"]
+    if reason is not None:
+        raise BaseModelError(f"{type(model).__name__} cannot be given a shadow as it is: {reason}.")
 
 
 def is_causal(config: PretrainedConfig) -> bool:
