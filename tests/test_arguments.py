@@ -252,6 +252,13 @@ def test_wrong_labels_are_refused_with_their_value(form, trains):
         model(IDS, labels=LABELS, shift_labels=labels)
 
 
+def test_two_kinds_of_targets_are_refused():
+    model = make(**TRAINED)
+    for context in (nullcontext, model.shadow_only):
+        with context(), pytest.raises(umbra.ConfigError, match="shift_labels"):
+            model(IDS, labels=LABELS, shadow_targets=LABELS, shift_labels=LABELS)
+
+
 @pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([0.0, 1.0]), torch.tensor([-1, 0])])
 def test_wrong_classes_are_refused(labels):
     model = make(classifier=True, base_options=CLASSIFIERS["single"])

@@ -272,6 +272,7 @@ def load(
             raise CheckpointError(f"{saved.file} does not name its base: pass base=…")
         base_options = base_options if base else {**saved.base_options, **base_options}
         base = load_base(name, classifier=saved.classifier(), **base_options)
+    anatomy.check_bare(base)
     _check_labels(saved, path, base)
     saved.check(anatomy.locate(base), allow_other_base)
     model = attach(base, saved.config, backbone_config=saved.backbone_config)

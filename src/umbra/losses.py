@@ -51,13 +51,11 @@ class Labels(NamedTuple):
         """Of labels (B, T), or of these shifted already, and the shadow's (B, T) where they are others.
 
         Raises:
-            ConfigError: shadow_targets of another shape, or beside shift_labels.
+            ConfigError: shadow_targets of another shape.
         """
         positions, targets = labelled_positions(labels, shift_labels)
         if shadow_targets is None:
             return cls(positions, targets, positions, targets)
-        if shift_labels is not None:
-            raise ConfigError("shadow_targets are aligned with the input, shift_labels are not: pass one of them.")
         if shadow_targets.shape != labels.shape:
             raise ConfigError(
                 f"shadow_targets must be of the labels' shape {tuple(labels.shape)}, got {tuple(shadow_targets.shape)}."

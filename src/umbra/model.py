@@ -372,6 +372,8 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
             "use_cache": use_cache,
             **self._further_arguments(kwargs),
         }
+        if shadow_targets is not None and shift_labels is not None:
+            raise ConfigError("shadow_targets are aligned with the input, shift_labels are not: pass one of them.")
         if labels is not None and ignore_index != IGNORED:
             labels = labels.masked_fill(labels == ignore_index, IGNORED)
             shift_labels = (
@@ -382,7 +384,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
         places = None if labels is None else self._places(batch, labels, shadow_targets, shift_labels)
         if self._is_disabled:
             return self._run_bare(
-                batch, labels=None if labels is None else labels.long(), shift_labels=shift_labels, logits_to_keep=logits_to_keep,
+                batch, labels=_long(labels), shift_labels=_long(shift_labels), logits_to_keep=logits_to_keep,
                 return_dict=return_dict, num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
         if labels is None:
@@ -551,6 +553,10 @@ def _kept(x: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     if isinstance(logits_to_keep, int):
         return x[:, -logits_to_keep:] if logits_to_keep else x
     return x[:, logits_to_keep]
+
+
+def _long(labels: Tensor | None) -> Tensor | None:
+    return None if labels is None else labels.long()
 
 
 def _aligned(name: str, labels: Tensor, x: Tensor, width: int) -> Tensor:
