@@ -12,7 +12,7 @@ from . import anatomy, kernels
 from .added_tokens import AddedTokens, Tables, check_resizable
 from .anatomy import Anatomy
 from .backbone import Shadow
-from .config import ShadowConfig
+from .config import ShadowConfig, check_kind
 from .errors import BaseModelError, ConfigError, StateError
 from .fingerprint import fingerprint
 from .hooks import Attachment, Frame
@@ -35,9 +35,10 @@ class Adapters:
     resting: nn.ModuleDict
     active_adapter: str
     _keys_to_ignore_on_save: set[str]
-    base_fingerprint: dict[str, Any]
     all_tied_weights_keys: dict[str, str]
     _attachment: Attachment
+    base_fingerprint: Any
+    _fingerprinted: tuple[dict[str, Any], Any]
     _added_handles: list[Any]
     _rows_before: list[Tensor]
 
@@ -54,7 +55,7 @@ class Adapters:
         """
         if name is None or name == self.active_adapter:
             return self.shadow
-        if name not in self.resting:
+        if not isinstance(name, str) or name not in self.resting:
             raise ConfigError(f"There is no adapter {name!r}: this model has {', '.join(self.adapters)}.")
         return self.resting[name]  # type: ignore[return-value]
 
@@ -64,13 +65,14 @@ class Adapters:
             return [self.shadow]
         return [self.adapter(name) for name in dict.fromkeys(names) if name not in (None, BASE)]
 
-    def add_adapter(self, config: ShadowConfig, name: str) -> None:
+    def add_adapter(self, config: ShadowConfig, name: str | None = None) -> None:
         """Put a fresh shadow beside the others; `set_adapter` activates it.
 
         Raises:
-            ConfigError: the name is taken or no name, or sizes that do not fit the base.
+            ConfigError: the name is taken or no name, sizes that do not fit the base, or no `ShadowConfig`.
         """
-        self._check_new_name(name)
+        check_kind(config)
+        name = self._check_new_name(name)
         with Frame(self._attachment, disabled=True):  # the base may be asked for its hidden states
             shadow = Shadow(anatomy.locate(self.base), config.resolve())
         self._seat(name, shadow)
@@ -78,7 +80,7 @@ class Adapters:
     def load_adapter(
         self,
         path: str | Path,
-        name: str,
+        name: str | None = None,
         *,
         replace: bool = False,
         trainable: bool = False,
@@ -98,7 +100,7 @@ class Adapters:
         from .checkpoint import load_shadow
 
         if not (replace and name in self.adapters):
-            self._check_new_name(name)
+            name = self._check_new_name(name)
         found = load_shadow(path, self.base, trainable=trainable, allow_other_base=allow_other_base, shadow=shadow)
         self._share_added_tokens(name, found, path)
         self._seat(name, found)
@@ -171,6 +173,30 @@ class Adapters:
         self._carry_added_tokens(located)
         return table
 
+    def active_adapters(self) -> list[str]:
+        """As in transformers: the name of the active adapter."""
+        return [self.active_adapter]
+
+    def disable_adapters(self) -> None:
+        """Not as in transformers, where it holds until further notice, for every thread."""
+        raise ConfigError(
+            "A shadow is disabled for a block of code: `with model.disable_adapter():`; unload() is for good."
+        )
+
+    def enable_adapters(self) -> None:
+        """See `disable_adapters`."""
+        raise ConfigError("A shadow is enabled wherever `with model.disable_adapter():` does not disable it.")
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: Any = None) -> dict[str, Any]:
+        """Not as in transformers, whose format is that of other adapters."""
+        raise ConfigError(
+            "A shadow's weights are model.adapter(name).state_dict(); save_pretrained() writes its folder."
+        )
+
+    def enable_peft_hotswap(self, *args: Any, **options: Any) -> None:
+        """Not as in transformers: nothing need be prepared."""
+        raise ConfigError("load_adapter(path, name, replace=True) takes the place of a loaded shadow at any time.")
+
     def carry_added_tokens(self, own: int, count: int) -> None:
         """Let the adapters carry ``count`` rows beyond the first ``own``, which are the base's.
 
@@ -187,9 +213,9 @@ class Adapters:
 
     def _carry_added_tokens(self, base: Anatomy) -> None:
         """Let all adapters carry the rows beyond the base's own vocabulary, that of its fingerprint."""
-        own, rows = self.base_fingerprint["vocab_size"], anatomy.vocabulary_size(base.embeddings)
-        if rows < own:
-            self.base_fingerprint = fingerprint(base)
+        known = self._fingerprinted[0]
+        own, rows = known["vocab_size"], anatomy.vocabulary_size(base.embeddings)
+        self.base_fingerprint = known if rows >= own else fingerprint(base)
         before, added = self.shadow.added_tokens, None
         self._remove_added_hooks()
         if rows > own:
@@ -216,7 +242,7 @@ class Adapters:
         if self.shadow.added_tokens is None:
             return
         if not self._rows_before:
-            self.base.resize_token_embeddings(self.base_fingerprint["vocab_size"])
+            self.base.resize_token_embeddings(self._fingerprinted[0]["vocab_size"])
         for before, (_, table) in zip(self._rows_before, self.shadow.added_tokens.base.named(), strict=False):
             table.data[-len(before) :] = before
         for name in self.adapters:
@@ -240,11 +266,12 @@ class Adapters:
         shared.load_state_dict(carried.state_dict())
         shadow.added_tokens = shared
 
-    def _check_new_name(self, name: Any) -> None:
+    def _check_new_name(self, name: Any) -> str:
         if not isinstance(name, str) or not name or "." in name or name == BASE:
             raise ConfigError(f"An adapter's name is a text without dots, and not {BASE}; got {name!r}.")
         if name in self.adapters:
             raise ConfigError(f"There is an adapter {name!r} already: delete_adapter it, or load with replace=True.")
+        return name
 
     def _seat(self, name: str, shadow: Shadow) -> None:
         before = self.adapter(name) if name in self.adapters else None

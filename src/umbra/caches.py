@@ -4,8 +4,10 @@ They share one cache of transformers: its first L layers are the base's, then ea
 batching has pages in place of a cache, all of one shape and dtype, and says by arguments of the forward where they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -15,6 +17,60 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from . import anatomy
 from .errors import BaseModelError, StateError
 
+INTERRUPTED = "A forward that wrote to this cache was interrupted: some of its layers hold tokens that others lack."
+_interrupted: "WeakSet[Any]" = WeakSet()
+
+
+@contextmanager
+def undivided(cache: Any) -> Iterator[None]:
+    """A context whose work on a cache is done as a whole: where an exception ends it, the next use is refused."""
+    try:
+        yield
+    except BaseException:
+        if cache is not None:
+            _interrupted.add(cache)
+        raise
+
+
+def is_interrupted(cache: Any) -> bool:
+    """Whether work on this cache was broken off, and it was not emptied since."""
+    if cache not in _interrupted:
+        return False
+    if anatomy.is_empty(cache):
+        _interrupted.discard(cache)
+    return cache in _interrupted
+
+
+def check_undivided(cache: Any) -> None:
+    """Refuse a cache on which work was broken off.
+
+    Raises:
+        StateError: see `undivided`.
+    """
+    if is_interrupted(cache):
+        raise StateError(f"{INTERRUPTED} Start with a fresh cache, or reset() it.")
+
+
+def take_back_last(model: Any, cache: Any, length: int) -> None:
+    """Let a cache that holds a whole text of ``length`` tokens forget the last, from which a generation goes on.
+
+    A generation that a logits processor ended leaves such a cache. One that holds fewer tokens stays as it is.
+
+    Raises:
+        StateError: it holds more tokens, or cannot forget one.
+    """
+    held = int(anatomy.cached_tokens(cache.layers) or 0)
+    if held < length or not length:
+        return
+    reason = f"the input has {length}" if held > length else anatomy.cannot_take_back(model, cache)
+    if reason is not None:
+        raise StateError(
+            f"The cache holds {held} tokens, and a generation goes on from the last that it does not hold, but {reason}. Pass "
+            "the text that it holds and at least one token more, or start with a fresh cache."
+        )
+    with undivided(cache):
+        anatomy.roll_back([layer for layer in cache.layers if int(anatomy.cached_tokens([layer]) or 0) == held], 1)
+
 
 def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -> None:
     """Refuse a cache that base and shadows cannot go on from together.
@@ -23,7 +79,7 @@ def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -
         shadows: the layers of each shadow that takes part; none for the bare base.
 
     Raises:
-        StateError: too few layers, or a shadow's layers hold other tokens than the base's.
+        StateError: too few layers, a shadow's layers hold other tokens than the base's, or a forward was interrupted.
     """
     L, built = _depth(base), anatomy.cache_layers(cache)
     needed = max([L, *[layers.stop for layers in shadows]])  # torch.compile knows no default=
@@ -34,6 +90,7 @@ def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -
         )
     if torch.compiler.is_compiling():
         return
+    check_undivided(cache)
     if not shadows:
         _check_bare(cache, L)
     held, in_use = anatomy.cached_tokens(cache.layers[:L]), anatomy.is_cache_in_use(cache.layers[:L])
@@ -61,9 +118,10 @@ def check_bare(cache: Any, base: PretrainedConfig) -> None:
     """Refuse to let the bare base go on from a cache that a shadow has filled too.
 
     Raises:
-        StateError: a shadow's layers are in use.
+        StateError: a shadow's layers are in use, or a forward was interrupted.
     """
     if cache is not None and anatomy.cache_layers(cache) != 0:
+        check_undivided(cache)
         _check_bare(cache, _depth(base))
 
 

@@ -316,6 +316,7 @@ def load(
         except BaseModelError as error:
             where = "" if base else f" {saved.file} names this base: say where it is by base=… or --base."
             raise BaseModelError(f"{error}{where}") from error
+    anatomy.check_bare(base)
     _check_labels(saved, path, base)
     saved.check(anatomy.locate(base), allow_other_base)
     model = attach(base, saved.config, backbone_config=saved.backbone_config)

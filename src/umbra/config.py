@@ -273,6 +273,21 @@ class ShadowConfig:
         return [f.name for f in dataclasses.fields(cls)]
 
 
+def check_kind(config: Any) -> ShadowConfig:
+    """The same configuration.
+
+    Raises:
+        ConfigError: it is none, but perhaps one of PEFT's.
+    """
+    if not isinstance(config, ShadowConfig):
+        kind = type(config)
+        raise ConfigError(
+            f"A shadow needs an umbra.ShadowConfig, got {kind.__module__}.{kind.__qualname__}. Adapters of other kinds are not "
+            "combined with a shadow: merge them into the base first (merge_and_unload() in PEFT)."
+        )
+    return config
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import ShadowConfig
+from .errors import ConfigError
 from .kernels.couple import NO_MASKS, Masks, Seam
 
 IGNORED = -100  # the label of a position that carries no loss
@@ -134,13 +135,17 @@ class Couplings(nn.Module):
             return False
         return s.device.type == "cpu" and s.shape[0] * s.shape[1] <= kernels.FEW
 
+    def is_plain(self) -> bool:
+        """Whether the kernels may read the weights: nobody has hooked, wrapped or parametrised a module."""
+        return all(kernels.is_plain(module, kinds=KINDS) for module in self.modules())
+
     def _may_fuse(self, x: Tensor) -> bool:
         may = kernels.in_use() and self.config.update != "ungated"
         return may and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
 
     def packs(self) -> "dict[int, kernels.Pack]":
         """Each seam for `kernels.couple_few`; to be thrown away before the weights change."""
-        if self.config.update == "ungated":
+        if self.config.update == "ungated" or not self.is_plain():
             return {}
         return {l: kernels.pack(self._seam(str(l - 1), str(l))) for l in self.seams}
 
@@ -177,6 +182,9 @@ class Couplings(nn.Module):
         return NO_MASKS if transform is rank is delta is None else Masks(transform, rank, delta)
 
 
+KINDS = {*kernels.PLAIN, Injection, Update, Couplings}
+
+
 def _dropout(update: Any) -> nn.Dropout:
     return next(m for m in update.transform if isinstance(m, nn.Dropout))
 
@@ -186,15 +194,40 @@ def _pair(inner: nn.Sequential) -> tuple[Tensor, Tensor | None, Tensor, Tensor |
     return first.weight, first.bias, last.weight, last.bias  # type: ignore[return-value]
 
 
-def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+def labelled_positions(labels: Tensor, shift_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Where a next-token loss falls: flat positions (N,) whose following token is labelled, and those labels (N,).
 
     Args:
         labels: (B, T), aligned with the input; `IGNORED` where there is no loss.
+        shift_labels: (B, T), the following tokens' labels, in place of ``labels``.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED) if shift_labels is None else shift_labels
+    following = following.reshape(-1)
     positions = (following != IGNORED).nonzero().squeeze(-1)
     return positions, following[positions]
+
+
+def as_classes(labels: Tensor, count: int, name: str = "labels") -> Tensor:
+    """Class numbers as `torch.long`, from any integer dtype.
+
+    Args:
+        count: how many classes there are.
+        name: of the argument, for the error.
+
+    Raises:
+        ConfigError: another dtype, or a value that is neither a class nor `IGNORED`.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ConfigError(f"{name} must be integers, got {labels.dtype}: convert them by .long().")
+    labels = labels.long()
+    if torch.compiler.is_compiling() or labels.is_meta:
+        return labels
+    wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= count)
+    if bool(wrong.any()):
+        raise ConfigError(
+            f"{name} must lie in 0 to {count - 1}, or be {IGNORED} where there is no loss; got {int(labels[wrong][0])}."
+        )
+    return labels
 
 
 def at_least_one(items: Tensor | int) -> Tensor | int:
@@ -219,7 +252,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str, items
     """
     logits = logits.float()
     if problem_type == "single_label_classification":
-        labels = labels.reshape(-1)
+        labels = as_classes(labels.reshape(-1), logits.shape[-1])
         total, count = F.cross_entropy(logits, labels, reduction="sum"), (labels != IGNORED).sum()
     elif problem_type == "multi_label_classification":
         total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")

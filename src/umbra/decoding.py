@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
 from . import anatomy
-from .caches import check_pages
+from .caches import check_pages, check_undivided, take_back_last, undivided
 from .errors import BaseModelError, ConfigError, StateError
 from .hooks import packed
 
@@ -117,16 +117,38 @@ class Decoding(GenerationMixin):
     ) -> Any:
         """As in transformers, which asks the first layer of attention how much a cache holds: that may be another adapter's."""
         cache, names = model_kwargs.get("past_key_values"), model_kwargs.get("adapter_names")
+        if cache is not None:
+            self._check_length(cache, input_ids, generation_config, model_kwargs)
         active = [] if self._is_disabled or len(self.adapters) == 1 else self._named(names)
         if cache is None or not active:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
         layers = [layer for shadow in active for layer in shadow.cache_layers]
         view = anatomy.hide_others(cache, len(self._attachment.blocks), layers)
         told = {**model_kwargs, "past_key_values": view}
-        out = super()._prefill(input_ids, generation_config, told, *args, **options)  # type: ignore[misc]
+        with undivided(cache):
+            out = super()._prefill(input_ids, generation_config, told, *args, **options)  # type: ignore[misc]
         if out.get("past_key_values") is view:
             out["past_key_values"] = cache
         return out
+
+    def _check_length(self, cache: Any, ids: Tensor, config: GenerationConfig, told: dict[str, Any]) -> None:
+        """Leave at least one token of a text that is given whole to the forward."""
+        check_undivided(cache)
+        mask, embeds = told.get("attention_mask"), told.get("inputs_embeds")
+        length = ids.shape[1] if embeds is None else embeds.shape[1]
+        masked = vars(config).get("_mask_length") if mask is None else mask.shape[1]
+        if masked == length and not self._is_disabled:
+            take_back_last(self.base, cache, length)
+
+    def _assisted_decoding(self, *args: Any, **options: Any) -> Any:
+        """As in transformers, which takes rejected tokens out of the cache only after it has shown those that it accepts."""
+        with undivided(options.get("past_key_values")):
+            return super()._assisted_decoding(*args, **options)  # type: ignore[misc]
+
+    def _beam_search(self, *args: Any, **options: Any) -> Any:
+        """As in transformers, which reorders the cache only after it has chosen the beams."""
+        with undivided(options.get("past_key_values")):
+            return super()._beam_search(*args, **options)  # type: ignore[misc]
 
     def _get_static_cache_init_shape(self) -> Any:
         # Layers that are made ahead have one shape and dtype; None lets each be made when it is first used.

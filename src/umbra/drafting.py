@@ -11,7 +11,8 @@ A drafted token brings along the very s⁰ that the attached forward needs: what
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, l
 
 from . import anatomy, dense
 from .backbone import Shadow, check_draft_tokens
+from .caches import is_interrupted, undivided
 from .decoding import Decoding
 from .errors import BaseModelError, ConfigError, StateError, shown
 from .hooks import Frame, HeadPlan, Lane
@@ -201,6 +203,7 @@ class Drafter:
             BaseModelError: see `Drafting.generate`.
         """
         _check_cache(model, told)
+        span = _Span(model, self.shadow, input_ids, told)
         kind, samples = model.device.type, generation_config.do_sample
         timed = kind == "cpu" and not samples  # how far to draft decides what is drawn: a seed is to give one text
         pace = Pace(_cost(model, self.shadow), EXTRA.get(kind, ELSEWHERE), self.threshold, timed=timed)
@@ -210,24 +213,19 @@ class Drafter:
         told = model._update_model_kwargs_for_generation(out, told)
         cache, mine = told["past_key_values"], self.shadow.cache_layers
         depth = len(anatomy.layer_types(model.base.config.get_text_config(decoder=True)))
-        layers = [*cache.layers[:depth], *cache.layers[mine.start : mine.stop]]
-        anatomy.record_past(layers, True)
+        layers = cache.layers[:depth], cache.layers[mine.start : mine.stop]
         draft = _Draft(model, self.shadow, anatomy.ahead(cache, mine), text, out.logits.shape[-1])
         del out
-        while not text.finished:
-            before, began = text.length, time.perf_counter()
-            states, drafted = draft.run(min(self.most, generation_config.max_length - before - 1), told)
-            between = time.perf_counter()
-            logits = self._verify(model, text.ids, states, drafted, told)
-            ended = time.perf_counter()
-            for i in range(len(drafted) + 1):
-                if not text.add(logits[:, i], drafted[i] if i < len(drafted) else None):
-                    break
-            written = text.length - before
-            pace.cycle(len(drafted), written, between - began, ended - between)
-            anatomy.roll_back(layers, len(drafted) + 1 - written)
-            told = model._update_model_kwargs_for_generation({}, told, num_new_tokens=written)
-        anatomy.record_past(layers, False)
+        anatomy.record_past([*layers[0], *layers[1]], True)
+        try:
+            while not text.finished:
+                before = text.length
+                with _rolled_back(cache, layers, text) as held:
+                    room = min(generation_config.max_length - before - 1, span.room(before))
+                    self._cycle(model, draft, held, room, told)
+                told = model._update_model_kwargs_for_generation({}, told, num_new_tokens=text.length - before)
+        finally:
+            anatomy.record_past([*layers[0], *layers[1]], False)
         if streamer is not None:
             streamer.end()
         if not generation_config.return_dict_in_generate:
@@ -239,6 +237,20 @@ class Drafter:
             acceptance_length=pace.written / pace.cycles if pace.cycles else None,
         )  # fmt: skip
 
+    def _cycle(self, model: Any, draft: "_Draft", held: "_Held", room: int, told: dict[str, Any]) -> None:
+        """Draft, verify and accept: at least one more token of the text."""
+        text, before, began = draft.text, draft.text.length, time.perf_counter()
+        states, drafted = draft.run(min(self.most, room), told, held)
+        between = time.perf_counter()
+        with undivided(told["past_key_values"]):
+            logits = self._verify(model, text.ids, states, drafted, told)
+            held.base = len(states)
+        ended = time.perf_counter()
+        for i in range(len(drafted) + 1):
+            if not text.add(logits[:, i], drafted[i] if i < len(drafted) else None):
+                break
+        text.pace.cycle(len(drafted), text.length - before, between - began, ended - between)
+
     def _verify(
         self, model: Any, ids: Tensor, states: list[Tensor], drafted: list[Drafted], told: dict[str, Any]
     ) -> Tensor:
@@ -249,6 +261,32 @@ class Drafter:
         lane = Lane(self.shadow.couplings, torch.cat(states, 1))
         with Frame(model._attachment, [lane], HeadPlan([(None, self.shadow.heads)])):
             return model._call_base(batch, return_dict=True).logits
+
+
+@dataclass
+class _Held:
+    """Tokens that the layers of the base and of the shadow have been given in one cycle."""
+
+    base: int = 0
+    shadow: int = 0
+
+
+@contextmanager
+def _rolled_back(cache: Any, layers: tuple[list[Any], list[Any]], text: Text) -> Iterator[_Held]:
+    """A context for one cycle, after which the cache holds all but the last token of the text, however it ends.
+
+    Args:
+        layers: the base's and the shadow's.
+    """
+    before, held = text.length, _Held()
+    try:
+        yield held
+    finally:
+        written = text.length - before
+        if not is_interrupted(cache):
+            with undivided(cache):
+                for part, given in zip(layers, (held.base, held.shadow), strict=True):
+                    anatomy.roll_back(part, max(given - written, 0))
 
 
 class _Draft:
@@ -268,7 +306,7 @@ class _Draft:
         self.processors = [p for p in own if not isinstance(p, REMEMBERING)]
         self.on_part = all(isinstance(p, WARPERS) for p in self.processors)
 
-    def run(self, limit: int, told: dict[str, Any]) -> tuple[list[Tensor], list[Drafted]]:
+    def run(self, limit: int, told: dict[str, Any], held: _Held) -> tuple[list[Tensor], list[Drafted]]:
         """s⁰ (B, 1, D) of the text's last token and of each drafted one, and these, ``limit`` at most."""
         ids, states, drafted = self.text.ids, [], []
         whole, mask = _prepare(self.model, torch.cat([ids, ids[:, -1:].expand(-1, limit)], 1), told, limit)
@@ -281,7 +319,9 @@ class _Draft:
                 "attention_mask": mask if mask is None else mask[:, : mask.shape[1] - ahead],
                 "position_ids": positions if positions is None else positions[..., len(drafted) : len(drafted) + 1],
             }  # fmt: skip
-            states.append(self.model._initial_state(self.model._seen_by(self.shadow, batch, {}), self.shadow))
+            with undivided(told["past_key_values"]):
+                states.append(self.model._initial_state(self.model._seen_by(self.shadow, batch, {}), self.shadow))
+                held.shadow += 1
             next_one = self._propose(ids, states[-1][:, -1]) if ahead else None
             if next_one is None:
                 return states, drafted
@@ -373,6 +413,35 @@ def _check_cache(model: Any, told: dict[str, Any]) -> None:
     reason = "there is none" if cache is None else anatomy.cannot_go_back(model.base, cache)
     if reason:
         raise BaseModelError(f"draft=… needs a cache out of which tokens can be taken: {reason}. Leave draft out.")
+
+
+class _Span:
+    """How many tokens one forward may verify without another outcome than one by one.
+
+    Some rotary positions depend on the length of the text: beyond a limit those of all its tokens are others. A forward
+    must not lie on both sides of it, and where they change with every token it holds one.
+
+    Raises:
+        BaseModelError: a kind of rotary positions that is not known.
+    """
+
+    def __init__(self, model: Any, shadow: Shadow, ids: Tensor, told: dict[str, Any]):
+        self.limits: list[tuple[int, bool]] = []
+        for name, config in (("base", model.base.config), ("shadow", shadow.backbone.config)):
+            limits = anatomy.rotary_limits(config)
+            if limits is None:
+                raise BaseModelError(f"draft=… does not know the rotary positions of the {name}. Leave draft out.")
+            self.limits += limits
+        positions = told.get("position_ids")
+        self.ahead = 0 if not self.limits or positions is None else int(positions.max()) + 1 - ids.shape[1]
+
+    def room(self, length: int) -> int:
+        """How many tokens may be drafted after a text of ``length`` tokens."""
+        length += self.ahead
+        beyond = any(length > limit and not settles for limit, settles in self.limits)
+        return (
+            0 if beyond else min((limit - length for limit, _ in self.limits if length <= limit), default=MOST_TOKENS)
+        )
 
 
 def _cost(model: Any, shadow: Shadow) -> float:

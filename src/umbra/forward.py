@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
@@ -11,7 +12,7 @@ from . import anatomy, caches, kernels
 from .adapters import group_rows, pick_rows
 from .backbone import BATCH_ARGUMENTS, Shadow
 from .decoding import SHADOW_MASK
-from .errors import ConfigError, StateError
+from .errors import ConfigError, StateError, unknown_key
 from .hooks import Attachment, Frame, HeadPlan, Lane
 
 Route = list[tuple[Shadow, Tensor | None]]  # each shadow that takes part, with its rows (N,); None for all
@@ -29,6 +30,25 @@ class Forward:
     _attachment: Attachment
     _merges_embeddings: bool
     _cache_argument: str
+    _arguments: frozenset[str]  # that a forward takes, this model's and its base's
+
+    def _further_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A call's further arguments, and the outputs that this model's configuration asks for.
+
+        Raises:
+            ConfigError: one that neither this model nor its base has.
+        """
+        for name in given:
+            if name not in self._arguments and name != SHADOW_MASK:
+                raise unknown_key(name, self._arguments, f"the arguments of {type(self).__name__}")
+        return {**given, **anatomy.requested_outputs(self.config, self.base.config, given)}
+
+    def _run_bare(self, batch: dict[str, Any], **options: Any) -> Any:
+        """The bare base's own output."""
+        self._settle_use_cache(batch)
+        caches.check_bare(batch["past_key_values"], self.base.config)
+        with self._undivided(batch):
+            return self._call_base(batch, **options)
 
     def _route(self, batch: dict[str, Any], names: Sequence[str | None] | None) -> Route:
         """Each shadow that takes part in a forward, with its rows (N,); None for all."""
@@ -99,8 +119,14 @@ class Forward:
         use_state: Callable[[Tensor], Any] | None = None,
     ) -> dict[str, Any]:
         """The base's output by name; see `_frame`."""
-        with self._frame(batch, route, head, use_state), kernels.sparing() if kernels.in_use() else nullcontext():
+        sparing = kernels.sparing() if kernels.in_use() else nullcontext()
+        with self._undivided(batch), self._frame(batch, route, head, use_state), sparing:
             return dict(self._call_base(batch, return_dict=True))
+
+    def _undivided(self, batch: dict[str, Any]) -> Any:
+        """A context for what writes to the batch's cache: see `caches.undivided`."""
+        cache = batch["past_key_values"]
+        return nullcontext() if cache is None or torch.compiler.is_compiling() else caches.undivided(cache)
 
     def _call_base(self, batch: dict[str, Any], part: Any = None, **options: Any) -> Any:
         """The base, or ``part`` of it, with the batch as it names things; its cache comes back under the usual name."""
@@ -109,7 +135,8 @@ class Forward:
         anatomy.forget(self.base, batch.get("past_key_values"))
         if "past_key_values" in given:
             given[self._cache_argument] = given.pop("past_key_values")
-        out = (self.base if part is None else part)(**given, **options)
+        given |= {k: v for k, v in options.items() if v is not None}
+        out = (self.base if part is None else part)(**given)
         if isinstance(out, tuple):
             return out
         cache = out.get(self._cache_argument, batch.get("past_key_values"))

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import kernels, shards
 from .core import Couplings
-from .errors import BaseModelError, StateError
+from .errors import BaseModelError, ConfigError, StateError
 
 
 class _Frames(threading.local):
@@ -46,31 +47,53 @@ def check_free(blocks: nn.ModuleList) -> None:
         raise BaseModelError("This base already carries a shadow: unload() it first.")
 
 
+def _refuse_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Raise a ConfigError where PEFT takes a model with a shadow into one of its own, before it changes it."""
+    if child is None or type(parent).__module__.partition(".")[0] != "peft":
+        return
+    if any(isinstance(hook, _Hook) for module in child.modules() for hook in module._forward_pre_hooks.values()):
+        raise ConfigError(
+            f"{type(parent).__name__} of PEFT cannot adapt a model that a shadow is attached to: take one of both. unload() the "
+            "shadow first; or train the PEFT adapter, merge_and_unload() it, and attach to what that returns."
+        )
+
+
+register_module_module_registration_hook(_refuse_wrapper)
+
+
 class Attachment:
     """The handle on a base's hooks: `remove` takes every one of them away again.
 
     Args:
         blocks: the L decoder blocks, in the very list that the decoder runs.
-        head: the task head, whose input rows a frame may choose and whose output a frame may replace.
+        base: the model of which they are.
+        head_name: of its task head, whose input rows a frame may choose and whose output a frame may replace.
         decoder: the blocks' own model, where the lanes are to start from what that is given; None where a frame
             brings them along.
         stream: which of the parallel hidden states (N, B, T, D) of its blocks is coupled; None for one (B, T, D).
     """
 
     def __init__(
-        self, blocks: nn.ModuleList, head: nn.Module, decoder: nn.Module | None = None, stream: int | None = None
+        self,
+        blocks: nn.ModuleList,
+        base: nn.Module,
+        head_name: str,
+        decoder: nn.Module | None = None,
+        stream: int | None = None,
     ):
         self.blocks, self.hooked, self.stream, self.is_removed = blocks, [], stream, False
         self.block_handles: list[Any] = []
         self.head_handles: list[Any] = []
         self.decoder_handles: list[Any] = []
-        self.settle_head(head)
+        self.base, self.head_name = base, head_name
+        self.settle_head(base.get_submodule(head_name))
         self.settle()
         if decoder is not None:
             self.decoder_handles.append(decoder.register_forward_pre_hook(_BeforeDecoder(self), with_kwargs=True))
 
     def settle_head(self, head: nn.Module) -> None:
         """Move the hooks of the head to the module that is the head now."""
+        self.head = head
         self.head_is_linear: bool | None = None  # whether its logits are the base's; not known yet
         for handle in self.head_handles:
             handle.remove()
@@ -83,8 +106,10 @@ class Attachment:
         """Put the hooks on the modules that stand in the list now.
 
         A wrapper that was put around a block after `attach` (activation checkpointing, FSDP) has then the hooks outside:
-        it recomputes the block alone, never the coupling.
+        it recomputes the block alone, never the coupling. A head that was put in the place of another gets that one's.
         """
+        if (head := self.base.get_submodule(self.head_name)) is not self.head:
+            self.settle_head(head)
         if self.hooked == list(self.blocks):
             return
         for handle in self.block_handles:
@@ -125,8 +150,8 @@ class Lane:
     def __init__(self, couplings: Couplings, s0: Tensor, rows: Tensor | None = None):
         self.couplings, self.rows = couplings, rows
         self.slots: dict[int, Tensor] = {couplings.seams[0]: s0}
-        self.fast = shards.is_whole(next(couplings.parameters()))
-        self.packs = _frames.packs.get(couplings) if couplings.decodes(s0) else None
+        self.packs = (_frames.packs.get(couplings) or None) if couplings.decodes(s0) else None
+        self.fast = self.packs is None and shards.is_whole(next(couplings.parameters())) and couplings.is_plain()
 
     def before(self, l: int, h: Tensor) -> Tensor:
         """The input of block l, (B, T, D), with this adapter's rows corrected."""
@@ -246,6 +271,8 @@ class HeadPlan:
 
 
 class _Hook:
+    """What an `Attachment` registers."""
+
     def __init__(self, attachment: Attachment, l: int = -1):
         self.attachment, self.l = attachment, l
 
@@ -295,3 +322,8 @@ class _AfterHead(_Hook):
         if frame is None or frame.head is None:
             return None
         return frame.head.replace(args[0], output)
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether a head is a linear layer on which there are no hooks but those of an `Attachment`."""
+    return kernels.is_plain(head, _Hook, {nn.Linear})

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import anatomy, dense, kernels, shards
 from .core import at_least_one, labelled_positions, token_loss
 from .errors import BaseModelError, ConfigError
 from .forward import Route
-from .hooks import HeadPlan
+from .hooks import HeadPlan, is_plain_linear
 from .kernels import Head, linear_loss
 from .paths import CausalPaths
 
@@ -47,19 +47,19 @@ class Labels(NamedTuple):
     same: Tensor | None = None
 
     @classmethod
-    def of(cls, labels: Tensor, shadow_targets: Tensor | None) -> "Labels":
-        """Of labels (B, T), and the shadow's (B, T) where they are others.
+    def of(cls, labels: Tensor, shadow_targets: Tensor | None, shift_labels: Tensor | None = None) -> "Labels":
+        """Of labels (B, T), or of these shifted already, and the shadow's (B, T) where they are others.
 
         Raises:
-            ConfigError: of another shape.
+            ConfigError: shadow_targets of another shape.
         """
-        if shadow_targets is not None and shadow_targets.shape != labels.shape:
+        positions, targets = labelled_positions(labels, shift_labels)
+        if shadow_targets is None:
+            return cls(positions, targets, positions, targets)
+        if shadow_targets.shape != labels.shape:
             raise ConfigError(
                 f"shadow_targets must be of the labels' shape {tuple(labels.shape)}, got {tuple(shadow_targets.shape)}."
             )
-        positions, targets = labelled_positions(labels)
-        if shadow_targets is None:
-            return cls(positions, targets, positions, targets)
         own, own_targets = labelled_positions(shadow_targets)
         place = torch.full((labels.numel(),), -1, device=positions.device)
         place[positions] = torch.arange(len(positions), device=positions.device)
@@ -154,16 +154,32 @@ class Labelled(CausalPaths):
         kl = F.kl_div(F.log_softmax(shadow, -1, dtype=wide), teacher, log_target=True, reduction="sum")
         return out, Losses(task, loss, factor * kl / own_count)
 
+    def _router_loss(self: Any, out: dict[str, Any]) -> Tensor | float:
+        """The load-balancing loss of a base with routers, with its weight, as it is in the base's own loss; or 0.
+
+        Raises:
+            ConfigError: a base that does not say how it weighs it.
+        """
+        loss = out.get("aux_loss")
+        if loss is None:
+            return 0.0
+        weight = anatomy.router_loss_weight(self.base)
+        if weight is None:
+            raise ConfigError(
+                f"output_router_logits: {type(self.base).__name__} does not say how it weighs its routers' loss. Leave it out."
+            )
+        return weight * loss
+
     @property
     def _distils(self: Any) -> bool:
         return self.training and self._only is None and self.shadow.config.distillation_weight > 0
 
-    def _loss_alone(self: Any, s0: Tensor, labels: Tensor, items: Any) -> Tensor:
+    def _loss_alone(self: Any, s0: Tensor, labels: Labels, items: Any) -> Tensor:
         """CE(shadow, y) from s⁰ (B, T, D), without logits."""
-        positions, targets = labelled_positions(labels)
+        positions, targets = labels.own, labels.own_targets
         count = at_least_one(targets.numel() if items is None else items)
         chosen, factor = self._every(positions)
-        heads, rows, targets = self._fused_heads(), s0.flatten(0, 1)[positions[chosen]], targets[chosen]
+        heads, rows, targets = self._fused_heads(), s0.flatten(0, 1)[positions[chosen].to(s0.device)], targets[chosen]
         if heads is None:
             return factor * token_loss(self._logits_alone(rows[None]), targets, count)
         weight = heads[1].weight
@@ -188,8 +204,9 @@ class Labelled(CausalPaths):
 
     def _heads(self: Any) -> tuple[Head, Head] | None:
         """The heads of the two paths, if a product with their weights is all there is to them."""
+        self._attachment.settle()
         modules = self.shadow.heads.values() if self.shadow.heads else [self.base_head] * 2
-        if not all(type(m) is nn.Linear and dense.is_plain(m.weight) and shards.is_whole(m.weight) for m in modules):
+        if not all(is_plain_linear(m) and dense.is_plain(m.weight) and shards.is_whole(m.weight) for m in modules):
             return None
         factor, cap = anatomy.after_head(self.base.config)
         attached, shadow = (Head(m.weight, m.bias, factor, cap) for m in modules)

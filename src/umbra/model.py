@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
-from . import anatomy, caches, dense, kernels
+from . import anatomy, dense, kernels
 from .adapters import DEFAULT, Adapters
 from .backbone import Shadow
-from .config import ShadowConfig
-from .core import classification_loss, labelled_positions, token_loss
+from .config import ShadowConfig, check_kind
+from .core import IGNORED, as_classes, classification_loss, token_loss
 from .drafting import Drafting
 from .errors import BaseModelError, ConfigError
 from .fingerprint import fingerprint
@@ -44,16 +44,6 @@ class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
 FIELDS = {kind: [f.name for f in fields(kind)] for kind in (ShadowCausalLMOutput, ShadowSequenceClassifierOutput)}
 
 
-def _output(kind: type, values: dict[str, Any]) -> Any:
-    """An output of this kind; what only the base's own class has (image states, router logits) stands in it as well."""
-    known = FIELDS[kind]
-    result = kind(**{k: v for k, v in values.items() if k in known})
-    for name, value in values.items():
-        if name not in known:
-            result[name] = value
-    return result
-
-
 def attach(
     base: PreTrainedModel, config: ShadowConfig | None = None, *, backbone_config: PretrainedConfig | None = None
 ) -> "ShadowModel":
@@ -68,10 +58,11 @@ def attach(
         backbone_config: of a shadow that was saved before (see `umbra.load`).
 
     Raises:
-        BaseModelError: a base that cannot carry a shadow, or already carries one.
-        ConfigError: sizes that do not fit the base.
+        BaseModelError: a base that cannot carry a shadow, carries one or another adapter, or is wrapped.
+        ConfigError: sizes that do not fit the base, or no `ShadowConfig`.
     """
-    config = ShadowConfig() if config is None else config
+    config = ShadowConfig() if config is None else check_kind(config)
+    anatomy.check_bare(base)
     located = anatomy.locate(base)
     kind = ShadowForSequenceClassification if located.is_classifier else ShadowForCausalLM
     return kind(base, config, backbone_config=backbone_config)
@@ -85,6 +76,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     accepts_loss_kwargs = True
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
+        anatomy.check_bare(base)
         located = anatomy.locate(base)
         check_free(located.blocks)
         _check_devices(base)
@@ -99,7 +91,6 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         composite = anatomy.composite_config(base.config, {shadow.first_cache_layer: shadow.backbone.config})
         composite.keys_to_ignore_at_inference = ["past_key_values", "shadow_loss"]
         super().__init__(composite)
-        self.base_fingerprint = fingerprint(located)
         self.base = base
         self.shadow = shadow
         self.resting = nn.ModuleDict()
@@ -111,16 +102,18 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
         self._head_name = located.head_name
+        self.base_fingerprint = fingerprint(located)
         self._repacking = repacking
         self._was_checkpointing = base.is_activation_checkpointing
         self._modes = anatomy.modes(base)
         self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
         self._merges_embeddings = located.merges_embeddings
         self._cache_argument = anatomy.cache_argument(base)
+        self._arguments = anatomy.forward_arguments(self, base, base.base_model, located.decoder)
         decoder = located.decoder if located.merges_embeddings else None
         self._rows_before: list[Tensor] = []  # of added tokens, where the base had such already
         self._added_handles: list[Any] = []
-        self._attachment = Attachment(located.blocks, located.head, decoder, located.stream)
+        self._attachment = Attachment(located.blocks, base, located.head_name, decoder, located.stream)
         base.requires_grad_(False)
         kernels.quicken(self.modules())
         self.train(base.training)
@@ -139,6 +132,23 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
             total = total + self._distillation_weight * losses.distillation
         return total
 
+    def _output(self, kind: type, values: dict[str, Any], batch: dict[str, Any], return_dict: bool | None) -> Any:
+        """Values by name as an output of this kind, or as a tuple in the base's order, of those that there are.
+
+        What only the base's own class has (image states, router logits) stands in it as well.
+        """
+        values = {"loss": None, **values}
+        for name in ("loss", "logits"):
+            values[name] = self._to_train(values.get(name), batch["inputs_embeds"])
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return tuple(value for value in values.values() if value is not None)
+        known = FIELDS[kind]
+        result = kind(**{k: v for k, v in values.items() if k in known})
+        for name, value in values.items():
+            if name not in known:
+                result[name] = value
+        return result
+
     @property
     def _distillation_weight(self) -> Tensor | float:
         """μ, now."""
@@ -152,6 +162,18 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     def base_head(self) -> nn.Module:
         """The base's own task head, frozen."""
         return self.base.get_submodule(self._head_name)
+
+    @property
+    def base_fingerprint(self) -> dict[str, Any]:
+        """What tells the base from others, of the head and the embeddings that it has now."""
+        modules = (self.base_head, self.base.get_input_embeddings())
+        if any(a is not b for a, b in zip(modules, self._fingerprinted[1], strict=True)):
+            self.base_fingerprint = fingerprint(anatomy.locate(self.base))
+        return self._fingerprinted[0]
+
+    @base_fingerprint.setter
+    def base_fingerprint(self, value: dict[str, Any]) -> None:
+        self._fingerprinted = value, (self.base_head, self.base.get_input_embeddings())
 
     # -- as a transformers model -----------------------------------------------------------------------------------
 
@@ -250,13 +272,35 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         return self.base.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the base another table of embeddings, which its shadows read too.
+
+        Raises:
+            ConfigError: a table of another size.
+        """
+        _check_replacement("input embeddings", self.base.get_input_embeddings(), value)
         self.base.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.base.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Give the base another head, which both paths read from then on.
+
+        Raises:
+            ConfigError: trained heads stand in its place, or it has another size.
+        """
+        if new_embeddings is self.get_output_embeddings():
+            return
+        trained = [name for name in self.adapters if self.adapter(name).heads]
+        if trained:
+            raise ConfigError(
+                f"The adapter {trained[0]!r} has trained heads, which answer in place of the base's: another head would have no "
+                "effect. Change model.shadow.heads, or attach with train_heads=False."
+            )
+        _check_replacement("head", self.base_head, new_embeddings)
         self.base.set_output_embeddings(new_embeddings)
+        self._attachment.settle()
+        kernels.quicken([new_embeddings])
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
         """As in transformers; blocks below the first coupled one keep nothing for a backward and are left out."""
@@ -305,25 +349,35 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
         skip_logits: bool | None = None,
         return_dict: bool | None = None,
         adapter_names: Sequence[str | None] | None = None,
+        ignore_index: int = IGNORED,
         **kwargs: Any,
     ) -> Any:
         """The attached forward.
 
         Args:
             input_ids: (B, T).
-            labels: (B, T), aligned with the input, -100 where there is no loss.
+            labels: (B, T) of any integer dtype, aligned with the input, -100 where there is no loss.
             shadow_targets: (B, T), what the shadow is to say by itself, where that is not what ``labels`` say.
             num_items_in_batch: labels of the whole accumulated batch, which both losses are divided by; by default
                 the labels of this batch.
             skip_logits: compute logits only where there is a label, and return none; by default in training with
                 labels.
+            return_dict: False for a tuple, in the order of the base's own; by default as the configuration says.
             adapter_names: the adapter of each of the B rows, None for the bare base; by default the active one for all.
+            ignore_index: another number than -100 for labels without a loss.
+            kwargs: further arguments of the base; and ``shift_labels`` (B, T), the labels of the following tokens, in place
+                of those in ``labels``.
 
         Returns:
             ShadowCausalLMOutput. ``loss`` is the task's plus λ times the shadow's in training, the task's alone in
-            evaluation; ``shadow_loss`` stands beside it. ``logits`` (B, T, V) are the attached path's.
+            evaluation; ``shadow_loss`` stands beside it. ``logits`` (B, T, V) are the attached path's. The task's loss
+            includes the load-balancing loss of a base with routers where ``output_router_logits`` asks for it.
+
+        Raises:
+            ConfigError: an argument that neither this model nor its base has; labels that are no tokens, or whose shape
+                is not the input's.
         """
-        as_tuple = return_dict is False
+        shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would ask every data set for it
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -331,57 +385,84 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
-            **kwargs,
+            **self._further_arguments(kwargs),
         }
-        by_default = self.training and self._only is None
-        skip_logits = (by_default if skip_logits is None else skip_logits) and labels is not None
+        if shadow_targets is not None and shift_labels is not None:
+            raise ConfigError("shadow_targets are aligned with the input, shift_labels are not: pass one of them.")
+        if labels is not None and ignore_index != IGNORED:
+            labels = labels.masked_fill(labels == ignore_index, IGNORED)
+            shift_labels = (
+                None if shift_labels is None else shift_labels.masked_fill(shift_labels == ignore_index, IGNORED)
+            )
+        if self._only == "shadow" and shadow_targets is not None:
+            labels, shadow_targets = shadow_targets, None
+        places = None if labels is None else self._places(batch, labels, shadow_targets, shift_labels)
         if self._is_disabled:
-            self._settle_use_cache(batch)
-            caches.check_bare(past_key_values, self.base.config)
-            return self._call_base(
-                batch, labels=labels, logits_to_keep=logits_to_keep, return_dict=return_dict,
-                num_items_in_batch=num_items_in_batch,
+            return self._run_bare(
+                batch, labels=_long(labels), shift_labels=_long(shift_labels), logits_to_keep=logits_to_keep,
+                return_dict=return_dict, num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
-        if self._only == "shadow":
-            _check_one(adapter_names)
-            s0 = self._state_alone(batch)
-            labels = labels if shadow_targets is None else shadow_targets
-            if skip_logits and labels is not None:
-                loss = self._loss_alone(s0, labels, num_items_in_batch)
-                result = ShadowCausalLMOutput(loss=loss, shadow_loss=_copied(loss))
-                return result.to_tuple() if as_tuple else result
-            if labels is None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-                s0 = s0[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else s0[:, logits_to_keep]
-            rows, loss = self._logits_alone(s0), None
-            if labels is not None:
-                positions, targets = labelled_positions(labels)
-                loss = token_loss(rows[positions.to(rows.device)], targets, num_items_in_batch)
-            result = ShadowCausalLMOutput(loss=loss, logits=rows.view(*s0.shape[:2], -1), shadow_loss=_copied(loss))
-            return result.to_tuple() if as_tuple else result
         if labels is None:
             self._warn_if_untrained()
-        route = self._route(batch, adapter_names)
-        self._prepare_cache(batch, route)
-        heads = [(rows, shadow.heads) for shadow, rows in route]
-        if labels is None or adapter_names is not None:
-            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-            kept = anatomy.logits_to_keep(self.base.config, logits_to_keep, length)
-            out = self._run_base({**batch, "logits_to_keep": kept}, route, HeadPlan(heads))
-            result = _output(ShadowCausalLMOutput, out)
-            if labels is not None:
-                positions, targets = labelled_positions(labels)
-                at_labels = result.logits.flatten(0, 1)[positions.to(result.logits.device)]
-                result.loss = token_loss(at_labels, targets, num_items_in_batch)
-            return result.to_tuple() if as_tuple else result
+        by_default = self.training and self._only is None
+        skip_logits = (by_default if skip_logits is None else skip_logits) and places is not None
+        if self._only == "shadow":
+            _check_one(adapter_names)
+            values = self._run_alone(batch, places, num_items_in_batch, skip_logits, logits_to_keep)
+        elif places is None or adapter_names is not None:
+            values = self._run_rows(batch, places, num_items_in_batch, logits_to_keep, adapter_names)
+        else:
+            route = self._route(batch, None)
+            self._prepare_cache(batch, route)
+            values, losses = self._run_labelled(batch, route, places, num_items_in_batch, skip_logits)
+            losses = losses._replace(task=losses.task + self._router_loss(values))
+            values["logits"] = None if skip_logits else _kept(values["logits"], logits_to_keep)
+            beside = {"shadow_loss": losses.shadow, "distillation_loss": losses.distillation}
+            values |= {"loss": self._total(losses), **beside}
+        return self._output(ShadowCausalLMOutput, values, batch, return_dict)
 
-        places = Labels.of(labels, shadow_targets)
-        out, losses = self._run_labelled(batch, route, places, num_items_in_batch, skip_logits)
-        logits = None if skip_logits else out["logits"]
-        if logits is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            logits = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
-        told = {"loss": self._total(losses), "shadow_loss": losses.shadow, "distillation_loss": losses.distillation}
-        result = _output(ShadowCausalLMOutput, {**out, "logits": logits, **told})
-        return result.to_tuple() if as_tuple else result
+    def _places(
+        self, batch: dict[str, Any], labels: Tensor, shadow_targets: Tensor | None, shift_labels: Tensor | None
+    ) -> Labels:
+        """Where the losses are read."""
+        x = batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]
+        width = anatomy.head_width(self.base_head)
+        if shift_labels is not None:
+            shift_labels = _aligned("shift_labels", shift_labels, x, width)
+        if shadow_targets is not None:
+            shadow_targets = as_classes(shadow_targets, width, "shadow_targets")
+        return Labels.of(_aligned("labels", labels, x, width), shadow_targets, shift_labels)
+
+    def _run_alone(
+        self, batch: dict[str, Any], places: Labels | None, items: Any, skip_logits: bool, logits_to_keep: int | Tensor
+    ) -> dict[str, Any]:
+        """The output by name of the shadow without its base."""
+        s0 = self._state_alone(batch)
+        if places is not None and skip_logits:
+            loss = self._loss_alone(s0, places, items)
+            return {"loss": loss, "shadow_loss": _copied(loss)}
+        if places is None:
+            s0 = _kept(s0, logits_to_keep)
+        rows, loss = self._logits_alone(s0), None
+        if places is not None:
+            loss = token_loss(rows[places.own.to(rows.device)], places.own_targets, items)
+        return {"loss": loss, "logits": rows.view(*s0.shape[:2], -1), "shadow_loss": _copied(loss)}
+
+    def _run_rows(
+        self, batch: dict[str, Any], places: Labels | None, items: Any, logits_to_keep: int | Tensor, names: Any
+    ) -> dict[str, Any]:
+        """The output by name without the shadow's own loss: there are no labels, or rows of several adapters."""
+        route = self._route(batch, names)
+        self._prepare_cache(batch, route)
+        length = (batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]).shape[1]
+        kept = anatomy.logits_to_keep(self.base.config, logits_to_keep, length)
+        heads = HeadPlan([(rows, shadow.heads) for shadow, rows in route])
+        values = self._run_base({**batch, "logits_to_keep": kept if places is None else 0}, route, heads)
+        if places is not None:
+            at_labels = values["logits"].flatten(0, 1)[places.positions.to(values["logits"].device)]
+            values["loss"] = token_loss(at_labels, places.targets, items) + self._router_loss(values)
+            values["logits"] = _kept(values["logits"], logits_to_keep)
+        return values
 
 
 class ShadowForSequenceClassification(ShadowModel):
@@ -409,10 +490,15 @@ class ShadowForSequenceClassification(ShadowModel):
             labels: (B,) classes, (B,) or (B, C) values for regression, (B, C) of 0 and 1 for multi label.
             num_items_in_batch: labels of the whole accumulated batch, which both losses are divided by.
             skip_logits: has no effect: class logits are cheap.
+            return_dict: False for a tuple, in the order of the base's own; by default as the configuration says.
             adapter_names: the adapter of each of the B rows, None for the bare base; by default the active one for all.
+            kwargs: further arguments of the base.
 
         Returns:
             ShadowSequenceClassifierOutput with ``logits`` (B, C); losses as in `ShadowForCausalLM`.
+
+        Raises:
+            ConfigError: an argument that neither this model nor its base has; labels that are no classes.
         """
         batch = {
             "input_ids": input_ids,
@@ -421,55 +507,87 @@ class ShadowForSequenceClassification(ShadowModel):
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
-            **kwargs,
+            **self._further_arguments(kwargs),
         }
         anatomy.pad_alike(self.config, self.base.config)
-        if self._is_disabled:
-            self._settle_use_cache(batch)
-            caches.check_bare(past_key_values, self.base.config)
-            return self._call_base(batch, labels=labels, return_dict=return_dict)
         kind = None if labels is None else anatomy.problem_type(self.base.config, labels)
         if kind is not None:  # as transformers' classifiers do: pipelines ask for it
             self.config.problem_type = self.base.config.problem_type = kind  # type: ignore[assignment]
+        if labels is not None and kind == "single_label_classification":
+            labels = as_classes(labels, anatomy.head_width(self.base_head))
+        if self._is_disabled:
+            return self._run_bare(batch, labels=labels, return_dict=return_dict)
         if self._only == "shadow":
             _check_one(adapter_names)
-            logits = self._shadow_logits(input_ids, self._state_alone(batch))
+            logits = self._shadow_logits(batch, self._state_alone(batch))
             loss = None if labels is None else classification_loss(logits, labels, str(kind), num_items_in_batch)
-            result = ShadowSequenceClassifierOutput(loss=loss, logits=logits, shadow_loss=_copied(loss))
-            return result.to_tuple() if return_dict is False else result
+            values = {"loss": loss, "logits": logits, "shadow_loss": _copied(loss)}
+            return self._output(ShadowSequenceClassifierOutput, values, batch, return_dict)
         if labels is None:
             self._warn_if_untrained()
-        batch["use_cache"] = bool(use_cache)
         route = self._route(batch, adapter_names)
         self._prepare_cache(batch, route)
         heads, states = [(rows, shadow.heads) for shadow, rows in route], []
-        out = self._run_base(batch, route, HeadPlan(heads), states.append if adapter_names is None else None)
-        result = _output(ShadowSequenceClassifierOutput, out)
-        if kind is not None:
-            assert labels is not None
-            shadow_loss = None
+        values = self._run_base(batch, route, HeadPlan(heads), states.append if adapter_names is None else None)
+        if labels is not None:
+            alone = None
             if states and self._weight > 0:
-                shadow_logits = self._shadow_logits(input_ids, states[0])
-                shadow_loss = classification_loss(shadow_logits, labels, kind, num_items_in_batch)
-            result.shadow_loss = shadow_loss
-            task = classification_loss(result.logits, labels, kind, num_items_in_batch)
-            result.loss = self._total(Losses(task, shadow_loss))
-        return result.to_tuple() if return_dict is False else result
+                shadow_logits = self._shadow_logits(batch, states[0])
+                alone = classification_loss(shadow_logits, labels, str(kind), num_items_in_batch)
+            task = classification_loss(values["logits"], labels, str(kind), num_items_in_batch)
+            values |= {"loss": self._total(Losses(task, alone)), "shadow_loss": alone}
+        return self._output(ShadowSequenceClassifierOutput, values, batch, return_dict)
 
-    def _shadow_logits(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:
+    def _shadow_logits(self, batch: dict[str, Any], s0: Tensor) -> Tensor:
         """(B, C) from the last token's row of s⁰."""
-        pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(input_ids, s0)]
+        pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(batch, s0)]
         head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
         dtype = self.shadow.dtype if self.shadow.heads else self.base.dtype
         return head(anatomy.head_input(self.base, pooled).to(dtype))
 
-    def _last_token(self, input_ids: Tensor | None, s0: Tensor) -> Tensor:
-        """(B,) the rightmost token that is not padding, by the rule of transformers' classifiers."""
-        pad = anatomy.pad_token_id(self.base.config)
+    def _last_token(self, batch: dict[str, Any], s0: Tensor) -> Tensor:
+        """(B,) the rightmost token that is not padding, by the rule of transformers' classifiers.
+
+        Raises:
+            ConfigError: several rows, and no padding token by which to tell where each ends.
+        """
+        pad, input_ids = anatomy.pad_token_id(self.base.config), batch["input_ids"]
+        if pad is None and len(s0) != 1:
+            raise ConfigError(
+                f"A batch of {len(s0)} rows needs a padding token to tell where each ends: set model.config.pad_token_id, or "
+                "pass one row at a time."
+            )
         if input_ids is None or pad is None:
             return torch.full((len(s0),), s0.shape[1] - 1, device=s0.device)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         return ((input_ids != pad) * places).argmax(-1).to(s0.device)
+
+
+def _kept(x: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Those of the columns (B, T, …) that a call keeps; 0 for all."""
+    if isinstance(logits_to_keep, int):
+        return x[:, -logits_to_keep:] if logits_to_keep else x
+    return x[:, logits_to_keep]
+
+
+def _long(labels: Tensor | None) -> Tensor | None:
+    return None if labels is None else labels.long()
+
+
+def _aligned(name: str, labels: Tensor, x: Tensor, width: int) -> Tensor:
+    """Labels (B, T) of the input's shape as `torch.long`."""
+    if labels.shape != x.shape[:2]:
+        raise ConfigError(f"{name} must be of the input's shape {tuple(x.shape[:2])}, got {tuple(labels.shape)}.")
+    return as_classes(labels, width, name)
+
+
+def _check_replacement(what: str, before: Any, after: Any) -> None:
+    """Refuse a table or head of another size than the one that it replaces."""
+    old, new = (anatomy.table_sizes(module) for module in (before, after))
+    if old != new:
+        raise ConfigError(
+            f"The new {what} is {new}, the base's is {old}: use resize_token_embeddings() for more tokens."
+        )
 
 
 def _check_devices(base: PreTrainedModel) -> None:

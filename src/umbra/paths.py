@@ -12,13 +12,20 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from . import anatomy
-from .errors import StateError
+from .errors import ConfigError, StateError
 from .forward import Forward
 from .hooks import Frame, HeadPlan
+
+NOTHING_TO_TRAIN = (
+    "The model is in training, but no parameter of its shadow requires a gradient. Load the adapter by "
+    "umbra.load(…, trainable=True), or call requires_grad_(True) on the parts of model.shadow to train; call eval() otherwise."
+)
 
 
 class Paths(Forward):
     """The contexts that choose a path, and what λ is within them."""
+
+    _has_warned = False  # of training with nothing to train
 
     @property
     def _is_disabled(self) -> bool:
@@ -57,6 +64,24 @@ class Paths(Forward):
             "auxiliary_loss_weight=0."
         )
 
+    def _to_train(self: Any, x: Tensor | None, embeds: Tensor | None) -> Tensor | None:
+        """A loss or what one is computed from; where training could change nothing, one whose backward says so.
+
+        Args:
+            embeds: the input, which may want a gradient itself. That the result has a graph tells nothing: activation
+                checkpointing begins one at the input.
+        """
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if x is None or not trains or self._only is not None or not x.is_floating_point():
+            return x
+        learns = any(p.requires_grad for part in (self.shadow, self.base) for p in part.parameters())
+        if learns or (embeds is not None and embeds.requires_grad):
+            return x
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(NOTHING_TO_TRAIN, stacklevel=4)
+        return _Untrainable.apply(x, torch.zeros((), device=x.device, requires_grad=True))  # type: ignore[return-value]
+
     def _warn_if_untrained(self) -> None:
         problem = None if torch.compiler.is_compiling() else self._untrained()
         if problem:
@@ -75,6 +100,18 @@ class Paths(Forward):
         return self._initial_state(self._seen_by(self.shadow, {**batch, "use_cache": False}, {}))
 
 
+class _Untrainable(torch.autograd.Function):
+    """The identity, with a backward that raises where autograd would complain about a tensor without a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[override]
+        return x.clone()  # trainers scale a loss in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        raise ConfigError(NOTHING_TO_TRAIN)
+
+
 class CausalPaths(Paths):
     """What a language model shows to trainers that read its hidden states, such as TRL's."""
 
@@ -89,7 +126,8 @@ class CausalPaths(Paths):
         Raises:
             StateError: in training, where nobody sees to the shadow's loss.
         """
-        batch = {"inputs_embeds": None, "past_key_values": None, "use_cache": None, **batch, "input_ids": input_ids}
+        batch = {"inputs_embeds": None, "past_key_values": None, "use_cache": None, **self._further_arguments(batch)}
+        batch["input_ids"] = input_ids
         dtype = self.get_output_embeddings().weight.dtype
         added = self.shadow.added_tokens
         if self.training and torch.is_grad_enabled() and added is not None and added.is_trained:
@@ -106,9 +144,9 @@ class CausalPaths(Paths):
         route = [] if self._is_disabled else [(self.shadow, None)]
         if route:
             self._prepare_cache(batch, route)
-        with self._frame(batch, route):
+        with self._undivided(batch), self._frame(batch, route):
             out = self._call_base(batch, self.base.base_model, return_dict=True)
-        out.last_hidden_state = out.last_hidden_state.to(dtype)
+        out.last_hidden_state = self._to_train(out.last_hidden_state.to(dtype), batch["inputs_embeds"])
         return out
 
     def get_output_embeddings(self: Any) -> nn.Module | None:

@@ -24,6 +24,7 @@ from . import checkpoint, shards
 from .core import IGNORED
 from .errors import ConfigError
 from .model import ShadowModel
+from .paths import NOTHING_TO_TRAIN
 
 # Of an earlier state of the attached policy: no measure of how far the shadow's has moved.
 NOT_THE_SHADOWS = ("old_per_token_logps",)
@@ -41,6 +42,10 @@ class _ShadowLoss:
         if not isinstance(model, ShadowModel) and (model is not None or "model_init" not in given):
             raise ConfigError(
                 f"{type(self).__name__} trains a ShadowModel, got {type(model).__name__}: attach or load one first."
+            )
+        if given.get("peft_config") is not None:
+            raise ConfigError(
+                "peft_config puts an adapter of PEFT into a model that a shadow is attached to: take one of both. Leave it out."
             )
         if arguments is not None:
             arguments._n_gpu = min(arguments.n_gpu, 1)  # or DataParallel would copy hooks that know one device
@@ -187,7 +192,13 @@ class _ShadowLoss:
             return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
 
     def create_optimizer(self: Any, *args: Any, **options: Any) -> Any:
-        """The parent's, with the rate of the shadow's backbone multiplied by `ShadowConfig.backbone_rate`."""
+        """The parent's, with the rate of the shadow's backbone multiplied by `ShadowConfig.backbone_rate`.
+
+        Raises:
+            ConfigError: there is nothing to train.
+        """
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ConfigError(NOTHING_TO_TRAIN)
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **options)  # type: ignore[misc]
         if is_new and self.model.shadow_config.backbone_rate != 1:

@@ -125,6 +125,22 @@ def cannot_go_back(model: PreTrainedModel, cache: Any) -> str | None:
     return None
 
 
+def cannot_take_back(model: PreTrainedModel, cache: Any) -> str | None:
+    """Why the last token cannot be taken out of a cache that did not record its past; None where `roll_back` can."""
+    forgotten = any(
+        isinstance(layer, LinearAttentionLayer)
+        or (isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window)
+        for layer in cache.layers
+    )
+    return "its windows forget what the last token pushed out" if forgotten else cannot_go_back(model, cache)
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether no layer of a cache holds anything."""
+    held = any(bool(cached_tokens([layer])) for layer in cache.layers)
+    return not held and not has_recurrent_state(cache.layers)
+
+
 def record_past(layers: list[Any], on: bool) -> None:
     """Let these layers of a cache keep what tokens push out of their windows, until `roll_back`."""
     for layer in layers:

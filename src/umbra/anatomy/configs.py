@@ -12,6 +12,7 @@ from .families import (
     COMPUTED,
     EMBEDDING_WIDTH,
     EXPERT_COUNTS,
+    FIXED_ROPES,
     INTERMEDIATE_NAMES,
     OTHER_INPUTS,
     PER_LAYER,
@@ -115,6 +116,28 @@ def image_token_id(config: PretrainedConfig) -> int | None:
     """The token in whose place a vision-language model puts an image; None of a language model."""
     tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
     return next((token for token in tokens if isinstance(token, int)), None)
+
+
+def rotary_limits(config: PretrainedConfig) -> list[tuple[int, bool]] | None:
+    """The lengths of text beyond which a model's rotary positions are others for every token, the earlier ones too.
+
+    Returns:
+        Each with whether they are the same for all longer texts, or change with every token; None where a kind of
+        positions is not known.
+    """
+    text = config.get_text_config(decoder=True)
+    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    limits = []
+    for rope in [v for v in given.values() if isinstance(v, dict)] or [given]:
+        kind = rope.get("rope_type", rope.get("type")) or "default"
+        if kind == "longrope":
+            place = rope if "original_max_position_embeddings" in rope else vars(text)
+            limits.append((place.get("original_max_position_embeddings") or text.max_position_embeddings, True))
+        elif "dynamic" in kind:
+            limits.append((text.max_position_embeddings, False))
+        elif kind not in FIXED_ROPES:
+            return None
+    return limits
 
 
 def cache_depth(base: Anatomy) -> int:

@@ -20,6 +20,8 @@ DIVIDED_STATES = {
 }  # families that divide by LOGIT_DIVISORS what the head reads, not what it gives
 # Vision-language models that scale or cap their logits as their text tower's own language model would; others do not.
 SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_vision"}
+FIXED_ROPES = {"default", "linear", "yarn", "llama3", "proportional", "mrope"}  # whatever the length of the text
+ROUTER_LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")  # of a model or its configuration
 COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
 # Text towers of vision-language models that have no language model of their own, and whose blocks on text alone are these.
 TEXT_TWINS = {
@@ -65,4 +67,18 @@ UNFIT = {
     "rwkv": OWN_CACHE.format("a list of tensors"),
     "xlnet": "its hidden states are (T, B, D), and see what follows them",
     "xlstm": OWN_CACHE.format("an xLSTMCache"),
+}
+
+# What may have been put around a model or into it, by the names of classes or of their packages, and the way out.
+SHARDED = "attach to the model before it is wrapped or sharded, and wrap the ShadowModel that attach() returns"
+WRAPPERS = {
+    "OptimizedModule": "torch.compile has wrapped it; attach to the model itself, and compile the ShadowModel",
+    "DataParallel": SHARDED,
+    "DistributedDataParallel": SHARDED,
+    "FullyShardedDataParallel": SHARDED,
+    "FSDPModule": SHARDED,
+    "ShadowModel": "it has a shadow; add_adapter(…) puts another beside it, unload() gives the base back",
+}
+WRAPPING_PACKAGES = {
+    "peft": "a PEFT adapter is around it or in it; merge_and_unload() that, and attach to what it returns"
 }

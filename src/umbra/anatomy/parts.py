@@ -14,7 +14,16 @@ from transformers.models.auto.modeling_auto import (
 
 from .. import dense
 from ..errors import BaseModelError, ConfigError
-from .families import BLOCK_COUNTS, CLASSIFIER_NAMES, ENCODER, LAYER_INDICES, UNFIT, UNPACKED
+from .families import (
+    BLOCK_COUNTS,
+    CLASSIFIER_NAMES,
+    ENCODER,
+    LAYER_INDICES,
+    UNFIT,
+    UNPACKED,
+    WRAPPERS,
+    WRAPPING_PACKAGES,
+)
 
 
 @dataclass
@@ -77,6 +86,23 @@ def locate(model: nn.Module) -> Anatomy:
             "or AutoModelForSequenceClassification."
         )
     return Anatomy(model, decoder, blocks, head, head_name, is_classifier=model.get_output_embeddings() is None)
+
+
+def check_bare(model: Any) -> None:
+    """Refuse a model around which, or into which, somebody has put something, with the way out.
+
+    Raises:
+        BaseModelError: it is no model as transformers makes it.
+    """
+    reason = None
+    for kind in (
+        {kind for module in model.modules() for kind in type(module).__mro__} if isinstance(model, nn.Module) else ()
+    ):
+        reason = reason or WRAPPERS.get(kind.__name__) or WRAPPING_PACKAGES.get(kind.__module__.partition(".")[0])
+    if reason is None and getattr(model, "_compiled_call_impl", None) is not None:
+        reason = WRAPPERS["OptimizedModule"]
+    if reason is not None:
+        raise BaseModelError(f"{type(model).__name__} cannot be given a shadow as it is: {reason}.")
 
 
 def is_causal(config: PretrainedConfig) -> bool:
@@ -147,6 +173,14 @@ def table_width(module: Any) -> int:
 
 def _table_shape(module: Any) -> torch.Size:
     return getattr(module.weight, "ds_shape", module.weight.shape)  # ZeRO-3 keeps that of a partitioned one beside it
+
+
+def table_sizes(module: Any) -> tuple[int, int]:
+    """Tokens or classes, and the width, of an embedding table or a head, packed ones too."""
+    for rows, columns in (("num_embeddings", "embedding_dim"), ("out_features", "in_features")):
+        if hasattr(module, rows):
+            return getattr(module, rows), getattr(module, columns)
+    return vocabulary_size(module), table_width(module)
 
 
 def device_of(module: Any) -> torch.device:

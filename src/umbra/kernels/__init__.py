@@ -13,6 +13,8 @@ from .couple import couple_few as couple_few
 from .couple import pack as pack
 from .loss import Head as Head
 from .loss import linear_loss as linear_loss
+from .plain import PLAIN as PLAIN
+from .plain import is_plain as is_plain
 from .products import leave_alone as leave_alone
 from .products import product as product
 from .products import quicken as quicken

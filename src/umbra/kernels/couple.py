@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .once import first_order
+
 
 class Seam(NamedTuple):
     """Weights of one seam, all of one dtype; a seam has an update, an injection, or both.
@@ -174,7 +176,7 @@ class _Couple(torch.autograd.Function):
         return None if seam.down is None else out, None if seam.gate is None else state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> Any:  # type: ignore[override]
         h, s, state, r, in_transform, in_rank, in_delta, *weights = ctx.saved_tensors
         d_h, d_s, d_down, d_up = None, d_state, None, None

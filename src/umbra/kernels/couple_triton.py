@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import couple_kernels
 from .couple import Masks, Seam, weights_of
+from .once import first_order
 
 kernels: Any = couple_kernels  # typed as the plain functions that they are before they are compiled
 
@@ -85,7 +86,7 @@ class _Couple(torch.autograd.Function):
         return out, state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_out: Tensor | None, d_state: Tensor | None) -> Any:  # type: ignore[override]
         h, s, state, kept, *rest = ctx.saved_tensors
         masks, weights = Masks(*map(_flat, rest[:3])), [w if w is None else w.contiguous() for w in rest[3:]]

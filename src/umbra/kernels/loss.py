@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .once import first_order
 from .products import product
 
 CHUNK = 2**24  # logits at once: 64 MB in fp32
@@ -89,7 +90,7 @@ class _LinearLoss(torch.autograd.Function):
         return sums[0], sums[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, of_ce: Tensor, of_kl: Tensor) -> Any:  # type: ignore[override]
         saved = iter(ctx.saved_tensors)
         found: list[Tensor | None] = []

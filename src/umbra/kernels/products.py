@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .switch import in_use
 
@@ -94,4 +95,6 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    return not torch.is_autocast_enabled("cpu") and not torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return False
+    return not torch.is_autocast_enabled("cpu")
