@@ -51,6 +51,7 @@ ORDER = [
     "checkpoint",
     "interop",
     "inspect",
+    "resuming",
     "trainers",
     "runs",
     "train",

@@ -34,7 +34,8 @@ from .kernels import Head, linear_loss
 from .model import attach
 from .options import PretrainOptions, speaks
 from .pretrained import check_vocabulary
-from .runs import RUN_FILE, Run, last_checkpoint, make_arguments, sort_settings
+from .resuming import last_checkpoint
+from .runs import RUN_FILE, Run, make_arguments, sort_settings
 from .teacher import TeacherCache
 from .trainers import ShadowTrainer
 

@@ -238,15 +238,3 @@ def _is_ours(path: Path) -> bool:
         return json.loads(folder.read_text(folder.find(path, checkpoint.CONFIG_FILE)))["peft_type"] == "UMBRA"
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-def last_checkpoint(out: Path) -> str | None:
-    """The latest complete checkpoint: the trainer writes its state last, so one without was cut off by a kill."""
-    complete = []
-    for path in out.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            complete.append((int(path.name.rpartition("-")[2]), str(path)))
-        except (OSError, ValueError):
-            continue
-    return max(complete)[1] if complete else None

@@ -17,7 +17,8 @@ from .errors import BaseModelError, CheckpointError, ConfigError, DataError
 from .model import attach
 from .options import TrainOptions, speaks
 from .pretrained import check_vocabulary
-from .runs import Run, last_checkpoint, make_arguments, sort_settings
+from .resuming import last_checkpoint
+from .runs import Run, make_arguments, sort_settings
 from .trainers import ShadowTrainer
 
 FILES = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.CARD_FILE)
