@@ -6,8 +6,6 @@ no code named in a file is imported.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from . import __version__, anatomy, folder, shards
 from .anatomy import Anatomy
 from .backbone import Shadow
 from .bases import load_base
-from .card import OURS, model_card
+from .card import may_replace, model_card
 from .config import ShadowConfig
 from .errors import CheckpointError, ConfigError, UmbraError
 from .fingerprint import check_same_base
@@ -101,27 +99,12 @@ def save(
     def write(staging: Path) -> None:
         save_file(weights, staging / WEIGHTS_FILE, metadata={"format": "pt"})
         folder.write_text(staging / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        if _is_ours(folder.find(target, CARD_FILE)):
+        if may_replace(folder.find(target, CARD_FILE)):
             folder.write_text(staging / CARD_FILE, model_card(values, model, shadow))
         if is_main_process:
-            _link(staging / WEIGHTS_FILE, staging / TRAINER_FILE)
+            folder.link_or_copy(staging / WEIGHTS_FILE, staging / TRAINER_FILE)
 
     folder.write_together(target, write)
-
-
-def _is_ours(card: Path) -> bool:
-    """Whether a README.md may be written: there is none, or one of an adapter."""
-    try:
-        return not card.exists() or OURS in folder.read_text(card)
-    except (OSError, ValueError):
-        return False
-
-
-def _link(file: Path, name: Path) -> None:
-    try:
-        os.link(file, name)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(file, name)
 
 
 def refuse_other_adapter(target: Path, adapter_id: str | None) -> None:
