@@ -317,9 +317,9 @@ def test_what_cannot_be_written_in_the_end_is_told_in_the_beginning(settings, mo
 
 
 def test_another_run_in_the_folder_is_refused(settings):
-    pretrain.pretrain({**settings, "max_steps": 1})
-    with pytest.raises(umbra.CheckpointError, match="max_steps: 1 → 2"):
-        pretrain.pretrain({**settings, "max_steps": 2})
+    pretrain.pretrain({**settings, "max_steps": 2})
+    with pytest.raises(umbra.CheckpointError, match=r"max_steps: 2 → 1\) \(it can be made longer, not shorter"):
+        pretrain.pretrain({**settings, "max_steps": 1})
     pretrain.pretrain({**settings, "max_steps": 2, "overwrite": True})
 
 

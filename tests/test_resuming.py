@@ -247,5 +247,3 @@ def test_a_full_disk_in_a_checkpoint_is_one_line_and_the_run_resumes(settings, m
     assert "\n" not in str(told.value)
     train(values)
     assert end_of(settings["output_dir"]) == end_of(settings["output_dir"] + "-whole")
-
-

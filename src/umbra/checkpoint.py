@@ -303,11 +303,15 @@ def _open(path: str | Path, shadow: str | None = None) -> Any:
     from . import interop
 
     source = local_folder(path)
-    if interop.recognise(source):
-        return interop.read(source, shadow)
-    if shadow is not None:
-        raise ConfigError(f"{path} names its shadow itself: shadow=… is for adapters of shadow-peft.")
-    return _Saved(source)
+
+    def read() -> Any:
+        if interop.recognise(source):
+            return interop.read(source, shadow)
+        if shadow is not None:
+            raise ConfigError(f"{path} names its shadow itself: shadow=… is for adapters of shadow-peft.")
+        return _Saved(source)
+
+    return folder.read_whole(source, read, (CONFIG_FILE, WEIGHTS_FILE))
 
 
 class _Saved:

@@ -15,18 +15,26 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from .errors import CheckpointError
 
+Read = TypeVar("Read")
+PATIENCE = 30  # seconds for which a reader tries to find files of one generation while they are written again and again
 HIDDEN = ".umbra-"  # what Umbra puts beside the files that it writes
 COMMITTED = ".umbra-commit"
 STAGED_PREFIX = ".umbra-staged-"
-NEW, OLD, CURRENT = ".umbra-new", ".umbra-old", ".umbra-current"  # of `switch_together`; the last is a link to one of them
+NEW, OLD, CURRENT = (
+    ".umbra-new",
+    ".umbra-old",
+    ".umbra-current",
+)  # of `switch_together`; the last is a link to one of them
 
 
 def is_empty(folder: Path) -> bool:
@@ -104,9 +112,8 @@ def _stage(folder: Path, write: Callable[[Path], None], name: str) -> None:
         raise CheckpointError(f"Nothing can be written to {folder}: {error}") from error
     try:
         write(staging)
-        readable = _mode_of_a_new_file(staging)
+        make_readable(staging)
         for path in staging.iterdir():
-            path.chmod(readable)  # safetensors makes files that nobody else can read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         staging.chmod(0o755)
@@ -155,6 +162,13 @@ def link_or_copy(file: Path, name: Path) -> None:
         shutil.copyfile(file, name)
 
 
+def make_readable(folder: Path) -> None:
+    """Give the files of a folder the mode of new ones: safetensors makes files that nobody else can read."""
+    readable = _mode_of_a_new_file(folder)
+    for path in folder.iterdir():
+        path.chmod(readable)
+
+
 def _mode_of_a_new_file(folder: Path) -> int:
     """What the user's umask leaves."""
     probe = folder / ".probe"
@@ -184,6 +198,36 @@ def find(folder: Path, name: str) -> Path:
     committed = folder / COMMITTED
     inside = not committed.is_symlink() and (committed / name).exists()
     return committed / name if inside else folder / name
+
+
+def read_whole(folder: Path, read: Callable[[], Read], names: tuple[str, ...]) -> Read:
+    """What ``read`` returns for files of one generation: it reads again where a writer has replaced one of them meanwhile.
+
+    Args:
+        names: the files that must belong together.
+    """
+    until = time.monotonic() + PATIENCE
+    while True:
+        before = _generation(folder, names)
+        try:
+            value = read()
+        except CheckpointError:
+            if _generation(folder, names) == before or time.monotonic() > until:
+                raise
+            continue
+        if _generation(folder, names) == before or time.monotonic() > until:
+            return value
+
+
+def _generation(folder: Path, names: tuple[str, ...]) -> list[tuple[int, int, int] | None]:
+    found = []
+    for name in names:
+        try:
+            state = find(folder, name).stat()
+            found.append((state.st_ino, state.st_size, state.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
 
 
 def check_regular(file: Path) -> None:

@@ -1,5 +1,6 @@
 """What an adapter folder holds, told without loading its base."""
 
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,11 @@ def inspect(path: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is an adapter of {form}: make it Umbra's first, umbra convert {path} --to umbra --out …"
         )
+    facts = folder.read_whole(source, lambda: _read(source), (CONFIG_FILE, WEIGHTS_FILE))
+    return {"path": str(path), **facts}
+
+
+def _read(source: Path) -> dict[str, Any]:
     values = read_config(source)
     file = folder.find(source, WEIGHTS_FILE)
     parts: dict[str, int] = {}
@@ -39,7 +45,7 @@ def inspect(path: str) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error
     try:
-        return {"path": str(path), **_facts(values, parts)}
+        return _facts(values, parts)
     except (ConfigError, LookupError, TypeError) as error:
         raise CheckpointError(f"{folder.find(source, CONFIG_FILE)} is damaged: {error!r}") from error
 

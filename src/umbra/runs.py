@@ -126,7 +126,8 @@ class Run:
     files: tuple[str, ...]
     contents: dict[str, str]
     is_extensible: bool = True
-    ended_at: int | None = None  # the step at which the folder's finished run ended, where this one is longer
+    is_longer: bool = False  # than the folder's run, of which it is the continuation
+    ended_at: int | None = None  # the step at which that run ended, if it had finished
 
     @classmethod
     def of(
@@ -173,15 +174,15 @@ class Run:
         run, before = self._noted()
         changed = sorted(k for k in self.asked.keys() | before.keys() if self.asked.get(k) != before.get(k))
         metrics = run.get("metrics")
-        is_longer = self._is_longer(changed, before, metrics or {})
-        if changed and not is_longer:
+        self.is_longer = self._is_longer(changed, before, metrics or {})
+        if changed and not self.is_longer:
             differences = ", ".join(f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed)
             shorter = " (it can be made longer, not shorter)" if set(changed) <= set(LENGTHS) else ""
             raise CheckpointError(
                 f"{out} holds another run ({differences}){shorter}: choose another output_dir, or overwrite."
             )
         self.check_contents()
-        if is_longer:
+        if self.is_longer:
             self.ended_at = None if metrics is None else metrics.get("global_step")
             return None
         if metrics is not None and speaks():

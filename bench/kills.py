@@ -1,0 +1,288 @@
+"""Kill every command at many points, run it again, and compare its end with that of an uninterrupted run: python -m bench.kills
+
+One process imports everything and forks a child for each run. A child either kills itself (SIGKILL) at the n-th operation that
+changes the disk (open for writing, rename, replace, unlink, mkdir, rmdir, link, symlink, fsync, truncate), or is killed after a
+random time. The same command then runs again, at times killed once more, until it ends.
+
+An end is equal if the command ended with 0, all tensors of all .safetensors files are equal bit for bit, all metrics but times
+are equal, and the same files are there. A refusal is a rerun that ends with another status.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "kills.json"
+TIMES = ("runtime", "per_second", "seconds", "time", "created_at", "memory", "machine", "commit", "mtime")
+HEAVY = ("export onnx", "export gguf")
+POINTS = {
+    os: ("rename", "replace", "unlink", "remove", "mkdir", "rmdir", "link", "symlink", "fsync", "truncate"),
+}
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Callable[[Path], None] | None]]:
+    """By name: the command line for an output folder, and what prepares that folder."""
+    base, data = place / "base", place / "train.jsonl"
+    train = [
+        "train", "--base", base, "--train_data", data, "--eval_data", place / "eval.jsonl", "--rank", 4, "--gate_rank", 4,
+        "--dropout", 0.1, "--per_device_train_batch_size", 4, "--logging_steps", 4, "--save_steps", 3, "--disable_tqdm", "true",
+        "--use_cpu", "true", "--seed", 7,
+    ]  # fmt: skip
+    pretrain = [
+        "pretrain", "--base", base, "--data", place / "text.txt", "--max_length", 16, "--held_out", 4, "--max_steps", 6,
+        "--per_device_train_batch_size", 4, "--save_steps", 2, "--disable_tqdm", "true", "--use_cpu", "true",
+    ]  # fmt: skip
+    own = ["--prompts", place / "prompts.txt", "--own_documents", 12, "--own_new_tokens", 8]
+    cache = ["--teacher_cache", "true", "--teacher_top_k", 4]
+    detach = ["detach", place / "adapter"]
+
+    def old_model(out: Path) -> None:
+        shutil.copytree(place / "old", out)
+        (out / "notes.txt").write_text("mine")
+
+    def to(*words: Any) -> Callable[[Path], list[str]]:
+        return lambda out: [str(w) for w in (*words, "--output_dir", out)]
+
+    def into(*words: Any) -> Callable[[Path], list[str]]:
+        return lambda out: [str(w) for w in (*words, "--out", out)]
+
+    found: dict[str, Any] = {
+        "train max_steps": (to(*train, "--max_steps", 7, "--lr_scheduler_type", "constant"), None),
+        "train 1.5 epochs": (to(*train, "--num_train_epochs", 1.5), None),
+        "train epochs, accumulated": (to(*train, "--num_train_epochs", 2, "--gradient_accumulation_steps", 2), None),
+        "train the best": (
+            to(*train, "--max_steps", 6, "--eval_steps", 3, "--load_best_model_at_end", "true", "--save_total_limit", 1), None,
+        ),
+        "train from an adapter": (to(*train[:1], "--adapter", place / "adapter", *train[1:7], *train[11:], "--max_steps", 5), None),
+        "pretrain": (to(*pretrain), None),
+        "pretrain two stages": (to(*pretrain, "--stages", "next_token,distillation", "--max_steps", 4), None),
+        "pretrain, teacher and own text": (to(*pretrain, *own, *cache, "--max_steps", 3), None),
+        "detach": (lambda out: [*map(str, detach), str(out)], None),
+        "detach --overwrite": (lambda out: [*map(str, detach), str(out), "--overwrite"], old_model),
+        "convert peft": (into("convert", place / "peft", "--to", "peft"), None),
+        "convert umbra": (into("convert", place / "adapter", "--to", "umbra"), None),
+        "export hf": (into("export", place / "adapter", "--to", "hf", "--prompts", place / "prompts.txt", "--max-new-tokens", 2), None),
+        "evaluate": (into("evaluate", place / "study.yaml"), None),
+        "bench": (into("bench", "--base", "random:tiny", "--rounds", 1, "--methods", "bare base,PEFT LoRA,Umbra", "--cases",
+                       "prefill,latency"), None),
+        "export onnx": (into("export", place / "adapter", "--to", "onnx", "--quantization", "fp32", "--prompts",
+                             place / "prompts.txt", "--max-new-tokens", 2), None),
+        "export gguf": (into("export", place / "bpe-adapter", "--to", "gguf", "--quantization", "f16", "--prompts",
+                             place / "prompts.txt", "--max-new-tokens", 2), None),
+    }  # fmt: skip
+    return found
+
+
+def prepare(place: Path) -> None:
+    """A tiny base, adapters, data and a study."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import torch
+    import yaml
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import umbra
+    from conftest import make_tokenizer
+    from studies import METHODS, SUMS, TRAINING, lines
+    from tiny import LLAMA_LIKE, scramble
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**LLAMA_LIKE, "vocab_size": 99}))
+    model.save_pretrained(place / "base")
+    make_tokenizer().save_pretrained(place / "base")
+    for name, fields in (("adapter", {}), ("peft", {"dialect": "peft"}), ("other", {"rank": 3})):
+        torch.manual_seed(1)
+        base = umbra.bases.load_base(str(place / "base"))
+        attached = umbra.attach(base, umbra.ShadowConfig(**{"rank": 4, "gate_rank": 4, **fields}))
+        scramble(attached.shadow, 3 + len(name))
+        attached.save_pretrained(place / name)
+        if name == "other":
+            umbra.detach.write_detached(attached, place / "old", make_tokenizer())
+    records = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)]
+    lines(place / "train.jsonl", records[:21])
+    lines(place / "eval.jsonl", records[21:])
+    (place / "text.txt").write_text("\n\n".join(f"{a} plus {b} is {a + b}, as is {b} plus {a}." for a in range(9) for b in range(9)))
+    (place / "prompts.txt").write_text("one\ntwo\n")
+    study = {
+        "title": "Tiny", "base": str(place / "base"), "dtype": "float32", "seeds": [0],
+        "tasks": {"sum": {"train": lines(place / "s.jsonl", SUMS[::2]), "test": lines(place / "t.jsonl", SUMS[1::2]),
+                          "validation": 6, "max_new_tokens": 2}},
+        "methods": {"LoRA": {"kind": "lora", "r": 2}, "Umbra": METHODS["Umbra"]},
+        "training": {**TRAINING, "max_steps": 5, "save_strategy": "steps", "save_steps": 2},
+    }  # fmt: skip
+    (place / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def count_down(left: int, counted: Path | None) -> None:
+    """Kill this process at the ``left``-th operation that changes the disk; or note down how many there are."""
+    state = [0]
+
+    def hit() -> None:
+        state[0] += 1
+        if state[0] == left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            hit()
+            return function(*args, **options)
+
+        return call
+
+    for module, names in POINTS.items():
+        for name in names:
+            setattr(module, name, wrap(getattr(module, name)))
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            hit()
+
+    sys.addaudithook(audit)
+    if counted is not None:
+        import atexit
+
+        atexit.register(lambda: None)
+        globals()["_count"] = state
+
+
+def run(command: list[str], log: Path, left: int = -1, seconds: float | None = None, counted: Path | None = None) -> int:
+    """The exit status of a command in a forked process; -9 where it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            with log.open("a") as text, redirect_stdout(text), redirect_stderr(text):
+                os.dup2(text.fileno(), 1)
+                os.dup2(text.fileno(), 2)
+                from umbra.cli import main
+
+                count_down(left, counted)
+                status = main(command)
+                if counted is not None:
+                    counted.write_text(str(globals()["_count"][0]))
+        except BaseException as error:
+            log.write_text(log.read_text() + f"\n{type(error).__name__}: {error}")
+        finally:
+            os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def end_of(out: Path) -> dict[str, Any]:
+    """Files, tensors and metrics of an output folder, without times."""
+    from safetensors.torch import load_file
+
+    found: dict[str, Any] = {}
+    for file in sorted(p for p in out.rglob("*") if p.is_file()):
+        name = str(file.relative_to(out))
+        if file.suffix == ".safetensors":
+            found[name] = {k: v.numpy().tobytes() for k, v in load_file(file).items()}
+        elif name in ("run.json", "study.json", "parity.json") or name.endswith("stage.json") or "runs/" in name:
+            found[name] = timeless(json.loads(file.read_text()))
+        else:
+            found[name] = None if file.suffix in (".json", ".md", ".html", ".png", ".pt", ".pth") else file.read_bytes()[:1000]
+    return found
+
+
+def timeless(value: Any) -> Any:
+    """Without times, and without digests of files that hold some."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if not any(t in k for t in TIMES) and k not in ("asked", "command", "files")}
+        return {k: timeless(v) for k, v in kept.items()}
+    if isinstance(value, list):
+        return [timeless(v) for v in value]
+    return value
+
+
+def main() -> None:
+    """Run all scenarios, print progress, write `RESULTS`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30, help="kills of each scenario")
+    parser.add_argument("--only", default="", help="scenarios whose name contains this")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    place = Path(tempfile.mkdtemp(prefix="kills-"))
+    prepare(place)
+    rows = {}
+    for name, (command, begin) in scenarios(place).items():
+        if given.only in name and (given.only or name not in HEAVY):
+            rows[name] = kill(name, command, begin, place, given.kills if name not in HEAVY else given.kills // 3, given.seed)
+            print(name, rows[name], flush=True)
+    total = {k: sum(r[k] for r in rows.values()) for k in ("kills", "unequal", "refused")}
+    print("total", total)
+    if not given.only:
+        given.out.write_text(json.dumps({"seed": given.seed, "total": total, "scenarios": rows}, indent=1) + "\n")
+    shutil.rmtree(place)
+
+
+def kill(
+    name: str, command: Callable[[Path], list[str]], begin: Callable[[Path], None] | None, place: Path, kills: int, seed: int
+) -> dict[str, Any]:
+    """How many kills of one command ended unequal or refused."""
+    chance, scenario = random.Random(f"{seed} {name}"), place / "work"
+    log, out, counted = place / "log.txt", scenario / "out", place / "count.txt"
+
+    def fresh() -> None:
+        shutil.rmtree(scenario, ignore_errors=True)
+        scenario.mkdir()
+        if begin is not None:
+            begin(out)
+
+    fresh()
+    started = time.perf_counter()
+    if run(command(out), log, counted=counted) != 0:
+        raise SystemExit(f"{name}: {log.read_text()[-2000:]}")
+    seconds, points = time.perf_counter() - started, int(counted.read_text())
+    expected = end_of(out)
+    done = unequal = refused = 0
+    problems: list[str] = []
+    while done < kills:
+        fresh()
+        log.write_text("")
+        moments = [chance.randint(1, points) for _ in range(chance.choice([1, 1, 2]))]
+        by_time = chance.random() < 0.2
+        killed = []
+        for moment in moments:
+            after = chance.uniform(0, seconds) if by_time else None
+            status = run(command(out), log, -1 if by_time else moment, after)
+            killed.append(round(after, 3) if after is not None else moment)
+            if status == -signal.SIGKILL:
+                done += 1
+            elif status != 0:
+                refused += 1
+                problems.append(f"killed at {killed}: refused: {log.read_text()[-300:]}")
+        status = run(command(out), log)
+        if status != 0:
+            refused += 1
+            problems.append(f"killed at {killed}: {log.read_text()[-300:]}")
+        else:
+            found = end_of(out)
+            if found != expected:
+                unequal += 1
+                different = sorted(k for k in found.keys() | expected.keys() if found.get(k, 0) != expected.get(k, 0))
+                problems.append(f"killed at {killed}: unequal: {different[:5]}")
+    for problem in problems[:5]:
+        print(f"  {name}: {problem}", flush=True)
+    return {"points": points, "kills": done, "unequal": unequal, "refused": refused}
+
+
+if __name__ == "__main__":
+    main()
