@@ -5,7 +5,8 @@ changes the disk (open for writing, rename, replace, unlink, mkdir, rmdir, link,
 random time. The same command then runs again, at times killed once more, until it ends.
 
 An end is equal if the command ended with 0, all tensors of all .safetensors files are equal bit for bit, all metrics but times
-are equal, and the same files are there. A refusal is a rerun that ends with another status.
+are equal, and the same files are there. A refusal is a rerun that ends with another status. After each kill of `detach --overwrite`
+the folder must be, file by file, the old model or the new one, and load as such; anything else is a mixture.
 """
 
 import argparse
@@ -24,6 +25,10 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "kills.json"
 TIMES = ("runtime", "per_second", "seconds", "time", "created_at", "memory", "machine", "commit", "mtime")
+BPE = {  # sizes for SmolLM2's tokenizer, which GGML's converter knows
+    "vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "hidden_size": 64, "head_dim": 16,
+    "tie_word_embeddings": True, "num_hidden_layers": 1,
+}  # fmt: skip
 HEAVY = ("export onnx", "export gguf")
 POINTS = {
     os: ("rename", "replace", "unlink", "remove", "mkdir", "rmdir", "link", "symlink", "fsync", "truncate"),
@@ -47,7 +52,7 @@ def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Calla
     ]  # fmt: skip
     own = ["--prompts", place / "prompts.txt", "--own_documents", 12, "--own_new_tokens", 8]
     cache = ["--teacher_cache", "true", "--teacher_top_k", 4]
-    detach = ["detach", place / "adapter"]
+    detach, few = ["detach", place / "adapter"], ["--prompts", place / "prompts.txt", "--max-new-tokens", 2]
 
     def old_model(out: Path) -> None:
         shutil.copytree(place / "old", out)
@@ -66,7 +71,7 @@ def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Calla
         "train the best": (
             to(*train, "--max_steps", 6, "--eval_steps", 3, "--load_best_model_at_end", "true", "--save_total_limit", 1), None,
         ),
-        "train from an adapter": (to(*train[:1], "--adapter", place / "adapter", *train[1:7], *train[11:], "--max_steps", 5), None),
+        "train from an adapter": (to(*train[:1], "--adapter", place / "adapter", *train[1:7], *train[13:], "--max_steps", 5), None),
         "pretrain": (to(*pretrain), None),
         "pretrain two stages": (to(*pretrain, "--stages", "next_token,distillation", "--max_steps", 4), None),
         "pretrain, teacher and own text": (to(*pretrain, *own, *cache, "--max_steps", 3), None),
@@ -74,19 +79,17 @@ def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Calla
         "detach --overwrite": (lambda out: [*map(str, detach), str(out), "--overwrite"], old_model),
         "convert peft": (into("convert", place / "peft", "--to", "peft"), None),
         "convert umbra": (into("convert", place / "adapter", "--to", "umbra"), None),
-        "export hf": (into("export", place / "adapter", "--to", "hf", "--prompts", place / "prompts.txt", "--max-new-tokens", 2), None),
+        "export hf": (into("export", place / "adapter", "--to", "hf", *few), None),
         "evaluate": (into("evaluate", place / "study.yaml"), None),
         "bench": (into("bench", "--base", "random:tiny", "--rounds", 1, "--methods", "bare base,PEFT LoRA,Umbra", "--cases",
                        "prefill,latency"), None),
-        "export onnx": (into("export", place / "adapter", "--to", "onnx", "--quantization", "fp32", "--prompts",
-                             place / "prompts.txt", "--max-new-tokens", 2), None),
-        "export gguf": (into("export", place / "bpe-adapter", "--to", "gguf", "--quantization", "f16", "--prompts",
-                             place / "prompts.txt", "--max-new-tokens", 2), None),
+        "export onnx": (into("export", place / "adapter", "--to", "onnx", "--quantization", "fp32", *few), None),
+        "export gguf": (into("export", place / "bpe-adapter", "--to", "gguf", "--quantization", "f16", *few), None),
     }  # fmt: skip
     return found
 
 
-def prepare(place: Path) -> None:
+def prepare(place: Path, gguf: bool) -> None:
     """A tiny base, adapters, data and a study."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import torch
@@ -97,23 +100,35 @@ def prepare(place: Path) -> None:
     from conftest import make_tokenizer
     from studies import METHODS, SUMS, TRAINING, lines
     from tiny import LLAMA_LIKE, scramble
+    from umbra.bases import load_base, load_tokenizer
+    from umbra.detach import write_detached
+    from umbra.options import EMBEDDED
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**LLAMA_LIKE, "vocab_size": 99}))
     model.save_pretrained(place / "base")
     make_tokenizer().save_pretrained(place / "base")
+    if gguf:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**LLAMA_LIKE, **BPE}))
+        model.save_pretrained(place / "bpe-base")
+        load_tokenizer(EMBEDDED).save_pretrained(place / "bpe-base")
+        attached = umbra.attach(load_base(str(place / "bpe-base")), umbra.ShadowConfig(rank=4))
+        scramble(attached.shadow, std=0.1)
+        attached.save_pretrained(place / "bpe-adapter")
     for name, fields in (("adapter", {}), ("peft", {"dialect": "peft"}), ("other", {"rank": 3})):
         torch.manual_seed(1)
-        base = umbra.bases.load_base(str(place / "base"))
+        base = load_base(str(place / "base"))
         attached = umbra.attach(base, umbra.ShadowConfig(**{"rank": 4, "gate_rank": 4, **fields}))
         scramble(attached.shadow, 3 + len(name))
         attached.save_pretrained(place / name)
         if name == "other":
-            umbra.detach.write_detached(attached, place / "old", make_tokenizer())
+            write_detached(attached, place / "old", make_tokenizer())
     records = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)]
     lines(place / "train.jsonl", records[:21])
     lines(place / "eval.jsonl", records[21:])
-    (place / "text.txt").write_text("\n\n".join(f"{a} plus {b} is {a + b}, as is {b} plus {a}." for a in range(9) for b in range(9)))
+    (place / "text.txt").write_text(
+        "\n\n".join(f"{a} plus {b} is {a + b}, as is {b} plus {a}." for a in range(9) for b in range(9))
+    )
     (place / "prompts.txt").write_text("one\ntwo\n")
     study = {
         "title": "Tiny", "base": str(place / "base"), "dtype": "float32", "seeds": [0],
@@ -160,7 +175,9 @@ def count_down(left: int, counted: Path | None) -> None:
         globals()["_count"] = state
 
 
-def run(command: list[str], log: Path, left: int = -1, seconds: float | None = None, counted: Path | None = None) -> int:
+def run(
+    command: list[str], log: Path, left: int = -1, seconds: float | None = None, counted: Path | None = None
+) -> int:
     """The exit status of a command in a forked process; -9 where it was killed."""
     pid = os.fork()
     if pid == 0:
@@ -197,44 +214,65 @@ def end_of(out: Path) -> dict[str, Any]:
         elif name in ("run.json", "study.json", "parity.json") or name.endswith("stage.json") or "runs/" in name:
             found[name] = timeless(json.loads(file.read_text()))
         else:
-            found[name] = None if file.suffix in (".json", ".md", ".html", ".png", ".pt", ".pth") else file.read_bytes()[:1000]
+            found[name] = (
+                None if file.suffix in (".json", ".md", ".html", ".png", ".pt", ".pth") else file.read_bytes()[:1000]
+            )
     return found
 
 
 def timeless(value: Any) -> Any:
     """Without times, and without digests of files that hold some."""
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if not any(t in k for t in TIMES) and k not in ("asked", "command", "files")}
+        kept = {
+            k: v for k, v in value.items() if not any(t in k for t in TIMES) and k not in ("asked", "command", "files")
+        }
         return {k: timeless(v) for k, v in kept.items()}
     if isinstance(value, list):
         return [timeless(v) for v in value]
     return value
 
 
+def visible(out: Path) -> dict[str, bytes]:
+    """The files of a model as any reader finds them."""
+    return {p.name: p.read_bytes() for p in out.glob("[!.]*") if p.is_file() and p.name != "notes.txt"}
+
+
+def is_one_of(out: Path, allowed: list[dict[str, bytes]]) -> bool:
+    """Whether a folder holds one of these sets of files, which transformers loads, and the user's own file."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(out)
+    return visible(out) in allowed and (out / "notes.txt").read_text() == "mine"
+
+
 def main() -> None:
     """Run all scenarios, print progress, write `RESULTS`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30, help="kills of each scenario")
-    parser.add_argument("--only", default="", help="scenarios whose name contains this")
+    parser.add_argument("--only", default="", help="scenarios whose names contain one of these, by commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="kills-"))
-    prepare(place)
+    prepare(place, "gguf" in given.only)
     rows = {}
     for name, (command, begin) in scenarios(place).items():
-        if given.only in name and (given.only or name not in HEAVY):
-            rows[name] = kill(name, command, begin, place, given.kills if name not in HEAVY else given.kills // 3, given.seed)
+        if any(part in name for part in given.only.split(",")) and (given.only or name not in HEAVY):
+            rows[name] = kill(name, command, begin, place, given.kills, given.seed)
             print(name, rows[name], flush=True)
-    total = {k: sum(r[k] for r in rows.values()) for k in ("kills", "unequal", "refused")}
+    total = {k: sum(r[k] for r in rows.values()) for k in ("kills", "unequal", "refused", "mixtures")}
     print("total", total)
-    if not given.only:
-        given.out.write_text(json.dumps({"seed": given.seed, "total": total, "scenarios": rows}, indent=1) + "\n")
+    given.out.write_text(json.dumps({"seed": given.seed, "total": total, "scenarios": rows}, indent=1) + "\n")
     shutil.rmtree(place)
 
 
 def kill(
-    name: str, command: Callable[[Path], list[str]], begin: Callable[[Path], None] | None, place: Path, kills: int, seed: int
+    name: str,
+    command: Callable[[Path], list[str]],
+    begin: Callable[[Path], None] | None,
+    place: Path,
+    kills: int,
+    seed: int,
 ) -> dict[str, Any]:
     """How many kills of one command ended unequal or refused."""
     chance, scenario = random.Random(f"{seed} {name}"), place / "work"
@@ -252,7 +290,8 @@ def kill(
         raise SystemExit(f"{name}: {log.read_text()[-2000:]}")
     seconds, points = time.perf_counter() - started, int(counted.read_text())
     expected = end_of(out)
-    done = unequal = refused = 0
+    done = unequal = refused = mixtures = 0
+    allowed = [visible(place / "old"), visible(out)]
     problems: list[str] = []
     while done < kills:
         fresh()
@@ -266,6 +305,9 @@ def kill(
             killed.append(round(after, 3) if after is not None else moment)
             if status == -signal.SIGKILL:
                 done += 1
+                if name == "detach --overwrite" and not is_one_of(out, allowed):
+                    mixtures += 1
+                    problems.append(f"killed at {killed}: a mixture")
             elif status != 0:
                 refused += 1
                 problems.append(f"killed at {killed}: refused: {log.read_text()[-300:]}")
@@ -281,7 +323,7 @@ def kill(
                 problems.append(f"killed at {killed}: unequal: {different[:5]}")
     for problem in problems[:5]:
         print(f"  {name}: {problem}", flush=True)
-    return {"points": points, "kills": done, "unequal": unequal, "refused": refused}
+    return {"points": points, "kills": done, "unequal": unequal, "refused": refused, "mixtures": mixtures}
 
 
 if __name__ == "__main__":

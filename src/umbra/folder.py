@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from .errors import CheckpointError
 
 Read = TypeVar("Read")
+ATTEMPTS = 3  # after which a file that cannot be read is not only being moved
 PATIENCE = 30  # seconds for which a reader tries to find files of one generation while they are written again and again
 HIDDEN = ".umbra-"  # what Umbra puts beside the files that it writes
 COMMITTED = ".umbra-commit"
@@ -206,28 +207,33 @@ def read_whole(folder: Path, read: Callable[[], Read], names: tuple[str, ...]) -
     Args:
         names: the files that must belong together.
     """
-    until = time.monotonic() + PATIENCE
+    until, failures = time.monotonic() + PATIENCE, 0
     while True:
         before = _generation(folder, names)
         try:
             value = read()
         except CheckpointError:
-            if _generation(folder, names) == before or time.monotonic() > until:
+            failures += _generation(folder, names) == before
+            if failures == ATTEMPTS or time.monotonic() > until:
                 raise
+            time.sleep(0.003)
             continue
         if _generation(folder, names) == before or time.monotonic() > until:
             return value
 
 
 def _generation(folder: Path, names: tuple[str, ...]) -> list[tuple[int, int, int] | None]:
-    found = []
-    for name in names:
+    return [_stamp(folder, name) for name in names]
+
+
+def _stamp(folder: Path, name: str) -> tuple[int, int, int] | None:
+    for _ in range(ATTEMPTS):  # a file may be put in its place between the two calls
         try:
             state = find(folder, name).stat()
-            found.append((state.st_ino, state.st_size, state.st_mtime_ns))
+            return state.st_ino, state.st_size, state.st_mtime_ns
         except OSError:
-            found.append(None)
-    return found
+            continue
+    return None
 
 
 def check_regular(file: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .errors import CheckpointError
+from .folder import settle
 from .options import speaks
 
 LOCK = ".umbra-lock"  # in the folder, while it is held; its content says by whom
@@ -18,6 +19,8 @@ LOCK = ".umbra-lock"  # in the folder, while it is held; its content says by who
 @contextmanager
 def locked(folder: Path | str) -> Iterator[None]:
     """Hold the lock of an output folder, which is made if need be; of launched ranks the first one holds it for all.
+
+    What a killed writer has left half done in the folder is finished or taken away first.
 
     Raises:
         CheckpointError: another process holds it, which is named; or the folder cannot be written, or not be locked.
@@ -35,6 +38,9 @@ def locked(folder: Path | str) -> Iterator[None]:
             f"{folder} is being written by {_holder(file)}: wait for it to finish, or choose another folder."
         ) from None
     except (OSError, NotImplementedError) as error:
+        with suppress(OSError):
+            if file.stat().st_size == 0:  # of nobody who holds it
+                file.unlink()
         _tidy(made)
         raise CheckpointError(
             f"{folder} cannot be locked against other writers ({error}): choose a folder that can be written, on a file "
@@ -43,6 +49,12 @@ def locked(folder: Path | str) -> Iterator[None]:
     try:
         with suppress(OSError):  # a full disk: the lock holds all the same
             file.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        try:
+            settle(folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} holds what a killed writer has left, which cannot be tidied: {error}"
+            ) from error
         yield
     finally:
         file.unlink(missing_ok=True)  # by its holder alone; who waits for this file then looks for a new one

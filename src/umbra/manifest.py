@@ -79,7 +79,6 @@ def writing(out: Path | str, asked: dict[str, Any], overwrite: bool) -> Iterator
         goes_on = held is not None and held.asked == asked and not held.is_complete
         if not overwrite and not goes_on and not folder.is_empty(out):
             raise CheckpointError(f"{out} is not empty: choose another folder, or overwrite (--overwrite).")
-        folder.settle(out)
         now, before = Manifest(asked, {} if held is None else held.files, False), _stamps(out)
         now.write(out)
         try:

@@ -96,7 +96,14 @@ class Resumable:
         """With the seconds before the checkpoint in the runtime, from which rates are computed."""
         with _own_rotation(self.args):
             started = start_time - self._earlier_seconds
-            return super()._finalize_training(trial, num_train_samples, started)  # type: ignore[misc]
+            output = super()._finalize_training(trial, num_train_samples, started)  # type: ignore[misc]
+        self._rotate(trial)  # in case that a kill has kept the last checkpoint from doing it
+        return output
+
+    def _rotate(self: Any, trial: Any) -> None:
+        if self.args.should_save:
+            run = Path(self._get_output_dir(trial=trial))
+            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -116,8 +123,7 @@ class Resumable:
                 f"{place} cannot be written: {str(error).splitlines()[0]:.200}. Make room and run the same command again: "
                 "training goes on from the checkpoint before."
             ) from error
-        if self.args.should_save:
-            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._rotate(trial)
 
     def _save_scaler(self: Any, output_dir: str) -> None:
         super()._save_scaler(output_dir)  # type: ignore[misc]
@@ -137,10 +143,11 @@ class Resumable:
         scheduler = self.lr_scheduler
         is_longer = self._resumed is not None and self._resumed["max_steps"] != self.state.max_steps
         if checkpoint is not None and is_longer and isinstance(scheduler, LambdaLR):
-            for group, rate, factor in zip(
-                self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = rate * factor(scheduler.last_epoch)
+            factors = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            rates = [rate * factor(scheduler.last_epoch) for rate, factor in factors]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})
 
 
 class ResumableTrainer(Resumable, Trainer):

@@ -50,7 +50,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     study, out = Study.read(options.study), Path(options.out)
     sizes, parameters = _check(study)
     with locked(out):
-        for folder_of_records in (out, out / "runs", out / "trials"):
+        for folder_of_records in (out / "runs", out / "trials"):
             folder.settle(folder_of_records)
         return _evaluate(options, study, out, sizes, parameters)
 
