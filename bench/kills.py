@@ -4,7 +4,7 @@ One process imports everything and forks a child for each run. A child either ki
 changes the disk (open for writing, rename, replace, unlink, mkdir, rmdir, link, symlink, fsync, truncate), or is killed after a
 random time. The same command then runs again, at times killed once more, until it ends.
 
-An end is equal if the command ended with 0, all tensors of all .safetensors files are equal bit for bit, all metrics but times
+An end is equal if the command ended with 0, all .safetensors files are equal byte for byte, all metrics but times
 are equal, and the same files are there. A refusal is a rerun that ends with another status. After each kill of `detach --overwrite`
 the folder must be, file by file, the old model or the new one, and load as such; anything else is a mixture.
 """
@@ -204,13 +204,11 @@ def run(
 
 def end_of(out: Path) -> dict[str, Any]:
     """Files, tensors and metrics of an output folder, without times."""
-    from safetensors.torch import load_file
-
     found: dict[str, Any] = {}
     for file in sorted(p for p in out.rglob("*") if p.is_file()):
         name = str(file.relative_to(out))
         if file.suffix == ".safetensors":
-            found[name] = {k: v.numpy().tobytes() for k, v in load_file(file).items()}
+            found[name] = file.read_bytes()
         elif name in ("run.json", "study.json", "parity.json") or name.endswith("stage.json") or "runs/" in name:
             found[name] = timeless(json.loads(file.read_text()))
         else:
@@ -241,8 +239,23 @@ def is_one_of(out: Path, allowed: list[dict[str, bytes]]) -> bool:
     """Whether a folder holds one of these sets of files, which transformers loads, and the user's own file."""
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(out)
-    return visible(out) in allowed and (out / "notes.txt").read_text() == "mine"
+    loads = in_child(lambda: AutoModelForCausalLM.from_pretrained(out))
+    return loads and visible(out) in allowed and (out / "notes.txt").read_text() == "mine"
+
+
+def in_child(work: Callable[[], Any]) -> bool:
+    """Whether this works in a forked process: the parent starts no threads, which its children would lack."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def main() -> None:
@@ -254,7 +267,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="kills-"))
-    prepare(place, "gguf" in given.only)
+    import umbra.evaluate
+    import umbra.export
+    import umbra.pretrain
+    import umbra.train  # noqa: F401
+
+    if not in_child(lambda: prepare(place, "gguf" in given.only)):
+        raise SystemExit("The models could not be made.")
     rows = {}
     for name, (command, begin) in scenarios(place).items():
         if any(part in name for part in given.only.split(",")) and (given.only or name not in HEAVY):

@@ -21,15 +21,15 @@ def inspect(path: str) -> dict[str, Any]:
         CheckpointError: no adapter folder, or a damaged one.
     """
     source = local_folder(path)
+    facts = folder.read_whole(source, lambda: _read(path, source), (CONFIG_FILE, WEIGHTS_FILE))
+    return {"path": str(path), **facts}
+
+
+def _read(path: str, source: Path) -> dict[str, Any]:
     if form := recognise(source):
         raise CheckpointError(
             f"{path} is an adapter of {form}: make it Umbra's first, umbra convert {path} --to umbra --out …"
         )
-    facts = folder.read_whole(source, lambda: _read(source), (CONFIG_FILE, WEIGHTS_FILE))
-    return {"path": str(path), **facts}
-
-
-def _read(source: Path) -> dict[str, Any]:
     values = read_config(source)
     file = folder.find(source, WEIGHTS_FILE)
     parts: dict[str, int] = {}

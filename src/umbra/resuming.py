@@ -40,6 +40,18 @@ class Resumable:
     _epoch_ended = False
     _last_step: tuple[Any, float | None] = (None, None)  # gradient norm and learning rate
 
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """As transformers' trainers do; True resumes from the newest complete checkpoint.
+
+        Raises:
+            CheckpointError: True, and there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"{self.args.output_dir} has no checkpoint to resume from: train without it.")
+        return super().train(resume_from_checkpoint, *args, **options)  # type: ignore[misc]
+
     def _inner_training_loop(self: Any, *args: Any, **options: Any) -> Any:
         path = options.get("resume_from_checkpoint")
         self._resumed = None if path is None else read_progress(Path(path))

@@ -80,7 +80,7 @@ def _asked(options: ExportOptions, wanted: list[str]) -> dict[str, Any]:
 
 
 def _write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, wanted: list[str], prompts: list[str],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, wanted: list[str], prompts: Any,
     options: ExportOptions,
 ) -> list[Parity]:  # fmt: skip
     """Write all files, and compare them with the model."""
