@@ -27,7 +27,7 @@ def start(place: Path, old: dict[str, str]) -> None:
         (place / name).write_text(text)
 
 
-# A small process, which forks fast, has a child kill itself at every operation on the disk, of the switch and of the tidying after it.
+# A small process, which forks fast: a child kills itself at every operation on the disk, of the switch and of the tidying.
 SWITCHES = """
 import os, shutil, signal, sys
 from pathlib import Path

@@ -33,9 +33,9 @@ def adopt(options: TrainOptions, given: dict[str, Any]) -> tuple[TrainOptions, S
     shadow, saved = (json.loads(json.dumps(c)) for c in (given, config.to_dict()))
     changed = sorted(k for k in names(ShadowConfig) if k in shadow and shadow[k] != saved[k])
     if changed:
-        told = ", ".join(f"{k}: {saved[k]!r} → {shadow[k]!r}" for k in changed)
+        differences = ", ".join(f"{k}: {saved[k]!r} → {shadow[k]!r}" for k in changed)
         raise ConfigError(
-            f"adapter={options.adapter} has other settings of the shadow ({told}): leave them out, they are the adapter's."
+            f"adapter={options.adapter} has other settings of the shadow ({differences}): leave them out, they are the adapter's."
         )
     base = options.base if "base" in given else values["base_model_name_or_path"]
     if not base:
