@@ -282,8 +282,18 @@ def main() -> None:
             print(name, rows[name], flush=True)
     total = {k: sum(r[k] for r in rows.values()) for k in ("kills", "unequal", "refused", "mixtures")}
     print("total", total)
-    given.out.write_text(json.dumps({"seed": given.seed, "total": total, "scenarios": rows}, indent=1) + "\n")
+    given.out.write_text(
+        json.dumps({**about(), "seed": given.seed, "total": total, "scenarios": rows}, indent=1) + "\n"
+    )
     shutil.rmtree(place)
+
+
+def about() -> dict[str, Any]:
+    """Date, machine and versions."""
+    from umbra.bench.machine import Device, versions
+
+    packages = versions(("umbra-peft", "torch", "transformers", "safetensors"))
+    return {"date": time.strftime("%Y-%m-%d"), "machine": Device("cpu").describe(), "versions": packages}
 
 
 def kill(

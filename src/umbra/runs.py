@@ -177,9 +177,10 @@ class Run:
         self.is_longer = self._is_longer(changed, before, metrics or {})
         if changed and not self.is_longer:
             differences = ", ".join(f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed)
-            shorter = " (it can be made longer, not shorter)" if set(changed) <= set(LENGTHS) else ""
+            limits = ("a run of several stages keeps its length", "it can be made longer, not shorter")
+            limit = f" ({limits[self.is_extensible]})" if set(changed) <= set(LENGTHS) else ""
             raise CheckpointError(
-                f"{out} holds another run ({differences}){shorter}: choose another output_dir, or overwrite."
+                f"{out} holds another run ({differences}){limit}: choose another output_dir, or overwrite."
             )
         self.check_contents()
         if self.is_longer:
