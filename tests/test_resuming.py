@@ -161,6 +161,26 @@ def test_folders_called_checkpoint_something_are_not_rotated_away(tmp_path):
     assert (tmp_path / "checkpoint-notes" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_kill_while_an_old_checkpoint_goes_leaves_no_half_of_it(settings, monkeypatch):
+    values = {**settings, "max_steps": 9, "save_total_limit": 1}
+    train({**values, "output_dir": settings["output_dir"] + "-whole"})
+    rmtree = shutil.rmtree
+
+    def half(path, *args, **options):
+        if "checkpoint-3" in str(path) and Path(path).exists():
+            (Path(path) / "adapter_config.json").unlink()
+            raise Killed
+        rmtree(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", half)
+        with pytest.raises(Killed):
+            train(values)
+    train(values)
+    assert end_of(settings["output_dir"]) == end_of(settings["output_dir"] + "-whole")
+    assert {p.name for p in Path(settings["output_dir"]).glob("checkpoint-*")} == {"checkpoint-9"}
+
+
 # -- which checkpoint --------------------------------------------------------------------------------------------------
 
 

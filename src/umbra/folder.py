@@ -155,6 +155,14 @@ def _finish_switch(folder: Path) -> None:
             shutil.rmtree(folder / side)
 
 
+def remove(path: Path) -> None:
+    """Remove a folder, of which no half is ever found under its name."""
+    gone = path.with_name(f"{STAGED_PREFIX}{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def link_or_copy(file: Path, name: Path) -> None:
     """Give a file a second name, or its content where the file system has no hard links."""
     try:

@@ -7,12 +7,11 @@ train. `last_checkpoint` chooses the newest checkpoint from which all of this ca
 
 import json
 import re
-import shutil
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +228,8 @@ def rotate(out: Path, limit: int | None, best: str | None) -> None:
     spare = [p for p in places if p.name not in keep]
     if limit is not None and limit > 0:
         for path in spare[max(limit - len(keep), 0) :]:
-            (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                folder.remove(path)
 
 
 def read_progress(path: Path) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -260,7 +259,7 @@ class Run:
         names = [n for n in self.files if n not in keep and self._wrote(n)]
         for path in resuming.checkpoints(self.out):
             if _is_ours(path):
-                shutil.rmtree(path)
+                folder.remove(path)
         for name in names:
             path = self.out / name
             if path.is_dir() and not path.is_symlink():
@@ -347,7 +346,7 @@ def _clear_folder(path: Path) -> None:
             if STAGE.fullmatch(inner.name):
                 _clear_folder(inner)
             elif resuming.step_of(inner) is not None and _is_ours(inner):
-                shutil.rmtree(inner)
+                folder.remove(inner)
         elif inner.name in INNER_FILES or (inner.name == checkpoint.CARD_FILE and may_replace(inner)):
             inner.unlink()
     folder.settle(path)
