@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 CHOSEN = "max_steps,teacher,detach --overwrite,convert,export hf"
 
@@ -30,8 +28,3 @@ def test_a_killed_command_that_runs_again_ends_as_an_uninterrupted_one(tmp_path)
     total = json.loads((tmp_path / "kills.json").read_text())["total"]
     assert total["kills"] >= 30
     assert (total["unequal"], total["refused"], total["mixtures"]) == (0, 0, 0), done.stdout
-
-
-def test_the_committed_result_has_no_unequal_end():
-    result = json.loads((ROOT / "bench" / "results" / "kills.json").read_text())
-    assert result["total"] == {"kills": pytest.approx(450, abs=100), "unequal": 0, "refused": 0, "mixtures": 0}
