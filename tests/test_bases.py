@@ -1,5 +1,9 @@
 """The embedded base: what its GGUF holds, unpacked once."""
 
+import os
+import stat
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +23,50 @@ NAMES = {
 }  # fmt: skip
 
 
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UNPACK = """
+import sys, time, pathlib
+from umbra import bases
+def unpack(source, staging):
+    staging.mkdir()
+    (staging / "one").write_text("1")
+    print("half", flush=True)
+    time.sleep(float(sys.argv[2]))
+    (staging / "two").write_text("2")
+bases._unpack = unpack
+from huggingface_hub import constants
+constants.HF_HOME = sys.argv[1]
+source = pathlib.Path(sys.argv[1]) / "source"
+print(bases._unpacked(source), flush=True)
+"""
+
+
+def test_unpacking_is_done_once_and_leaves_nothing_of_a_kill(tmp_path):
+    """A killed process leaves half; of two others one unpacks, the other waits, and nothing but the whole is there then."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / EMBEDDED_FILE).write_text("gguf")
+
+    def begin(seconds: float):
+        command = [sys.executable, "-c", UNPACK, str(tmp_path), str(seconds)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    first = begin(60)
+    assert first.stdout is not None and first.stdout.readline() == "half\n"
+    first.kill()
+    first.wait()
+    assert len(list((tmp_path / "umbra").iterdir())) == 2
+    both = [begin(1), begin(1)]
+    said = [p.communicate()[0].splitlines() for p in both]
+    assert sorted(map(len, said)) == [1, 2], "one of them has unpacked"
+    (place,) = (tmp_path / "umbra").iterdir()
+    assert {f.name for f in place.iterdir()} == {"one", "two"} and {s[-1] for s in said} == {str(place)}
+
+
 @pytest.mark.real
 def test_the_embedded_base_is_its_gguf_and_is_unpacked_once(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
@@ -32,6 +80,9 @@ def test_the_embedded_base_is_its_gguf_and_is_unpacked_once(tmp_path, monkeypatc
         assert torch.equal(weights[f"{here}.weight"], expected), here
     assert load_tokenizer(EMBEDDED).decode(load_tokenizer(EMBEDDED)("as it was")["input_ids"]) == "as it was"
     (place,) = (tmp_path / "umbra").iterdir()  # and nothing half-written beside it
+    mode = 0o666 & ~umask()
+    assert {stat.S_IMODE(f.stat().st_mode) for f in place.iterdir()} == {mode}, "whoever shares the cache can read it"
+    assert stat.S_IMODE(place.stat().st_mode) == 0o777 & ~umask()
     written = place / "model.safetensors"
     before = written.stat().st_mtime_ns
     load_base(EMBEDDED)

@@ -127,7 +127,10 @@ def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
     assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= {
         p.name for p in out.iterdir()
     }
-    assert main(["detach", str(run / "out"), str(out)]) == 2
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    assert "stock transformers model" in output(capsys, "detach", run / "out", out), "the same again: it is there"
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+    assert main(["detach", str(run / "out"), str(out), "--dtype", "bfloat16"]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert "MB" in output(capsys, "detach", run / "out", out, "--overwrite", "--dtype", "bfloat16")
     code = (

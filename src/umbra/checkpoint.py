@@ -7,7 +7,6 @@ no code named in a file is imported.
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .added_tokens import AddedTokens, added_count
 from .anatomy import Anatomy
 from .backbone import Shadow
 from .bases import load_base
-from .card import OURS, model_card
+from .card import may_replace, model_card
 from .config import ShadowConfig
 from .errors import BaseModelError, CheckpointError, ConfigError, UmbraError
 from .fingerprint import check_same_base
@@ -121,12 +120,12 @@ def save(
     def write(staging: Path) -> None:
         save_file(weights, staging / WEIGHTS_FILE, metadata={"format": "pt"})
         folder.write_text(staging / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        if _is_ours(folder.find(target, CARD_FILE)):
+        if may_replace(folder.find(target, CARD_FILE)):
             folder.write_text(staging / CARD_FILE, model_card(values, model, shadow))
         if prompting.tokenizer is not None:
             prompting.tokenizer.write(staging)
         if is_main_process:
-            _link(staging / WEIGHTS_FILE, staging / TRAINER_FILE)
+            folder.link_or_copy(staging / WEIGHTS_FILE, staging / TRAINER_FILE)
 
     replaced = _listed_files(target)
     folder.write_together(target, write)
@@ -141,21 +140,6 @@ def _listed_files(target: Path) -> set[str]:
         return set() if values["tokenizer"] is None else set(Prompting.read(target, values).tokenizer.contents)  # type: ignore[union-attr]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return set()
-
-
-def _is_ours(card: Path) -> bool:
-    """Whether a README.md may be written: there is none, or one of an adapter."""
-    try:
-        return not card.exists() or OURS in folder.read_text(card)
-    except (OSError, ValueError):
-        return False
-
-
-def _link(file: Path, name: Path) -> None:
-    try:
-        os.link(file, name)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(file, name)
 
 
 def refuse_other_adapter(target: Path, adapter_id: str | None) -> None:
@@ -367,11 +351,15 @@ def _open(path: str | Path, shadow: str | None = None) -> Any:
     from . import interop
 
     source = local_folder(path)
-    if interop.recognise(source):
-        return interop.read(source, shadow)
-    if shadow is not None:
-        raise ConfigError(f"{path} names its shadow itself: shadow=… is for adapters of shadow-peft.")
-    return _Saved(source)
+
+    def read() -> Any:
+        if interop.recognise(source):
+            return interop.read(source, shadow)
+        if shadow is not None:
+            raise ConfigError(f"{path} names its shadow itself: shadow=… is for adapters of shadow-peft.")
+        return _Saved(source)
+
+    return folder.read_whole(source, read, (CONFIG_FILE, WEIGHTS_FILE))
 
 
 class _Saved:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
@@ -249,11 +250,12 @@ def _evaluate(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     options = _parse("umbra report", ReportOptions, arguments)
     _check_installed("umbra report", "evaluate", ("scipy", "matplotlib"))
-    from pathlib import Path
-
     from .evaluate.report import write_report
+    from .locks import locked
 
-    files = write_report(Path(options.study), Path(options.out) if options.out else None)
+    out = Path(options.out or options.study)
+    with locked(out):
+        files = write_report(Path(options.study), out)
     say(json.dumps({"report": [str(f) for f in files]}) if options.json else "\n".join(map(str, files)))
     return 0
 
@@ -272,13 +274,18 @@ def _generate(arguments: list[str]) -> int:
 def _detach(arguments: list[str]) -> int:
     options = _parse("umbra detach", DetachOptions, arguments)
     from .checkpoint import load
-    from .detach import check_target, parse_dtype, write_detached
+    from .detach import parse_dtype, write_detached
+    from .manifest import check_apart, of_model, writing
     from .prompting import open_formatter
 
-    dtype = parse_dtype(options.dtype)
-    check_target(options.out, options.overwrite)
-    model = load(options.adapter, options.base)
-    out = write_detached(model, options.out, open_formatter(model).tokenizer, overwrite=options.overwrite, dtype=dtype)
+    dtype, out = parse_dtype(options.dtype), Path(options.out)
+    asked = {"command": "detach", "adapter": of_model(options.adapter), "base": options.base, "dtype": options.dtype}
+    with writing(out, asked, options.overwrite) as noted:
+        if not noted.is_complete:
+            check_apart(out, adapter=options.adapter, base=options.base)
+            model = load(options.adapter, options.base)
+            check_apart(out, base=model.base.name_or_path)
+            write_detached(model, out, open_formatter(model).tokenizer, overwrite=True, dtype=dtype)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     if options.json:
         say(json.dumps({"path": str(out), "bytes": size}))
@@ -305,12 +312,16 @@ def _convert(arguments: list[str]) -> int:
     if not options.to or not options.out:
         raise ConfigError("Say what to write and where: --to peft|shadow-peft|umbra --out FOLDER.")
     from .checkpoint import load
-    from .interop import check_form, check_new, convert
+    from .interop import check_form, convert
+    from .manifest import of_model, writing
 
     check_form(options.to)
-    check_new(options.out)
-    out = convert(load(options.adapter, options.base, shadow=options.shadow), options.out, options.to)
-    files = sorted(p.name for p in out.iterdir())
+    out = Path(options.out)
+    asked = {"command": "convert", "adapter": of_model(options.adapter), "to": options.to, "shadow": options.shadow}
+    with writing(out, {**asked, "base": options.base}, False) as noted:
+        if not noted.is_complete:
+            convert(load(options.adapter, options.base, shadow=options.shadow), out, options.to, is_own=True)
+    files = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
     say(json.dumps({"path": str(out), "files": files}) if options.json else f"{out}: {', '.join(files)}")
     return 0
 

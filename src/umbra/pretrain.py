@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from . import anatomy, checkpoint, folder
 from .bases import load_base, load_tokenizer
-from .card import pretrained_card
+from .card import may_replace, pretrained_card
+from .config import ShadowConfig
 from .core import labelled_positions
 from .data import ChatFormatter
 from .data.corpus import Documents, Mixture, hold_out, pack, read_documents, read_prompts, without_copies, write_own
@@ -32,14 +33,17 @@ from .detach import detach, write_detached
 from .divergence import KINDS, Teacher, linear_divergence, teach
 from .errors import BaseModelError, CheckpointError, ConfigError, DataError
 from .kernels import Head, linear_loss
+from .locks import locked
 from .model import attach
 from .options import PretrainOptions, speaks
 from .pretrained import check_vocabulary
-from .runs import RUN_FILE, Run, last_checkpoint, make_arguments, sort_settings
+from .resuming import last_checkpoint
+from .runs import RUN_FILE, Run, make_arguments, sort_settings
 from .teacher import TeacherCache
 from .trainers import ShadowTrainer
 
 LOSSES = ("alignment", "distillation", "next_token")
+STAGE_FILE = "stage.json"  # of a finished stage, in its folder
 STAGES = "stages"  # folders of the stages, in the output folder
 OWN = "own.jsonl"  # what the base has written, a file of the output folder
 OWN_SOURCE = "text of the base's own"
@@ -81,21 +85,31 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     inputs = [("data", source) for source in named_sources(options.data)] + [("prompts", options.prompts)]
     files = [(name, str(file)) for name, source in inputs for file in local_files(source)]
     run = Run.of(FILES, options, shadow, rest, [file for _, file in files])
+    run.is_extensible = len(stages) == 1  # a stage begins where the one before has ended
     for name, source in (*inputs, *files):
         run.check_apart(**{name: source})
     run.check_apart(base=options.base, shadow=shadow.shadow if shadow.is_pretrained else None)
-    try:
-        finished = run.claim(options.overwrite)
-    except OSError as error:
-        raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
-    if finished is not None:
-        return finished
     arguments = [make_arguments(run.out / STAGES / n, {**rest, "remove_unused_columns": False}) for n in stages]
     if arguments[0].world_size > 1:
         raise ConfigError("umbra pretrain runs in one process: start it without a launcher.")
     if arguments[0].label_smoothing_factor:
         raise ConfigError("label_smoothing_factor is of umbra train: the stages' losses are those above; leave it out.")
+    with locked(run.out):
+        return _pretrain(run, options, shadow, stages, arguments)
 
+
+def _pretrain(
+    run: Run, options: PretrainOptions, shadow: ShadowConfig, stages: dict[str, tuple[str, ...]], arguments: list[Any]
+) -> dict[str, Any]:
+    """See `pretrain`; the output folder is locked."""
+    try:
+        finished = run.claim(options.overwrite)
+        if run.is_longer:
+            _reopen(run, Path(arguments[0].output_dir))
+    except OSError as error:
+        raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
+    if finished is not None:
+        return finished
     tokenizer: Any = load_tokenizer(options.base)
     if shadow.is_pretrained:
         check_vocabulary(shadow.shadow, options.base, tokenizer)
@@ -143,9 +157,19 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
     metrics["parameters"] = sum(model.shadow.parts().values()) - model.shadow.parts().get("couplings", 0)
     write_detached(model, run.out, tokenizer, overwrite=True)
     card = pretrained_card(options.base, {k: v for k, v in run.asked.items() if v is not None}, metrics)
-    folder.write_together(run.out, lambda staging: folder.write_text(staging / checkpoint.CARD_FILE, card))
+    if may_replace(run.out / checkpoint.CARD_FILE):
+        folder.write_together(run.out, lambda staging: folder.write_text(staging / checkpoint.CARD_FILE, card))
     run.record(metrics, history)
     return metrics
+
+
+def _reopen(run: Run, stage: Path) -> None:
+    """Let a finished stage go on from its end, for a run that has become longer."""
+    note = stage / STAGE_FILE
+    if note.exists():
+        run.ended_at = json.loads(note.read_text(encoding="utf-8"))["history"][-1]["step"]
+        run.resumes_from(stage)
+        note.unlink()
 
 
 def _begin(run: Run, options: PretrainOptions) -> None:
@@ -343,7 +367,7 @@ def _run_stage(
     teacher: TeacherCache | None,
 ) -> tuple[Any, dict[str, float], list[dict[str, Any]]]:
     """The model after the stage, what it then measures, and the trainer's log; a finished stage is read from its folder."""
-    out, told = Path(args.output_dir), Path(args.output_dir) / "stage.json"
+    out, told = Path(args.output_dir), Path(args.output_dir) / STAGE_FILE
     if told.exists():
         kept = json.loads(told.read_text(encoding="utf-8"))
         return checkpoint.load(out, base=model.unload(), trainable=True), kept["metrics"], kept["history"]

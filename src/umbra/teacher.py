@@ -6,7 +6,9 @@ Of each token that has a successor the k likeliest next tokens and their log p, 
 import hashlib
 import json
 import math
+import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
+from numpy.lib.format import dtype_to_descr, open_memmap, write_array_header_1_0
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +27,7 @@ from .folder import write_text
 from .options import speaks
 
 NOTE, TOKENS, LOG_P = "teacher.json", "tokens.npy", "log_p.npy"
+TYPES = {TOKENS: np.dtype(np.int32), LOG_P: np.dtype(np.float32)}
 
 
 @dataclass
@@ -44,23 +47,38 @@ class TeacherCache:
     teacher: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = (len(self.blocks), self.blocks.shape[1] - 1, self.top_k)
+        self.shape = (len(self.blocks), self.blocks.shape[1] - 1, self.top_k)
         text = hashlib.sha256(self.blocks.tobytes()).hexdigest()
-        self.about = {"shape": list(shape), "sha256": text, "teacher": self.teacher}
+        self.about = {"shape": list(self.shape), "sha256": text, "teacher": self.teacher}
+        self.done, self.sums = 0, dict.fromkeys(TYPES, 0)  # blocks that are written, and checksums of all their bytes
         with self._disk():
             self.folder.mkdir(parents=True, exist_ok=True)
         try:
             known = json.loads((self.folder / NOTE).read_text(encoding="utf-8"))
-            for name in (TOKENS, LOG_P):
-                open_memmap(self.folder / name, "r")  # raises if it is cut off, where r+ would fill it up
-            self.tokens, self.log_p = (open_memmap(self.folder / name, "r+") for name in (TOKENS, LOG_P))
-            same = all(known.get(k) == v for k, v in self.about.items())
-            self.done = known["done"] if same and self.tokens.shape == self.log_p.shape == shape else 0
-        except (OSError, ValueError, KeyError, AttributeError):
+            if all(known.get(k) == v for k, v in self.about.items()):
+                self._open()
+                self.done, self.sums = known["done"], known["sums"]
+                if any(self._sum(name) != self.sums[name] for name in TYPES):
+                    self.done = 0
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             self.done = 0
         if self.done == 0:
+            self.sums = dict.fromkeys(TYPES, 0)
             with self._disk():
-                self._make_room(shape)
+                self._make_room()
+
+    def _open(self) -> None:
+        """For reading: what is written goes through files, so that a full disk is an error and no signal."""
+        self.arrays: dict[str, np.memmap] = {name: open_memmap(self.folder / name, "r") for name in TYPES}
+        if any(array.shape != self.shape or array.dtype != TYPES[name] for name, array in self.arrays.items()):
+            raise ValueError("another shape")
+
+    def _sum(self, name: str) -> int:
+        """The checksum of all blocks that are done."""
+        total = 0
+        for start in range(0, self.done, 64):
+            total = zlib.crc32(np.ascontiguousarray(self.arrays[name][start : min(start + 64, self.done)]).data, total)
+        return total
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -69,15 +87,31 @@ class TeacherCache:
         except OSError as error:
             raise CheckpointError(f"What the base says cannot be kept in {self.folder}: {error}") from error
 
-    def _make_room(self, shape: tuple[int, ...]) -> None:
-        needed, free = 8 * math.prod(shape), shutil.disk_usage(self.folder).free
+    def _make_room(self) -> None:
+        """Files of the whole size, and no note of any block in them."""
+        for name in (NOTE, *TYPES):
+            (self.folder / name).unlink(missing_ok=True)
+        needed, free = 8 * math.prod(self.shape), shutil.disk_usage(self.folder).free
         if needed > free:
             raise CheckpointError(
                 f"{self.folder} needs {needed / 1e9:.1f} GB for {self.top_k} tokens at each place, {free / 1e9:.1f} are free: "
                 "lower teacher_top_k, or leave out teacher_cache."
             )
-        self.tokens = open_memmap(self.folder / TOKENS, "w+", np.int32, shape)
-        self.log_p = open_memmap(self.folder / LOG_P, "w+", np.float32, shape)
+        for name, kind in TYPES.items():
+            with (self.folder / name).open("w+b") as file:
+                write_array_header_1_0(
+                    file, {"descr": dtype_to_descr(kind), "fortran_order": False, "shape": self.shape}
+                )
+                file.flush()
+                os.posix_fallocate(file.fileno(), file.tell(), kind.itemsize * math.prod(self.shape))
+        self._open()
+
+    def _put(self, name: str, start: int, values: Tensor) -> None:
+        data = np.ascontiguousarray(values.cpu().numpy().astype(TYPES[name])).data
+        with (self.folder / name).open("r+b") as file:
+            file.seek(self.arrays[name].offset + 4 * start * math.prod(self.shape[1:]))
+            file.write(data)
+        self.sums[name] = zlib.crc32(data, self.sums[name])
 
     def fill(self, say: Callable[[Tensor], Teacher], batch_size: int) -> None:
         """Ask for every block that is not there yet; a killed call goes on where it was.
@@ -91,22 +125,20 @@ class TeacherCache:
                 part = slice(start, min(start + batch_size, len(self.blocks)))
                 log_p, tokens = say(torch.as_tensor(self.blocks[part], dtype=torch.long))
                 assert tokens is not None
-                shape = (part.stop - start, *self.tokens.shape[1:])
                 with self._disk():
-                    self.tokens[part], self.log_p[part] = tokens.reshape(shape).cpu(), log_p.reshape(shape).cpu()
-                    self.tokens.flush()
-                    self.log_p.flush()
+                    self._put(TOKENS, start, tokens)
+                    self._put(LOG_P, start, log_p)
                     self.done = part.stop
                     self._note()
                 bar.update(part.stop - start)
 
     def _note(self) -> None:
         beside = self.folder / f"{NOTE}.new"
-        write_text(beside, json.dumps({**self.about, "done": self.done}))
+        write_text(beside, json.dumps({**self.about, "done": self.done, "sums": self.sums}))
         beside.replace(self.folder / NOTE)
 
     def read(self, rows: Tensor, columns: Tensor, device: torch.device) -> Teacher:
         """The teacher of tokens ``columns`` (M,) of blocks ``rows`` (M,)."""
         at = (rows.cpu().numpy(), columns.cpu().numpy())
-        tokens, log_p = (torch.as_tensor(array[at], device=device) for array in (self.tokens, self.log_p))
+        tokens, log_p = (torch.as_tensor(self.arrays[name][at], device=device) for name in TYPES)
         return Teacher(log_p, tokens.long())

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from . import anatomy, checkpoint
+from . import anatomy, checkpoint, manifest, warm_start
 from .bases import load_base, load_tokenizer
 from .config import ShadowConfig
 from .data import (
@@ -30,11 +30,12 @@ from .data import (
 )
 from .drafting import frequent_tokens
 from .errors import BaseModelError, CheckpointError, ConfigError, DataError
+from .locks import locked
 from .model import attach
 from .options import TrainOptions, listed, speaks
 from .pretrained import check_vocabulary
 from .prompting import Prompting
-from .runs import Run, last_checkpoint, make_arguments, sort_settings
+from .runs import Run, make_arguments, sort_settings
 from .trainers import ShadowTrainer
 
 FILES = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.CARD_FILE)
@@ -46,7 +47,10 @@ def split_options(values: dict[str, Any]) -> tuple[TrainOptions, ShadowConfig, d
 
 
 def train(values: dict[str, Any]) -> dict[str, Any]:
-    """Train an adapter; the same call again goes on where a killed run stopped, or returns what a finished one found.
+    """Train an adapter; the same call again goes on where a killed run stopped, or returns the metrics of a finished one.
+
+    With a higher ``max_steps`` or ``num_train_epochs`` it goes on from the end of a finished run. ``adapter`` starts from the
+    weights of another adapter.
 
     Under ``accelerate launch`` or ``torchrun`` every rank calls it, and rank 0 writes.
 
@@ -58,20 +62,35 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError, BaseModelError: before any training.
-        CheckpointError: the output folder holds another run or adapter.
+        CheckpointError: the output folder holds another run or adapter, or another process writes it.
     """
     options, shadow, rest = split_options(values)
-    _check_alone(options, shadow, rest)
     prompting = Prompting(None, options.chat_template, options.chat_template_kwargs or {})
+    if options.adapter is not None:
+        options, shadow = warm_start.adopt(options, values)
+        prompting = warm_start.prompting_of(options.adapter or "", values)
+    _check_alone(options, shadow, rest)
     evaluates = {"eval_strategy": "steps" if "eval_steps" in rest else "epoch"} if options.eval_data else {}
     arguments = make_arguments(options.output_dir, {**evaluates, **rest})
     files = [str(file) for data in (options.train_data, options.eval_data) for file in local_files(data)]
     run = Run.of(FILES, options, shadow, rest, files)
-    run.check_apart(base=options.base, shadow=shadow.shadow if shadow.is_pretrained else None)
+    for file in files:
+        run.check_apart(data=file)
+    run.check_apart(base=options.base, adapter=options.adapter, shadow=shadow.shadow if shadow.is_pretrained else None)
+    if options.adapter is not None and options.adapter not in run.contents:
+        run.contents[options.adapter] = manifest.of_model(options.adapter)
+    with locked(run.out):
+        return _train(run, options, shadow, arguments, prompting)
+
+
+def _train(
+    run: Run, options: TrainOptions, shadow: ShadowConfig, arguments: Any, prompting: Prompting
+) -> dict[str, Any]:
+    """See `train`; the output folder is locked."""
     try:
         with arguments.main_process_first(local=False):
             finished = run.claim(options.overwrite)
-            last = None if options.overwrite else last_checkpoint(run.out)
+            last = None if options.overwrite or finished is not None else run.resumes_from()
     except OSError as error:
         raise CheckpointError(f"output_dir={run.out} cannot be used: {error}") from error
     if finished is not None:
@@ -83,8 +102,11 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     records = read_records(options.train_data, options.train_split, ignore)
     eval_records = read_records(options.eval_data, options.eval_split, ignore) if options.eval_data else None
     labels = _labels(records, eval_records, options.problem_type)
+    if options.adapter is not None:
+        labels = warm_start.classes(options.adapter, labels)
     shadow = _with_escalation(shadow, records, options.train_data)
-    tokenizer = load_tokenizer(options.base)
+    carried = prompting.tokenizer
+    tokenizer = load_tokenizer(options.base) if carried is None else carried.open(options.base)
     _check_escalation(shadow.escalation, tokenizer)
     if shadow.is_pretrained:
         check_vocabulary(shadow.shadow, options.base, tokenizer)
@@ -105,7 +127,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     if options.detached_only:
         train_set, eval_set = shadows_own(train_set), shadows_own(eval_set) if eval_set else None
     torch.manual_seed(arguments.seed)
-    model: Any = attach(base, shadow)
+    model: Any = attach(base, shadow) if options.adapter is None else warm_start.load(options.adapter, base, shadow)
     model.shadow.prompting = prompting
     if labels is None:
         ends: Any = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -25,12 +25,13 @@ from .core import IGNORED
 from .errors import ConfigError
 from .model import ShadowModel
 from .paths import NOTHING_TO_TRAIN
+from .resuming import Resumable
 
 # Of an earlier state of the attached policy: no measure of how far the shadow's has moved.
 NOT_THE_SHADOWS = ("old_per_token_logps",)
 
 
-class _ShadowLoss:
+class _ShadowLoss(Resumable):
     """What `with_shadow_loss` puts before a trainer class."""
 
     model: ShadowModel
@@ -146,6 +147,14 @@ class _ShadowLoss:
     def _inner_training_loop(self: Any, *args: Any, **options: Any) -> Any:
         self._shadow_train, self._shadow_since = 0.0, None  # of a training before, which counted other steps
         return super()._inner_training_loop(*args, **options)  # type: ignore[misc]
+
+    def _progress_sums(self: Any) -> dict[str, float]:
+        sums = {"shadow_loss": float(self._shadow_train), "shadow_since": self._shadow_since}
+        return {**super()._progress_sums(), **sums}
+
+    def _restore_sums(self: Any, values: dict[str, Any]) -> None:
+        if "shadow_loss" in values:
+            self._shadow_train, self._shadow_since = values["shadow_loss"], values["shadow_since"]
 
     def _set_signature_columns_if_needed(self: Any) -> None:
         """The base's arguments too, images among them, or their columns would be dropped."""

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from .. import folder
 from ..errors import ConfigError, plain
+from ..locks import locked
 from ..options import BenchOptions
 from . import plot, scaling
 from .base import RANDOM, Base, random_config
@@ -51,8 +52,8 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         CheckpointError: the folder holds another measurement under this name, or cannot be written.
     """
     names = chosen(options.methods, [m.name for m in METHODS], "methods")
-    columns = {} if options.scaling else {c.name: c for c in CASES}
-    wanted = chosen(options.cases, list(columns), "cases") if columns else []
+    if not options.scaling:
+        chosen(options.cases, [c.name for c in CASES], "cases")
     dtype = _check(options)
     device = Device(options.device, options.threads)
     methods = _installed([m for m in METHODS if m.name in names or m.name in REFERENCES])
@@ -63,6 +64,18 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     }  # fmt: skip
     if options.scaling:
         header |= {"base": f"random Llamas {scaling.SHAPE}", "lora_rank": scaling.CENTRE["rank"]}
+    with locked(options.out):
+        return _bench(options, name, names, header, methods, (dtype, device))
+
+
+def _bench(
+    options: BenchOptions, name: str, names: list[str], header: dict[str, Any], methods: list[Method],
+    place: tuple[torch.dtype, Device],
+) -> dict[str, Any]:  # fmt: skip
+    """See `bench`; the output folder is locked."""
+    dtype, device = place
+    columns = {} if options.scaling else {c.name: c for c in CASES}
+    wanted = chosen(options.cases, list(columns), "cases") if columns else []
     records = Records(Path(options.out) / f"{name}.json", header, session(asdict(options)), options.anew)
     if options.scaling:
         cases: dict[Case, list[str]] = {p.case: [n for n in scaling.ROWS if n in names] for p in scaling.POINTS}

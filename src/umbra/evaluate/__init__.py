@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -25,6 +24,7 @@ from ..bases import load_tokenizer
 from ..bench.base import Base
 from ..data import ChatFormatter, encode_all
 from ..errors import CheckpointError, ConfigError, DataError
+from ..locks import locked
 from ..options import EvaluateOptions
 from . import harness, record
 from .methods import count, match
@@ -34,7 +34,6 @@ from .run import run
 from .study import Study, key_of
 from .tasks import STUDY_FILE, Task, asked, load_task
 
-LOCK = ".umbra-evaluate"  # held while a study runs in its folder
 LOST = "device-side assert"  # what CUDA says when nothing runs on the GPU any more
 
 
@@ -50,20 +49,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """
     study, out = Study.read(options.study), Path(options.out)
     sizes, parameters = _check(study)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / LOCK)
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise CheckpointError(
-            f"Another umbra evaluate is at work in {out}: wait for it, or choose another --out."
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"out={out} cannot be written: {error}") from error
-    try:
+    with locked(out):
+        for folder_of_records in (out / "runs", out / "trials"):
+            folder.settle(folder_of_records)
         return _evaluate(options, study, out, sizes, parameters)
-    finally:
-        lock.release()
 
 
 def _evaluate(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 
 from ..bases import load_base, load_tokenizer
 from ..bench.machine import Device
@@ -22,7 +22,8 @@ from ..bench.methods import trainable
 from ..core import IGNORED
 from ..data import ChatFormatter, Collator, Labels, Record, encode_all
 from ..model import ShadowModel
-from ..runs import last_checkpoint, make_arguments
+from ..resuming import ResumableTrainer, last_checkpoint, read_progress
+from ..runs import make_arguments
 from ..scoring import in_mode, score_classes, score_generation
 from ..trainers import ShadowTrainer
 from . import harness
@@ -110,10 +111,7 @@ def _run(request: dict[str, Any], folder: Path, adapters: Path | None) -> dict[s
 def _train(
     model: Any, task: Task, tokenizer: Any, labels: Labels | None, request: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """By transformers' Trainer, or ours, from the same batches in the same order.
-
-    What was trained before a kill counts at the pace of what came after it.
-    """
+    """By transformers' Trainer, or ours, from the same batches in the same order; checkpoints stay until there is a record."""
     given = {"save_strategy": "no", **request["training"], "seed": request["seed"]}
     last = last_checkpoint(folder) if folder.exists() else None
     arguments = make_arguments(folder, {"logging_strategy": "steps", **given})
@@ -122,7 +120,7 @@ def _train(
         name=task.name,
     )  # fmt: skip
     device = Device("cuda" if arguments.device.type == "cuda" else "cpu")
-    trainer = (ShadowTrainer if isinstance(model, ShadowModel) else Trainer)(
+    trainer = (ShadowTrainer if isinstance(model, ShadowModel) else ResumableTrainer)(
         model=model, args=arguments, train_dataset=examples, data_collator=Collator(int(tokenizer.pad_token_id)),  # type: ignore[arg-type]
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -132,13 +130,13 @@ def _train(
     with model.shadow_only() if request["kind"] == "alone" else nullcontext():
         done = trainer.train(resume_from_checkpoint=last)
     peak = device.peak_memory()
-    shutil.rmtree(folder, ignore_errors=True)
-    runtime, earlier = done.metrics["train_runtime"], int(last.rpartition("-")[2]) if last else 0
-    pace = runtime / max(done.global_step - earlier, 1)
+    seconds = done.metrics["train_runtime"]
+    progress = None if last is None else read_progress(Path(last))
     samples = done.global_step * arguments.train_batch_size * arguments.gradient_accumulation_steps
     history = [{k: h[k] for k in ("step", "loss", "learning_rate")} for h in trainer.state.log_history if "loss" in h]
     return {
-        "seconds_per_step": pace, "train_seconds": runtime + pace * earlier, "earlier_seconds": pace * earlier,
+        "seconds_per_step": seconds / max(done.global_step, 1), "train_seconds": seconds,
+        "earlier_seconds": 0.0 if progress is None else progress["seconds"],
         "steps": done.global_step, "samples": samples,
         "tokens": round(samples * sum(len(e["input_ids"]) for e in examples) / len(examples)), "peak_bytes": peak,
         "before_bytes": before, "train_loss": done.training_loss, "history": history,

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,9 +15,10 @@ from ..bases import load_base, load_tokenizer
 from ..checkpoint import load
 from ..data import ChatFormatter, end_tokens
 from ..data.corpus import read_prompts
-from ..data.sources import named_sources, resolve
-from ..detach import check_target, detach, end_as_learned, formatter_of, parse_dtype, save_stock, write_stock
-from ..errors import ConfigError, DataError, ExportError
+from ..data.sources import local_files, named_sources, resolve
+from ..detach import detach, end_as_learned, formatter_of, parse_dtype, save_stock, write_stock
+from ..errors import CheckpointError, ConfigError, DataError, ExportError
+from ..manifest import Manifest, check_apart, of_model, writing
 from ..options import ExportOptions
 from ..pretrained import LANGUAGE_MODELS, read_config
 from ..prompting import open_formatter
@@ -40,6 +42,7 @@ PACKAGES = {
     "gguf": ("gguf", "conversion", "sentencepiece", "cyllama"),
 }
 RUN, PROMPT, PARITY, MODELFILE = "run.py", "prompt.json", "parity.json", "Modelfile"
+MARKS = {RUN: "Umbra writes this file", MODELFILE: "FROM ./model-"}  # by which files of earlier versions are known
 PLACE = "the prompt stands here"
 CONTEXT = 4096  # tokens that Ollama is to keep, of models that do not say how many they can
 
@@ -55,9 +58,32 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
         ExportError: a model that the format cannot hold, or an export that says something else. Nothing is left of it.
     """
     wanted = _check(options)
-    out, new_folder = check_target(options.out, options.overwrite), not Path(options.out).exists()
     prompts = read_prompts(options.prompts) if options.prompts else parity.QUESTIONS
-    model, writer = _load(options)
+    with writing(options.out, _asked(options, wanted), options.overwrite) as noted:
+        out, writer = Path(options.out), None
+        _check_own(out, noted, options.to)
+        if not noted.is_complete:
+            check_apart(out, adapter=options.adapter, base=options.base)
+            model, writer = _load(options)
+            rows = _write(model, writer, out, wanted, prompts, options)
+            _clear(out, noted, [row.file for row in rows], options.to)
+            noted.result = [asdict(row) for row in rows]
+        rows = [Parity(**row) for row in noted.result]
+        return rows, None if options.prompt is None else _answer(options, out, writer)
+
+
+def _asked(options: ExportOptions, wanted: list[str]) -> dict[str, Any]:
+    """All that the files depend on."""
+    others = {k: v for k, v in asdict(options).items() if k not in ("out", "prompt", "overwrite", "json")}
+    texts = [source for given in (options.prompts, options.vocabulary) for source in named_sources(given)]
+    digests = [folder.digest_of(local_files(source)) for source in texts]
+    return {**others, "command": "export", "adapter": of_model(options.adapter), "wanted": wanted, "texts": digests}
+
+
+def _write(
+    model: PreTrainedModel, writer: ChatFormatter, out: Path, wanted: list[str], prompts: Any, options: ExportOptions
+) -> list[Parity]:
+    """Write all files, and compare them with the model."""
     tokenizer = writer.tokenizer
     if options.to == "gguf":
         check_architecture(model)
@@ -90,22 +116,28 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
         rows.extend(trimmed)
         folder.write_text(staging / PARITY, json.dumps([asdict(r) for r in rows], indent=2) + "\n")
 
-    try:
-        (write_stock if options.to == "hf" else folder.write_together)(out, write)
-        if (
-            options.to != "hf"
-        ):  # which shares no file with what an export before has left, of another vocabulary perhaps
-            if options.to != "gguf":
-                (out / MODELFILE).unlink(missing_ok=True)
-            for ending, kind in ((f, k) for f in KINDS for k in KINDS[f]):
-                if not any(row.file == f"model-{kind}.{ending}" for row in rows):
-                    for old in out.glob(f"model-{kind}.{ending}*"):
-                        old.unlink()
-    except BaseException:
-        if new_folder and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        raise
-    return rows, None if options.prompt is None else _answer(options, out, writer)
+    (write_stock if options.to == "hf" else folder.write_together)(out, write)
+    return rows
+
+
+def _check_own(out: Path, noted: Manifest, to: str) -> None:
+    """Raise a CheckpointError for a file of the user's that has the name of one of an export."""
+    for name, mark in MARKS.items() if to != "hf" else ():
+        path = out / name
+        if path.is_file() and not noted.has_written(out, name) and mark not in path.read_text("utf-8", "replace"):
+            raise CheckpointError(f"{path} was not written by Umbra: move it away, or choose another folder.")
+
+
+def _clear(out: Path, noted: Manifest, files: list[str], to: str) -> None:
+    """Take away files of an export before, of another vocabulary perhaps; a model of transformers shares none with them."""
+    if to == "hf":
+        return
+    old = [] if to == "gguf" else [MODELFILE]
+    known = [f"model-{kind}.{ending}" for ending in KINDS for kind in KINDS[ending]]
+    old += [n for name in known if name not in files for n in (name, f"{name}.data")]
+    for name in old:
+        if noted.has_written(out, name) or (not noted.files and (out / name).is_file()):
+            (out / name).unlink()
 
 
 # -- before any work ---------------------------------------------------------------------------------------------------
@@ -242,11 +274,12 @@ def _compare_stock(reference: parity.Reference, staging: Path, writer: ChatForma
     return found
 
 
-def _answer(options: ExportOptions, out: Path, writer: ChatFormatter) -> str:
+def _answer(options: ExportOptions, out: Path, writer: ChatFormatter | None) -> str:
     """The answer to the prompt, by what was written."""
     prompt = options.prompt or ""
     if options.to == "hf":
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=False).eval()
+        writer = replace(writer or _load(options)[1], tokenizer=load_tokenizer(str(out)))
         asked, end = writer.tokens(writer.ask(prompt)), end_tokens(again, writer)
         ids = list(greedy(Stock(again, writer), asked, options.max_new_tokens, end))
         return str(writer.tokenizer.decode(ids, skip_special_tokens=True)).strip()

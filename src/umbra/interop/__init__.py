@@ -44,20 +44,21 @@ def read(path: Path, shadow: str | None = None) -> Foreign:
     return peft.Adapter.read(path)
 
 
-def convert(model: ShadowModel, path: str | Path, to: str) -> Path:
+def convert(model: ShadowModel, path: str | Path, to: str, *, is_own: bool = False) -> Path:
     """Write an adapter in the format of another package, or in Umbra's own.
 
     Args:
         path: a new or empty folder.
         to: peft, shadow-peft or umbra.
+        is_own: whether what lies in the folder is of an earlier call of this very kind, which was killed.
 
     Raises:
         ConfigError: another format.
         CheckpointError: the folder is not empty, the format cannot express this adapter, or the disk refused.
     """
-    path, form = check_new(path), check_form(to)
+    path, form = Path(path) if is_own else check_new(path), check_form(to)
     if form is None:
-        model.save_pretrained(path)
+        model.save_pretrained(path, overwrite=is_own)
         return path
     shadow = model.shadow
     values, layouts = form.write(shadow, anatomy.locate(model.base))
@@ -94,7 +95,7 @@ def check_new(path: str | Path) -> Path:
         CheckpointError: something is there.
     """
     path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    if path.is_file() or not (folder.is_empty(path) or folder.is_interrupted(path)):
         raise CheckpointError(
             f"{path} is not empty: choose another folder. Nothing is ever converted over something else."
         )
