@@ -39,6 +39,8 @@ class Decoding(GenerationMixin):
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         prepared["past_key_values"] = prepared.pop(self._cache_argument, None)
+        for name in ("tokenizer", "assistant_tokenizer"):  # what generate() itself is given, and passes on
+            prepared.pop(name, None)
         if not self._is_disabled and not all(shadow.shares_masks for shadow in self._shadows()):
             # The base may prepare its masks ahead (for a static cache), or leave them out: a shadow of another kind
             # cannot read them, and is told the padding beside them.
