@@ -66,7 +66,8 @@ def test_other_ways_of_peft_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [lambda: peft.LoraConfig(**LORA), lambda: peft.ShadowConfig(), dict, lambda: 16],
+    "config",
+    [lambda: peft.LoraConfig(**LORA), lambda: peft.ShadowConfig(), dict, lambda: 16],
     ids=["LoraConfig", "PEFT's ShadowConfig", "dict", "int"],
 )
 def test_a_configuration_of_another_kind_is_refused(config):
