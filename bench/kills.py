@@ -50,7 +50,7 @@ def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Calla
         "--use_cpu", "true", "--seed", 7,
     ]  # fmt: skip
     pretrain = [
-        "pretrain", "--base", base, "--data", place / "text.txt", "--max_length", 16, "--held_out", 4, "--max_steps", 6,
+        "pretrain", "--base", base, "--data", place / "text.txt", "--max_length", 16, "--held_out", 4,
         "--per_device_train_batch_size", 4, "--save_steps", 2, "--disable_tqdm", "true", "--use_cpu", "true",
     ]  # fmt: skip
     own = ["--prompts", place / "prompts.txt", "--own_documents", 12, "--own_new_tokens", 8]
@@ -75,7 +75,7 @@ def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Calla
             to(*train, "--max_steps", 6, "--eval_steps", 3, "--load_best_model_at_end", "true", "--save_total_limit", 1), None,
         ),
         "train from an adapter": (to(*train[:1], "--adapter", place / "adapter", *train[1:7], *train[13:], "--max_steps", 5), None),
-        "pretrain": (to(*pretrain), None),
+        "pretrain": (to(*pretrain, "--max_steps", 6), None),
         "pretrain two stages": (to(*pretrain, "--stages", "next_token,distillation", "--max_steps", 4), None),
         "pretrain, teacher and own text": (to(*pretrain, *own, *cache, "--max_steps", 3), None),
         "detach": (lambda out: [*map(str, detach), str(out)], None),

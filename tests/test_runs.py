@@ -304,6 +304,19 @@ def test_a_finished_run_goes_on_from_its_end(settings):
     assert same(weights(epochs["output_dir"]), weights(whole["output_dir"]))
 
 
+@pytest.mark.parametrize("change", ["new", "gone", "other"])
+def test_a_run_goes_on_with_the_same_files_of_a_glob_alone(settings, tmp_path, change):
+    for name in "ab":
+        write(tmp_path / f"part-{name}.jsonl", RECORDS[:10])
+    values = {**settings, "train_data": [str(tmp_path / "part-*.jsonl")], "max_steps": 1}
+    metrics = train(values)
+    assert train(values) == metrics
+    changed = tmp_path / ("part-c.jsonl" if change == "new" else "part-b.jsonl")
+    changed.unlink() if change == "gone" else write(changed, RECORDS[10:])
+    with pytest.raises(umbra.CheckpointError, match=f"another content of .*{changed.name}"):
+        train(values)
+
+
 def test_a_longer_run_follows_the_schedule_of_its_new_length(settings):
     values = {**settings, "lr_scheduler_type": "linear", "warmup_steps": 0, "learning_rate": 1e-3}
     train(values)

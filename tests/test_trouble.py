@@ -326,11 +326,13 @@ def test_the_embedded_base_is_said_to_come_in_a_wheel(no_network, run, monkeypat
 def test_names_on_the_hub_are_told_in_python_too(no_network):
     import umbra
     from umbra.bases import load_base, load_tokenizer
+    from umbra.data import read_rows
 
     for call, error in (
         (load_base, umbra.BaseModelError),
         (load_tokenizer, umbra.BaseModelError),
         (umbra.load, umbra.CheckpointError),
+        (read_rows, umbra.DataError),
     ):
         with pytest.raises(error, match="HF_HUB_OFFLINE=1"):
             call("org/none")

@@ -46,6 +46,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )
 NAME = "check the name"
 RUN = TRAIN + "--train_data {data} --output_dir {here}/x "
+THREE = RUN.replace("--max_steps 1", "--max_steps 3")
 ON_BASE = "generate {out} x --base {here}/base"
 KINDS = [
     # the command line
@@ -81,6 +82,8 @@ KINDS = [
     Kind("unknown mode", "eval {out} {data} --modes sideways", "Unknown mode 'sideways'", "one of those listed"),
     Kind("broken regular expression", "eval {out} {data} --answer-pattern (", "no regular expression", "mend it"),
     Kind("empty prompt", "generate {out} ' '", "The prompt is empty", "give a prompt"),
+    Kind("weights that overflow", THREE + "--alpha 1e30", "Training has diverged by step", "smaller settings"),
+    Kind("a rate that overflows", THREE + "--learning_rate 1e38", "Training has diverged by step", "a lower rate"),
     # settings in a file
     Kind("no such settings file", "train {here}/no.yaml", "No such file", NAME),
     Kind("a folder as settings", "train {here}", "Is a directory", "name a file"),

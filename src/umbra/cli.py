@@ -6,14 +6,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from .config import ShadowConfig
-from .errors import ConfigError, DataError, one_line
+from .errors import ConfigError, one_line
 from .options import (
     EMBEDDED,
     BenchOptions,
@@ -153,31 +152,12 @@ def _train(arguments: list[str]) -> int:
     )
     from .train import train
 
-    with _reading(values.get("train_data"), values.get("eval_data")), _telling_errors(as_json):
+    with _telling_errors(as_json):
         metrics = train(values)
     if speaks():
         say(json.dumps(metrics, indent=2) if as_json else _lines(metrics))
     _leave_ranks()
     return 0
-
-
-@contextmanager
-def _reading(*sources: Any) -> Iterator[None]:
-    """Read data sets of the hub from the cache alone where it is unreachable.
-
-    Args:
-        sources: files and hub ids, lists of them, or several in one text, separated by commas.
-    """
-    from . import hub
-
-    listed = [one for source in sources for one in (source if isinstance(source, list) else [source])]
-    names = [part.strip() for text in listed if isinstance(text, str) for part in text.split(",") if part.strip()]
-    with hub.lookup(*names):
-        try:
-            yield
-        except DataError as error:
-            reasons = [reason for name in names if (reason := hub.way_out(name, error.__cause__ or error))]
-            raise (DataError(f"{error} The reason: {reasons[0]}") if reasons else error) from error.__cause__
 
 
 def _telling_errors(as_json: bool) -> AbstractContextManager[Any]:
@@ -196,7 +176,7 @@ def _pretrain(arguments: list[str]) -> int:
     )
     from .pretrain import pretrain
 
-    with _reading(values.get("data")), _telling_errors(as_json):
+    with _telling_errors(as_json):
         metrics = pretrain(values)
     say(json.dumps(metrics, indent=2) if as_json else _lines(_flat(metrics)))
     return 0
@@ -227,8 +207,7 @@ def _eval(arguments: list[str]) -> int:
     options = _parse("umbra eval", EvalOptions, arguments)
     from .scoring import as_json, score_modes, table, write_replies
 
-    with _reading(options.data):
-        scores, replies = score_modes(options)
+    scores, replies = score_modes(options)
     try:
         say(json.dumps(as_json(scores), indent=2) if options.json else table(scores))
     finally:

@@ -40,7 +40,7 @@ from .pretrained import check_vocabulary
 from .resuming import last_checkpoint
 from .runs import RUN_FILE, Run, make_arguments, sort_settings
 from .teacher import TeacherCache
-from .trainers import ShadowTrainer
+from .trainers import ShadowTrainer, StopWhereDiverged
 
 LOSSES = ("alignment", "distillation", "next_token")
 STAGE_FILE = "stage.json"  # of a finished stage, in its folder
@@ -82,7 +82,8 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
         )
     if shadow.escalation is not None:
         raise ConfigError("escalation is learned from records that are marked for it: give it to umbra train.")
-    inputs = [("data", source) for source in named_sources(options.data)] + [("prompts", options.prompts)]
+    named = {"data": named_sources(options.data), "prompts": named_sources(options.prompts)}
+    inputs = [(name, source) for name, sources in named.items() for source in sources]
     files = [(name, str(file)) for name, source in inputs for file in local_files(source)]
     run = Run.of(FILES, options, shadow, rest, [file for _, file in files])
     run.is_extensible = len(stages) == 1  # a stage begins where the one before has ended
@@ -236,14 +237,14 @@ def _weights(options: PretrainOptions) -> list[float] | None:
 
 def _documents(options: PretrainOptions, writer: ChatFormatter) -> dict[str, Documents]:
     if options.prompts:
-        read_prompts(options.prompts)
+        read_prompts(named_sources(options.prompts))
     return {s: read_documents(s, options.data_split, writer) for s in _sources(options) if s != OWN_SOURCE}
 
 
 def _own(options: PretrainOptions, model: Any, writer: ChatFormatter, out: Path, args: Any) -> dict[str, Documents]:
     with model.disable_adapter():
         texts = write_own(
-            model, writer, read_prompts(options.prompts or ""), out, count=options.own_documents,
+            model, writer, read_prompts(named_sources(options.prompts)), out, count=options.own_documents,
             batch_size=args.per_device_eval_batch_size, new=options.own_new_tokens,
             temperature=options.own_temperature, seed=args.seed,
         )  # fmt: skip
@@ -374,7 +375,7 @@ def _run_stage(
     frozen = [p for name, p in model.shadow.named_parameters() if p.requires_grad and not _learns(name, losses)]
     for p in frozen:
         p.requires_grad_(False)
-    trainer = Pretrainer(model=model, args=args, train_dataset=train_set)
+    trainer = Pretrainer(model=model, args=args, train_dataset=train_set, callbacks=[StopWhereDiverged()])
     trainer.losses, trainer.options, trainer.teacher = losses, options, teacher
     trainer.train(resume_from_checkpoint=last_checkpoint(out))
     for p in frozen:

@@ -34,6 +34,7 @@ DEFAULTS = {
     "report_to": "none",
     "dataloader_pin_memory": False,
     "ddp_find_unused_parameters": False,
+    "logging_nan_inf_filter": False,  # or a loss that is NaN is logged as 0
 }
 BOUNDS: dict[str, tuple[float, float | None]] = {  # of TrainingArguments that nothing else checks before the data is read
     "per_device_train_batch_size": (1, None), "per_device_eval_batch_size": (1, None),
@@ -280,10 +281,15 @@ class Run:
         return all(before.get(name) == self.asked.get(name) for name in settings)
 
     def rewritten(self) -> list[str]:
-        """Which of `contents` are others than when the run was noted in the folder; none where none were noted."""
+        """Which of `contents` are others than when the run was noted in the folder; none where none were noted.
+
+        A file that has come to a folder or a glob, or has gone, is one of them; a base or an adapter is noted by some runs alone.
+        """
         try:
             before = json.loads(folder.read_text(folder.find(self.out, RUN_FILE)))["contents"]
-            return [path for path, digest in self.contents.items() if before.get(path, digest) != digest]
+            models = {self.asked.get("base"), self.asked.get("adapter")}
+            files = (before.keys() ^ self.contents.keys()) - models if before and self.contents else set()
+            return sorted(files | {p for p in before.keys() & self.contents.keys() if before[p] != self.contents[p]})
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return []
 

@@ -71,6 +71,11 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gather(tree: Any) -> Any:
     """The same structure with every sharded tensor whole; where there are any, all ranks must call it together."""
     return tree_map_only(DTensor, DTensor.full_tensor, tree)

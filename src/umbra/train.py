@@ -36,7 +36,7 @@ from .options import TrainOptions, listed, speaks
 from .pretrained import check_vocabulary
 from .prompting import Prompting
 from .runs import Run, make_arguments, sort_settings
-from .trainers import ShadowTrainer
+from .trainers import ShadowTrainer, StopWhereDiverged
 
 FILES = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.CARD_FILE)
 
@@ -142,6 +142,7 @@ def _train(
             eval_dataset=eval_set,  # type: ignore[arg-type]
             processing_class=tokenizer,
             data_collator=Collator(int(pad)),  # type: ignore[arg-type]
+            callbacks=[StopWhereDiverged()],
             compute_metrics=_accuracy if labels and labels.problem_type == "single_label_classification" else None,
         )
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):

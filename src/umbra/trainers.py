@@ -10,6 +10,7 @@ costs a fraction of the base's). So both paths learn the same objective, normali
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from . import checkpoint, shards
@@ -276,6 +277,41 @@ class ShadowTrainer(_ShadowLoss, Trainer):
         """Logits only where there is a label, unless somebody wants the predictions."""
         inputs = {**inputs, "skip_logits": prediction_loss_only}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+
+class StopWhereDiverged(TrainerCallback):
+    """End a training whose loss or weights are not finite, before they are saved.
+
+    Raises:
+        ConfigError: with the step.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Look at the weights whenever the trainer is about to log, save or stop."""
+        if control.should_log or control.should_save or control.should_training_stop:
+            self._check_weights(args, state, model)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """As after a step."""
+        self._check_weights(args, state, model)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Look at every loss that is logged, in training and in evaluation."""
+        for name, value in (logs or {}).items():
+            if name.endswith("loss") and not math.isfinite(value):
+                raise _divergence(args, state, f"{name} is {value}")
+
+    def _check_weights(self, args: Any, state: Any, model: Any) -> None:
+        trained = (shards.local(p) for p in model.parameters() if p.requires_grad)
+        if not all(bool(p.isfinite().all()) for p in trained):
+            raise _divergence(args, state, "its weights are not finite")
+
+
+def _divergence(args: Any, state: Any, symptom: str) -> ConfigError:
+    return ConfigError(
+        f"Training has diverged by step {state.global_step}: {symptom}. Lower learning_rate ({args.learning_rate:g}), warm up "
+        "longer, or check the shadow's scales (alpha, init_scale) and the data; earlier checkpoints are as they were."
+    )
 
 
 @functools.cache

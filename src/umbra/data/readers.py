@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from .. import hub
 from ..errors import DataError, shown
 from .from_arrow import dataset_rows, read_arrow, read_parquet
 from .from_csv import read_csv
@@ -122,20 +123,22 @@ def read_hub(*source: str, split: str) -> Rows:
     Raises:
         DataError: it cannot be loaded.
     """
-    import datasets
+    import datasets  # before the look-up: it reads once whether the hub is offline
 
     name = f"{':'.join(source)}, split {split}"
     try:
-        loaded: Any = datasets.load_dataset(*source, split=split)
-        if isinstance(loaded, datasets.Dataset) and loaded.builder_name == "csv":
-            text = {
-                k: datasets.Value("string") if isinstance(f, datasets.Value) else f for k, f in loaded.features.items()
-            }
-            loaded = datasets.load_dataset(
-                *source, split=split, features=datasets.Features(text), keep_default_na=False
-            )
+        with hub.lookup(source[0]):
+            loaded: Any = datasets.load_dataset(*source, split=split)
+            if isinstance(loaded, datasets.Dataset) and loaded.builder_name == "csv":
+                kinds = {
+                    k: datasets.Value("string") if isinstance(f, datasets.Value) else f
+                    for k, f in loaded.features.items()
+                }
+                features = datasets.Features(kinds)
+                loaded = datasets.load_dataset(*source, split=split, features=features, keep_default_na=False)
     except Exception as error:  # the library raises a dozen unrelated types
+        reason = hub.way_out(source[0], error) or f"{error!s:.300}"
         raise DataError(
-            f"{shown(':'.join(source))} is neither a file here nor a data set that can be loaded: {error!s:.300}"
+            f"{shown(':'.join(source))} is neither a file here nor a data set that can be loaded: {reason}"
         ) from error
     return dataset_rows(loaded, name) if isinstance(loaded, datasets.Dataset) else Rows(loaded)

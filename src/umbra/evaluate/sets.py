@@ -204,7 +204,7 @@ def _rows(name: str, given: KnownSet, split: str, part: str, folder: str | None)
         return read_hub(*given.hub, split=split)
     except DataError as error:
         raise DataError(
-            f"{error}. With a copy of it in a folder, as {name}.{split}.jsonl, name that folder as `data`."
+            f"{str(error).rstrip('.')}. With a copy of it in a folder, as {name}.{split}.jsonl, name that folder as `data`."
         ) from error
 
 

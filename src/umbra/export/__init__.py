@@ -58,7 +58,7 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
         ExportError: a model that the format cannot hold, or an export that says something else. Nothing is left of it.
     """
     wanted = _check(options)
-    prompts = read_prompts(options.prompts) if options.prompts else parity.QUESTIONS
+    prompts = read_prompts(named_sources(options.prompts)) if options.prompts else parity.QUESTIONS
     with writing(options.out, _asked(options, wanted), options.overwrite) as noted:
         out, writer = Path(options.out), None
         _check_own(out, noted, options.to)
