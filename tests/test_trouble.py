@@ -292,6 +292,7 @@ REMOTE = {
     "detach": "detach org/none {here}/x",
     "base": "generate {out} x --base org/none",
     "base of train": "train --base org/none --train_data {data} --output_dir {here}/x",
+    "shadow": TRAIN + "--train_data {data} --output_dir {here}/x --shadow org/none",
     "base of bench": "bench --base org/none --out {here}/x",
     "data": "eval {out} org/none",
     "data of train": TRAIN + "--train_data org/none --output_dir {here}/x",
@@ -327,12 +328,14 @@ def test_names_on_the_hub_are_told_in_python_too(no_network):
     import umbra
     from umbra.bases import load_base, load_tokenizer
     from umbra.data import read_rows
+    from umbra.pretrained import load_pretrained
 
     for call, error in (
         (load_base, umbra.BaseModelError),
         (load_tokenizer, umbra.BaseModelError),
         (umbra.load, umbra.CheckpointError),
         (read_rows, umbra.DataError),
+        (load_pretrained, umbra.ConfigError),
     ):
         with pytest.raises(error, match="HF_HUB_OFFLINE=1"):
             call("org/none")

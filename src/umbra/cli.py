@@ -360,11 +360,13 @@ def _parse(prog: str, kind: type, arguments: list[str]) -> Any:
 
 
 def _check_reachable(values: dict[str, Any]) -> None:
-    """Refuse an adapter or a base that can be loaded from nowhere before anything heavy is imported."""
+    """Refuse an adapter, a base or a shadow that can be loaded from nowhere before anything heavy is imported."""
     from . import hub
 
-    for name, files in (("adapter", ("adapter_config.json", "shadow_config.json")), ("base", ("config.json",))):
-        if isinstance(value := values.get(name), str) and not value.startswith("random:"):
+    adapter, model = ("adapter_config.json", "shadow_config.json"), ("config.json",)
+    for name, files in (("adapter", adapter), ("base", model), ("shadow", model)):
+        value = values.get(name)
+        if isinstance(value, str) and not value.startswith("random:") and value not in ("mirror", "dense"):
             hub.check(value, name, files)
 
 

@@ -1,7 +1,6 @@
 """What a user sets: `ShadowConfig`, the whole of the method. No torch in here, so that ``umbra --help`` is instant."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from .errors import ConfigError, shown, unknown_key
 
 Dialect = Literal["umbra", "paper", "peft"]
 LARGEST = 2**20  # of any size: what lies beyond is a slip of the pen, and would fill any memory
+LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which the shadow computes
 
 # What a field left at None means in each of the two published dialects, and in ours: the paper's, with what measured best.
 PAPER = {
@@ -293,7 +293,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
 
 
 def name_the_nearest_key(cls: Any) -> None:

@@ -16,7 +16,7 @@ from .errors import CheckpointError, ConfigError
 from .locks import locked
 
 MANIFEST = f"{folder.HIDDEN}files.json"
-MODEL_FILES = ("*.json", "*.safetensors")
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")
 
 
 @dataclass

@@ -5,6 +5,8 @@ to import: they are never looked at, the backbone is built from the ``model_type
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +25,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from . import anatomy
+from . import anatomy, hub
 from .bases import load_tokenizer, tamed
-from .errors import BaseModelError, ConfigError, shown
+from .errors import BaseModelError, ConfigError, UmbraError, shown
 from .options import EMBEDDED
 
 PROJECTED = "causal_lm_with_hidden_projection"
@@ -64,7 +66,7 @@ def load_pretrained(path: str) -> Pretrained:
             f"shadow={path!r} is a {values['model_type']!r}, which transformers does not know; code that a checkpoint brings "
             "is never run."
         )
-    try:
+    with _reading(path):
         options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
         options["config"] = tamed(AutoConfig.from_pretrained(path, trust_remote_code=False))
         options["output_loading_info"] = True
@@ -78,8 +80,18 @@ def load_pretrained(path: str) -> Pretrained:
         backbone, told = AutoModel.from_pretrained(path, **options)
         _check_whole(path, told)
         return Pretrained(backbone)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"shadow={path!r} is no model that transformers can load: {error}") from error
+
+
+@contextmanager
+def _reading(path: str, fault: str = "is no model that transformers can load") -> Iterator[None]:
+    """Look a shadow up; whatever makes that fail becomes a ConfigError, which names the ``fault``."""
+    try:
+        with hub.lookup(path):
+            yield
+    except UmbraError:
+        raise
+    except (OSError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
+        raise ConfigError(f"shadow={path!r} {fault}: {hub.way_out(path, error) or error}") from error
 
 
 def _check_whole(path: str, told: dict[str, Any]) -> None:
@@ -155,15 +167,12 @@ def read_config(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: missing, or no JSON object.
     """
-    try:
-        with open(cached_file(path, "config.json") or "", encoding="utf-8") as file:
-            values = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        if Path(path, "adapter_config.json").is_file():
-            raise ConfigError(
-                f"shadow={path!r} is an adapter. Write its shadow as a model and give that: umbra detach {path} FOLDER."
-            ) from None
-        raise ConfigError(f"shadow={path!r} is no model that transformers can load: {error}") from error
+    if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
+        raise ConfigError(
+            f"shadow={path!r} is an adapter. Write its shadow as a model and give that: umbra detach {path} FOLDER."
+        )
+    with _reading(path), open(cached_file(path, "config.json") or "", encoding="utf-8") as file:
+        values = json.load(file)
     if not isinstance(values, dict):
         raise ConfigError(f"shadow={path!r} is no model: its config.json holds a {type(values).__name__}.")
     return values
@@ -178,13 +187,11 @@ def _inner(path: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _load_projected(path: str, values: dict[str, Any]) -> Pretrained:
     config = saved_config(_inner(path, values))
-    try:
+    with _reading(path, f"is a {PROJECTED} that cannot be read"):
         backbone = AutoModel.from_config(config, dtype=torch.float32)
         with safe_open(cached_file(path, "model.safetensors"), framework="pt") as file:
             names = [n for n in file.keys() if n.startswith(BACKBONE_PREFIX)]  # noqa: SIM118
             weights = {name.removeprefix(BACKBONE_PREFIX): file.get_tensor(name) for name in names}
             projection = file.get_tensor(PROJECTION).float()
         backbone.load_state_dict(weights)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"shadow={path!r} is a {PROJECTED} that cannot be read: {error}") from error
     return Pretrained(backbone, projection)

@@ -3,9 +3,11 @@
 import math
 from typing import Any
 
+from .. import hub
 from ..errors import ConfigError, DataError, unknown_key
 from .tasks import TaskOptions
 
+DATA = "data sets of lm-eval"  # all of which are on the hub
 PERCENT = {  # of lm-eval's metrics: those of sacrebleu, squadv2 and truthfulqa_gen
     "bleu", "chrf", "chrf++", "exact", "HasAns_exact", "NoAns_exact", "HasAns_f1", "NoAns_f1", "best_exact", "best_f1",
     *(f"{name}_{of}" for name in ("bleu", "rouge1", "rouge2", "rougeL") for of in ("max", "diff")),
@@ -27,9 +29,11 @@ def check(name: str, options: TaskOptions) -> None:
             f"task {name}: {wanted} is a group of lm-eval's tasks; name one of them, or each as a task of its own."
         )
     try:
-        manager.load([wanted])
+        with hub.lookup(DATA):
+            manager.load([wanted])
     except Exception as error:  # whatever its data set, code or packages raise
-        raise DataError(f"task {name}: lm-eval cannot load {wanted}: {error!s:.300}") from error
+        reason = hub.way_out(DATA, error) or f"{error!s:.300}"
+        raise DataError(f"task {name}: lm-eval cannot load {wanted}: {reason}") from error
 
 
 def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) -> dict[str, Any]:
@@ -43,9 +47,9 @@ def score(runner: Any, tokenizer: Any, options: TaskOptions, batch_size: int) ->
     run: Any = lm_eval.simple_evaluate
     make: Any = huggingface.HFLM
     lm, name = make(pretrained=runner, tokenizer=tokenizer, batch_size=batch_size), str(options.lm_eval)
-    found = run(
-        lm, tasks=[name], limit=options.test_limit, task_manager=_manager(options), bootstrap_iters=0, log_samples=True
-    )
+    given: dict[str, Any] = {"task_manager": _manager(options), "bootstrap_iters": 0, "log_samples": True}
+    with hub.lookup(DATA):
+        found = run(lm, tasks=[name], limit=options.test_limit, **given)
     values = {k: v for k, v in found["results"][name].items() if isinstance(v, float) and not math.isnan(v)}
     values = {k: v for k, v in values.items() if not k.partition(",")[0].endswith("_stderr")}
     if not values:
