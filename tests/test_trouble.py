@@ -17,6 +17,7 @@ import pytest
 
 from troubles import KINDS, TRAIN, edited, rows
 from umbra.cli import main
+from umbra.settings import number, read_yaml
 
 PAGE = Path(__file__).parents[1] / "docs" / "trouble.md"
 RECORDS = [{"prompt": f"say {c}", "completion": c} for c in "abcd"] * 3
@@ -354,6 +355,19 @@ def test_cached_files_load_without_a_network(no_network, run, tmp_path, monkeypa
     assert load_base("org/cached", cache_dir=str(tmp_path)).name_or_path == "org/cached"
     assert load_tokenizer("org/cached", cache_dir=str(tmp_path)).pad_token
     assert time.perf_counter() - began < 3
+
+
+# -- numbers in YAML ---------------------------------------------------------------------------------------------------
+
+NUMBERS = {"010": 10, "08": 8, "-007": -7, "1e-3": 0.001, "1E3": 1000.0, ".5": 0.5, "0x10": 16, "1_000": 1000, "+3": 3}
+
+
+def test_a_number_in_a_file_is_the_number_of_a_flag(tmp_path):
+    """YAML 1.1 takes 010 for eight, and 1e-3 for text."""
+    (tmp_path / "x.yaml").write_text("".join(f"'{text}': {text}\n" for text in NUMBERS))
+    values = read_yaml(str(tmp_path / "x.yaml"))
+    assert [(v, type(v)) for v in values.values()] == [(v, type(v)) for v in NUMBERS.values()]
+    assert {text: number(text) for text in NUMBERS} == NUMBERS
 
 
 # -- places ------------------------------------------------------------------------------------------------------------

@@ -360,7 +360,7 @@ def _parse(prog: str, kind: type, arguments: list[str]) -> Any:
 
 
 def _check_reachable(values: dict[str, Any]) -> None:
-    """Refuse an adapter, a base or a shadow that can be loaded from nowhere before anything heavy is imported."""
+    """Refuse an adapter, a base, a shadow or data that can be loaded from nowhere before anything heavy is imported."""
     from . import hub
 
     adapter, model = ("adapter_config.json", "shadow_config.json"), ("config.json",)
@@ -368,6 +368,7 @@ def _check_reachable(values: dict[str, Any]) -> None:
         value = values.get(name)
         if isinstance(value, str) and not value.startswith("random:") and value not in ("mirror", "dense"):
             hub.check(value, name, files)
+    hub.check_data(*(values.get(name) for name in ("train_data", "eval_data", "data")))
 
 
 def _add_flags(parser: Any, kind: type) -> None:

@@ -6,20 +6,23 @@ still load and everything else fails at once. `way_out` says how to continue.
 """
 
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock, Thread
+from typing import Any
 
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from .errors import ConfigError, one_line
+from .errors import ConfigError, DataError, one_line, shown
 from .options import EMBEDDED, EMBEDDED_HUB_ID
 
 PATIENCE = 1.5  # seconds; HF_HUB_ETAG_TIMEOUT overrides it
+DATA_SET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w-]+")  # without a dot, which may be that of a file
 RECHECK = 60.0  # seconds after which an unreachable endpoint is asked again
 
 
@@ -85,6 +88,29 @@ def check(name: str | None, what: str, files: Iterable[str] = ("config.json",)) 
         return
     if not is_cached and (reason := way_out(name)) is not None:
         raise ConfigError(f"The {what} {name!r} cannot be loaded: {reason}")
+
+
+def check_data(*sources: Any) -> None:
+    """Refuse data sets of the hub at once, as `check` does models.
+
+    Args:
+        sources: data as a command names it; files pass, and so do names that may be either and values of other types.
+
+    Raises:
+        DataError: one can be loaded from nowhere.
+    """
+    given = [text for source in sources for text in (source if isinstance(source, list) else [source])]
+    for name in (part.strip() for text in given if isinstance(text, str) for part in text.split(",")):
+        data_set = name.partition(":")[0]
+        if not DATA_SET.fullmatch(data_set) or is_path(name) or Path(name).parent.exists():
+            continue
+        prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
+        caches = (
+            prepared / data_set.replace("/", "___"),
+            Path(constants.HF_HUB_CACHE, f"datasets--{data_set.replace('/', '--')}"),
+        )
+        if not any(cache.exists() for cache in caches) and (reason := way_out(name)) is not None:
+            raise DataError(f"{shown(name)} is neither a file here nor a data set that can be loaded: {reason}")
 
 
 def embedded_wheel() -> Path | None:

@@ -1,4 +1,4 @@
-"""Settings that are written down: a YAML file, in which 1e-3 is a number too. No torch in here."""
+"""Settings that are written down: a YAML file, in which 1e-3 is a number too, and 010 is ten. No torch in here."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ from .errors import ConfigError, shown
 LARGEST_YAML = 2**17  # bytes
 DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")  # what a shell passes: a pipe with a writer
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 NUMBER_LINE = re.compile(f"^(?:{NUMBER.pattern})$")
 
 
@@ -41,7 +42,15 @@ def _loader() -> type:
                 raise ValueError(f"a key stands twice at line {node.start_mark.line + 1}")
             return spelled(super().construct_mapping(node, deep))
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER_LINE, list("+-.0123456789"))
+        def construct_decimal(self, node: Any) -> Any:
+            text, is_int = str(self.construct_scalar(node)), node.tag == INT
+            if NUMBER.fullmatch(text):
+                return float(text) if any(c in text for c in ".eE") else int(text)
+            return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+
+    for tag in (INT, FLOAT):
+        Loader.add_constructor(tag, Loader.construct_decimal)
+    Loader.add_implicit_resolver(FLOAT, NUMBER_LINE, list("+-.0123456789"))
     return Loader
 
 
