@@ -304,6 +304,14 @@ def test_a_finished_run_goes_on_from_its_end(settings):
     assert same(weights(epochs["output_dir"]), weights(whole["output_dir"]))
 
 
+def test_a_run_whose_folder_was_moved_goes_on(settings, tmp_path):
+    train(settings)
+    Path(settings["output_dir"]).rename(tmp_path / "moved")
+    moved = {**settings, "output_dir": str(tmp_path / "moved")}
+    assert train(moved)["global_step"] == 3
+    assert train({**moved, "max_steps": 4})["global_step"] == 4
+
+
 @pytest.mark.parametrize("change", ["new", "gone", "other"])
 def test_a_run_goes_on_with_the_same_files_of_a_glob_alone(settings, tmp_path, change):
     for name in "ab":

@@ -48,7 +48,9 @@ INNER_FILES = (
 )  # fmt: skip
 LENGTHS = ("max_steps", "num_train_epochs")  # that may be raised: the run then goes on from its end
 # Fields that may differ between a run and its continuation: they change nothing that is learned.
-HARMLESS = ("overwrite", "disable_tqdm", "report_to", "logging_dir", "save_total_limit", "resume_from_checkpoint")
+HARMLESS = (
+    "output_dir", "overwrite", "disable_tqdm", "report_to", "logging_dir", "save_total_limit", "resume_from_checkpoint",
+)  # fmt: skip
 
 
 def sort_settings(
@@ -197,7 +199,7 @@ class Run:
         file = folder.find(self.out, RUN_FILE)
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
-            before = {**self.defaults, **run["asked"]}
+            before = {k: v for k, v in {**self.defaults, **run["asked"]}.items() if k not in HARMLESS}
             shadow = ShadowConfig.from_dict({k: v for k, v in before.items() if k in names(ShadowConfig)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error}. Choose another output_dir, or overwrite.") from error

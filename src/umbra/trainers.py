@@ -226,7 +226,9 @@ class _ShadowLoss(Resumable):
         if self.is_deepspeed_enabled:
             return super()._load_best_model()  # type: ignore[misc]
         assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = Path(self.state.best_model_checkpoint)
+        here = Path(self.args.output_dir, best.name)  # of a run whose folder was moved
+        self._load_from_checkpoint(str(here if here.is_dir() else best))
 
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter folder; called by all ranks, of which one writes. A sharded base is never gathered."""
