@@ -17,6 +17,7 @@ from tiny import make, make_base, scramble
 from umbra.bases import load_base
 from umbra.card import may_replace
 from umbra.cli import main
+from umbra.data import local_files
 from umbra.locks import LOCK, locked
 from umbra.train import train
 
@@ -310,6 +311,15 @@ def test_a_run_whose_folder_was_moved_goes_on(settings, tmp_path):
     moved = {**settings, "output_dir": str(tmp_path / "moved")}
     assert train(moved)["global_step"] == 3
     assert train({**moved, "max_steps": 4})["global_step"] == 4
+
+
+def test_a_file_beside_the_data_of_a_folder_is_no_change(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "a.jsonl", RECORDS)
+    before = local_files(str(tmp_path / "data"))
+    for name in (".lock", "README.md", "_notes.jsonl", "cache-1.arrow"):
+        (tmp_path / "data" / name).write_text("x")
+    assert local_files(str(tmp_path / "data")) == before
 
 
 @pytest.mark.parametrize("change", ["new", "gone", "other"])

@@ -213,6 +213,13 @@ def _check_configurations(folder: Path) -> None:
         )
 
 
+def _is_content(file: Path, source: Source) -> bool:
+    """Whether a file below a folder may be read as data: none that is hidden, a note of the user's or a cache of datasets."""
+    hidden = any(part.startswith((".", "_", "cache-")) for part in file.relative_to(source.path).parts)
+    is_data = source.kind != "folder" or form_of(file) in (*RECORD_FILES, ".txt")
+    return is_data and not hidden and file.is_file()
+
+
 def local_files(source: str | list[str] | None) -> list[Path]:
     """The files on this disk that a source names, as far as they are there: what its content depends on."""
     try:
@@ -224,5 +231,5 @@ def local_files(source: str | list[str] | None) -> list[Path]:
         if one.kind == "file":
             files.append(one.path)
         elif one.kind != "hub":
-            files += sorted(file for file in one.path.rglob("*") if file.is_file())
+            files += sorted(file for file in one.path.rglob("*") if _is_content(file, one))
     return files
