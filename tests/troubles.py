@@ -48,6 +48,8 @@ NAME = "check the name"
 RUN = TRAIN + "--train_data {data} --output_dir {here}/x "
 THREE = RUN.replace("--max_steps 1", "--max_steps 3")
 ON_BASE = "generate {out} x --base {here}/base"
+# Adapters carry their tokenizer: training alone reads that of the base.
+TRAIN_ON = RUN.replace("{base}", "{here}/base")
 KINDS = [
     # the command line
     Kind("unknown command", "bogus", "invalid choice: 'bogus'", "umbra --help lists the commands"),
@@ -82,7 +84,12 @@ KINDS = [
     Kind("unknown mode", "eval {out} {data} --modes sideways", "Unknown mode 'sideways'", "one of those listed"),
     Kind("broken regular expression", "eval {out} {data} --answer-pattern (", "no regular expression", "mend it"),
     Kind("empty prompt", "generate {out} ' '", "The prompt is empty", "give a prompt"),
-    Kind("weights that overflow", THREE + "--alpha 1e30", "Training has diverged by step", "smaller settings"),
+    Kind(
+        "weights that overflow",
+        THREE + "--alpha 1e30 --logging_steps 1",
+        "Training has diverged by step",
+        "smaller settings",
+    ),
     Kind("a rate that overflows", THREE + "--learning_rate 1e38", "Training has diverged by step", "a lower rate"),
     # settings in a file
     Kind("no such settings file", "train {here}/no.yaml", "No such file", NAME),
@@ -181,18 +188,18 @@ KINDS = [
     ),
     Kind("a NUL in a path", "inspect 'a\0b'", "path must be str", NAME),
     # output
-    Kind("output_dir is a file", TRAIN + "--train_data {data} --output_dir {data}", "is a file", "name a folder"),
+    Kind("output_dir is a file", TRAIN + "--train_data {data} --output_dir {data}", "is no folder", "name a folder"),
     Kind(
         "output_dir leads back to itself",
         TRAIN + "--train_data {data} --output_dir {here}/a",
-        "a link to no folder",
+        "a symbolic link to nothing",
         "remove the link",
         looped,
     ),
     Kind(
         "output_dir is a link to nothing",
         TRAIN + "--train_data {data} --output_dir {here}/a",
-        "a link to no folder",
+        "a symbolic link to nothing",
         "remove the link",
         lambda here: (here / "a").symlink_to(here / "gone"),
     ),
@@ -292,17 +299,19 @@ KINDS = [
         "dequantise it",
         edited("base/config.json", quantization_config={"quant_method": "mxfp4"}),
     ),
-    Kind("tokenizer that does not fit its file", ON_BASE, "tokenizer", "restore it", text("base/tokenizer.json", "[]")),
+    Kind(
+        "tokenizer that does not fit its file", TRAIN_ON, "tokenizer", "restore it", text("base/tokenizer.json", "[]")
+    ),
     Kind(
         "chat template with an error",
-        ON_BASE,
+        TRAIN_ON,
         "chat template refuses",
         "mend the template, or --chat-template no",
         lambda here: (here / "base/chat_template.jinja").write_text("{{ raise_exception('no') }}"),
     ),
     Kind(
         "chat template that escapes",
-        ON_BASE,
+        TRAIN_ON,
         "chat template refuses",
         "mend the template",
         lambda here: (here / "base/chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}"),

@@ -298,9 +298,13 @@ class StopWhereDiverged(TrainerCallback):
         self._check_weights(args, state, model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Look at every loss that is logged, in training and in evaluation."""
+        """Look at every loss that is logged, in training and in evaluation, and at the gradient's norm.
+
+        Clipping by an infinite norm leaves no gradient to learn from. With fp16, the scaler passes such steps over.
+        """
         for name, value in (logs or {}).items():
-            if name.endswith("loss") and not math.isfinite(value):
+            decides = name.endswith("loss") or (name == "grad_norm" and not args.fp16)
+            if decides and not math.isfinite(value):
                 raise _divergence(args, state, f"{name} is {value}")
 
     def _check_weights(self, args: Any, state: Any, model: Any) -> None:
