@@ -176,7 +176,7 @@ SAVER = """
 import dataclasses, sys, torch, time
 from tiny import make
 torch.set_num_threads(1)
-model, end = make(), time.monotonic() + 12
+model, end = make(), time.monotonic() + 6
 turn = 0
 while time.monotonic() < end:
     turn += 1
@@ -208,7 +208,7 @@ def test_readers_beside_a_writer_get_one_generation(tmp_path):
         model.unload()
         inspect(str(tmp_path / "out"))
         seen.append(value)
-    assert set(seen) == {1.0, 2.0} and len(seen) > 50
+    assert set(seen) == {1.0, 2.0} and len(seen) > 20
 
 
 # -- overwrite ---------------------------------------------------------------------------------------------------------
@@ -404,8 +404,9 @@ def test_a_classifier_starts_with_its_classes(settings, tmp_path):
     train({**again, "train_data": data("red", "green")})
     assert umbra.load(again["output_dir"]).shadow.classifier["id2label"] == {0: "blue", 1: "green", 2: "red"}
     shutil.rmtree(again["output_dir"])
-    for labels, message in ((("red", "white"), "does not know: white"), ((0.5, 0.7), "regression")):
+    cases = ((("red", "white"), "does not know: white", None), ((0.5, 0.7), "trained for single_label", "regression"))
+    for labels, message, problem in cases:
         with pytest.raises(umbra.DataError, match=message):
-            train({**again, "train_data": data(*labels)})
+            train({**again, "train_data": data(*labels), "problem_type": problem})
     with pytest.raises(umbra.DataError, match="learned from text and its labels"):
         train({**again, "train_data": settings["train_data"]})

@@ -72,10 +72,11 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     _check_alone(options, shadow, rest)
     evaluates = {"eval_strategy": "steps" if "eval_steps" in rest else "epoch"} if options.eval_data else {}
     arguments = make_arguments(options.output_dir, {**evaluates, **rest})
-    files = [str(file) for data in (options.train_data, options.eval_data) for file in local_files(data)]
-    run = Run.of(FILES, options, shadow, rest, files)
-    for file in files:
-        run.check_apart(data=file)
+    sources = {"train_data": options.train_data, "eval_data": options.eval_data}
+    files = [(name, str(file)) for name, data in sources.items() for file in local_files(data)]
+    run = Run.of(FILES, options, shadow, rest, [file for _, file in files])
+    for name, file in files:
+        run.check_apart(**{name: file})
     run.check_apart(base=options.base, adapter=options.adapter, shadow=shadow.shadow if shadow.is_pretrained else None)
     if options.adapter is not None and options.adapter not in run.contents:
         run.contents[options.adapter] = manifest.of_model(options.adapter)
