@@ -188,7 +188,12 @@ KINDS = [
     ),
     Kind("a NUL in a path", "inspect 'a\0b'", "path must be str", NAME),
     # output
-    Kind("output_dir is a file", TRAIN + "--train_data {data} --output_dir {data}", "is no folder", "name a folder"),
+    Kind(
+        "output_dir is a file",
+        TRAIN + "--train_data {data} --output_dir {base}/config.json",
+        "is no folder",
+        "name a folder",
+    ),
     Kind(
         "output_dir leads back to itself",
         TRAIN + "--train_data {data} --output_dir {here}/a",
