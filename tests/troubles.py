@@ -91,6 +91,13 @@ KINDS = [
         "smaller settings",
     ),
     Kind("a rate that overflows", THREE + "--learning_rate 1e38", "Training has diverged by step", "a lower rate"),
+    Kind("a schedule's settings as text", RUN + "--lr_scheduler_kwargs abc", "refuse these settings", "a JSON object"),
+    Kind(
+        "unknown settings of a schedule",
+        RUN + "--lr_scheduler_kwargs '{{\"x\":1}}'",
+        "refuse these settings",
+        "those it has",
+    ),
     # settings in a file
     Kind("no such settings file", "train {here}/no.yaml", "No such file", NAME),
     Kind("a folder as settings", "train {here}", "Is a directory", "name a file"),

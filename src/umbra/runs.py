@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from . import checkpoint, folder, resuming
 from .card import may_replace
@@ -104,11 +104,21 @@ def make_arguments(out: Path | str, given: dict[str, Any]) -> TrainingArguments:
         check_bounds(name, given.get(name), least, below)
     try:
         arguments = TrainingArguments(output_dir=str(out), **given)
+        _check_schedule(arguments)
     except Exception as error:  # their checks, and those of accelerate's and deepspeed's part, raise many types
         raise ConfigError(f"transformers' TrainingArguments refuse these settings: {error!s:.500}") from error
     # DataParallel would copy hooks that know one device, and put several batches into one; launchers use all GPUs.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _check_schedule(arguments: TrainingArguments) -> None:
+    """Make a schedule now, as a trainer does only when it begins to train; it raises whatever type it likes."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    get_scheduler(
+        arguments.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=2,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 @dataclass
