@@ -32,7 +32,8 @@ def check(name: str, options: TaskOptions) -> None:
         with hub.lookup(DATA):
             manager.load([wanted])
     except Exception as error:  # whatever its data set, code or packages raise
-        reason = hub.way_out(DATA, error) or f"{error!s:.300}"
+        way_out = hub.way_out(DATA, error)
+        reason = f"{error!s:.300}" + (f" ({way_out})" if way_out else "")
         raise DataError(f"task {name}: lm-eval cannot load {wanted}: {reason}") from error
 
 
