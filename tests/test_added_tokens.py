@@ -334,6 +334,78 @@ def test_resized_again_the_trained_rows_stay():
     assert torch.equal(model(tokens()).logits[..., :VOCAB], model(tokens()).logits)
 
 
+@torch.no_grad()
+def test_a_base_that_had_rows_gets_them_back_after_a_resizing(tmp_path):
+    resized().save_pretrained(tmp_path / "a")
+    other = make_base()
+    other.resize_token_embeddings(VOCAB + NEW, mean_resizing=False)
+    before = copy.deepcopy(other.state_dict())
+    model = umbra.load(tmp_path / "a", other)
+    model.resize_token_embeddings(VOCAB + 5)
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+# -- other embeddings and heads ----------------------------------------------------------------------------------------
+
+
+def another(part: str, before: torch.nn.Module, rows: int) -> torch.nn.Module:
+    """A table or head like ``before`` with random rows from ``rows`` on."""
+    module = copy.deepcopy(before)
+    module._forward_hooks.clear(), module._forward_pre_hooks.clear()
+    module.weight.data[rows:].normal_()
+    return module
+
+
+@pytest.mark.parametrize("way", ["set", "assigned"])
+@pytest.mark.parametrize("part", ["embeddings", "head"])
+def test_they_move_to_embeddings_and_heads_that_replace_others(part, way, tmp_path):
+    model, ids = trained(resized()), with_tokens()
+    expected, known = model(ids).logits, model.base_fingerprint
+    before = locate(model.base).embeddings if part == "embeddings" else locate(model.base).head
+    after = another(part, before, VOCAB)
+    if way == "assigned":
+        setattr(*((model.base.model, "embed_tokens") if part == "embeddings" else (model.base, "lm_head")), after)
+    else:
+        (model.set_input_embeddings if part == "embeddings" else model.set_output_embeddings)(after)
+    assert torch.equal(model(ids).logits, expected) and model.base_fingerprint == known
+    assert not before._forward_hooks.keys() & after._forward_hooks.keys() or not before._forward_pre_hooks
+    model.train()(ids, labels=ids).loss.backward()
+    assert {"shadow.added_tokens.embeddings", "shadow.added_tokens.head"} < gradients(model).keys()
+    model.eval().save_pretrained(tmp_path / "a")
+    assert torch.equal(umbra.load(tmp_path / "a", make_base())(ids).logits, expected)
+    plain = model.unload()
+    assert plain.config.vocab_size == VOCAB and not after._forward_hooks and not after._forward_pre_hooks
+
+
+def test_a_table_that_was_tied_is_not_replaced_alone():
+    model = trained(resized("tied"))
+    before = model.get_input_embeddings()
+    with pytest.raises(umbra.BaseModelError, match="tied"):
+        model.set_input_embeddings(another("embeddings", before, VOCAB))
+    assert model.get_input_embeddings() is before
+    model.base.model.embed_tokens = another("embeddings", before, VOCAB)
+    with pytest.raises(umbra.BaseModelError, match="tied"):
+        model(with_tokens())
+
+
+@pytest.mark.parametrize("base", ["untied", "tied"])
+def test_the_fingerprint_is_of_the_embeddings_and_head_of_now(base, tmp_path):
+    name, options = BASES[base]
+    model = make(name, base_options=options)
+    known = model.base_fingerprint
+    model.base.get_input_embeddings().weight.data[5] += 1
+    model.set_output_embeddings(another("head", locate(model.base).head, 0))
+    model.resize_token_embeddings(VOCAB + NEW)
+    assert model.base_fingerprint["weights"] != known["weights"] and model.base_fingerprint["vocab_size"] == VOCAB
+    other = make(name, base_options=options)
+    other.base.resize_token_embeddings(VOCAB + NEW)
+    assert other.base_fingerprint["vocab_size"] == VOCAB + NEW
+    other.save_pretrained(tmp_path / "a")
+    with pytest.raises(umbra.BaseModelError, match="vocab_size"):
+        umbra.load(tmp_path / "a", make_base(name, **options))
+
+
 def test_a_base_in_half_precision_trains_them_in_single(tmp_path):
     model = make()
     model.base.bfloat16()

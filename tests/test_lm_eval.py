@@ -151,3 +151,22 @@ def test_without_lm_eval_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("umbra.cli.find_spec", lambda name: None)
     assert main(["lm_eval", "run"]) == 2
     assert "pip install 'umbra-peft[lm-eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chats", [True, False])
+def test_it_asks_as_the_adapter_does_or_says_that_it_does_not(adapter, chats, tmp_path, capsys):
+    from umbra.lm_eval import UmbraLM
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ day }}|{{ mood }}|{% for m in messages %}{{ m.content }}{% endfor %}"
+    kwargs = {"day": "Monday", "mood": "calm"}
+    model = umbra.load(adapter)
+    model.save_pretrained(
+        tmp_path / "a", tokenizer=tokenizer, chat_template=chats, chat_template_kwargs=kwargs, overwrite=True
+    )
+    found = UmbraLM(str(tmp_path / "a"), device="cpu", chat_template_args={"mood": "wild"}, enable_thinking=False)
+    assert found.apply_chat_template([{"role": "user", "content": "one"}]) == "Monday|wild|one"
+    assert "mood" in capsys.readouterr().err
+    for used in (True, False):
+        found.chat_template(used)
+        assert ("--apply_chat_template" in capsys.readouterr().err) == (used != chats)

@@ -38,8 +38,6 @@ class Adapters:
     all_tied_weights_keys: dict[str, str]
     _attachment: Attachment
     base_fingerprint: Any
-    _fingerprinted: tuple[dict[str, Any], Any]
-    _added_handles: list[Any]
     _rows_before: list[Tensor]
 
     @property
@@ -160,6 +158,8 @@ class Adapters:
         if new_num_tokens is None and not options.get("pad_to_multiple_of") and not args:
             return self.base.get_input_embeddings()
         check_resizable(anatomy.locate(self.base))
+        known = self.base_fingerprint
+        self._attachment.settle()
         if self.shadow.added_tokens is not None:
             self.shadow.added_tokens.write()
         table = self.base.resize_token_embeddings(new_num_tokens, *args, **options)
@@ -170,7 +170,7 @@ class Adapters:
             self.adapter(name).resize(located)
         self.config.get_text_config(decoder=True).vocab_size = anatomy.vocabulary_size(table)
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in self.base.all_tied_weights_keys.items()}
-        self._carry_added_tokens(located)
+        self._carry_added_tokens(located, known)
         return table
 
     def active_adapters(self) -> list[str]:
@@ -208,16 +208,14 @@ class Adapters:
             return
         check_resizable(located)
         self._rows_before = [table.detach()[own:].clone() for _, table in Tables(located).named()]
-        self.base_fingerprint = fingerprint(located, own)
-        self._carry_added_tokens(located)
+        self._carry_added_tokens(located, fingerprint(located, own))
 
-    def _carry_added_tokens(self, base: Anatomy) -> None:
-        """Let all adapters carry the rows beyond the base's own vocabulary, that of its fingerprint."""
-        known = self._fingerprinted[0]
+    def _carry_added_tokens(self, base: Anatomy, known: dict[str, Any]) -> None:
+        """Let all adapters carry the rows beyond the base's own vocabulary, that of its fingerprint ``known``."""
         own, rows = known["vocab_size"], anatomy.vocabulary_size(base.embeddings)
-        self.base_fingerprint = known if rows >= own else fingerprint(base)
         before, added = self.shadow.added_tokens, None
-        self._remove_added_hooks()
+        if before is not None:
+            before.remove()
         if rows > own:
             added = AddedTokens(base, own, self.shadow.dtype)
             trains = len(self.adapters) == 1 and any(p.requires_grad for p in self.shadow.parameters())
@@ -226,25 +224,24 @@ class Adapters:
                 trains = before.is_trained
             reads_head = not self.shadow.heads
             added.set_trained(trains, reads_head)
-            self._added_handles = added.hook(base, reads_head)
+            added.hook(base, reads_head)
+        self._attachment.added_tokens = added
         for name in self.adapters:
             self.adapter(name).added_tokens = added
+        self.base_fingerprint = known if rows >= own else fingerprint(base)
         self._settle()
-
-    def _remove_added_hooks(self) -> None:
-        for handle in self._added_handles:
-            handle.remove()
-        self._added_handles = []
 
     def _remove_added_tokens(self) -> None:
         """Give the base back the rows that it had before `attach`."""
-        self._remove_added_hooks()
-        if self.shadow.added_tokens is None:
+        added = self.shadow.added_tokens
+        if added is None:
             return
-        if not self._rows_before:
-            self.base.resize_token_embeddings(self._fingerprinted[0]["vocab_size"])
-        for before, (_, table) in zip(self._rows_before, self.shadow.added_tokens.base.named(), strict=False):
-            table.data[-len(before) :] = before
+        added.remove()
+        before = len(self._rows_before[0]) if self._rows_before else 0
+        if before != len(added.embeddings):
+            self.base.resize_token_embeddings(added.first + before, mean_resizing=False)
+        for rows, (_, table) in zip(self._rows_before, Tables(anatomy.locate(self.base)).named(), strict=False):
+            table.data[added.first :] = rows
         for name in self.adapters:
             self.adapter(name).added_tokens = None
 

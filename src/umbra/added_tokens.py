@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import anatomy, dense, shards
 from .anatomy import Anatomy
@@ -37,6 +38,8 @@ class AddedTokens(nn.Module):
     def __init__(self, base: Anatomy, first: int, dtype: torch.dtype):
         super().__init__()
         self.first, self.base = first, Tables(base)
+        self.handles: list[Any] = []
+        self.reads_head = True
         for name, table in self.base.named():
             self.register_parameter(name, nn.Parameter(table.detach()[first:].to(dtype, copy=True)))
 
@@ -79,19 +82,46 @@ class AddedTokens(nn.Module):
                 )
             table.data[self.first :] = self.get_parameter(name)  # whose version autograd does not compare
 
-    def hook(self, base: Anatomy, reads_head: bool) -> list[Any]:
-        """Put hooks on the embeddings and the head of the base; the handles that remove them.
+    def hook(self, base: Anatomy, reads_head: bool) -> None:
+        """Put hooks on the embeddings and the head of the base, until `remove`.
 
         Args:
             reads_head: whether logits are the base's head's, and not those of a trained copy.
         """
-        handles: list[Any] = [base.embeddings.register_forward_pre_hook(self.write)]
-        handles.append(base.embeddings.register_forward_hook(self._after_lookup))
+        self.remove()
+        self.reads_head = reads_head
+        self.handles.append(base.embeddings.register_forward_pre_hook(self.write))
+        self.handles.append(base.embeddings.register_forward_hook(self._after_lookup))
         if not base.is_classifier:
-            handles.append(base.head.register_forward_pre_hook(self.write))
+            self.handles.append(base.head.register_forward_pre_hook(self.write))
             if reads_head:
-                handles.append(base.head.register_forward_hook(self._after_head))
-        return handles
+                self.handles.append(base.head.register_forward_hook(self._after_head))
+
+    def remove(self) -> None:
+        """Take the hooks off the base."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def settle(self, model: PreTrainedModel, head: nn.Module) -> None:
+        """Move to the tables that the base has now, where others were put in their places.
+
+        Raises:
+            BaseModelError: these have another number of rows, or are tied or biased unlike those before.
+        """
+        before = self.base
+        if before.embeddings is model.get_input_embeddings() and before.head in (None, head):
+            return
+        base = anatomy.locate(model)
+        after = Tables(base)
+        shapes = {name: table[self.first :].shape for name, table in after.named()}
+        if shapes != {name: rows.shape for name, rows in self.named_parameters()}:
+            raise BaseModelError(
+                "The base's embeddings or head were replaced after tokens had been added, by modules with other rows, or tied or "
+                "biased otherwise. Replace them first, then call resize_token_embeddings()."
+            )
+        self.base = after
+        self.hook(base, self.reads_head)
 
     def _after_lookup(self, table: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if not (self.is_trained and torch.is_grad_enabled()):

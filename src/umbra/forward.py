@@ -84,6 +84,7 @@ class Forward:
         return seen
 
     def _initial_state(self, batch: dict[str, Any], shadow: Shadow | None = None) -> Tensor:
+        self._attachment.settle()  # before the embeddings are read, which may be others than before
         shadow = self.shadow if shadow is None else shadow
         batch = caches.for_shadow(batch, shadow.backbone.config, shadow.dtype)
         told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}

@@ -86,6 +86,7 @@ class Attachment:
         self.head_handles: list[Any] = []
         self.decoder_handles: list[Any] = []
         self.base, self.head_name = base, head_name
+        self.added_tokens: Any = None  # whose hooks follow the base's embeddings and head
         self.settle_head(base.get_submodule(head_name))
         self.settle()
         if decoder is not None:
@@ -106,10 +107,12 @@ class Attachment:
         """Put the hooks on the modules that stand in the list now.
 
         A wrapper that was put around a block after `attach` (activation checkpointing, FSDP) has then the hooks outside:
-        it recomputes the block alone, never the coupling. A head that was put in the place of another gets that one's.
+        it recomputes the block alone, never the coupling. A head or embeddings put in the place of others get their hooks.
         """
         if (head := self.base.get_submodule(self.head_name)) is not self.head:
             self.settle_head(head)
+        if self.added_tokens is not None:
+            self.added_tokens.settle(self.base, head)
         if self.hooked == list(self.blocks):
             return
         for handle in self.block_handles:

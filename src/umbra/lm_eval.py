@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from .checkpoint import load, local_folder, read_config
 from .errors import BaseModelError, ConfigError, unknown_key
-from .prompting import open_formatter
+from .prompting import Prompting, open_formatter, report
 
 MODES = ("attached", "detached", "base")
 # What lm-eval's own class does with a model that is loaded already; the rest it would do in loading.
@@ -40,6 +40,8 @@ class UmbraLM(HFLM):
         BaseModelError, CheckpointError: as in `umbra.load`.
     """
 
+    _chats: bool | None = None  # whether the adapter is asked by its chat template; None with another tokenizer
+
     def __init__(
         self,
         adapter: str,
@@ -61,13 +63,23 @@ class UmbraLM(HFLM):
         if not model.can_generate():
             raise ConfigError(f"{adapter} classifies and is no language model; score it with `umbra eval`.")
         if tokenizer is None:
-            formatter = open_formatter(model)
-            tokenizer = formatter.tokenizer
-            if "enable_thinking" not in options:
-                options.setdefault("chat_template_args", formatter.chat_template_kwargs)
+            own = (model.shadow.prompting or Prompting()).chat_template_kwargs
+            given = {**own, **(options.get("chat_template_args") or {})}
+            if options.get("enable_thinking") is not None:
+                given["enable_thinking"] = options["enable_thinking"]
+            formatter = open_formatter(model, chat_template_kwargs=given)
+            tokenizer, self._chats = formatter.tokenizer, formatter.chats
+            options["chat_template_args"] = formatter.chat_template_kwargs
         self._loaded, self._mode = model, mode
         options |= {"pretrained": name, "tokenizer": tokenizer, "dtype": dtype}
         super().__init__(**options)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """As in lm-eval, whose flag decides whether the template is used; reports on stderr where the adapter says otherwise."""
+        if self._chats is not None and self._chats != bool(chat_template):
+            with_or_without = ("without", "with")[self._chats]
+            report(f"the adapter was trained {with_or_without} chat template; --apply_chat_template decides here.")
+        return super().chat_template(chat_template)
 
     def _get_config(self, pretrained: str, **_: Any) -> None:
         model, mode = self._loaded, self._mode

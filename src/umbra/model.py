@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -112,7 +112,6 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self._arguments = anatomy.forward_arguments(self, base, base.base_model, located.decoder)
         decoder = located.decoder if located.merges_embeddings else None
         self._rows_before: list[Tensor] = []  # of added tokens, where the base had such already
-        self._added_handles: list[Any] = []
         self._attachment = Attachment(located.blocks, base, located.head_name, decoder, located.stream)
         base.requires_grad_(False)
         kernels.quicken(self.modules())
@@ -166,14 +165,19 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
     @property
     def base_fingerprint(self) -> dict[str, Any]:
         """What tells the base from others, of the head and the embeddings that it has now."""
-        modules = (self.base_head, self.base.get_input_embeddings())
-        if any(a is not b for a, b in zip(modules, self._fingerprinted[1], strict=True)):
-            self.base_fingerprint = fingerprint(anatomy.locate(self.base))
+        if self._tables() != self._fingerprinted[1]:
+            added = self.shadow.added_tokens
+            self.base_fingerprint = fingerprint(anatomy.locate(self.base), None if added is None else added.first)
         return self._fingerprinted[0]
 
     @base_fingerprint.setter
     def base_fingerprint(self, value: dict[str, Any]) -> None:
-        self._fingerprinted = value, (self.base_head, self.base.get_input_embeddings())
+        self._fingerprinted = value, self._tables()
+
+    def _tables(self) -> tuple[nn.Module, nn.Module, int]:
+        """The base's head and embeddings, and the rows of the latter."""
+        embeddings = self.base.get_input_embeddings()
+        return self.base_head, embeddings, anatomy.vocabulary_size(embeddings)
 
     # -- as a transformers model -----------------------------------------------------------------------------------
 
@@ -276,9 +280,19 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
 
         Raises:
             ConfigError: a table of another size.
+            BaseModelError: one that parts head and embeddings after tokens were added to both.
         """
-        _check_replacement("input embeddings", self.base.get_input_embeddings(), value)
-        self.base.set_input_embeddings(value)
+        before = self.base.get_input_embeddings()
+        _check_replacement("input embeddings", before, value)
+        self._replace(self.base.set_input_embeddings, before, value)
+
+    def _replace(self, put: Callable[[nn.Module], None], before: nn.Module, after: nn.Module) -> None:
+        put(after)
+        try:
+            self._attachment.settle()
+        except BaseModelError:
+            put(before)
+            raise
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.base.get_output_embeddings()
@@ -288,6 +302,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
 
         Raises:
             ConfigError: trained heads stand in its place, or it has another size.
+            BaseModelError: as `set_input_embeddings`.
         """
         if new_embeddings is self.get_output_embeddings():
             return
@@ -298,8 +313,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
                 "effect. Change model.shadow.heads, or attach with train_heads=False."
             )
         _check_replacement("head", self.base_head, new_embeddings)
-        self.base.set_output_embeddings(new_embeddings)
-        self._attachment.settle()
+        self._replace(self.base.set_output_embeddings, self.base_head, new_embeddings)
         kernels.quicken([new_embeddings])
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:

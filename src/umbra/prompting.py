@@ -256,7 +256,7 @@ def open_formatter(
         tokenizer, base_tokenizer = prompting.tokenizer.open(name), tokenizer_at_hand(name)
         check_fit(tokenizer, anatomy.vocabulary_size(model.get_input_embeddings()), base_tokenizer)
         if base_tokenizer is not None and (different := differences(tokenizer, base_tokenizer)):
-            _report(f"the adapter's tokenizer is used; the base's has {' and '.join(different)}.")
+            report(f"the adapter's tokenizer is used; the base's has {' and '.join(different)}.")
     return override(prompting, tokenizer, chat_template, chat_template_kwargs)
 
 
@@ -271,11 +271,12 @@ def override(
     own, settings = prompting.settings(), prompting.replaced(None, chat_template, chat_template_kwargs).settings()
     for key, value in settings.items():
         if value != own[key]:
-            _report(f"{key} {json.dumps(value)} overrides the adapter's {json.dumps(own[key])}.")
+            report(f"{key} {json.dumps(value)} overrides the adapter's {json.dumps(own[key])}.")
     return ChatFormatter(tokenizer, **settings)
 
 
-def _report(text: str) -> None:
+def report(text: str) -> None:
+    """Tell the user of an override on stderr."""
     if speaks():
         print(f"umbra: {text}", file=sys.stderr)
 
