@@ -55,8 +55,6 @@ class Labels:
             return cls._several(values, place)
         if problem_type == "multi_label_classification":
             raise DataError(f"problem_type={problem_type} needs lists of classes as labels, got {shown(values[0])}.")
-        if problem_type == "multi_label_classification":
-            raise DataError(f"problem_type={problem_type} needs lists of classes as labels, got {shown(values[0])}.")
         _check_kinds(values, place)
         names = _sorted(values)
         if len(names) < 2:
