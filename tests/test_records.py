@@ -231,6 +231,16 @@ def test_classes_are_text_and_regression_is_asked_for():
         Labels.of(["a", " "], None, lambda i: f"line {i + 2}")
 
 
+def test_one_class_and_lists_of_classes_are_not_confused():
+    with pytest.raises(DataError, match="needs one class as a label"):
+        Labels.of([["a"], ["b"]], "single_label_classification")
+    with pytest.raises(DataError, match="All labels are empty lists"):
+        Labels.of([[], []])
+    for labels, other in ((Labels.of(["a", "b"]), ["a"]), (Labels.of([["a"], ["b"]]), "a")):
+        with pytest.raises(DataError, match="The label must be"):
+            labels.encode(other)
+
+
 def test_classes_are_shown_with_counts_and_near_duplicates():
     values = ["pos", "Pos ", "neg", "neg\n", "neg"]
     lines = describe_classes(Labels.of(values), values)

@@ -317,7 +317,10 @@ class ChatFormatter:
                 continue
             beside = " beside 'tool_calls'" if "tool_calls" in message else ""
             what = f"{role}{beside}, {i == 0}, {role == 'system' and systems}"
-            if not self._changes(what, conversation, conversation.with_message(i, content=SENTINEL)):
+            part = (
+                conversation.until(i + 1) if role == "assistant" else conversation
+            )  # a turn may be rendered last alone
+            if not self._changes(what, part, part.with_message(i, content=SENTINEL)):
                 raise DataError(
                     f"The chat template does not render messages[{i}], of the role {role!r}{beside}: take another template, or "
                     "rewrite the message."
