@@ -206,6 +206,9 @@ def test_tools_calls_and_results_are_rendered_in_every_spelling(name):
         ("lfm2", {"messages": [user("a"), assistant("", tool_calls=[{"name": "f"}])]}, "'tool_calls' of the assistant"),
         ("qwen2_5", {"messages": [{**user("a"), "name": "Bob"}, assistant("b")]}, "'name' of the user"),
         ("qwen3", {"messages": [user("a"), {"role": "critic", "content": "c"}, assistant("b")]}, "role 'critic'"),
+        ("gptoss", {"messages": [*CHAT[:2], SYSTEM, *CHAT[:2]]}, r"messages\[2\], of the role 'system'"),
+        ("deepseek_r1_distill", {"messages": [SYSTEM, *CHAT[:2], SYSTEM, *CHAT[:2]]}, r"messages\[0\], of the role 'system'"),
+        ("llama3_1", {"messages": [user("a"), assistant("b", tool_calls=[{"name": "f"}])]}, "'assistant' beside 'tool_calls'"),
         ("gemma", {"messages": [SYSTEM, user("a"), assistant("b")]}, "System role not supported"),
         ("gemma", {"messages": [user("a"), assistant("b", reasoning_content="c")]}, "'reasoning_content'"),
     ],
@@ -220,6 +223,16 @@ def test_text_parts_are_rendered_as_text(name):
     made = formatter(FAMILIES[0], name)
     parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
     assert made.examples({"messages": parts}) == made.examples({"messages": CHAT})
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm", "llava_next"])
+def test_text_is_rendered_by_templates_that_read_parts_alone(name):
+    made = formatter(FAMILIES[0], name)
+    parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
+    (text,) = made.examples({"messages": CHAT})
+    assert [text] == made.examples({"messages": parts})
+    assert "".join(t for t, _ in text) == made.tokenizer.apply_chat_template(parts, tokenize=False)
+    assert ["six" in text[1][0], "Two" in text[-1][0]] == [True, True]
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma3", "phi3", "glm4moe"])

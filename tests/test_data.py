@@ -142,7 +142,7 @@ def test_gzipped_lines_are_read(tmp_path):
         (['{"text": "a"}', "[1]"], r"data.jsonl:2 is a JSON list"),
         ([{"prompt": "a"}], r"data.jsonl:1 has the columns 'prompt'; needed are `prompt` and `completion`"),
         ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], r"data.jsonl:2 lacks the column 'completion'"),
-        ([{"prompt": "a", "completion": 3}], r"data.jsonl:1, completion must be a list of messages, got 3"),
+        ([{"prompt": "a", "completion": 3}], r"data.jsonl:1: 'completion' must be text or a list of messages, got 3"),
         ([{"text": "a", "label": None}], r"data.jsonl:1 lacks the column 'label'"),
         ([{"messages": []}], r"data.jsonl:1, messages must be a list of messages"),
         ([{"messages": [{"role": "user"}]}], r"messages\[0\] lacks `content`"),

@@ -79,6 +79,13 @@ def test_each_spelling_of_a_message_is_read(message, becomes):
         ({"instruction": "a", "output": "b"}, "Alpaca's columns: convert with jq"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference data"),
         ({"prompt": [USER], "completion": [USER]}, "'completion' holds no message of the assistant"),
+        ({"prompt": "a", "completion": 4}, "'completion' must be text or a list of messages, got 4"),
+        ({"prompt": "a", "completion": "b", "also": "c"}, "'also' must be a list of texts, got 'c'"),
+        ({"messages": [{**USER, "tool_call_id": "x"}, ANSWER]}, "'tool_call_id' belongs to a tool's result"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]}]}, "has the key 'x' twice"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": NaN}'}]}]}, "holds NaN"),
+        ({"instruction": "a", "response": "b"}, "the columns 'instruction', 'response'"),
+        ({"choices": [], "usage": {}}, "a reply of OpenAI's API"),
         ({"messages": "no json"}, "must be a list, or JSON text of one"),
     ],
 )  # fmt: skip
@@ -116,6 +123,28 @@ def test_only_the_completion_and_turns_of_weight_one_are_learned():
     assert ChatFormatter(tokenizer).reference(record) == "b\n"
     with pytest.raises(DataError, match="nothing to learn"):
         ChatFormatter(tokenizer).encode({"messages": [USER, {**wrong, "weight": 0}]})
+
+
+def test_the_escalated_turn_is_the_last_that_is_learned():
+    tokenizer = make_tokenizer(FAMILIES[0], CHATML)
+    record = {"messages": [USER, ANSWER, USER, {"role": "assistant", "content": "WRONG", "weight": 0}]}
+    _, escalated = ChatFormatter(tokenizer).encode_escalated(record, "pass")
+    targets = escalated["shadow_targets"]
+    assert tokenizer.decode(targets[targets != IGNORED].tolist()) == "pass<|im_end|>\n"
+    assert tokenizer.decode(escalated["input_ids"]).count("assistant") == 1
+
+
+@pytest.mark.parametrize("name", ["tokenize", "messages", "chat_template", "add_generation_prompt"])
+def test_a_record_sets_variables_of_the_template_alone(name):
+    tokenizer = make_tokenizer(FAMILIES[0], CHATML)
+    with pytest.raises(DataError, match=f"'chat_template_kwargs' holds '{name}'"):
+        ChatFormatter(tokenizer).encode({"messages": CHAT, "chat_template_kwargs": {name: True}})
+
+
+def test_the_end_is_known_where_the_prompt_opens_a_thought():
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    tokenizer = make_tokenizer(FAMILIES[0], template)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ChatFormatter(tokenizer).ends
 
 
 def test_an_end_that_the_text_brings_is_not_doubled():
@@ -200,6 +229,16 @@ def test_classes_are_text_and_regression_is_asked_for():
         Labels.of([7, "7"], None, lambda i: f"line {i + 2}")
     with pytest.raises(DataError, match="line 3: the label is empty"):
         Labels.of(["a", " "], None, lambda i: f"line {i + 2}")
+
+
+def test_one_class_and_lists_of_classes_are_not_confused():
+    with pytest.raises(DataError, match="needs one class as a label"):
+        Labels.of([["a"], ["b"]], "single_label_classification")
+    with pytest.raises(DataError, match="All labels are empty lists"):
+        Labels.of([[], []])
+    for labels, other in ((Labels.of(["a", "b"]), ["a"]), (Labels.of([["a"], ["b"]]), "a")):
+        with pytest.raises(DataError, match="The label must be"):
+            labels.encode(other)
 
 
 def test_classes_are_shown_with_counts_and_near_duplicates():

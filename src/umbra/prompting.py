@@ -6,7 +6,6 @@ folder (transformers' Trainer does) is the adapter's too; without any, the base'
 """
 
 import hashlib
-import inspect
 import json
 import re
 import sys
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from . import anatomy, folder
 from .bases import load_tokenizer
 from .data import ChatFormatter
+from .data.chat import reserved_arguments
 from .errors import BaseModelError, CheckpointError, ConfigError, shown
 from .integrity import PROMPTING
 from .options import speaks
@@ -145,9 +145,8 @@ def check_template_kwargs(values: dict[str, Any]) -> None:
     Raises:
         ConfigError: an argument of `apply_chat_template` itself, or a value that is not JSON.
     """
-    reserved = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"kwargs"}
     for name in values:
-        if not isinstance(name, str) or name in reserved or name == "messages":
+        if not isinstance(name, str) or name in reserved_arguments():
             raise ConfigError(
                 f"chat_template_kwargs holds {shown(name)}, which is no variable of a template: Umbra sets it itself."
             )

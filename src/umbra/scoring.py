@@ -265,6 +265,9 @@ def score_classes(
             raise DataError(f"{name}: the model's logits are not finite, so they name no class.")
         for record, row in zip(part, logits, strict=True):
             label = record["label"]
+            if isinstance(label, list) != several:
+                kind = "a list of classes" if several else "one class"
+                raise DataError(f"The label must be {kind}, as in the model's training data, got {label!r}.")
             if several:
                 reply: Any = [config.id2label[i] for i in range(config.num_labels) if row[i] > 0]
                 right = sorted(reply) == sorted(map(class_name, _label_names(label, config)))

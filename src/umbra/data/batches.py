@@ -63,9 +63,9 @@ def _encode(
     record: Record, formatter: ChatFormatter, labels: Labels | None, escalation: str, max_length: int
 ) -> list[dict[str, Any]]:
     if labels is not None:
-        if not record["text"]:
+        ids = np.asarray(encode_plain(formatter.tokenizer, record["text"]) if record["text"] else [], np.int32)
+        if not ids.size:
             raise DataError("'text' is empty, so there is nothing to classify: leave the record out.")
-        ids = np.asarray(encode_plain(formatter.tokenizer, record["text"]), np.int32)
         return [{"input_ids": ids, "labels": labels.encode(record["label"])}]
     return (
         formatter.encode_escalated(record, escalation)

@@ -7,11 +7,12 @@ sends. The answer is what the template adds for the turn. Templates that render 
 conversation goes on (without their reasoning, say) give several texts for a record, each as it is asked.
 """
 
+import inspect
 import json
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,8 @@ class ChatFormatter:
                 "The data holds messages, but the tokenizer has no chat template: use `prompt` and `completion`."
             )
         given, arguments = record.get("tools"), record.get("chat_template_kwargs", {})
+        if reserved := reserved_arguments() & arguments.keys():
+            raise DataError(f"'chat_template_kwargs' holds {min(reserved)!r}, which is no variable of a template.")
         if "messages" in record:
             return Conversation(record["messages"], given, arguments), 0
         prompt, completion = _as_messages(record["prompt"], "user"), _as_messages(record["completion"], "assistant")
@@ -299,6 +302,7 @@ class ChatFormatter:
             raise DataError(
                 "The chat template does not render `tools`: take another template, or leave them out (ignore_columns)."
             )
+        systems = sum(message["role"] == "system" for message in conversation.messages)
         for i, message in enumerate(conversation.messages):
             role = message["role"]
             for name in ("tool_calls", "name"):
@@ -309,10 +313,18 @@ class ChatFormatter:
                         f"The chat template does not render {name!r} of the {role}'s messages: take another template, or leave "
                         "it out (ignore_columns)."
                     )
-            if role in ("user", "assistant", "developer") or not message["content"]:
+            if not message["content"]:
                 continue
-            if not self._changes(f"the role {role}", conversation, conversation.with_message(i, content=SENTINEL)):
-                raise DataError(f"The chat template does not render messages of the role {role!r}.")
+            beside = " beside 'tool_calls'" if "tool_calls" in message else ""
+            what = f"{role}{beside}, {i == 0}, {role == 'system' and systems}"
+            part = (
+                conversation.until(i + 1) if role == "assistant" else conversation
+            )  # a turn may be rendered last alone
+            if not self._changes(what, part, part.with_message(i, content=SENTINEL)):
+                raise DataError(
+                    f"The chat template does not render messages[{i}], of the role {role!r}{beside}: take another template, or "
+                    "rewrite the message."
+                )
 
     def _changes(self, what: str, one: Conversation, other: Conversation) -> bool:
         """Whether the template renders two conversations differently; asked once for each kind of difference."""
@@ -340,16 +352,26 @@ class ChatFormatter:
         return Conversation(messages, conversation.tools, conversation.arguments)
 
     @property
+    def _needs_parts(self) -> bool:
+        """Whether the template renders text parts alone, and leaves out text or raises."""
+        if "parts alone" not in self._reads:
+            self._reads["parts alone"] = False
+            rendered = ["", ""]
+            for i, content in enumerate(("Well?", _as_parts("Well?"))):
+                with suppress(DataError):
+                    rendered[i] = self._render(Conversation([{"role": "user", "content": content}]))
+            self._reads["parts alone"] = "Well?" not in rendered[0] and "Well?" in rendered[1]
+        return self._reads["parts alone"]
+
+    @property
     def _reads_parts(self) -> bool:
-        """Whether the template renders text parts as it renders text."""
+        """Whether the template renders text parts, as it renders text if it does."""
         if "parts" not in self._reads:
-            texts = ["Well?", [{"type": "text", "text": "Well?"}]]
-            answers = ["Done", [{"type": "text", "text": "Done"}]]
-            self._reads["parts"] = False
+            self._reads["parts"] = self._needs_parts
             with suppress(DataError):
                 plain, parts = (
                     self._render(Conversation([{"role": "user", "content": t}, {"role": "assistant", "content": a}]))
-                    for t, a in zip(texts, answers, strict=True)
+                    for t, a in (("Well?", "Done"), (_as_parts("Well?"), _as_parts("Done")))
                 )
                 self._reads["parts"] = plain == parts
         return self._reads["parts"]
@@ -371,6 +393,8 @@ class ChatFormatter:
 
     def _render(self, conversation: Conversation, answer: bool = False) -> str:
         given = conversation.messages
+        if self._needs_parts:
+            given = [{**m, "content": _as_parts(m["content"])} for m in given]
         calls = any("tool_calls" in message for message in given)
         problem: Exception | None = None
         for messages in (given, _with_json_arguments(given)) if calls else (given,):
@@ -405,11 +429,9 @@ class ChatFormatter:
         """The tokens that end an answer as it is learned: the tokenizer's own, and what the chat template puts there."""
         tokens: list[Any] = [self.tokenizer.eos_token_id]
         if self.tokenizer.chat_template is not None:
-            asked, said = {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Done"}
+            said = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Done"}]
             with suppress(DataError):  # of a template that asks for more turns than these
-                before = self._render(Conversation([asked]), answer=True)
-                whole = self._render(Conversation([asked, said]))
-                after = whole[len(before) :].partition("Done")[2].lstrip() if whole.startswith(before) else ""
+                after = self._render(Conversation(said)).rpartition("Done")[2].lstrip()
                 first = encode(self.tokenizer, after)[:1]
                 tokens += [i for i in first if i in self.tokenizer.added_tokens_decoder]
             tokens += encode(self.tokenizer, self._closing)
@@ -486,6 +508,13 @@ class ChatFormatter:
         return [*examples, escalated]
 
 
+@cache
+def reserved_arguments() -> frozenset[str]:
+    """Return the names that `apply_chat_template` takes for itself, and that no template can be given."""
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return frozenset({*parameters, "messages"} - {"kwargs"})
+
+
 def needs_thinking(formatter: ChatFormatter, records: Iterable[Record]) -> bool:
     """Whether records hold reasoning, and the chat template's prompt closes the thought unless ``enable_thinking`` is set."""
     if formatter.tokenizer.chat_template is None or "enable_thinking" in formatter.chat_template_kwargs:
@@ -510,12 +539,18 @@ def _as_messages(value: Any, role: str) -> list[Message]:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def _with_answer(record: Record, answer: str) -> Record:
     """The record with another last answer."""
     if isinstance(record.get("completion"), str):
         return {**record, "completion": answer}
     column = "completion" if "completion" in record else "messages"
-    return {**record, column: [*record[column][:-1], {"role": "assistant", "content": answer}]}
+    messages = record[column]
+    last = max(i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1))
+    return {**record, column: [*messages[:last], {"role": "assistant", "content": answer}]}
 
 
 def _with_json_arguments(messages: list[Message]) -> list[Message]:

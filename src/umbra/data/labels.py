@@ -51,10 +51,10 @@ class Labels:
             raise DataError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}; got {shown(problem_type)}.")
         if problem_type == "regression":
             return cls("regression", (), _regression_width(values, place))
+        if is_list[0] and problem_type == "single_label_classification":
+            raise DataError(f"problem_type={problem_type} needs one class as a label, got {shown(values[0])}.")
         if is_list[0]:
             return cls._several(values, place)
-        if problem_type == "multi_label_classification":
-            raise DataError(f"problem_type={problem_type} needs lists of classes as labels, got {shown(values[0])}.")
         if problem_type == "multi_label_classification":
             raise DataError(f"problem_type={problem_type} needs lists of classes as labels, got {shown(values[0])}.")
         _check_kinds(values, place)
@@ -69,6 +69,8 @@ class Labels:
         if flat and all(isinstance(x, str) for x in flat):
             names = _sorted(flat)
             return cls("multi_label_classification", tuple(names), len(names))
+        if not flat:
+            raise DataError("All labels are empty lists: a classifier needs at least one class.")
         width = len(values[0])
         for i, value in enumerate(values):
             if len(value) != width or not all(not isinstance(x, str) and x in (0, 1) for x in value):
@@ -86,8 +88,11 @@ class Labels:
         """
         if self.problem_type == "regression":
             return [_number(x) for x in value] if isinstance(value, list) else _number(value)
+        several = self.problem_type == "multi_label_classification"
+        if isinstance(value, list) != several:
+            raise DataError(f"The label must be {'a list of classes' if several else 'one class'}, got {shown(value)}.")
         if isinstance(value, list):
-            if all(isinstance(x, int | float) for x in value) and len(value) == self.width:
+            if value and all(isinstance(x, int | float) for x in value) and len(value) == self.width:
                 return [float(x) for x in value]
             present = {self._index(x) for x in value}
             return [float(i in present) for i in range(self.width)]

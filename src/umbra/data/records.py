@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..errors import DataError, shown
+from .from_json import parse_json
 
 Record = dict[str, Any]
 Message = dict[str, Any]
@@ -76,6 +77,8 @@ FOREIGN = {
     "instruction": "Alpaca's columns: convert with jq -c '{prompt: (.instruction + (if (.input // \"\") != \"\" then "
     "\"\\n\\n\" + .input else \"\" end)), completion: .output}'",
     "chosen": "preference data: train on it with TRL's DPOTrainer (examples/dpo.py)",
+    "preferred_output": "preference data: train on it with TRL's DPOTrainer (examples/dpo.py)",
+    "choices": "a reply of OpenAI's API: append its message to the `messages` of the request",
     "input_ids": "tokenised data: give the text",
 }  # fmt: skip
 
@@ -96,7 +99,7 @@ def record_kind(record: Record, where: str) -> str:
     if fitting:
         return fitting[0]
     for column, hint in FOREIGN.items():
-        if column in record:
+        if column in record and (column != "instruction" or "output" in record):
             raise DataError(f"{where} has {hint}.")
     raise DataError(f"{where} has the columns {', '.join(map(shown, record)) or 'none'}; needed are {NEEDED}.")
 
@@ -129,6 +132,8 @@ def normalize(record: Record, where: str, ignore: Collection[str] = (), kind: st
         value = result[column]
         if isinstance(value, str):
             continue
+        if not isinstance(value, list):
+            raise DataError(f"{where}: {column!r} must be text or a list of messages, got {shown(value)}.")
         result[column] = _messages(value, f"{where}, {column}", ignore)
         if roles and not any(m["role"] in roles for m in result[column]):
             raise DataError(f"{where}: {column!r} holds no message of the assistant, so there is nothing to learn.")
@@ -156,6 +161,9 @@ def _check_extras(record: Record, where: str) -> None:
     mark = record.get(MARK)
     if not isinstance(mark, bool | None):
         raise DataError(f"{where}: {MARK!r} must be true or false, got {shown(mark)}.")
+    also = record.get("also", [])
+    if not isinstance(also, list) or not all(isinstance(answer, str) for answer in also):
+        raise DataError(f"{where}: 'also' must be a list of texts, got {shown(also)}.")
     arguments = record.get("chat_template_kwargs", {})
     if not isinstance(arguments, dict):
         raise DataError(f"{where}: 'chat_template_kwargs' must be an object, got {shown(arguments)}.")
@@ -228,6 +236,8 @@ def _check_fields(message: Message, where: str) -> None:
     for name in ("weight", "tool_calls", "function_call", "reasoning_content", "refusal", "annotations", "audio"):
         if name in message and role != "assistant":
             raise DataError(f"{where}: {name!r} belongs to the assistant, not to the role {shown(role)}.")
+    if "tool_call_id" in message and role != "tool":
+        raise DataError(f"{where}: 'tool_call_id' belongs to a tool's result, not to the role {shown(role)}.")
     if message.get("weight", 1) not in (0, 1) or isinstance(message.get("weight"), bool | str):
         raise DataError(f"{where}: 'weight' must be 0 or 1, got {shown(message['weight'])}.")
     for name in ("reasoning_content", "name", "tool_call_id"):
@@ -282,7 +292,7 @@ def _parsed(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} must be a list, or JSON text of one: {error}, got {shown(value)}.") from None
 
@@ -315,7 +325,7 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = parse_json(arguments or "{}")
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: 'arguments' is not JSON: {error}, got {shown(arguments)}.") from None
     if not isinstance(arguments, dict):
