@@ -148,14 +148,15 @@ def test_a_file_that_is_no_plain_mapping_is_refused_by_name(tmp_path, kind):
         read_yaml(str(tmp_path / "run.yaml"))
 
 
-@pytest.mark.parametrize("text", ["rank: &a [*a]\n", "a: &a [x, x, x, x, x, x, x, x, x]\n"], ids=["a loop", "a bomb"])
-def test_a_value_that_would_print_for_ever_is_shown_short(settings, tmp_path, text):
-    for one, other in zip("abcdefgh", "bcdefghi", strict=True):
-        text += f"{other}: &{other} [{', '.join([f'*{one}'] * 9)}]\n" if text.startswith("a:") else ""
-    (tmp_path / "run.yaml").write_text(text)
-    values = read_yaml(str(tmp_path / "run.yaml"))
+@pytest.mark.parametrize("kind", ["a loop", "a bomb"])
+def test_a_value_that_would_print_for_ever_is_shown_short(settings, kind):
+    value: list = ["x"] * 9
+    for _ in range(8):
+        value = [value] * 9
+    if kind == "a loop":
+        value.append(value)
     with limits(), pytest.raises(ConfigError) as error:
-        training.train({**settings, "rank": values.popitem()[1]})
+        training.train({**settings, "rank": value})
     assert len(str(error.value)) < 500
 
 

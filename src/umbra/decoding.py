@@ -12,6 +12,8 @@ from .caches import check_pages, check_undivided, take_back_last, undivided
 from .errors import BaseModelError, ConfigError, StateError
 from .hooks import packed
 
+# Arguments of generate() itself, which some bases' own preparation passes on to the forward.
+OF_GENERATE = ("tokenizer", "assistant_tokenizer", "next_sequence_length", "is_first_iteration")
 SHADOW_MASK = "shadow_attention_mask"  # (B, T) or None: the padding, where the base was given masks of its own kind
 
 
@@ -39,7 +41,7 @@ class Decoding(GenerationMixin):
             input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         prepared["past_key_values"] = prepared.pop(self._cache_argument, None)
-        for name in ("tokenizer", "assistant_tokenizer"):  # what generate() itself is given, and passes on
+        for name in OF_GENERATE:
             prepared.pop(name, None)
         if not self._is_disabled and not all(shadow.shares_masks for shadow in self._shadows()):
             # The base may prepare its masks ahead (for a static cache), or leave them out: a shadow of another kind
