@@ -94,11 +94,13 @@ def check_bare(model: Any) -> None:
     Raises:
         BaseModelError: it is no model as transformers makes it.
     """
-    reason = None
-    for kind in (
-        {kind for module in model.modules() for kind in type(module).__mro__} if isinstance(model, nn.Module) else ()
-    ):
-        reason = reason or WRAPPERS.get(kind.__name__) or WRAPPING_PACKAGES.get(kind.__module__.partition(".")[0])
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    kinds = dict.fromkeys(kind for module in modules for kind in type(module).__mro__)
+    reasons = [
+        WRAPPING_PACKAGES.get(kind.__module__.partition(".")[0]) for kind in kinds
+    ]  # PEFT has a ShadowModel, too
+    reasons += [WRAPPERS.get(kind.__name__) for kind in kinds]
+    reason = next(filter(None, reasons), None)
     if reason is None and getattr(model, "_compiled_call_impl", None) is not None:
         reason = WRAPPERS["OptimizedModule"]
     if reason is not None:
