@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 import trl
+from transformers import LlamaConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tokenizers_of_families import FAMILIES, make_tokenizer
@@ -16,6 +18,7 @@ from umbra.core import IGNORED
 from umbra.data import ChatFormatter, encode_all
 from umbra.data.chat import Conversation
 from umbra.data.tokens import encode
+from umbra.scoring import score_generation
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # The end of an answer as it is learned, written by hand: {} is its text.
@@ -258,3 +261,39 @@ def test_turns_that_a_template_rewrites_are_learned_one_by_one(capsys):
     assert len(examples) == 3
     assert "1 of 1 conversations are learned turn by turn" in capsys.readouterr().out
     assert len(made.encode_examples({"messages": LONG}, max_length=40)) < len(made.encode_examples({"messages": LONG}))
+
+
+class Parrot:
+    """A model whose replies are the learned tokens of each record's last answer."""
+
+    def __init__(self, made: ChatFormatter, records: list[dict]):
+        self.config, self.device = LlamaConfig(), torch.device("cpu")
+        self.generation_config = SimpleNamespace(eos_token_id=made.tokenizer.eos_token_id)
+        examples = [made.encode(record) for record in records]
+        self.asked = [made.tokens(made.prompt(r), made.is_plain(r)) for r in records]
+        self.replies = [e["input_ids"][len(a) :].tolist() for e, a in zip(examples, self.asked, strict=True)]
+
+    def eval(self) -> None:
+        pass
+
+    def generate(self, input_ids, attention_mask, pad_token_id, **_):
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        replies = [self.replies[self.asked.index(row)] for row in rows]
+        width = max(map(len, replies))
+        padded = torch.tensor([reply + [pad_token_id] * (width - len(reply)) for reply in replies])
+        return torch.cat([input_ids, padded], 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "name", ["deepseek_r1_distill", "gemma3", "llama3", "phi3", "qwen2_5", "qwen3", "qwen3_5_think"]
+)
+def test_a_model_that_says_the_learned_tokens_is_always_right(family, name):
+    made = formatter(family, name)
+    records = [{"prompt": "four?", "completion": " six "}, {"messages": CHAT}, {"messages": LONG[:6]}]
+    if name in REASONING:
+        records.append({"prompt": "17*20?", "completion": "<think>\n6*7\n</think>\n\n340"})
+    if name.startswith("qwen"):
+        records.append({"tools": [TOOL], "messages": CHAT[:2]})
+    replies, _, _ = score_generation(Parrot(made, records), made, records, batch_size=3)  # type: ignore[arg-type]
+    assert [reply["correct"] for reply in replies] == [True] * len(records)
