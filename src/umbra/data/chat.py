@@ -32,7 +32,7 @@ FEW = 4  # turns up to which every prompt is rendered
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in canonical form, and what the template is given beside them."""
+    """Messages in canonical form, with their tools and the arguments of the chat template."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
@@ -446,13 +446,17 @@ class ChatFormatter:
         return self._begin(encode(self.tokenizer, text), not self.chats if plain is None else plain)
 
     def _begin(self, ids: list[int], plain: bool) -> list[int]:
-        begin = special_ends(self.tokenizer)[0] if plain else []
+        begin = self._special_ends[0] if plain else []
         return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
     def _end(self) -> list[int]:
         """The tokens that end a plain text."""
         end: Any = self.tokenizer.eos_token_id
-        return special_ends(self.tokenizer)[1] if end is None else [end]
+        return self._special_ends[1] if end is None else [end]
+
+    @cached_property
+    def _special_ends(self) -> tuple[list[int], list[int]]:
+        return special_ends(self.tokenizer)
 
     def encode_examples(self, record: Record, max_length: int | None = None) -> list[dict[str, np.ndarray]]:
         """Tokenise a record.
