@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from umbra.bases import load_base, load_tokenizer
+from umbra.base.loading import load_base, load_tokenizer
 from umbra.options import EMBEDDED
 
 from .shipping.text import rows

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umbra import ShadowConfig, kernels
-from umbra.core import Couplings
-from umbra.kernels import couple_triton
-from umbra.kernels.couple import NO_MASKS, _Couple, forward, weights_of
+from umbra import ShadowConfig
+from umbra.method import kernels
+from umbra.method.core import Couplings
+from umbra.method.kernels import couple_triton
+from umbra.method.kernels.couple import NO_MASKS, _Couple, forward, weights_of
 
 
 def forms(made: Couplings) -> dict[str, Callable[[Tensor, Tensor], Any]]:

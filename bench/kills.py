@@ -101,10 +101,10 @@ def prepare(place: Path, gguf: bool) -> None:
 
     import umbra
     from conftest import make_tokenizer
-    from studies import METHODS, SUMS, TRAINING, lines
-    from tiny import LLAMA_LIKE, scramble
-    from umbra.bases import load_base, load_tokenizer
-    from umbra.detach import write_detached
+    from support.studies import METHODS, SUMS, TRAINING, lines
+    from support.tiny import LLAMA_LIKE, scramble
+    from umbra.base.loading import load_base, load_tokenizer
+    from umbra.deploy.detach import write_detached
     from umbra.options import EMBEDDED
 
     torch.manual_seed(0)
@@ -270,10 +270,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="kills-"))
-    import umbra.evaluate
-    import umbra.export
-    import umbra.pretrain
-    import umbra.train  # noqa: F401
+    import umbra.deploy.export
+    import umbra.lab.study
+    import umbra.training.pretrain
+    import umbra.training.train  # noqa: F401
 
     if not in_child(lambda: prepare(place, "gguf" in given.only)):
         raise SystemExit("The models could not be made.")
@@ -293,7 +293,7 @@ def main() -> None:
 
 def about() -> dict[str, Any]:
     """Date, machine and versions."""
-    from umbra.bench.machine import Device, versions
+    from umbra.lab.bench.machine import Device, versions
 
     packages = versions(("umbra-peft", "torch", "transformers", "safetensors"))
     return {"date": time.strftime("%Y-%m-%d"), "machine": Device("cpu").describe(), "versions": packages}

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from umbra import folder
-from umbra.bases import load_tokenizer
-from umbra.bench.base import Base
-from umbra.bench.methods import LORA, METHODS, Batch, build, fit, umbra
-from umbra.core import labelled_positions
+from umbra.base.loading import load_tokenizer
 from umbra.data import Collator, Record, encode_all
+from umbra.files import folder
+from umbra.lab.bench.base import Base
+from umbra.lab.bench.methods import LORA, METHODS, Batch, build, fit, umbra
+from umbra.method.core import labelled_positions
 from umbra.options import EMBEDDED
 
 RESULTS = Path(__file__).parent / "results"

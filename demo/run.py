@@ -20,12 +20,12 @@ import torch
 import yaml
 
 import umbra
+from umbra.adapters.prompting import open_formatter
 from umbra.data import ChatFormatter, Record
-from umbra.detach import write_detached
+from umbra.deploy.detach import write_detached
+from umbra.evaluation.scoring import MODES, Score, in_mode, score, table
 from umbra.options import EvalOptions
-from umbra.prompting import open_formatter
-from umbra.scoring import MODES, Score, in_mode, score, table
-from umbra.train import train
+from umbra.training.train import train
 
 HERE, OUT = Path(__file__).parent, Path("out/demo")
 TASK = "family_relationships"

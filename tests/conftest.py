@@ -14,8 +14,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tables import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
-from tiny import LLAMA_LIKE, make
+from support.tables import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
+from support.tiny import LLAMA_LIKE, make
 
 torch.set_num_threads(1)
 FROZEN: set[Path] = set()  # the files whose first test has begun
@@ -68,7 +68,7 @@ def base_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def done(tmp_path_factory, base_folder) -> Path:
     """The folder of a study that was run: every kind of method on every kind of task."""
-    from studies import run_study, study_of
+    from support.studies import run_study, study_of
 
     folder = tmp_path_factory.mktemp("study")
     found = run_study(folder, study_of(folder, base_folder))

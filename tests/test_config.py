@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import umbra
-from tiny import HIDDEN, LAYERS, make_base, tokens
+from support.tiny import HIDDEN, LAYERS, make_base, tokens
 from umbra import BaseModelError, ConfigError, ShadowConfig
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import tables
+from support import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,16 +27,25 @@ def defined(module: Path) -> set[str]:
 
 
 def test_the_paper_page_names_code_that_exists():
-    places = re.findall(r"`(\w+\.py): ([\w.]+)`", (ROOT / "docs/paper.md").read_text(encoding="utf-8"))
+    places = re.findall(r"`([\w/]+\.py): ([\w.]+)`", (ROOT / "docs/paper.md").read_text(encoding="utf-8"))
     assert len(places) > 10
     for file, name in places:
         assert name in defined(ROOT / "src/umbra" / file), f"{file} has no {name}"
 
 
 def test_the_readme_names_every_room():
-    packages = [path.parent for path in (ROOT / "src/umbra").glob("*/__init__.py")]
-    for name in [path.name for path in (ROOT / "src/umbra").glob("*.py")] + [f"{path.name}/" for path in packages]:
+    modules = {path.name for path in (ROOT / "src/umbra").glob("*.py")} - {"__init__.py", "__main__.py"}
+    packages = {f"{path.parent.name}/" for path in (ROOT / "src/umbra").glob("*/__init__.py")}
+    for name in modules | packages:
         assert f"  {name} " in README, f"README's tree lacks {name}"
+
+
+def test_the_page_of_modules_is_up_to_date(request):
+    """Each module with the first line of its docstring; ``make tables`` writes it."""
+    page, text = ROOT / "docs/modules.md", tables.list_modules(ROOT / "src/umbra")
+    if request.config.getoption("--write-tables"):
+        page.write_text(text, encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == text, "run `make tables`"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +64,7 @@ def test_the_compatibility_page_lists_what_is_tested(request):
     marked = {(section, what) for item in request.session.items for section, what, _ in tables.lines(item)}
     assert {section for section, _ in marked} <= set(tables.SECTIONS)
     assert {what for _, what in marked} <= written, "run `make tables`"
-    if len({item.path for item in request.session.items}) == len(list((ROOT / "tests").glob("test_*.py"))):
+    if len({item.path for item in request.session.items}) == len(list((ROOT / "tests").rglob("test_*.py"))):
         assert written == {what for _, what in marked}, "run `make tables`"
 
 

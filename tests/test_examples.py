@@ -44,8 +44,8 @@ def test_the_lm_eval_example_runs(at_home, base_folder):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import umbra.lm_eval
-    from umbra.bases import load_base
+    import umbra.evaluation.lm_eval
+    from umbra.base.loading import load_base
 
     text = (EXAMPLES / "lm_eval.sh").read_text()
     assert "umbra lm_eval run --model umbra --model_args" in text and "--tasks sums" in text

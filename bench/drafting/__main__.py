@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 import umbra
-from umbra import folder
-from umbra.bases import load_base, load_tokenizer
-from umbra.bench.machine import Device
+from umbra.base.loading import load_base, load_tokenizer
+from umbra.files import folder
+from umbra.lab.bench.machine import Device
 from umbra.options import EMBEDDED
 
 from . import measure, report, shadow

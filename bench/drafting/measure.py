@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from umbra import kernels
+from umbra.method import kernels
 
 DRAFTS = (1, 2, 4, 8, "auto")
 LOOKED_UP = 5  # tokens that a peer drafts at most, where it does not choose by itself

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 import umbra
-from umbra.bases import load_base, load_tokenizer
-from umbra.core import labelled_positions
+from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, Collator, Record, encode_all
-from umbra.drafting import frequent_tokens
-from umbra.kernels import Head, linear_loss
+from umbra.generation.drafting import frequent_tokens
+from umbra.method.core import labelled_positions
+from umbra.method.kernels import Head, linear_loss
 from umbra.options import EMBEDDED
-from umbra.train import DEFAULTS
+from umbra.training.train import DEFAULTS
 
 SEEDS = {"train": 0, "validation": 10_000_000, "test": 20_000_000}  # item i is drawn from seed + i
 LONGEST = 512  # tokens of an example

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from umbra import folder
-from umbra.bench.machine import Device
+from umbra.files import folder
+from umbra.lab.bench.machine import Device
 
 from . import edge, initialise, pretrain, report, tasks, widths
 from .text import TASKS

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from umbra.bases import load_base, load_tokenizer
-from umbra.checkpoint import WEIGHTS_FILE
+from umbra.adapters.checkpoint import WEIGHTS_FILE
+from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, Record, read_records
-from umbra.export import export
-from umbra.export.run import __file__ as RUN
+from umbra.deploy.export import export
+from umbra.deploy.export.run import __file__ as RUN
+from umbra.evaluation.scoring import answer_of, reference_of, wilson
 from umbra.options import EMBEDDED, ExportOptions
-from umbra.scoring import answer_of, reference_of, wilson
 
 from .text import TASKS, write_task
 

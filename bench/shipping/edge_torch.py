@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import umbra
-from umbra.export.run import peak_bytes
-from umbra.scoring import in_mode
+from umbra.deploy.export.run import peak_bytes
+from umbra.evaluation.scoring import in_mode
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from umbra.pretrain import TEACHER, pretrain
-from umbra.runs import RUN_FILE
+from umbra.training.pretrain import TEACHER, pretrain
+from umbra.training.runs import RUN_FILE
 
 from .text import write_text
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from umbra.pretrain import pretrain
+from umbra.training.pretrain import pretrain
 
 from .text import write_prompts, write_text
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from umbra.bench.machine import Device
-from umbra.export import export
+from umbra.deploy.export import export
+from umbra.evaluation.scoring import score_adapter
+from umbra.lab.bench.machine import Device
 from umbra.options import EvalOptions, ExportOptions
-from umbra.scoring import score_adapter
-from umbra.train import train
+from umbra.training.train import train
 
 from .text import TASKS, write_task
 

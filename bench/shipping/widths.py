@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 import umbra
-from umbra.bases import load_base, load_tokenizer
+from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter
 from umbra.data.corpus import hold_out, pack, read_documents
 from umbra.options import EMBEDDED
-from umbra.pretrain import measure, pretrain
+from umbra.training.pretrain import measure, pretrain
 
 from .text import write_text
 

@@ -14,13 +14,13 @@ _ROOMS = {
     "DetachError": "errors",
     "ExportError": "errors",
     "ShadowConfig": "config",
-    "ShadowModel": "model",
-    "ShadowTrainer": "trainers",
+    "ShadowModel": "model.shadow_model",
+    "ShadowTrainer": "training.trainers",
     "StateError": "errors",
     "UmbraError": "errors",
-    "attach": "model",
-    "load": "checkpoint",
-    "with_shadow_loss": "trainers",
+    "attach": "model.shadow_model",
+    "load": "adapters.checkpoint",
+    "with_shadow_loss": "training.trainers",
 }
 
 __all__ = [
@@ -41,9 +41,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .checkpoint import load
-    from .config import ShadowConfig
-    from .errors import (
+    from umbra.adapters.checkpoint import load
+    from umbra.config import ShadowConfig
+    from umbra.errors import (
         BaseModelError,
         CheckpointError,
         ConfigError,
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
         StateError,
         UmbraError,
     )
-    from .model import ShadowModel, attach
-    from .trainers import ShadowTrainer, with_shadow_loss
+    from umbra.model.shadow_model import ShadowModel, attach
+    from umbra.training.trainers import ShadowTrainer, with_shadow_loss
 
 
 def __getattr__(name: str) -> Any:

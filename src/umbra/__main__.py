@@ -10,6 +10,6 @@ here = os.path.realpath(os.curdir)
 if here != os.path.realpath(os.path.join(__file__, "..", "..")):  # else Umbra itself is imported from there
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != here]
 
-from .cli import main  # noqa: E402
+from umbra.cli import main  # noqa: E402
 
 sys.exit(main())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal
 
-from .errors import ConfigError, shown, unknown_key
+from umbra.errors import ConfigError, shown, unknown_key
 
 Dialect = Literal["umbra", "paper", "peft"]
 LARGEST = 2**20  # of any size: what lies beyond is a slip of the pen, and would fill any memory

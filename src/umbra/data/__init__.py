@@ -11,14 +11,14 @@ batches    token batches
 corpus     text for pretraining
 """
 
-from .batches import Collator, encode_all, shadows_own
-from .chat import ChatFormatter, end_tokens, needs_thinking
-from .labels import Labels, class_name, describe_classes
-from .readers import read_hub, read_records, read_rows
-from .records import ESCALATION, MARK, Record, normalize, record_kind
-from .rows import Rows
-from .sources import local_files
-from .tokens import encode_plain
+from umbra.data.batches import Collator, encode_all, shadows_own
+from umbra.data.chat import ChatFormatter, end_tokens, needs_thinking
+from umbra.data.labels import Labels, class_name, describe_classes
+from umbra.data.readers import read_hub, read_records, read_rows
+from umbra.data.records import ESCALATION, MARK, Record, normalize, record_kind
+from umbra.data.rows import Rows
+from umbra.data.sources import local_files
+from umbra.data.tokens import encode_plain
 
 __all__ = [
     "ESCALATION",

@@ -9,14 +9,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..core import IGNORED
-from ..errors import DataError
-from ..options import speaks
-from .chat import ChatFormatter
-from .labels import Labels
-from .records import ESCALATION, MARK, Record
-from .rows import Rows
-from .tokens import encode_plain
+from umbra.data.chat import ChatFormatter
+from umbra.data.labels import Labels
+from umbra.data.records import ESCALATION, MARK, Record
+from umbra.data.rows import Rows
+from umbra.data.tokens import encode_plain
+from umbra.errors import DataError
+from umbra.method.core import IGNORED
+from umbra.options import speaks
 
 
 def encode_all(

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..core import IGNORED
-from ..errors import DataError
-from .records import Message, Record, normalize, record_kind
-from .tokens import Segments, cut_where_merged, encode, encode_segments, special_ends
+from umbra.data.records import Message, Record, normalize, record_kind
+from umbra.data.tokens import Segments, cut_where_merged, encode, encode_segments, special_ends
+from umbra.errors import DataError
+from umbra.method.core import IGNORED
 
 THINK, END_OF_THOUGHT = "<think>", "</think>"
 HIDDEN = {THINK: "\ue000", END_OF_THOUGHT: "\ue001"}  # what templates do not take for reasoning

@@ -19,14 +19,14 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .. import anatomy
-from ..core import IGNORED
-from ..errors import DataError, shown
-from ..options import speaks
-from .chat import ChatFormatter, end_tokens
-from .readers import read_records, read_rows
-from .sources import text_files
-from .text_files import read_text, text_lines
+from umbra.base import architectures
+from umbra.data.chat import ChatFormatter, end_tokens
+from umbra.data.readers import read_records, read_rows
+from umbra.data.sources import text_files
+from umbra.data.text_files import read_text, text_lines
+from umbra.errors import DataError, shown
+from umbra.method.core import IGNORED
+from umbra.options import speaks
 
 SPACES = re.compile(r"\s+")
 HELD_OUT = 0.1  # of all blocks at most
@@ -202,7 +202,7 @@ def write_own(
     done = _own_lines(out, [writer.ask(p) for p in prompts], count, batch_size)
     ends = end_tokens(base, writer)
     base.eval()
-    most = anatomy.positions(base.config) or sys.maxsize
+    most = architectures.positions(base.config) or sys.maxsize
     bar = tqdm(total=count, initial=len(done), desc="the base writes", disable=None if speaks() else True)
     tokenizer = writer.tokenizer
     with bar, out.open("a", encoding="utf-8") as file:

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from .from_json import parse_json
-from .rows import ROW, Row, Rows
-from .text_files import EXPANDS, RATIO, check_file
+from umbra.data.from_json import parse_json
+from umbra.data.rows import ROW, Row, Rows
+from umbra.data.text_files import EXPANDS, RATIO, check_file
+from umbra.errors import DataError
 
 Convert = Callable[[Any], Any]
 PANDAS_INDEX = re.compile(r"__index_level_\d+__")

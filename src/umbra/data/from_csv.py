@@ -4,9 +4,9 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import DataError, shown
-from .rows import LINE, Row, Rows
-from .text_files import LONGEST, form_of, numbered_lines
+from umbra.data.rows import LINE, Row, Rows
+from umbra.data.text_files import LONGEST, form_of, numbered_lines
+from umbra.errors import DataError, shown
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 

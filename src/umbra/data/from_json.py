@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, shown
-from .rows import LINE, RECORD, Row, Rows
-from .text_files import LONGEST, numbered_lines, pieces
+from umbra.data.rows import LINE, RECORD, Row, Rows
+from umbra.data.text_files import LONGEST, numbered_lines, pieces
+from umbra.errors import DataError, shown
 
 DEEPEST = 100  # levels of lists and objects in one another
 COLUMNS = {"prompt", "completion", "messages", "text"}  # one of which each record has

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DataError, shown
+from umbra.errors import DataError, shown
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 

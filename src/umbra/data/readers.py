@@ -4,16 +4,16 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from .. import hub
-from ..errors import DataError, shown
-from .from_arrow import dataset_rows, read_arrow, read_parquet
-from .from_csv import read_csv
-from .from_json import read_json
-from .records import normalize, record_kind
-from .rows import Rows
-from .sources import ARROW_FILES, CSV_FILES, FORMS, JSON_FILES, PARQUET_FILES, Source, folder_splits, resolve
-from .splits import parse_split, read_split
-from .text_files import TEXT_FILES, form_of, pieces
+from umbra.data.from_arrow import dataset_rows, read_arrow, read_parquet
+from umbra.data.from_csv import read_csv
+from umbra.data.from_json import read_json
+from umbra.data.records import normalize, record_kind
+from umbra.data.rows import Rows
+from umbra.data.sources import ARROW_FILES, CSV_FILES, FORMS, JSON_FILES, PARQUET_FILES, Source, folder_splits, resolve
+from umbra.data.splits import parse_split, read_split
+from umbra.data.text_files import TEXT_FILES, form_of, pieces
+from umbra.errors import DataError, shown
+from umbra.files import hub
 
 READERS: dict[tuple[str, ...], Callable[[Path], Rows]] = {
     JSON_FILES: read_json,

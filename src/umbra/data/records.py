@@ -10,8 +10,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from ..errors import DataError, shown
-from .from_json import parse_json
+from umbra.data.from_json import parse_json
+from umbra.errors import DataError, shown
 
 Record = dict[str, Any]
 Message = dict[str, Any]

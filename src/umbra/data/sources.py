@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..errors import DataError, shown
-from .text_files import COMPRESSIONS, TEXT_FILES, check_file, form_of, reading
+from umbra.data.text_files import COMPRESSIONS, TEXT_FILES, check_file, form_of, reading
+from umbra.errors import DataError, shown
 
 JSON_FILES = (".jsonl", ".ndjson", ".json")
 CSV_FILES = (".csv", ".tsv", ".tab")

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..errors import DataError, shown
-from .rows import Rows
+from umbra.data.rows import Rows
+from umbra.errors import DataError, shown
 
 BOUND = r"-?\d[\d_]*%?"
 PART = re.compile(

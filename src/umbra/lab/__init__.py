@@ -1,0 +1,1 @@
+"""Measuring methods: the benchmark and studies of methods × tasks × seeds."""

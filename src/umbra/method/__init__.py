@@ -1,0 +1,1 @@
+"""The method: its equations, the hooks that apply them, their fast forms, and divergences."""

@@ -1,0 +1,1 @@
+"""`ShadowModel`: a base and its shadows as one transformers model."""

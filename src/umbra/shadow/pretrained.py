@@ -1,0 +1,200 @@
+"""Pretrained shadows: a stock checkpoint of transformers, or one with a projection to the base's width.
+
+The second form (``model_type`` `PROJECTED`, of the package shadow-peft) wraps a backbone. Its configuration names classes
+to import: they are never looked at, the backbone is built from the ``model_type`` of what it wraps.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+
+from umbra.base import architectures
+from umbra.base.loading import load_tokenizer, tamed
+from umbra.errors import BaseModelError, ConfigError, UmbraError, shown
+from umbra.files import hub
+from umbra.options import EMBEDDED
+
+PROJECTED = "causal_lm_with_hidden_projection"
+BACKBONE_PREFIX, PROJECTION = "shadow_model.", "shadow_hidden_projection.weight"
+LANGUAGE_MODELS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # classes, not all are called …ForCausalLM
+# Of a saved configuration: where it came from, how it was stored, and code. None of it describes the model.
+NOT_OF_THE_MODEL = (
+    "_name_or_path", "architectures", "auto_map", "quantization_config", "transformers_version", "dtype", "torch_dtype",
+    "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "use_kernels",
+    "kernel_config",
+)  # fmt: skip
+
+
+class Pretrained(NamedTuple):
+    """A backbone in float32; its projection (D, Ds) to a base's width, or else the head (V, Ds) of its own, if it has one.
+
+    The head is multiplied by what the model multiplies its logits by.
+    """
+
+    backbone: PreTrainedModel
+    projection: Tensor | None = None
+    head: Tensor | None = None
+
+
+def load_pretrained(path: str) -> Pretrained:
+    """What a pretrained shadow brings.
+
+    Raises:
+        ConfigError: nothing there that can be read from safetensors without running code of its own.
+    """
+    values = read_config(path)
+    if values.get("model_type") == PROJECTED:
+        return _load_projected(path, values)
+    if "model_type" in values and values["model_type"] not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"shadow={path!r} is a {values['model_type']!r}, which transformers does not know; code that a checkpoint brings "
+            "is never run."
+        )
+    with _reading(path):
+        options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
+        options["config"] = tamed(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        options["output_loading_info"] = True
+        if not LANGUAGE_MODELS.isdisjoint(values.get("architectures") or ()):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+            whole, told = loaded
+            _check_whole(path, told)
+            head = whole.get_output_embeddings()
+            if type(whole.base_model) is MODEL_MAPPING.get(type(whole.config), None) and isinstance(head, nn.Linear):
+                return Pretrained(
+                    whole.base_model, head=head.weight.detach() * architectures.logit_factor(whole.config)
+                )
+        backbone, told = AutoModel.from_pretrained(path, **options)
+        _check_whole(path, told)
+        return Pretrained(backbone)
+
+
+@contextmanager
+def _reading(path: str, fault: str = "is no model that transformers can load") -> Iterator[None]:
+    """Look a shadow up; whatever makes that fail becomes a ConfigError, which names the ``fault``."""
+    try:
+        with hub.lookup(path):
+            yield
+    except UmbraError:
+        raise
+    except (OSError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
+        raise ConfigError(f"shadow={path!r} {fault}: {hub.way_out(path, error) or error}") from error
+
+
+def _check_whole(path: str, told: dict[str, Any]) -> None:
+    """Raise a ConfigError for weights that transformers has made up, since the file lacks them."""
+    if missing := sorted(told["missing_keys"]):
+        raise ConfigError(f"shadow={path!r} is damaged: it lacks {len(missing)} tensors, {missing[0]} first.")
+
+
+def check_vocabulary(path: str, base: str | None, tokenizer: Any = None) -> int | None:
+    """Hold the tokenizer that a pretrained shadow brings to the base's.
+
+    Args:
+        tokenizer: the base's; None looks for the one that lies on this machine under the name ``base``.
+
+    Returns:
+        How many rows of embeddings the base's tokens need; None where either tokenizer is not at hand.
+
+    Raises:
+        ConfigError: a number that is another token to each. Added tokens may differ: families rename those.
+    """
+    own, tokenizer = tokenizer_at_hand(path), tokenizer or tokenizer_at_hand(base)
+    if own is None or tokenizer is None:
+        return None
+    added = own.added_tokens_decoder.keys() | tokenizer.added_tokens_decoder.keys()
+    names = {i: token for token, i in own.get_vocab().items()}
+    numbers = tokenizer.get_vocab()
+    other = [token for token, i in numbers.items() if names.get(i, token) != token and i not in added]
+    if other:
+        raise ConfigError(
+            f"The pretrained shadow {path} has another tokenizer than the base {base}: {len(other)} tokens have other "
+            f"numbers, {shown(other[0])} first. Take a shadow of the base's family, or make one: umbra pretrain --base {base}."
+        )
+    return 1 + max(numbers.values())
+
+
+def tokenizer_at_hand(name: str | None) -> Any:
+    """The tokenizer of a model that lies on this machine; None of one without: transformers would make up an empty one."""
+    try:
+        options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+        if not name or (name != EMBEDDED and not cached_file(name, "tokenizer.json", **options)):
+            return None
+        return load_tokenizer(name, local_files_only=True)
+    except (OSError, BaseModelError):
+        return None
+
+
+def backbone_config(path: str) -> tuple[PretrainedConfig, bool]:
+    """The configuration of a pretrained backbone, without its weights; and whether a projection comes with it.
+
+    Raises:
+        ConfigError: nothing there, or nothing that transformers knows.
+    """
+    values = read_config(path)
+    projected = values.get("model_type") == PROJECTED
+    return saved_config(_inner(path, values) if projected else values), projected
+
+
+def saved_config(values: dict[str, Any]) -> PretrainedConfig:
+    """A backbone configuration from a file; only model types that transformers knows.
+
+    Raises:
+        ConfigError: an unknown model type, or values that it refuses.
+    """
+    try:
+        return tamed(AutoConfig.for_model(**{k: v for k, v in values.items() if k not in NOT_OF_THE_MODEL}))
+    except Exception as error:  # strict validation of transformers raises several unrelated types
+        raise ConfigError(f"The saved shadow's configuration cannot be used: {error!s:.500}") from error
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint, by path or hub id.
+
+    Raises:
+        ConfigError: missing, or no JSON object.
+    """
+    if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
+        raise ConfigError(
+            f"shadow={path!r} is an adapter. Write its shadow as a model and give that: umbra detach {path} FOLDER."
+        )
+    with _reading(path), open(cached_file(path, "config.json") or "", encoding="utf-8") as file:
+        values = json.load(file)
+    if not isinstance(values, dict):
+        raise ConfigError(f"shadow={path!r} is no model: its config.json holds a {type(values).__name__}.")
+    return values
+
+
+def _inner(path: str, values: dict[str, Any]) -> dict[str, Any]:
+    inner = values.get("shadow_model_config")
+    if not isinstance(inner, dict):
+        raise ConfigError(f"shadow={path!r} is damaged: its config.json has no shadow_model_config.")
+    return inner
+
+
+def _load_projected(path: str, values: dict[str, Any]) -> Pretrained:
+    config = saved_config(_inner(path, values))
+    with _reading(path, f"is a {PROJECTED} that cannot be read"):
+        backbone = AutoModel.from_config(config, dtype=torch.float32)
+        with safe_open(cached_file(path, "model.safetensors"), framework="pt") as file:
+            names = [n for n in file.keys() if n.startswith(BACKBONE_PREFIX)]  # noqa: SIM118
+            weights = {name.removeprefix(BACKBONE_PREFIX): file.get_tensor(name) for name in names}
+            projection = file.get_tensor(PROJECTION).float()
+        backbone.load_state_dict(weights)
+    return Pretrained(backbone, projection)

@@ -1,0 +1,1 @@
+"""Training runs: trainers, `umbra train`, `umbra pretrain`, output folders and resuming."""

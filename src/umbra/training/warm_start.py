@@ -1,0 +1,90 @@
+"""Training that starts from an adapter: its shadow's configuration, its base, its classes and its weights."""
+
+import json
+import uuid
+from dataclasses import replace
+from typing import Any
+
+from umbra.adapters import checkpoint, interop
+from umbra.adapters.integrity import PROMPTING
+from umbra.adapters.prompting import BEFORE, Prompting
+from umbra.config import ShadowConfig
+from umbra.data import Labels
+from umbra.errors import ConfigError, DataError
+from umbra.model.shadow_model import ShadowModel
+from umbra.options import TrainOptions, names
+
+
+def adopt(options: TrainOptions, given: dict[str, Any]) -> tuple[TrainOptions, ShadowConfig]:
+    """The options with the adapter's base, unless another one is given, and the adapter's shadow configuration.
+
+    Args:
+        given: all settings of the run; those of the shadow must agree with the adapter.
+
+    Raises:
+        ConfigError: they do not, each named; or the adapter does not name its base.
+        CheckpointError: no adapter of Umbra.
+    """
+    path = checkpoint.local_folder(options.adapter or "")
+    if interop.recognise(path) is not None:
+        raise ConfigError(
+            f"adapter={options.adapter} is an adapter of another package: convert it first (umbra convert … --to umbra)."
+        )
+    values = checkpoint.read_config(path)
+    config = ShadowConfig.from_dict(values["shadow"])
+    shadow, saved = (json.loads(json.dumps(c)) for c in (given, config.to_dict()))
+    changed = sorted(k for k in names(ShadowConfig) if k in shadow and shadow[k] != saved[k])
+    if changed:
+        differences = ", ".join(f"{k}: {saved[k]!r} → {shadow[k]!r}" for k in changed)
+        raise ConfigError(
+            f"adapter={options.adapter} has other settings of the shadow ({differences}): leave them out, they are the adapter's."
+        )
+    base = options.base if "base" in given else values["base_model_name_or_path"]
+    if not base:
+        raise ConfigError(f"adapter={options.adapter} does not name its base: name it by base (--base).")
+    return replace(options, base=base), config
+
+
+def prompting_of(adapter: str, given: dict[str, Any]) -> Prompting:
+    """How the adapter is asked, with the settings of the run over it."""
+    path = checkpoint.local_folder(adapter)
+    entry = checkpoint.read_config(path).get(PROMPTING)
+    own = BEFORE if entry is None else Prompting.read(path, entry)
+    return own.replaced(None, given.get("chat_template"), given.get("chat_template_kwargs"))
+
+
+def classes(adapter: str, labels: Labels | None) -> Labels | None:
+    """The adapter's classes, in its order, for training data whose labels are ``labels``; None for a language model.
+
+    Raises:
+        DataError: data of another task, or with a class that the adapter does not know.
+    """
+    values = checkpoint.read_config(checkpoint.local_folder(adapter))
+    known = values.get("classifier")
+    if (known is None) != (labels is None):
+        kinds = ("text and its labels", "prompts and completions")
+        raise DataError(
+            f"adapter={adapter} learned from {kinds[known is None]}, the training data holds {kinds[labels is None]}."
+        )
+    if known is None or labels is None:
+        return None
+    known_names = tuple(str(v) for _, v in sorted(known["id2label"].items(), key=lambda item: int(item[0])))
+    problem = known.get("problem_type") or labels.problem_type
+    if problem != labels.problem_type or (problem == "regression" and known["num_labels"] != labels.width):
+        raise DataError(
+            f"adapter={adapter} is trained for {problem} with {known['num_labels']} outputs; the training data's labels are of "
+            f"{labels.problem_type} with {labels.width}."
+        )
+    if unknown := sorted(set(labels.names) - set(known_names)):
+        raise DataError(
+            f"The training data has classes that adapter={adapter} does not know: {', '.join(unknown[:5])}. It knows "
+            f"{', '.join(known_names[:20])}; train a new adapter for other classes."
+        )
+    return Labels(problem, labels.names if problem == "regression" else known_names, known["num_labels"])
+
+
+def load(adapter: str, base: Any, shadow: ShadowConfig) -> ShadowModel:
+    """The adapter beside its base, trainable, as an adapter of its own."""
+    model = checkpoint.load(adapter, base, trainable=True)
+    model.shadow.config, model.shadow.adapter_id = shadow, uuid.uuid4().hex
+    return model

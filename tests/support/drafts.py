@@ -1,0 +1,44 @@
+"""A model whose shadow drafts, and its text with and without drafts."""
+
+import pytest
+import torch
+
+from support.tiny import ARCHITECTURES, make
+from umbra.base import architectures
+
+NEW = 20  # with a prompt of 9, well past the sliding windows of 6
+ALWAYS = {"assistant_confidence_threshold": 0.0}  # however unsure: a tiny random model is never sure of anything
+OUTPUT = ("o_proj", "down_proj", "c_proj", "dense")  # what blocks add to the hidden state
+each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def agreeing(name: str = "llama", base_options: dict | None = None, **fields):
+    """A model whose shadow guesses right sometimes: what follows depends on the last token more than on all before."""
+    fields = {"alpha": 0.05, "channel_scale": "none", **fields}
+    model = make(name, base_options={"tie_word_embeddings": False, **(base_options or {})}, **fields)
+    decoder = dict(architectures.locate(model.base).decoder.named_parameters())
+    with torch.no_grad():
+        for part in (model.base, model.shadow.backbone):
+            for key, p in part.named_parameters():
+                p.mul_(0.1 if any(name in key for name in OUTPUT) else 1)
+        for key, p in model.shadow.backbone.named_parameters():
+            if key in decoder and p.shape == decoder[key].shape and not any(c.isdigit() for c in key):
+                p.copy_(decoder[key])  # the last norm
+        model.get_input_embeddings().weight.mul_(8)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def plain(model, ids, **options):
+    if ids is not None:  # whose mask transformers would guess, and a random model may say a padding token
+        options = {"attention_mask": torch.ones_like(ids), **options}
+    return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options})
+
+
+def drafted(model, ids, draft=4, **options):
+    return plain(model, ids, draft=draft, **{"return_dict_in_generate": True, **ALWAYS, **options})
+
+
+def assert_some_of_both(*outputs) -> None:
+    """Drafts were accepted and drafts were rejected: otherwise little was tested."""
+    assert 0 < sum(out.accepted for out in outputs) < sum(out.drafted for out in outputs)
