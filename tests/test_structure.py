@@ -230,3 +230,32 @@ def test_nothing_is_unpickled_and_nothing_is_evaluated(room):
             assert called not in ("torch.load", "eval", "exec", "np.load", "numpy.load"), called
         if isinstance(node, ast.keyword):
             assert node.arg != "trust_remote_code" or ast.unparse(node.value) == "False"
+
+
+# -- limits: what is left to mend counts down, and nothing is added ------------------------------------------------
+
+BANNED = {
+    "told",
+    "found",
+    "mine",
+    "theirs",
+    "kept",
+    "own",
+    "sure",
+    "quicken",
+    "sparing",
+    "wake",
+    "rest",
+    "lane",
+    "seam",
+}
+
+
+def longest_functions(limit: int) -> list[str]:
+    return [
+        f"{module}: {node.name}, {node.end_lineno - node.lineno + 1} lines"
+        for module, tree in MODULES.items()
+        if module != "method/kernels/couple_kernels"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > limit
+    ]

@@ -15,7 +15,8 @@ Each message says what was wrong, what was given, and how to mend it.
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # Control characters (C0 but for tab and newline, DEL, C1), line separators, bidirectional overrides, lone surrogates.
@@ -66,6 +67,25 @@ class ExportError(UmbraError, ValueError):
 
 class StateError(UmbraError, RuntimeError):
     """A coupled block was run outside the forward of its model, or a cache does not hold what its model needs."""
+
+
+@contextmanager
+def raising(kind: type[UmbraError], describe: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn the exceptions of a library into an error for the user; those of Umbra itself pass unchanged.
+
+    Args:
+        kind: the class to raise.
+        describe: returns the message for the library's exception.
+
+    Raises:
+        UmbraError: of the given kind, with the library's exception as its cause.
+    """
+    try:
+        yield
+    except UmbraError:
+        raise
+    except Exception as error:
+        raise kind(describe(error)) from error
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
