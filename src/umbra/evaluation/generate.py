@@ -12,7 +12,7 @@ from umbra.adapters.prompting import open_formatter
 from umbra.data import end_tokens
 from umbra.errors import ConfigError
 from umbra.evaluation.scoring import GREEDY, MODES, PLAIN, in_mode, on_accelerator, room
-from umbra.generation.drafting import check_draft
+from umbra.generation.speculative import check_draft
 from umbra.options import GenerateOptions, check_dtype
 
 
