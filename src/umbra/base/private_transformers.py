@@ -1,11 +1,11 @@
 """Private names of transformers that Umbra calls, reads or overrides: see `umbra.base.private`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from umbra.base import private
 from umbra.base.private import PrivateName
@@ -94,17 +94,52 @@ def check(*owners: str) -> None:
     private.check("transformers", SUPPORTED, names)
 
 
+def recordable_outputs(model: PreTrainedModel) -> Iterable[str]:
+    """Return the names of the intermediate outputs that a model can return."""
+    return model._can_record_outputs or ()
+
+
+def use_attention_of(config: PretrainedConfig, other: PretrainedConfig) -> None:
+    """Select the attention implementation of another configuration."""
+    config._attn_implementation = other._attn_implementation
+
+
+def clear_implementations(config: PretrainedConfig) -> None:
+    """Select no implementation of attention and experts, in nested configurations too."""
+    config._attn_implementation = None
+    config._experts_implementation = None
+
+
+def build_from_config(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model of this class with new weights."""
+    return kind._from_config(config, dtype=dtype)
+
+
 def prefill(model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
     """Return the model output of the prompt (B, T)."""
     return model._prefill(input_ids, config, model_kwargs)
 
 
 def update_model_kwargs(
-    model: Any, outputs: Mapping[str, Any], model_kwargs: dict[str, Any], num_new_tokens: int | None = None
+    model: Any, outputs: Mapping[str, Any], model_kwargs: dict[str, Any], *args: Any, **options: Any
 ) -> dict[str, Any]:
     """Return the arguments of the next forward: cache, mask and positions, longer by ``num_new_tokens``, by default 1."""
-    options = {} if num_new_tokens is None else {"num_new_tokens": num_new_tokens}
-    return model._update_model_kwargs_for_generation(outputs, model_kwargs, **options)
+    return model._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **options)
+
+
+def validate_model_kwargs(model: Any, model_kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError for arguments that a model's forward does not take."""
+    model._validate_model_kwargs(model_kwargs)
+
+
+def prepare_position_ids(model: Any, inputs: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    """Return the position ids of the prompt (B, T)."""
+    return model._prepare_position_ids_for_generation(inputs, model_kwargs)
+
+
+def prepare_encoder_kwargs(model: Any, *args: Any, **options: Any) -> dict[str, Any]:
+    """Return the arguments of the forward with the outputs of a model's encoder, where it has one."""
+    return model._maybe_prepare_encoder_kwargs_for_generation(*args, **options)
 
 
 def pad_token(config: GenerationConfig, device: torch.device) -> Tensor:

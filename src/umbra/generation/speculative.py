@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -195,7 +195,7 @@ class SpeculativeDecoder:
                 with _rolled_back(cache, layers, batch) as computed:
                     self._run_cycle(model, draft_model, computed, room, model_kwargs)
                 model_kwargs = private_transformers.update_model_kwargs(
-                    model, {}, model_kwargs, batch.length - before
+                    model, {}, model_kwargs, num_new_tokens=batch.length - before
                 )  # fmt: skip
         if streamer is not None:
             streamer.end()
@@ -224,7 +224,7 @@ class SpeculativeDecoder:
 def _output(batch: DecodingBatch, cache: Cache) -> DraftedOutput:
     scheduler = batch.scheduler
     return DraftedOutput(
-        sequences=batch.ids,  # type: ignore[arg-type]
+        sequences=cast(Any, batch.ids),
         scores=batch.scores, logits=batch.logits, past_key_values=cache,
         drafted=scheduler.drafted, accepted=batch.num_accepted, verified=scheduler.cycles,
         acceptance_length=scheduler.written / scheduler.cycles if scheduler.cycles else None,

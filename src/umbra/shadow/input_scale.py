@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from umbra.base import architectures, sharded
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.method.core import Couplings
 
 ROWS, LENGTH, SEED = 32, 32, 0  # of the tokens
@@ -25,7 +25,7 @@ LARGEST = 20.0  # c of a channel that is silent
 
 
 @torch.no_grad()
-def measure(base: Anatomy, couplings: Couplings) -> None:
+def measure(base: Architecture, couplings: Couplings) -> None:
     """Set c of every injection by a forward of the base; it must not carry a shadow that is in use."""
     generator = torch.Generator().manual_seed(SEED)
     rows = architectures.vocabulary_size(base.embeddings)

@@ -17,7 +17,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from umbra.base import architectures, quantized, sharded
 from umbra.base.added_tokens import AddedTokens
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.config import ShadowConfig
 from umbra.errors import BaseModelError, ConfigError
 from umbra.method.core import Couplings
@@ -46,7 +46,7 @@ class Shadow(nn.Module):
     """
 
     def __init__(
-        self, base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None = None,
+        self, base: Architecture, config: ShadowConfig, backbone_config: PretrainedConfig | None = None,
         device: torch.device | str | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -154,7 +154,7 @@ class Shadow(nn.Module):
             self.projection.weight.copy_(projection)
 
     @torch.no_grad()
-    def _read_by(self, into: Tensor, base: Anatomy) -> None:
+    def _read_by(self, into: Tensor, base: Architecture) -> None:
         """Take embeddings by a map (Ds, D) of the base's: in every forward, or once for a table of its own."""
         if self.embed_projection is not None:
             self.embed_projection.weight.copy_(into)
@@ -173,7 +173,7 @@ class Shadow(nn.Module):
         """The layers of the common cache that hold this shadow's keys."""
         return range(self.first_cache_layer, self.first_cache_layer + self.backbone.config.num_hidden_layers)
 
-    def resize(self, base: Anatomy) -> None:
+    def resize(self, base: Architecture) -> None:
         """Follow the base to another number of tokens: what the shadow knows of the old ones stays as it is.
 
         New rows of trained heads begin as the base's, new rows of an own table as transformers begins them.
@@ -231,7 +231,7 @@ class Built(NamedTuple):
     is_copied: bool = False
 
 
-def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig | None) -> Built:
+def build_backbone(base: Architecture, config: ShadowConfig, backbone_config: PretrainedConfig | None) -> Built:
     """The decoder that computes the shadow's states: with weights that are pretrained, copied, or neither.
 
     Raises:
@@ -262,11 +262,11 @@ def build_backbone(base: Anatomy, config: ShadowConfig, backbone_config: Pretrai
         return build_backbone(base, dataclasses.replace(config, init="random"), None)
 
 
-def _copied(base: Anatomy, backbone: PreTrainedModel, config: ShadowConfig) -> Built:
+def _copied(base: Architecture, backbone: PreTrainedModel, config: ShadowConfig) -> Built:
     layers = config.init_layers or tuple(range(backbone.config.num_hidden_layers))
     if max(layers) >= len(base.blocks):
         raise ConfigError(f"init='base' copies blocks {list(layers)}, the base's are 0 to {len(base.blocks) - 1}.")
-    narrowed = architectures.Narrowed(None, None)
+    narrowed = architectures.Projections(None, None)
     left = {id(p) for l, block in enumerate(base.blocks) if l not in layers for p in block.parameters()}
     read = [p for p in base.decoder.parameters() if id(p) not in left]
     with sharded.gathered(read), sharded.gathered(backbone.parameters(), to_change=True):
@@ -278,7 +278,7 @@ def _copied(base: Anatomy, backbone: PreTrainedModel, config: ShadowConfig) -> B
     return Built(backbone, narrowed.projection, narrowed.embed_projection, True)
 
 
-def _can_copy(base: Anatomy, config: ShadowConfig, backbone: PreTrainedModel) -> bool:
+def _can_copy(base: Architecture, config: ShadowConfig, backbone: PreTrainedModel) -> bool:
     """Whether the shadow's blocks are as the base's first ones, whose weights are at hand, or neither's are."""
     given = {k for k, v in config.to_dict().items() if k.startswith("shadow_") and v is not None}
     depth = config.shadow_num_hidden_layers or 1
@@ -288,7 +288,7 @@ def _can_copy(base: Anatomy, config: ShadowConfig, backbone: PreTrainedModel) ->
     return architectures.is_cheap_to_mirror(base.config) and (at_hand or next(backbone.parameters()).is_meta)
 
 
-def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
+def fresh_config(base: Architecture, config: ShadowConfig) -> PretrainedConfig:
     """The configuration of a mirrored or dense backbone with the sizes that ``config`` asks for."""
     given = {k.removeprefix("shadow_"): v for k, v in config.to_dict().items() if k.startswith("shadow_")}
     sizes = {"num_hidden_layers": 1, **{k: v for k, v in given.items() if v is not None}}
@@ -297,7 +297,7 @@ def fresh_config(base: Anatomy, config: ShadowConfig) -> PretrainedConfig:
     return architectures.dense_config(base.config, sizes)
 
 
-def _pretrained(base: Anatomy, path: str) -> Built:
+def _pretrained(base: Architecture, path: str) -> Built:
     backbone, projection, head = load_pretrained(path)
     if not architectures.is_causal(backbone.config):
         raise BaseModelError(
@@ -333,7 +333,7 @@ def _pretrained(base: Anatomy, path: str) -> Built:
 
 
 @torch.no_grad()
-def _reads_otherwise(base: Anatomy, head: Tensor) -> bool:
+def _reads_otherwise(base: Architecture, head: Tensor) -> bool:
     """Whether a token's rows of the base's head and of a head (V, D) point elsewhere: a cosine below 0.5 in the mean."""
     if not _has_a_head_at_hand(base):
         return False
@@ -344,12 +344,12 @@ def _reads_otherwise(base: Anatomy, head: Tensor) -> bool:
     return float(torch.cosine_similarity(weight[:rows].float().cpu(), head[:rows].float().cpu()).mean()) < 0.5
 
 
-def _has_a_head_at_hand(base: Anatomy) -> bool:
+def _has_a_head_at_hand(base: Architecture) -> bool:
     return not base.is_classifier and sharded.is_whole(base.head.weight) and not base.head.weight.is_meta
 
 
 @torch.no_grad()
-def aligned(base: Anatomy, head: Tensor) -> Tensor | None:
+def aligned(base: Architecture, head: Tensor) -> Tensor | None:
     """P (D, Ds), by which the base's head W says of a shadow's states what their own head says, as nearly as it can.
 
         P = argmin ‖W · P − head‖ = (Wᵀ · W)⁻¹ · Wᵀ · head        over the tokens that both have
@@ -374,7 +374,7 @@ def aligned(base: Anatomy, head: Tensor) -> Tensor | None:
     return torch.linalg.solve(gram, cross).float() / architectures.logit_factor(base.model.config)
 
 
-def _has_the_bases_table(base: Anatomy, backbone: PreTrainedModel) -> bool:
+def _has_the_bases_table(base: Architecture, backbone: PreTrainedModel) -> bool:
     """Whether a pretrained shadow looks tokens up in the base's own table, up to bf16 and fp16: it was pretrained for this base."""
     mine: Any = backbone.get_input_embeddings()
     tables = (mine.weight, base.embeddings.weight)
@@ -389,7 +389,7 @@ def _has_the_bases_table(base: Anatomy, backbone: PreTrainedModel) -> bool:
     )
 
 
-def _owns_embeddings(base: Anatomy, config: ShadowConfig) -> bool:
+def _owns_embeddings(base: Architecture, config: ShadowConfig) -> bool:
     own = config.is_pretrained if config.embeddings == "auto" else config.embeddings == "own"
     if own and base.merges_embeddings:
         raise BaseModelError(
