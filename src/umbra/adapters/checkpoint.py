@@ -32,7 +32,7 @@ from umbra.adapters.integrity import (
 from umbra.adapters.prompting import BEFORE, TOKENIZER_PATTERNS, Prompting, check_before_saving
 from umbra.base import architectures, sharded
 from umbra.base.added_tokens import AddedTokens, added_count
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.base.fingerprint import check_same_base
 from umbra.base.loading import load_base
 from umbra.config import ShadowConfig
@@ -390,7 +390,7 @@ class _Saved:
         values = self.values.get(PROMPTING)
         return BEFORE if values is None else Prompting.read(self.path, values)
 
-    def check(self, base: Anatomy, allow_other_base: bool) -> None:
+    def check(self, base: Architecture, allow_other_base: bool) -> None:
         task = TASKS[base.is_classifier]
         if task != self.values["task_type"]:
             raise CheckpointError(
@@ -416,7 +416,7 @@ class _Saved:
         if added_count(self.weights):
             model.carry_added_tokens(self.own_rows, added_count(self.weights))
 
-    def add_rows(self, shadow: Shadow, base: Anatomy) -> None:
+    def add_rows(self, shadow: Shadow, base: Architecture) -> None:
         """Let a shadow beside others carry the rows of tokens that it adds; the base must have them.
 
         Raises:

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from umbra.base.added_tokens import added_count, expected_rows
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.config import ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
 from umbra.shadow.draft_vocabulary import check_draft_tokens
@@ -84,7 +84,7 @@ def check_counts(values: dict[str, Any], weights: Tensors, file: Path) -> None:
 
 
 def check_sizes(
-    base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path,
+    base: Architecture, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path,
     rows: int | None = None,
 ) -> None:  # fmt: skip
     """Refuse a configuration that asks for other tensors than there are, without allocating any.

@@ -160,7 +160,7 @@ def _folded_head(weight: Tensor, maps: list[nn.Linear], factor: float) -> Tensor
     return weight if factor == 1 else weight.float() * factor
 
 
-def _stays_tied(base: architectures.Anatomy, shadow: Shadow) -> bool:
+def _stays_tied(base: architectures.Architecture, shadow: Shadow) -> bool:
     """Whether the shadow reads and writes tokens by one weight, the base's.
 
     Of a base in half precision whose embeddings are multiplied (Gemma's √D), the rows fall short of the head's by the rounding
@@ -169,7 +169,7 @@ def _stays_tied(base: architectures.Anatomy, shadow: Shadow) -> bool:
     return base.is_tied and not shadow.heads and not shadow.owns_embeddings
 
 
-def _settle_tying(stock: PreTrainedModel, parts: architectures.Anatomy, tied: bool) -> None:
+def _settle_tying(stock: PreTrainedModel, parts: architectures.Architecture, tied: bool) -> None:
     """Tie the head to the embeddings, or untie them."""
     for config in {id(c): c for c in (stock.config, stock.config.get_text_config())}.values():
         config.tie_word_embeddings = tied

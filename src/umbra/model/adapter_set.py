@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from umbra.base import architectures
 from umbra.base.added_tokens import AddedTokens, Tables, check_resizable
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.base.fingerprint import fingerprint
 from umbra.config import ShadowConfig, check_kind
 from umbra.errors import BaseModelError, ConfigError, StateError
@@ -211,7 +211,7 @@ class Adapters:
         self._rows_before = [table.detach()[own:].clone() for _, table in Tables(located).named()]
         self._carry_added_tokens(located, fingerprint(located, own))
 
-    def _carry_added_tokens(self, base: Anatomy, known: dict[str, Any]) -> None:
+    def _carry_added_tokens(self, base: Architecture, known: dict[str, Any]) -> None:
         """Let all adapters carry the rows beyond the base's own vocabulary, that of its fingerprint ``known``."""
         own, rows = known["vocab_size"], architectures.vocabulary_size(base.embeddings)
         before, added = self.shadow.added_tokens, None
