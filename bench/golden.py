@@ -228,7 +228,7 @@ def prepare() -> Result:
     if has_gguf():
         from transformers import AutoTokenizer
 
-        sizes = {
+        sizes: Any = {
             "vocab_size": 49152,
             "hidden_size": 64,
             "intermediate_size": 64,
@@ -253,7 +253,8 @@ TIMES = re.compile(
 RANDOM = re.compile(
     r"\b(?:[0-9a-f]{64}|[0-9a-f]{32}|[0-9a-f]{16})\b"
 )  # digests of files that hold a random adapter_id, and the id itself
-PARSED_ONLY = ("run.json", "trainer_state.json", "stage.json", "parity.json")  # hold times
+LOGGED_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[")  # of other libraries, with the time
+PARSED_ONLY = ("run.json", "trainer_state.json", "training_progress.json", "stage.json", "parity.json")  # hold times
 UNREAD = (".pt", ".pth", ".bin", ".lock")
 
 
@@ -579,7 +580,8 @@ def generate(mode: str = "attached", options: Any = None, padded: bool = False, 
 
     fields = {"noise": 0.1, **fields}
     model = make(**fields)
-    ids, runner, within = tokens(rows), model, contextlib.nullcontext()
+    runner: Any = model
+    ids, within = tokens(rows), contextlib.nullcontext()
     mask = torch.ones_like(ids)
     if padded:
         mask[1:, :4] = 0
@@ -649,6 +651,7 @@ def generations() -> dict[str, Case]:
     """Return the cases of generation in Python."""
     sampled = {"do_sample": True, "temperature": 0.9, "top_k": 20}
     static = {"cache_implementation": "static"}
+    close = {"init": "base", "init_layers": [0, 1, 2], "shadow_num_hidden_layers": 3, "init_scale": 1.0, "noise": 0.01}
     always = {"assistant_confidence_threshold": 0.0}  # else times decide how far greedy decoding drafts
     table: dict[str, dict[str, Any]] = {
         "attached": {},
@@ -677,15 +680,16 @@ def generations() -> dict[str, Case]:
         "static cache": {"options": static},
         "chunked prefill": {"options": {"prefill_chunk_size": 4}},
         "no cache": {"options": {"use_cache": False}},
-        "draft 1": {"options": {"draft": 1, **always}, "rows": 1},
-        "draft 3": {"options": {"draft": 3, **always}},
-        "draft 3 paper": {"options": {"draft": 3, **always}, "dialect": "paper", "noise": 0.02},
-        "draft 8": {"options": {"draft": 8, **always}, "rows": 1},
-        "draft 8 timed": {"options": {"draft": 8}, "rows": 1},
-        "draft auto": {"options": {"draft": "auto"}, "rows": 1},
-        "draft 3 sampled": {"options": {"draft": 3, **always, **sampled}},
-        "draft 3 gemma3": {"options": {"draft": 3, **always}, "rows": 1, "kind": "gemma3_text"},
-        "draft 3 vocabulary": {"options": {"draft": 3, **always, "vocabulary": list(range(2, 60))}},
+        "draft 1": {"options": {"draft": 1, **always}, "rows": 1, **close},
+        "draft 3": {"options": {"draft": 3, **always}, **close},
+        "draft 3 paper": {"options": {"draft": 3, **always}, "dialect": "paper", **close},
+        "draft 8": {"options": {"draft": 8, **always}, "rows": 1, **close},
+        "draft 8 rejected": {"options": {"draft": 8, **always}, "rows": 1},
+        "draft 8 timed": {"options": {"draft": 8}, "rows": 1, **close},
+        "draft auto": {"options": {"draft": "auto"}, "rows": 1, **close},
+        "draft 3 sampled": {"options": {"draft": 3, **always, **sampled}, **close},
+        "draft 3 gemma3": {"options": {"draft": 3, **always}, "rows": 1, "kind": "gemma3_text", **close},
+        "draft 3 vocabulary": {"options": {"draft": 3, **always, "vocabulary": list(range(2, 60))}, **close},
     }
     cases: dict[str, Case] = {f"generate: {name}": partial(generate, **options) for name, options in table.items()}
     cases |= {f"generate: {n}{PLAIN}": partial(generate, **table[n]) for n in ("attached", "paper", "peft", "draft 3")}
@@ -755,6 +759,7 @@ def umbra_command(*arguments: Any) -> str:
 
 def printed(text: str) -> Result:
     """Return what a command printed, parsed where it is JSON."""
+    text = "".join(line for line in text.splitlines(True) if not LOGGED_LINE.match(line))
     try:
         return {"json": normal(json.loads(text))}
     except ValueError:
