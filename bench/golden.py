@@ -651,7 +651,7 @@ def generations() -> dict[str, Case]:
     """Return the cases of generation in Python."""
     sampled = {"do_sample": True, "temperature": 0.9, "top_k": 20}
     static = {"cache_implementation": "static"}
-    close = {"init": "base", "init_layers": [0, 1, 2], "shadow_num_hidden_layers": 3, "init_scale": 1.0, "noise": 0.01}
+    close = {"init": "base", "init_layers": [0, 1, 2, 3], "shadow_num_hidden_layers": 4, "init_scale": 1.0, "noise": 0.01}
     always = {"assistant_confidence_threshold": 0.0}  # else times decide how far greedy decoding drafts
     table: dict[str, dict[str, Any]] = {
         "attached": {},
