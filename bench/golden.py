@@ -190,11 +190,12 @@ def prepare() -> Result:
 
     import umbra
 
-    for name, kind, options in (
+    bases: list[tuple[str, str, Any]] = [
         ("base", "llama", {}),
         ("small", "llama", {"num_hidden_layers": 2}),
         ("gpt2", "gpt2", {}),
-    ):
+    ]
+    for name, kind, options in bases:
         make_base(kind, seed=len(name), **options).save_pretrained(PLACE / name)
         make_tokenizer().save_pretrained(PLACE / name)
     sums = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)]
@@ -651,7 +652,13 @@ def generations() -> dict[str, Case]:
     """Return the cases of generation in Python."""
     sampled = {"do_sample": True, "temperature": 0.9, "top_k": 20}
     static = {"cache_implementation": "static"}
-    close = {"init": "base", "init_layers": [0, 1, 2, 3], "shadow_num_hidden_layers": 4, "init_scale": 1.0, "noise": 0.01}
+    close = {
+        "init": "base",
+        "init_layers": [0, 1, 2, 3],
+        "shadow_num_hidden_layers": 4,
+        "init_scale": 1.0,
+        "noise": 0.01,
+    }
     always = {"assistant_confidence_threshold": 0.0}  # else times decide how far greedy decoding drafts
     table: dict[str, dict[str, Any]] = {
         "attached": {},
