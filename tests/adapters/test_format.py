@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import umbra
 from support.folders import edit_config
 from support.tiny import make_base, tokens
-from umbra.adapters.checkpoint import read_config
+from umbra.adapters.files import read_config
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format2"
 BASES = {

@@ -14,10 +14,10 @@ import umbra
 from conftest import CHARACTERS, make_tokenizer
 from support.folders import CONFIG, names
 from support.tiny import make, tokens
-from umbra.adapters.interop import convert
-from umbra.adapters.prompting import BEFORE, Prompting, open_formatter
+from umbra.adapters.prompting import FORMAT_2_PROMPTING, Prompting, open_formatter
 from umbra.base.loading import load_tokenizer
 from umbra.cli import main
+from umbra.deploy.convert import convert
 from umbra.training.train import train
 
 trl = pytest.importorskip("trl")
@@ -331,9 +331,9 @@ def test_an_adapter_of_format_2_is_asked_as_before(tmp_path):
     from support.tiny import make_base
 
     model = umbra.load(FIXTURES / "causal", make_base())
-    assert model.shadow.prompting == BEFORE == Prompting(None, True, {"enable_thinking": False})
+    assert model.shadow.prompting == FORMAT_2_PROMPTING == Prompting(None, True, {"enable_thinking": False})
     model.save_pretrained(tmp_path)
-    assert umbra.load(tmp_path, make_base()).shadow.prompting == BEFORE
+    assert umbra.load(tmp_path, make_base()).shadow.prompting == FORMAT_2_PROMPTING
 
 
 def test_equal_tokenizers_are_held_once(tmp_path, base_folder):

@@ -12,7 +12,7 @@ import umbra
 from support.drafts import agreeing, drafted, each_architecture, plain
 from support.tables import FAMILIES
 from support.tiny import VOCAB, make, tokens
-from umbra.adapters.checkpoint import read_config
+from umbra.adapters.files import read_config
 from umbra.generation import drafting
 
 
