@@ -135,7 +135,7 @@ def test_a_cache_that_only_one_of_both_has_filled_is_refused_beside_a_recurrent_
 
 def test_guidance_of_a_mixed_batch_is_refused():
     model = make_three()
-    with pytest.raises(umbra.ConfigError, match="guidance_scale would be given the active adapter"):
+    with pytest.raises(umbra.ConfigError, match="guidance_scale would apply the active adapter"):
         model.generate(tokens(2), adapter_names=["b", "b"], guidance_scale=1.5, max_new_tokens=2)
     model.set_adapter("b")
     model.generate(tokens(2), guidance_scale=1.5, max_new_tokens=2)

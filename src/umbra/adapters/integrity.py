@@ -16,7 +16,8 @@ from umbra.base.added_tokens import added_count, expected_rows
 from umbra.base.architectures import Anatomy
 from umbra.config import ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
-from umbra.shadow.network import Shadow, check_draft_tokens, fresh_config
+from umbra.shadow.draft_vocabulary import check_draft_tokens
+from umbra.shadow.network import Shadow, fresh_config
 
 VOUCHED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
 OPTIONAL = (DRAFT_TOKENS, PROMPTING)

@@ -11,7 +11,7 @@ from umbra.adapters.prompting import open_formatter
 from umbra.data import end_tokens
 from umbra.errors import ConfigError
 from umbra.evaluation.scoring import GREEDY, MODES, PLAIN, in_mode, on_accelerator, room
-from umbra.generation.drafting import check_draft
+from umbra.generation.speculative import check_draft
 from umbra.model.loading import load
 from umbra.options import GenerateOptions, check_dtype
 

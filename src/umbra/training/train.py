@@ -33,9 +33,9 @@ from umbra.data import (
 from umbra.errors import BaseModelError, CheckpointError, ConfigError, DataError
 from umbra.files import manifest
 from umbra.files.locks import locked
-from umbra.generation.drafting import frequent_tokens
 from umbra.model.shadow_model import attach
 from umbra.options import TrainOptions, listed, speaks
+from umbra.shadow.draft_vocabulary import frequent_tokens
 from umbra.shadow.pretrained import check_vocabulary
 from umbra.training import warm_start
 from umbra.training.runs import Run, make_arguments, sort_settings
