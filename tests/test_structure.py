@@ -16,6 +16,11 @@ MODULES = {
     for path in SOURCE.rglob("*.py")
 }
 
+TESTS = {
+    path.relative_to(Path(__file__).parent).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in Path(__file__).parent.rglob("*.py")
+}
+
 # From the ground up: a room imports only from itself and from rooms above it in this list.
 ROOMS = [
     "errors",
@@ -223,6 +228,30 @@ def test_nothing_is_unpickled_and_nothing_is_evaluated(room):
             assert called not in ("torch.load", "eval", "exec", "np.load", "numpy.load"), called
         if isinstance(node, ast.keyword):
             assert node.arg != "trust_remote_code" or ast.unparse(node.value) == "False"
+
+
+# -- tests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", TESTS)
+def test_no_test_module_imports_another(module):
+    imported = set()
+    for node in ast.walk(TESTS[module]):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    forbidden = {
+        part for name in imported for part in name.split(".") if part.startswith("test_") or part == "conftest"
+    }
+    assert not forbidden, f"move what {module} imports into tests/support"
+
+
+def test_test_modules_lie_in_rooms():
+    at_top = {"conftest", "test_config", "test_docs", "test_examples", "test_structure"}
+    assert {module.partition("/")[0] for module in TESTS} - at_top <= {*ROOMS, "support"}
+    names = [module.rpartition("/")[2] for module in TESTS if "/test_" in module]
+    assert len(names) == len(set(names)), "two test modules have the same name"
 
 
 # -- limits: what is left to mend counts down, and nothing is added ------------------------------------------------

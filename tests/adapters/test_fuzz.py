@@ -5,11 +5,11 @@ import random
 import warnings
 
 import pytest
-from test_train import RECORDS, write
 from transformers import TrainingArguments
 
 from support.fuzz import Failed, Fuzzer, limits
 from support.mutations_of_files import nested, weird
+from support.runs import RECORDS, write
 from umbra import ConfigError, ShadowConfig, UmbraError
 from umbra.adapters import reading
 from umbra.options import PretrainOptions, TrainOptions, names

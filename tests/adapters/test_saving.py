@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import umbra
-from conftest import make_tokenizer
 from support.folders import CARD, CONFIG, FILES, TENSOR, WEIGHTS, assert_same_model, contents, names
 from support.tiny import make, make_base
+from support.tokenizer import make_tokenizer
 from umbra import CheckpointError
 from umbra.deploy.detach import write_detached
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_architectures import FAMILIES, build, cast
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import umbra
-from conftest import make_tokenizer
+from support.families import build, cast
+from support.tables import FAMILIES
 from support.tiny import make, make_base
+from support.tokenizer import make_tokenizer
 from umbra.adapters.card import model_card
 from umbra.cli import main
 from umbra.data import ChatFormatter, end_tokens, read_records

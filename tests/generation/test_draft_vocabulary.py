@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_architectures import build, cast
 from transformers import TrainingArguments
 
 import umbra
 from support.drafts import agreeing, drafted, each_architecture, plain
+from support.families import build, cast
 from support.tables import FAMILIES
 from support.tiny import VOCAB, make, tokens
 from umbra.adapters.files import read_config

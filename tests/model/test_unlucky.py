@@ -9,11 +9,11 @@ import signal
 import accelerate
 import pytest
 import torch
-from test_isolation import generate, in_threads
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import umbra
 from support.fuzz import limits
+from support.threads import generate, in_threads
 from support.tiny import (
     CONFIGS,
     DIALECTS,
