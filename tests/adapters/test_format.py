@@ -1,17 +1,14 @@
 """Adapter folders of earlier formats load as they did."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import umbra
-from support.folders import edit_config
+from support.folders import FIXTURES, edit_config
 from support.tiny import make_base, tokens
-from umbra.adapters.checkpoint import read_config
+from umbra.adapters.files import read_config
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "format2"
 BASES = {
     "causal": lambda: make_base("llama"),
     "classifier": lambda: make_base("gpt2", classifier=True, num_labels=3, problem_type="single_label_classification"),

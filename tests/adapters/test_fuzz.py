@@ -5,13 +5,13 @@ import random
 import warnings
 
 import pytest
-from test_train import RECORDS, write
 from transformers import TrainingArguments
 
 from support.fuzz import Failed, Fuzzer, limits
 from support.mutations_of_files import nested, weird
+from support.runs import RECORDS, write
 from umbra import ConfigError, ShadowConfig, UmbraError
-from umbra.adapters import checkpoint
+from umbra.adapters import reading
 from umbra.options import PretrainOptions, TrainOptions, names
 from umbra.options.yaml_file import read_yaml
 from umbra.training import pretrain as pretraining
@@ -183,7 +183,7 @@ def test_random_bytes_in_a_file_of_settings(tmp_path):
 
 def test_the_fuzzer_itself_can_fail(fuzzer, monkeypatch):
     """Where the digest is not looked at, values that were changed in silence are found out."""
-    monkeypatch.setattr(checkpoint, "check_digest", lambda *_: None)
+    monkeypatch.setattr(reading, "check_digest", lambda *_: None)
     found = []
     for seed in range(60):
         try:

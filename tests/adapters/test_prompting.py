@@ -6,18 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import RECORDS, settings, write  # noqa: F401 (fixture)
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import umbra
-from conftest import CHARACTERS, make_tokenizer
-from support.folders import CONFIG, names
-from support.tiny import make, tokens
-from umbra.adapters.interop import convert
-from umbra.adapters.prompting import BEFORE, Prompting, open_formatter
+from support.folders import CONFIG, FIXTURES, names
+from support.runs import RECORDS, train_settings, write
+from support.tiny import make, make_base, tokens
+from support.tokenizer import CHARACTERS, make_tokenizer
+from umbra.adapters.prompting import FORMAT_2_PROMPTING, Prompting, open_formatter
 from umbra.base.loading import load_tokenizer
 from umbra.cli import main
+from umbra.deploy.convert import convert
 from umbra.training.train import train
 
 trl = pytest.importorskip("trl")
@@ -30,6 +30,11 @@ THINKING = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ thoughts if m['role'] == 'assistant' }}{{ m['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{{ thoughts }}{% endif %}"
 )
+
+
+@pytest.fixture
+def settings(tmp_path, base_folder):
+    return train_settings(tmp_path, base_folder)
 
 
 def thinking_tokenizer(template: str = THINKING):
@@ -56,7 +61,7 @@ def prompts_of(folder, base_folder, *flags):
 # -- written by every way of saving ------------------------------------------------------------------------------------
 
 
-def test_an_adapter_trained_without_template_is_asked_without(settings, tmp_path, capsys):  # noqa: F811
+def test_an_adapter_trained_without_template_is_asked_without(settings, tmp_path, capsys):
     train({**settings, "chat_template": False, "max_steps": 1})
     asked = prompts_of(tmp_path / "out", settings["base"])
     assert asked == [r["prompt"] for r in RECORDS[:2]]
@@ -69,7 +74,7 @@ def test_an_adapter_trained_without_template_is_asked_without(settings, tmp_path
     assert "without chat template" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_templates_arguments_are_learned_and_asked_with(settings, tmp_path, base_folder, capsys):  # noqa: F811
+def test_a_templates_arguments_are_learned_and_asked_with(settings, tmp_path, base_folder, capsys):
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(base_folder).save_pretrained(base)
     thinking_tokenizer().save_pretrained(base)
@@ -101,7 +106,7 @@ def test_a_templates_arguments_are_learned_and_asked_with(settings, tmp_path, ba
         (["--chat_template_kwargs", "[1]"], "expected a JSON object"),
     ],
 )
-def test_unusable_template_arguments_are_refused(given, message, settings, capsys):  # noqa: F811
+def test_unusable_template_arguments_are_refused(given, message, settings, capsys):
     flags = [x for k, v in settings.items() for x in (f"--{k}", str(v))]
     try:
         code = main(["train", *flags, *given])
@@ -111,7 +116,7 @@ def test_unusable_template_arguments_are_refused(given, message, settings, capsy
 
 
 @pytest.mark.parametrize("value", ["no mapping", ["enable_thinking"], {"when": 2 + 1j}, {"messages": []}, {1: 2}])
-def test_template_arguments_in_a_file_are_a_mapping_of_json_values(value, settings):  # noqa: F811
+def test_template_arguments_in_a_file_are_a_mapping_of_json_values(value, settings):
     with pytest.raises(umbra.ConfigError, match="chat_template_kwargs"):
         train({**settings, "chat_template_kwargs": value})
 
@@ -326,14 +331,10 @@ def test_a_processor_around_a_tokenizer_is_carried(tmp_path, base_folder):
 
 
 def test_an_adapter_of_format_2_is_asked_as_before(tmp_path):
-    from test_format import FIXTURES
-
-    from support.tiny import make_base
-
     model = umbra.load(FIXTURES / "causal", make_base())
-    assert model.shadow.prompting == BEFORE == Prompting(None, True, {"enable_thinking": False})
+    assert model.shadow.prompting == FORMAT_2_PROMPTING == Prompting(None, True, {"enable_thinking": False})
     model.save_pretrained(tmp_path)
-    assert umbra.load(tmp_path, make_base()).shadow.prompting == BEFORE
+    assert umbra.load(tmp_path, make_base()).shadow.prompting == FORMAT_2_PROMPTING
 
 
 def test_equal_tokenizers_are_held_once(tmp_path, base_folder):

@@ -15,9 +15,9 @@ import yaml
 from transformers import AutoConfig
 
 import umbra
-from conftest import make_tokenizer
 from support.folders import edit_config
 from support.tiny import make, scramble, tokens
+from support.tokenizer import make_tokenizer
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.cli import main
 from umbra.cli.terminal import PlainStream

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import umbra
-from conftest import make_tokenizer
 from support.folders import CONFIG, WEIGHTS
 from support.tiny import VOCAB, gradients, make, make_base, scramble, tokens
-from umbra.adapters.interop import convert
+from support.tokenizer import make_tokenizer
 from umbra.adapters.prompting import open_formatter
 from umbra.base.architectures import locate
 from umbra.cli import main
+from umbra.deploy.convert import convert
 from umbra.deploy.detach import write_detached
 
 NEW = 2

@@ -18,31 +18,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import umbra
 from support import tables
+from support.families import IDS, MASK, PADDED, PADS, build, cast
 from support.tables import ELSEWHERE, FAMILIES, REFUSED
-from support.tiny import CONFIGS, DIALECTS, VOCAB, gradients, randomise, scramble, tokens
+from support.tiny import CONFIGS, DIALECTS, VOCAB, gradients, scramble
 from umbra.base import architectures
 from umbra.method import kernels
 from umbra.method.hooks import HeadPlan
 
-IDS, PADS = tokens(2, 9), 4
-MASK = torch.ones_like(IDS)
 MASK[1, :PADS] = 0
-PADDED = IDS * MASK
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-
-
-def build(name: str, classifier: bool = False, **options):
-    """A tiny random base of a family, frozen, in eval mode."""
-    family = FAMILIES[name]
-    config = AutoConfig.for_model(family.model_type or name, **{**family.config, **options})
-    return randomise(config, classifier=classifier).requires_grad_(False)
-
-
-def cast(base, **fields) -> umbra.ShadowModel:
-    """A shadow beside the base, every weight of it randomised."""
-    model = umbra.attach(base, umbra.ShadowConfig(**{"rank": 4, "alpha": 0.5, "dropout": 0.0, **fields}))
-    scramble(model.shadow)
-    return model.eval()
 
 
 @dataclass

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from test_architectures import build
 from torch import nn
 from transformers import GgufConfig
 
 import umbra
+from support.families import build
 from support.folders import CONFIG
 from support.tiny import LAYERS, make_base, tokens
 from umbra.base.architectures import locate

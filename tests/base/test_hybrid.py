@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from test_architectures import build, cast
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import umbra
 from support.architectures_hybrid import FAMILIES
+from support.families import build, cast
 from support.tiny import assert_same, gradients, scramble, tokens
 from umbra.base import architectures
 

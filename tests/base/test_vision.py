@@ -8,34 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, TrainingArguments
+from transformers import DynamicCache, TrainingArguments
 
 import umbra
-from support.architectures_vision import FAMILIES, IMAGE, Batch, batch_of
+from support.architectures_vision import FAMILIES, IMAGE, SPECIAL, Batch, batch_of, build
+from support.families import cast
 from support.tiny import VOCAB, assert_same, gradients, scramble
 from umbra.base import architectures
 
 PADS = 4
-SPECIAL = [95, 96, 97, 98]  # tokens that stand for images and their edges, which a random model must not generate
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": SPECIAL, "eos_token_id": None, "pad_token_id": 0}
 WORDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(4))
-
-
-def build(name: str):
-    """A tiny random base of a family, frozen, in eval mode."""
-    torch.manual_seed(0)
-    family = FAMILIES[name]
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **family.config), dtype=torch.float32)
-    scramble(model, 0, 0.15)
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
-
-
-def cast(base, **fields) -> umbra.ShadowModel:
-    """A shadow beside the base, every weight of it randomised."""
-    model = umbra.attach(base, umbra.ShadowConfig(**{"rank": 4, "alpha": 0.5, "dropout": 0.0, **fields}))
-    scramble(model.shadow)
-    return model.eval()
 
 
 @dataclass

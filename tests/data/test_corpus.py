@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig
 
 import umbra
-from conftest import begins, make_tokenizer
 from support.tiny import make
+from support.tokenizer import begins, make_tokenizer
 from umbra.data import ChatFormatter
 from umbra.data.corpus import (
     Documents,

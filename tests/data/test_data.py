@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import umbra
-from conftest import begins, make_tokenizer
+from support.tokenizer import begins, make_tokenizer
 from umbra.data import ChatFormatter, Collator, Labels, encode_all, read_records
 from umbra.method.core import IGNORED
 

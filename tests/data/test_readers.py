@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import umbra
-from conftest import make_tokenizer
+from support.tokenizer import make_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter, Rows, local_files, read_records, read_rows, text_files
 from umbra.data.corpus import read_documents, read_prompts

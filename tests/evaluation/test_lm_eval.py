@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import make, scramble
+from support.tokenizer import make_tokenizer
 from umbra.cli import main
 
 pytest.importorskip("lm_eval")

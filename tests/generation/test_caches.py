@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-import test_generation
 import torch
-from test_generation import repetitive
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
 import umbra
+from support import generating
+from support.generating import repetitive
 from support.tiny import LAYERS, make, make_base, tokens
 
 BASES = ["llama", "gpt2", "mistral", "gemma3_text"]
@@ -23,7 +23,7 @@ model_of = functools.cache(make)
 base_of = functools.cache(make_base)
 
 
-generate = functools.partial(test_generation.generate, max_new_tokens=7)
+generate = functools.partial(generating.generate, max_new_tokens=7)
 
 
 class Stream(AbstractContextManager):

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_architectures import build, cast
 from transformers import TrainingArguments
 
 import umbra
 from support.drafts import agreeing, drafted, each_architecture, plain
+from support.families import build, cast
 from support.tables import FAMILIES
 from support.tiny import VOCAB, make, tokens
-from umbra.adapters.checkpoint import read_config
+from umbra.adapters.files import read_config
 from umbra.generation.draft_model import DraftHead
 from umbra.shadow.draft_vocabulary import frequent_tokens
 

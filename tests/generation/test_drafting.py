@@ -6,18 +6,18 @@ from collections import Counter
 
 import accelerate
 import pytest
-import test_vision
 import torch
-from test_architectures import MASK, PADDED, build, cast
 from transformers import AutoConfig, AutoModel, LogitsProcessor, StoppingCriteria
 
 import umbra
-from conftest import make_tokenizer
 from support.architectures_hybrid import FAMILIES as HYBRIDS
-from support.architectures_vision import batch_of
+from support.architectures_vision import SPECIAL, batch_of
+from support.architectures_vision import build as build_vision
 from support.drafts import NEW, agreeing, assert_some_of_both, drafted, each_architecture, plain
+from support.families import MASK, PADDED, build, cast
 from support.tables import FAMILIES
 from support.tiny import CONFIGS, LAYERS, VOCAB, tokens
+from support.tokenizer import make_tokenizer
 from umbra.method.hooks import _frames
 
 
@@ -166,8 +166,8 @@ def test_every_family_is_right_or_refused(name):
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "paligemma", "llava", "lfm2_vl"])
 @pytest.mark.compat("Drafting", "after an image")
 def test_after_an_image(name):
-    model, batch = test_vision.cast(test_vision.build(name)), batch_of(name, 4)
-    options = {**batch.told, "eos_token_id": None, "suppress_tokens": test_vision.SPECIAL, "max_new_tokens": 8}
+    model, batch = cast(build_vision(name)), batch_of(name, 4)
+    options = {**batch.told, "eos_token_id": None, "suppress_tokens": SPECIAL, "max_new_tokens": 8}
     assert torch.equal(drafted(model, batch.ids, 3, **options).sequences, plain(model, batch.ids, **options))
 
 

@@ -5,12 +5,12 @@ import torch
 from transformers import AutoConfig, AutoModel, DynamicCache, StaticCache
 
 import umbra
+from support.generating import generate, repetitive
 from support.tiny import ARCHITECTURES, CONFIGS, DIALECTS, LAYERS, VOCAB, make, make_base, tokens
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
 
-NEW = 14  # with a prompt of 9, well past the sliding windows of 6
 SEARCHES = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
@@ -21,26 +21,10 @@ SEARCHES = {
 CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}, "chunked_prefill": {"prefill_chunk_size": 4}}
 
 
-def generate(model, ids, **options):
-    """`NEW` tokens (or as many as asked for) from a fixed seed; the model's end-of-text token does not stop it."""
-    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options}
-    model.generation_config.eos_token_id = None
-    torch.manual_seed(11)
-    found = model.generate(ids, **options)
-    assert found.shape[1] == options["max_new_tokens"] + (0 if ids is None else ids.shape[1])
-    return found
-
-
 def assert_bare_base_can(name: str, ids, **options):
     """The mode works with the bare base, so that a difference further on is ours."""
     bare = make_base(name)
     assert torch.equal(generate(bare, ids, **options), generate(bare, ids, use_cache=False))
-
-
-def repetitive(rows: int = 1) -> torch.Tensor:
-    """A prompt whose n-grams come back, so that looking them up finds something."""
-    part = tokens(rows, 4)
-    return torch.cat([part, part, part[:, :1]], dim=1)
 
 
 @architectures

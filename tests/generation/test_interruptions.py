@@ -4,11 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_architectures import build, cast
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 
 import umbra
 from support.drafts import ALWAYS, agreeing, plain
+from support.families import build, cast
 from support.tiny import tokens
 from umbra.base import architectures
 

@@ -9,8 +9,8 @@ import torch
 from transformers import Trainer
 
 import umbra
-from conftest import make_tokenizer
 from support.studies import METHODS, TRAINING, lines, results_of, run_study, study_of, the_record, variant
+from support.tokenizer import make_tokenizer
 from umbra.base.loading import load_base
 from umbra.cli import main
 from umbra.data import Collator, encode_all

@@ -10,9 +10,9 @@ from transformers import AutoConfig
 
 import umbra
 import umbra.lab.study
-from conftest import make_tokenizer
 from support.studies import METHODS, SIGNS, SUMS, TRAINING, lines, results_of, run_study, study_of, variant
 from support.tiny import make_base
+from support.tokenizer import make_tokenizer
 from umbra.errors import CheckpointError, ConfigError, DataError
 from umbra.lab.study import harness, record
 from umbra.lab.study.report import write_report

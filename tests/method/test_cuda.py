@@ -1,20 +1,16 @@
 """On a GPU: what the CPU computes in fp32, with the Triton kernels of the seams. Skipped where there is none."""
 
-# ruff: noqa: F811 (fixtures of other files)
-
 import copy
 
 import pytest
 import torch
-from test_pretrain import NARROW, text  # noqa: F401
-from test_pretrain import settings as pretrain_settings  # noqa: F401
-from test_train import RECORDS, losses, settings, write  # noqa: F401
 from transformers import CompileConfig
 
 import umbra
-from conftest import make_tokenizer
 from support.drafts import agreeing, assert_some_of_both, drafted, each_architecture, plain
+from support.runs import NARROW, RECORDS, losses, pretrain_settings, train_settings, write
 from support.tiny import DIALECTS, assert_same, gradients, make, make_base, partly_labelled, tokens
+from support.tokenizer import make_tokenizer
 from umbra.evaluation.scoring import on_accelerator
 from umbra.method import kernels
 from umbra.method.kernels import couple_triton
@@ -24,6 +20,11 @@ from umbra.training.train import train
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 dialects = pytest.mark.parametrize("dialect", [*DIALECTS, "umbra"])
 DEVICE = "cuda"
+
+
+@pytest.fixture
+def settings(tmp_path, base_folder):
+    return train_settings(tmp_path, base_folder)
 
 
 @pytest.fixture
@@ -131,9 +132,9 @@ def test_umbra_train_alone_distilled_and_scored(settings, tmp_path, bf16, capsys
     assert "attached" in capsys.readouterr().out
 
 
-def test_umbra_pretrain(pretrain_settings, tmp_path):
+def test_umbra_pretrain(base_folder, tmp_path):
     """All stages, of text and of what the base writes there; and with the teacher kept on disk."""
-    given = {**pretrain_settings, "use_cpu": False, "max_steps": 6}
+    given = {**pretrain_settings(tmp_path, base_folder), "use_cpu": False, "max_steps": 6}
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in RECORDS[:8]])
     own = {"prompts": prompts, "own_documents": 8, "own_new_tokens": 40}
     found = pretrain({**given, **own, **NARROW, "init": "random", "stages": "alignment,distillation,next_token"})

@@ -78,7 +78,7 @@ def test_gradients_generation_and_folders(update, tmp_path):
 @pytest.mark.parametrize("update", ["ungated", "none"])
 @pytest.mark.parametrize("form", ["peft", "shadow-peft"])
 def test_no_other_package_has_them(update, form, tmp_path):
-    from umbra.adapters.interop import convert
+    from umbra.deploy.convert import convert
 
     dialect = {"peft": "peft", "shadow-peft": "paper"}[form]
     with pytest.raises(umbra.CheckpointError, match=f"update={update}"):

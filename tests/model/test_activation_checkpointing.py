@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_training_step import LAMBDA, SHAPES, Calls, architectures, dialects, make, make_classifier, step
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import AutoModel, LlamaConfig
 
 import umbra
-from support.tiny import VOCAB, assert_same, class_labels, make_base, partly_labelled, tokens
+from support.steps import LAMBDA, SHAPES, Calls, architectures, dialects, make_classifier, step
+from support.tiny import VOCAB, assert_same, class_labels, make, make_base, partly_labelled, tokens
 from umbra.base.architectures import locate
 
 CHECKPOINTING = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])

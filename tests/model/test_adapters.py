@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import torch
-from test_architectures import build
 from transformers import DynamicCache
 
 import umbra
+from support.families import build
 from support.tiny import HIDDEN, LAYERS, assert_same, gradients, make, make_base, scramble, tokens
 from umbra import ShadowConfig
 from umbra.base.architectures import locate

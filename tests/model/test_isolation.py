@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import threading
 import weakref
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import umbra
+from support.threads import generate, in_threads
 from support.tiny import ARCHITECTURES, DIALECTS, assert_same, gradients, make, make_base, partly_labelled, tokens
 from umbra.base.architectures import locate
 from umbra.method.hooks import _frames
@@ -26,35 +26,9 @@ def no_frame_stays_open():
     assert _frames.stack == []
 
 
-def generate(model, ids, **options) -> torch.Tensor:
-    model.generation_config.eos_token_id = None
-    return model.generate(ids, max_new_tokens=10, do_sample=False, **options)
-
-
 def train_step(model, ids) -> dict[str, torch.Tensor]:
     model.train()(ids, labels=partly_labelled(ids)).loss.backward()
     return gradients(model)
-
-
-def in_threads(*works) -> list:
-    """The results of functions that start at once, each in a thread of its own."""
-    results, errors, start = [None] * len(works), [], threading.Barrier(len(works))
-
-    def run(place: int, work) -> None:
-        start.wait()
-        try:
-            results[place] = work()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=item) for item in enumerate(works)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
 
 
 # -- threads -------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import ARCHITECTURES, CLASSIFIERS, make, make_base, tokens
+from support.tokenizer import make_tokenizer
 
 trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.steps import LAMBDA, SHAPES, architectures, dialects, make_classifier, step
 from support.tiny import (
     ARCHITECTURES,
     CLASSIFIERS,
-    DIALECTS,
     LAYERS,
     assert_same,
     class_labels,
@@ -27,21 +27,7 @@ from umbra.method.core import labelled_positions
 from umbra.method.hooks import _Hook
 from umbra.method.kernels import saved
 
-architectures = pytest.mark.parametrize("name", ARCHITECTURES)
-dialects = pytest.mark.parametrize("dialect", DIALECTS)
 problems = pytest.mark.parametrize("problem", CLASSIFIERS)
-LAMBDA = 0.3
-
-
-def make_classifier(name: str, problem: str, **fields):
-    return make(name, classifier=True, base_options=CLASSIFIERS[problem], auxiliary_loss_weight=LAMBDA, **fields)
-
-
-def step(model, ids, labels, **options) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss and every gradient."""
-    loss = model.train()(ids, labels=labels, **options).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -69,14 +55,6 @@ class HeadRows(_Hook):  # a hook of another class would keep the head from the f
 
 
 # -- every gradient is there ---------------------------------------------------------------------------------------
-
-SHAPES = {
-    "mirror": {},
-    "narrow": {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2},
-    "own": {"embeddings": "own"},
-    "heads": {"train_heads": True},
-    "dense": {"shadow": "dense", "shadow_num_hidden_layers": 2},
-}
 
 
 def assert_all_moved(model) -> None:
@@ -416,16 +394,3 @@ def test_accumulated_micro_batches_of_a_classifier_are_the_large_batch(name, pro
         losses.append(out.loss.detach())
     torch.testing.assert_close(sum(losses), loss)
     assert_same(gradients(model), whole)
-
-
-class Calls:
-    """Counts how often the modules below are called, recomputation included."""
-
-    def __init__(self, module: nn.Module):
-        self.count = 0
-        for m in module.modules():
-            if m is not module:
-                m.register_forward_pre_hook(self.add)
-
-    def add(self, *_) -> None:
-        self.count += 1

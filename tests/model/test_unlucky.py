@@ -9,11 +9,11 @@ import signal
 import accelerate
 import pytest
 import torch
-from test_isolation import generate, in_threads
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import umbra
 from support.fuzz import limits
+from support.threads import generate, in_threads
 from support.tiny import (
     CONFIGS,
     DIALECTS,
@@ -339,7 +339,7 @@ def test_an_interrupted_load_leaves_the_base_alone(name, tmp_path, monkeypatch):
 
     for place in ("check_numbers", "check_digest", "check_sizes"):
         with monkeypatch.context() as patch:
-            patch.setattr(umbra.adapters.checkpoint, place, interrupt)
+            patch.setattr(umbra.adapters.reading, place, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 umbra.load(tmp_path, base=base)
         assert torch.equal(base(ids).logits, expected)

@@ -5,8 +5,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import make, make_base, tokens
+from support.tokenizer import make_tokenizer
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")

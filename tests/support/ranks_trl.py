@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from test_trl import LAMBDA, dpo, make, sft, step_gradients, steps
+
+from support.tiny import make, step_gradients
+from support.trl_runs import LAMBDA, dpo, sft, steps
 
 RUNS = {
     "sft": lambda path, model, **options: sft(path, model, **options),

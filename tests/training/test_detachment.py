@@ -8,12 +8,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import RECORDS, settings, write  # noqa: F401
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import umbra
-from conftest import make_tokenizer
+from support.runs import RECORDS, train_settings, write
 from support.tiny import assert_same, backbone_of, gradients, make, partly_labelled, scramble, shadow_logits, tokens
+from support.tokenizer import make_tokenizer
 from umbra.base.loading import load_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter, Collator, encode_all
@@ -24,6 +24,11 @@ from umbra.method.core import IGNORED
 from umbra.training.train import train
 
 REMOTE = "[REMOTE]"
+
+
+@pytest.fixture
+def settings(tmp_path, base_folder):
+    return train_settings(tmp_path, base_folder)
 
 
 def cross_entropy(logits, labels):
@@ -100,7 +105,7 @@ def test_the_weight_of_distillation_follows_its_schedule(schedule, factor, share
     torch.testing.assert_close(out.loss, task + 2 * factor(share) * out.distillation_loss)
 
 
-def test_a_trainer_keeps_the_progress(settings, monkeypatch):  # noqa: F811
+def test_a_trainer_keeps_the_progress(settings, monkeypatch):
     seen = []
     forward = umbra.model.shadow_model.ShadowForCausalLM.forward
 
@@ -117,7 +122,7 @@ def test_a_trainer_keeps_the_progress(settings, monkeypatch):  # noqa: F811
 # -- without the base ----------------------------------------------------------------------------------------------
 
 
-def test_detached_only_is_the_training_of_the_detached_model(settings):  # noqa: F811
+def test_detached_only_is_the_training_of_the_detached_model(settings):
     """Against a loop of plain PyTorch over the stock model."""
     settings = {**settings, "detached_only": True, "per_device_train_batch_size": 24, "max_steps": 3, "dropout": 0.0,
                 "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0}  # fmt: skip
@@ -141,7 +146,7 @@ def test_detached_only_is_the_training_of_the_detached_model(settings):  # noqa:
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_detached_only_never_runs_a_block_of_the_base(settings, tmp_path, monkeypatch):  # noqa: F811
+def test_detached_only_never_runs_a_block_of_the_base(settings, tmp_path, monkeypatch):
     blocks = type(umbra.base.loading.load_base(settings["base"]).model.layers[0])
     ran, forward = Counter(), blocks.forward
 
@@ -164,7 +169,7 @@ def test_detached_only_never_runs_a_block_of_the_base(settings, tmp_path, monkey
     assert all(not p.any() for n, p in couplings.named_parameters() if n.endswith("up.weight"))
 
 
-def test_detached_only_trains_a_classifiers_own_head(settings, tmp_path):  # noqa: F811
+def test_detached_only_trains_a_classifiers_own_head(settings, tmp_path):
     data = write(
         tmp_path / "c.jsonl",
         [{"text": r["prompt"], "label": "even" if i % 2 else "odd"} for i, r in enumerate(RECORDS)],
@@ -175,7 +180,7 @@ def test_detached_only_trains_a_classifiers_own_head(settings, tmp_path):  # noq
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_detached_only_learns_what_is_the_shadows_to_learn(settings, tmp_path, every):  # noqa: F811
+def test_detached_only_learns_what_is_the_shadows_to_learn(settings, tmp_path, every):
     """With marks its loss is the mean over its own labels, however long the answers of the pair are."""
     marked = [{**r, "completion": r["completion"] + "0" * 9, "escalate": i % 2 == 0} for i, r in enumerate(RECORDS)]
     settings = {
@@ -193,13 +198,13 @@ def test_detached_only_learns_what_is_the_shadows_to_learn(settings, tmp_path, e
     assert sum(logged) / len(logged) == pytest.approx(expected, rel=1e-3 if every == 1 else 0.03)
 
 
-def test_detached_only_smooths_no_labels(settings):  # noqa: F811
+def test_detached_only_smooths_no_labels(settings):
     with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.1"):
         train({**settings, "detached_only": True, "label_smoothing_factor": 0.1})
 
 
 @pytest.mark.parametrize("words", ["<eos>", "\u2603"])
-def test_words_that_cannot_be_read_back_are_refused(settings, tmp_path, words):  # noqa: F811
+def test_words_that_cannot_be_read_back_are_refused(settings, tmp_path, words):
     marked = write(tmp_path / "m.jsonl", [{**RECORDS[0], "escalate": True}])
     with pytest.raises(ConfigError, match="plain text"):
         train({**settings, "train_data": marked, "escalation": words})
@@ -219,7 +224,7 @@ def test_targets_of_another_shape_are_refused():
         model(ids, labels=labels, shadow_targets=own[:, 1:])
 
 
-def test_detached_only_has_nobody_to_distil_from(settings):  # noqa: F811
+def test_detached_only_has_nobody_to_distil_from(settings):
     with pytest.raises(ConfigError, match="detached_only does not run"):
         train({**settings, "detached_only": True, "distillation_weight": 0.1})
 
@@ -275,18 +280,18 @@ def test_batches_hold_both_kinds_of_labels(base_folder):
         ({"text": "a", "label": "b", "escalate": True}, "unknown column 'escalate'"),
     ],
 )
-def test_marks_that_cannot_be_meant_are_refused(settings, tmp_path, record, says):  # noqa: F811
+def test_marks_that_cannot_be_meant_are_refused(settings, tmp_path, record, says):
     with pytest.raises(DataError, match=says):
         train({**settings, "train_data": write(tmp_path / "bad.jsonl", [record])})
 
 
-def test_an_escalation_without_marks_is_refused(settings):  # noqa: F811
+def test_an_escalation_without_marks_is_refused(settings):
     with pytest.raises(DataError, match=r"no record of .* is marked"):
         train({**settings, "escalation": REMOTE})
 
 
 @pytest.fixture
-def escalating(settings, tmp_path):  # noqa: F811
+def escalating(settings, tmp_path):
     """A run on sums, of which those that begin with 3 or 4 are beyond the shadow."""
     marked = [{**r, "escalate": r["prompt"][0] in "34"} for r in RECORDS]
     settings |= {"train_data": write(tmp_path / "marked.jsonl", marked), "learning_rate": 2e-2, "num_train_epochs": 100,
@@ -319,7 +324,7 @@ def test_the_detached_model_passes_on_what_was_marked_and_the_pair_does_not(esca
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("marked", ["some", "none", "all"])
-def test_the_evaluated_loss_is_of_a_label_whatever_the_batches(settings, tmp_path, marked, smoothing):  # noqa: F811
+def test_the_evaluated_loss_is_of_a_label_whatever_the_batches(settings, tmp_path, marked, smoothing):
     """Rows that only the shadow learns from neither dilute it nor are left out of the shadow's."""
     chosen = {"some": "34", "none": "", "all": "01234"}[marked]
     records = [{**r, "escalate": r["prompt"][0] in "34"} for r in RECORDS]

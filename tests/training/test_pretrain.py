@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import umbra
-from conftest import make_tokenizer
+from support.runs import NARROW, TEXT, pretrain_settings
 from support.tiny import LLAMA_LIKE, make, make_base, randomise, tokens
+from support.tokenizer import make_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter
 from umbra.method import divergences as divergence
@@ -21,26 +22,10 @@ from umbra.method.divergences import KINDS, teach
 from umbra.training import pretrain
 from umbra.training.train import train
 
-TEXT = "\n\n".join(f"{a} plus {b} is {a + b}, and {b} plus {a} is {a + b}." for a in range(12) for b in range(12))
-
-NARROW = {
-    "shadow_hidden_size": 16, "shadow_num_attention_heads": 2, "shadow_num_key_value_heads": 2, "shadow_head_dim": 8,
-}  # fmt: skip
-
 
 @pytest.fixture
-def text(tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    return str(tmp_path / "text.txt")
-
-
-@pytest.fixture
-def settings(tmp_path, base_folder, text):
-    return {
-        "base": base_folder, "data": text, "output_dir": str(tmp_path / "out"), "max_length": 32, "held_out": 8,
-        "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "steps",
-        "save_steps": 4, "disable_tqdm": True, "use_cpu": True, "seed": 3,
-    }  # fmt: skip
+def settings(tmp_path, base_folder):
+    return pretrain_settings(tmp_path, base_folder)
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
@@ -162,14 +147,14 @@ def test_a_killed_run_goes_on(settings, monkeypatch, tmp_path):
         assert found[stage] == pytest.approx(whole[stage], rel=1e-4)
 
 
-def test_text_of_the_bases_own(settings, tmp_path, text):
+def test_text_of_the_bases_own(settings, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     own = {"data": None, "prompts": str(tmp_path / "prompts.txt"), "own_documents": 40, "own_new_tokens": 20}
     found = pretrain.pretrain({**settings, **own, "max_length": 16})
     assert found["1-distillation"]["divergence"] < found["start"]["divergence"]
     lines = (tmp_path / "out" / "own.jsonl").read_text().splitlines()
     assert len(lines) == 40
-    mixed = {**own, "data": text, "weights": "1,2", "output_dir": str(tmp_path / "mixed")}
+    mixed = {**own, "data": settings["data"], "weights": "1,2", "output_dir": str(tmp_path / "mixed")}
     assert "start" in pretrain.pretrain({**settings, **mixed, "max_length": 16})
 
 
@@ -287,10 +272,10 @@ def test_refused_before_any_work(settings, form, tmp_path):
     assert not (tmp_path / "out").exists(), "the next attempt finds the folder free"
 
 
-def test_a_source_of_copies_alone_is_refused(settings, text, tmp_path):
-    (tmp_path / "copy.txt").write_text(Path(text).read_text().upper())
+def test_a_source_of_copies_alone_is_refused(settings, tmp_path):
+    (tmp_path / "copy.txt").write_text(Path(settings["data"]).read_text().upper())
     with pytest.raises(umbra.DataError, match=r"All \d+ documents of .*copy.txt are copies"):
-        pretrain.pretrain({**settings, "data": f"{text},{tmp_path}/copy.txt"})
+        pretrain.pretrain({**settings, "data": f"{settings['data']},{tmp_path}/copy.txt"})
 
 
 def test_text_that_the_base_wrote_is_read_as_a_file_like_others(settings, tmp_path, monkeypatch):
@@ -340,11 +325,11 @@ def test_a_run_of_one_stage_can_become_longer(settings, tmp_path):
         pretrain.pretrain({**two, "max_steps": 6})
 
 
-def test_another_content_of_a_file_is_another_run(settings, tmp_path, text, capsys):
+def test_another_content_of_a_file_is_another_run(settings, tmp_path, capsys):
     given = {**settings, "max_steps": 1, "save_strategy": "no"}
     found = pretrain.pretrain(given)
     assert pretrain.pretrain(given) == found and "nothing was trained" in capsys.readouterr().err
-    Path(text).write_text(TEXT.replace("plus", "and"))
+    Path(settings["data"]).write_text(TEXT.replace("plus", "and"))
     with pytest.raises(umbra.CheckpointError, match=r"another content of .*text"):
         pretrain.pretrain(given)
 

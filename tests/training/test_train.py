@@ -10,53 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import umbra
+from support.runs import RECORDS, losses, same, train_settings, weights, write
 from umbra.cli import main
 from umbra.training.train import ShadowTrainer, train
-
-RECORDS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)][:24]
-
-
-def write(path, records):
-    path.write_text("\n".join(json.dumps(r) for r in records) + "\n")
-    return str(path)
 
 
 @pytest.fixture
 def settings(tmp_path, base_folder):
-    return {
-        "base": base_folder,
-        "train_data": write(tmp_path / "train.jsonl", RECORDS),
-        "output_dir": str(tmp_path / "out"),
-        "rank": 4,
-        "gate_rank": 4,
-        "alpha": 1.0,
-        "init": "random",
-        "auxiliary_loss_weight": 0.5,
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 1,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
-        "seed": 7,
-    }
-
-
-def weights(folder):
-    return load_file(f"{folder}/adapter_model.safetensors")
-
-
-def losses(folder):
-    with open(f"{folder}/run.json") as file:
-        return [(h["loss"], h["shadow_loss"]) for h in json.load(file)["history"] if "loss" in h]
-
-
-def same(a, b, tolerance=0.0):
-    assert a.keys() == b.keys()
-    return all((a[k] - b[k]).abs().max() <= tolerance for k in a)
+    return train_settings(tmp_path, base_folder)
 
 
 def test_the_cpu_is_taken_where_there_is_nothing_else(settings):

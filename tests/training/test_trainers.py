@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments, pipeline
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import (
     CLASSIFIERS,
     assert_same,
@@ -25,6 +24,7 @@ from support.tiny import (
     step_gradients,
     tokens,
 )
+from support.tokenizer import make_tokenizer
 
 LAMBDA = 0.5
 

@@ -15,33 +15,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import umbra
-from conftest import make_tokenizer
-from support.tiny import assert_same, auxiliary, detached_gradients, gradients, make, step_gradients, tokens
+from support.tiny import assert_same, auxiliary, detached_gradients, gradients, make, step_gradients
+from support.tokenizer import make_tokenizer
 
 trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 
-LAMBDA = 0.5
-COMMON = {
-    "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_grad_norm": 0.0, "num_train_epochs": 1, "bf16": False,
-    "activation_checkpointing": False, "save_strategy": "no", "logging_steps": 1, "optim": "sgd", "learning_rate": 1e-2,
-}  # fmt: skip
+from support.ranks_trl import RUNS, gradients_of  # noqa: E402
+from support.trl_runs import COMMON, LAMBDA, dpo, sft, sft_data, steps  # noqa: E402
+
 pytestmark = [
     # TRL 1.16's own use of old names of transformers, and its options that 2.0 takes away
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`(label_smoothing_factor|compute_loss_func|return_outputs=True)`:FutureWarning"),
 ]
-
-
-def rows(n: int = 8) -> list[list[int]]:
-    """n sequences of different lengths."""
-    return [tokens(1, 5 + i % 4, seed=10 + i)[0].tolist() for i in range(n)]
-
-
-def sft_data(n: int = 8) -> Dataset:
-    """The first token of each sequence, and one in the middle, carry no loss."""
-    ids = rows(n)
-    return Dataset.from_dict({"input_ids": ids, "labels": [[-100, *r[1:3], -100, *r[4:]] for r in ids]})
 
 
 def batch_of(examples) -> dict[str, torch.Tensor]:
@@ -50,20 +37,6 @@ def batch_of(examples) -> dict[str, torch.Tensor]:
     pad = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     lists = [{**e, "attention_mask": [1] * len(e["input_ids"])} for e in examples]
     return {k: torch.tensor([e[k] + [p] * (length - len(e[k])) for e in lists]) for k, p in pad.items()}
-
-
-def sft(tmp_path, model, data=None, **options):
-    options = {"per_device_train_batch_size": 8, "max_length": None, **COMMON, **options}
-    extra = {k: options.pop(k) for k in ("compute_loss_func", "eval_dataset") if k in options}
-    return umbra.with_shadow_loss(trl.SFTTrainer)(
-        model=model, args=trl.SFTConfig(str(tmp_path), **options), train_dataset=sft_data() if data is None else data,
-        processing_class=make_tokenizer(), **extra,
-    )  # fmt: skip
-
-
-def steps(n: int) -> dict[str, int]:
-    """One optimizer step on 8 examples in n micro-batches."""
-    return {"per_device_train_batch_size": 8 // n, "gradient_accumulation_steps": n}
 
 
 # -- SFTTrainer --------------------------------------------------------------------------------------------------------
@@ -243,16 +216,6 @@ def test_an_unmodified_trl_trainer_says_what_to_do_instead_of_training_half(tmp_
 
 
 # -- DPOTrainer --------------------------------------------------------------------------------------------------------
-
-PAIRS = [{"prompt": f"{a}+{a}=", "chosen": str(2 * a), "rejected": "?!" * (1 + a % 2)} for a in range(8)]
-
-
-def dpo(tmp_path, model, **options):
-    options = {"per_device_train_batch_size": 8, "max_length": None, **COMMON, **options}
-    return umbra.with_shadow_loss(trl.DPOTrainer)(
-        model=model, args=trl.DPOConfig(str(tmp_path), **options), train_dataset=Dataset.from_list(PAIRS),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
 
 
 def sequence_log_probs(model, batch):
@@ -441,7 +404,7 @@ def test_grpo_trains_over_several_generations(tmp_path):
 def test_two_ranks_are_as_one(tmp_path):
     """Two forwards before a backward under DDP, with accumulation, trained heads and a reference."""
     here = Path(__file__).parents[1]
-    path = os.pathsep.join([str(here), str(here / "training"), *sys.path])
+    path = os.pathsep.join([str(here), *sys.path])
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -451,8 +414,6 @@ def test_two_ranks_are_as_one(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    from support.ranks_trl import RUNS, gradients_of
-
     for name in RUNS:
         assert_same(load_file(tmp_path / f"{name}.safetensors"), gradients_of(name, tmp_path, 1), rtol=5e-4)
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
+from umbra.adapters.files import PREFIX
+from umbra.adapters.reading import open_with_base, restore
+from umbra.adapters.saving import AttachedShadow, save
 from umbra.base import architectures, private_transformers, quantized
 from umbra.base.fingerprint import fingerprint
 from umbra.config import ShadowConfig, check_kind
@@ -25,6 +29,7 @@ from umbra.method.hooks import Attachment, Frame, HeadPlan, Lane, check_free, pa
 from umbra.model.adapter_set import DEFAULT, Adapters
 from umbra.model.losses import Labelled, Labels, Losses
 from umbra.model.paths import Paths
+from umbra.shadow.detached import detached
 from umbra.shadow.draft_vocabulary import as_draft_tokens
 from umbra.shadow.network import Shadow
 
@@ -44,6 +49,7 @@ class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     shadow_loss: Tensor | None = None
 
 
+LABEL_FIELDS = ("id2label", "label2id", "problem_type")  # of a classifier's configuration, which the adapter stores
 FIELDS = {kind: [f.name for f in fields(kind)] for kind in (ShadowCausalLMOutput, ShadowSequenceClassifierOutput)}
 
 
@@ -201,34 +207,40 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         return self.base
 
     def detached(self) -> PreTrainedModel:
-        """The shadow as a stock transformers model with weights of its own: see `umbra.deploy.detach`."""
-        from umbra.deploy.detach import detach
+        """Return the active shadow as a stock transformers model with copied weights, whose logits are head(s⁰).
 
-        return detach(self)
+        Raises:
+            DetachError: see `umbra.shadow.detached.detached`.
+        """
+        return detached(self.base, self.shadow)
 
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: Any,
         *,
+        adapter_name: str | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         **options: Any,
     ) -> None:
-        """Write the adapter folder, atomically; the base is not written. See `umbra.adapters.checkpoint.save`.
+        """Write the adapter folder, atomically; the base is not written.
 
         Args:
-            push_to_hub: upload the adapter too, to ``repo_id`` or a repository of the folder's name; then also all
-                arguments of `push_to_hub`.
+            save_directory: the folder.
+            adapter_name: which of several adapters; by default the active one.
+            push_to_hub: upload the adapter too, to ``repo_id`` or a repository of the folder's name.
+            repo_id: the repository on the hub.
+            options: keyword arguments of `umbra.adapters.saving.save`; and of `push_to_hub`, if it is called.
         """
-        from umbra.adapters.checkpoint import save
-
-        own = ("adapter_name", "tokenizer", "chat_template", "chat_template_kwargs")
-        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", *own}
+        shared = ("tokenizer", "chat_template", "chat_template_kwargs")
+        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", "adapter_name", *shared}
         hub = {name: options.pop(name) for name in names & options.keys()}
-        save(self, save_directory, **options)
+        shadow = self.adapter(adapter_name)
+        prefix = next((f"resting.{n}." for n, s in self.resting.items() if s is shadow), PREFIX)
+        save(AttachedShadow(shadow, self.base, self.base_fingerprint, prefix), save_directory, **options)
         if push_to_hub:
-            saved = {name: options.get(name) for name in own}
-            self.push_to_hub(repo_id or Path(save_directory).name, **saved, **hub)
+            saved = {name: options.get(name) for name in shared}
+            self.push_to_hub(repo_id or Path(save_directory).name, adapter_name=adapter_name, **saved, **hub)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -249,7 +261,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
 
         Args:
             adapter_name: which of several adapters; by default the active one.
-            tokenizer, chat_template, chat_template_kwargs: as in `umbra.adapters.checkpoint.save`.
+            tokenizer, chat_template, chat_template_kwargs: as in `umbra.adapters.saving.save`.
             private, token, revision, create_pr, commit_message, commit_description: as in huggingface_hub.
         """
         from huggingface_hub import HfApi
@@ -269,11 +281,33 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
             )  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> "ShadowModel":  # type: ignore[override]
-        """The same as `umbra.load`."""
-        from umbra.adapters.checkpoint import load
-
-        return load(path, *args, **options)
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path: str | Path,
+        base: PreTrainedModel | str | None = None,
+        *,
+        trainable: bool = False,
+        allow_other_base: bool = False,
+        shadow: str | None = None,
+        **base_options: Any,
+    ) -> "ShadowModel":
+        """Read an adapter and attach it to its base; see `umbra.load`."""
+        saved, base = open_with_base(
+            path, base, allow_other_base=allow_other_base, shadow=shadow, base_options=base_options
+        )
+        model = attach(base, saved.config, backbone_config=saved.backbone_config)
+        with ExitStack() as undo:
+            undo.callback(model.unload)
+            if saved.added_count:
+                model.carry_added_tokens(saved.base_rows, saved.added_count)
+            restore(model.shadow, saved)
+            for name, value in model.shadow.classifier.items():
+                if name in LABEL_FIELDS:
+                    setattr(model.config, name, value)
+            undo.pop_all()
+        if not trainable:
+            model.requires_grad_(False)
+        return model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

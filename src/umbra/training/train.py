@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from umbra.adapters import checkpoint
+from umbra.adapters.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from umbra.adapters.prompting import Prompting
 from umbra.base import architectures
 from umbra.base.loading import load_base, load_tokenizer
@@ -41,7 +41,7 @@ from umbra.training import warm_start
 from umbra.training.runs import Run, make_arguments, sort_settings
 from umbra.training.trainers import ShadowTrainer, StopWhereDiverged
 
-FILES = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.CARD_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 
 
 def split_options(values: dict[str, Any]) -> tuple[TrainOptions, ShadowConfig, dict[str, Any]]:
