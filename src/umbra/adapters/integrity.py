@@ -16,8 +16,9 @@ from umbra.base.added_tokens import added_count, expected_rows
 from umbra.base.architectures import Architecture
 from umbra.config import ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
+from umbra.shadow.backbone import fresh_config
 from umbra.shadow.draft_vocabulary import check_draft_tokens
-from umbra.shadow.network import Shadow, fresh_config
+from umbra.shadow.network import Shadow
 
 VOUCHED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
 OPTIONAL = (DRAFT_TOKENS, PROMPTING)

@@ -1,7 +1,7 @@
 """Private names of transformers that Umbra calls, reads or overrides: see `umbra.base.private`."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from umbra.base import private
 from umbra.base.private import PrivateName
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 SUPPORTED = ">=5.23,<6"  # as in pyproject.toml
 GENERATION, MODEL, CONFIG = (
@@ -78,6 +81,38 @@ NAMES = (
     PrivateName(GENERATION_CONFIG, "_mask_length", on_instance=True),
     PrivateName(GENERATION_CONFIG, "_original_object_hash", on_instance=True),
     PrivateName(GENERATION_CONFIG, "_pad_token_tensor", on_instance=True),
+    # The trainers override these.
+    PrivateName(TRAINER, "_finalize_training", ("trial", "num_train_samples", "start_time")),
+    PrivateName(TRAINER, "_get_num_items_in_batch", ("batch_samples", "device")),
+    PrivateName(
+        TRAINER, "_init_training_state",
+        ("max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"),
+    ),
+    PrivateName(
+        TRAINER, "_inner_training_loop",
+        ("batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+    ),
+    PrivateName(TRAINER, "_load_best_model", ()),
+    PrivateName(TRAINER, "_load_from_checkpoint", ("resume_from_checkpoint", "model")),
+    PrivateName(TRAINER, "_load_optimizer_and_scheduler", ("checkpoint",)),
+    PrivateName(
+        TRAINER, "_maybe_log_save_evaluate",
+        ("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time", "learning_rate"),
+    ),
+    PrivateName(TRAINER, "_save", ("output_dir", "state_dict")),
+    PrivateName(TRAINER, "_save_checkpoint", ("model", "trial")),
+    PrivateName(TRAINER, "_save_optimizer_and_scheduler", ("output_dir",)),
+    PrivateName(TRAINER, "_save_scaler", ("output_dir",)),
+    PrivateName(TRAINER, "_set_signature_columns_if_needed", ()),
+    # The trainers call or read these.
+    PrivateName(TRAINER, "_get_output_dir", ("trial",)),
+    PrivateName(TRAINER, "_load_rng_state", ("checkpoint",)),
+    PrivateName(TRAINER, "_globalstep_last_logged", on_instance=True),
+    PrivateName(TRAINER, "_initial_global_step", on_instance=True),
+    PrivateName(TRAINER, "_signature_columns", on_instance=True),
+    PrivateName(TRAINER, "_total_loss_scalar", on_instance=True),
+    PrivateName(TRAINER, "_tr_loss", on_instance=True),
+    PrivateName(ARGUMENTS, "_n_gpu", on_instance=True),
 )  # fmt: skip
 
 
@@ -113,6 +148,24 @@ def clear_implementations(config: PretrainedConfig) -> None:
 def build_from_config(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Return a model of this class with new weights."""
     return kind._from_config(config, dtype=dtype)
+
+
+def use_one_gpu(arguments: "TrainingArguments") -> None:
+    """Prevent DataParallel in this process: it would copy hooks that refer to one device."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
+def mark_changed(generation: GenerationConfig, *, is_read_back: bool = True) -> None:
+    """Let a generation config be saved after a change, even if entries that came from the base are inconsistent.
+
+    Args:
+        generation: the config.
+        is_read_back: whether `from_pretrained` must read the file; it ignores one that says it was derived from the
+            model's configuration.
+    """
+    if is_read_back:
+        generation._from_model_config = False
+    generation._original_object_hash = hash(generation)
 
 
 def prefill(model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:

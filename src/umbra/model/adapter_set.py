@@ -113,8 +113,8 @@ class Adapters:
         if chosen is before:
             return
         others = {n: s for n, s in self.resting.items() if n != name}
-        before.rest()
-        chosen.wake()
+        before.freeze()
+        chosen.unfreeze()
         self.resting = nn.ModuleDict({self.active_adapter: before, **others})
         self.shadow, self.active_adapter = chosen, name
         self._settle()
@@ -281,7 +281,7 @@ class Adapters:
         if before is self.shadow:
             self.shadow = shadow
         else:
-            shadow.rest()
+            shadow.freeze()
             self.resting[name] = shadow
         self._settle()
 

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from umbra.base import architectures, quantized
 from umbra.base.architectures import Architecture
+from umbra.base.private_transformers import build_from_config, mark_changed
 from umbra.errors import DetachError
-from umbra.shadow.network import ROUNDED, Shadow
+from umbra.shadow.backbone import ROUNDED
+from umbra.shadow.network import Shadow
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def _empty_stock(base: Architecture, shadow: Shadow) -> Any:
             f"{shadow.backbone.config.model_type} cannot do. Use shadow='mirror' or shadow='dense'."
         )
     if mirrored:
-        return type(base.model)._from_config(config, dtype=shadow.dtype)
+        return build_from_config(type(base.model), config, shadow.dtype)
     kind = AutoModelForSequenceClassification if base.is_classifier else AutoModelForCausalLM
     return kind.from_config(config, dtype=shadow.dtype)
 
@@ -191,16 +192,3 @@ def _generation_config(base: PreTrainedModel, shadow: Shadow) -> Any:
         generation.prompting = shadow.prompting.settings()
         mark_changed(generation)
     return generation
-
-
-def mark_changed(generation: GenerationConfig, *, is_read_back: bool = True) -> None:
-    """Let a generation config be saved after a change, even if entries that came from the base are inconsistent.
-
-    Args:
-        generation: the config.
-        is_read_back: whether `from_pretrained` must read the file; it ignores one that says it was derived from the
-            model's configuration.
-    """
-    if is_read_back:
-        generation._from_model_config = False
-    generation._original_object_hash = hash(generation)
