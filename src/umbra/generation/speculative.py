@@ -171,11 +171,7 @@ class SpeculativeDecoder:
         """
         _check_cache(model, model_kwargs)
         limits = _PositionLimits(model, self.shadow, input_ids, model_kwargs)
-        kind, samples = model.device.type, generation_config.do_sample
-        # In sampling, the number of draft tokens decides what is drawn: with a seed it must not depend on a clock.
-        timed = kind == "cpu" and not samples
-        verify_cost = VERIFY_COST_CPU if kind == "cpu" else VERIFY_COST
-        scheduler = DraftScheduler(_draft_cost(model, self.shadow), verify_cost, self.threshold, timed=timed)
+        scheduler = self._scheduler(model, bool(generation_config.do_sample))
         batch = DecodingBatch(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer, scheduler
         )  # fmt: skip
@@ -196,10 +192,18 @@ class SpeculativeDecoder:
                     self._run_cycle(model, draft_model, computed, room, model_kwargs)
                 model_kwargs = private_transformers.update_model_kwargs(
                     model, {}, model_kwargs, num_new_tokens=batch.length - before
-                )  # fmt: skip
+                )
         if streamer is not None:
             streamer.end()
         return _output(batch, cache) if generation_config.return_dict_in_generate else batch.ids
+
+    def _scheduler(self, model: TargetModel, samples: bool) -> DraftScheduler:
+        is_cpu = model.device.type == "cpu"
+        # In sampling, the number of draft tokens decides what is drawn: with a seed it must not depend on a clock.
+        return DraftScheduler(
+            _draft_cost(model, self.shadow), VERIFY_COST_CPU if is_cpu else VERIFY_COST, self.threshold,
+            timed=is_cpu and not samples,
+        )  # fmt: skip
 
     def _run_cycle(
         self, model: TargetModel, draft_model: DraftModel, computed: Computed, room: int, model_kwargs: dict[str, Any]
