@@ -172,9 +172,7 @@ class SpeculativeDecoder:
         _check_cache(model, model_kwargs)
         limits = _PositionLimits(model, self.shadow, input_ids, model_kwargs)
         scheduler = self._scheduler(model, bool(generation_config.do_sample))
-        batch = DecodingBatch(
-            input_ids, logits_processor, stopping_criteria, generation_config, streamer, scheduler
-        )  # fmt: skip
+        batch = DecodingBatch(input_ids, logits_processor, stopping_criteria, generation_config, streamer, scheduler)
         out = private_transformers.prefill(model, input_ids, generation_config, model_kwargs)
         batch.append(out.logits[:, -1])
         model_kwargs = private_transformers.update_model_kwargs(model, out, model_kwargs)
