@@ -74,30 +74,30 @@ def run(code: str) -> str:
 # -- public names --------------------------------------------------------------------------------------------------
 
 
-def test_the_public_names_are_these():
+def test_public_names_are_stable():
     assert umbra.__all__ == sorted(PUBLIC_NAMES)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC_NAMES))
-def test_a_public_name_can_be_imported_and_comes_from_where_it_says(name):
+def test_public_name_is_importable(name):
     value = getattr(umbra, name)
     assert value.__name__ == name
     assert value.__module__.startswith("umbra.")
     assert name in dir(umbra)
 
 
-def test_another_name_is_an_attribute_error():
+def test_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="shadow_of_a_doubt"):
         _ = umbra.shadow_of_a_doubt
 
 
-def test_the_lazy_table_and_the_typing_imports_agree():
+def test_lazy_table_matches_typing_imports():
     """`_ROOMS` is for Python, the block under TYPE_CHECKING for its readers: the same names from the same rooms."""
     typed = {name: module.replace("/", ".") for module, name in imports("__init__")}
     assert typed == umbra._ROOMS
 
 
-def test_importing_umbra_imports_nothing_heavy_and_is_quick():
+def test_importing_umbra_is_light_and_fast():
     code = """
 import sys, time
 start = time.perf_counter()
@@ -110,7 +110,7 @@ print(time.perf_counter() - start, *[m for m in ("torch", "transformers", "numpy
 
 
 @pytest.mark.parametrize("room", ["errors", "config", "options", "cli"])
-def test_what_help_needs_imports_no_torch(room):
+def test_help_imports_no_torch(room):
     assert run(f"import sys, umbra.{room}; print('torch' in sys.modules)") == "False"
 
 
@@ -139,7 +139,7 @@ def imports(module: str) -> Iterator[tuple[str, str]]:
                     yield target, alias.name
 
 
-def test_every_module_lies_in_a_room():
+def test_every_module_is_in_a_room():
     assert sorted(ROOMS) == sorted({module.partition("/")[0] for module in MODULES} - {"__init__", "__main__"})
     assert len([module for module in MODULES if "/" not in module]) <= 4
 
@@ -194,7 +194,7 @@ def own_definitions(tree: ast.Module) -> list[ast.FunctionDef | ast.ClassDef]:
 
 
 @pytest.mark.parametrize("room", MODULES)
-def test_a_public_module_class_or_function_has_a_docstring(room):
+def test_public_definitions_have_docstrings(room):
     tree = MODULES[room]
     assert ast.get_docstring(tree), f"{room}.py has no docstring"
     assert [node.name for node in own_definitions(tree) if not ast.get_docstring(node)] == []
@@ -213,13 +213,13 @@ def foreign_lookups(tree: ast.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("room", [room for room in MODULES if not room.startswith("base/architectures/")])
-def test_only_architectures_guess_at_attributes(room):
+def test_only_architectures_look_up_attributes(room):
     found = foreign_lookups(MODULES[room])
     assert len(found) <= 3, "\n".join(found)
 
 
 @pytest.mark.parametrize("room", MODULES)
-def test_nothing_is_unpickled_and_nothing_is_evaluated(room):
+def test_nothing_is_unpickled_or_evaluated(room):
     for node in ast.walk(MODULES[room]):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
@@ -254,7 +254,13 @@ def test_no_test_module_imports_another(module):
     assert not forbidden, f"move what {module} imports into tests/support"
 
 
-def test_test_modules_lie_in_rooms():
+@pytest.mark.parametrize("module", TESTS)
+def test_names_of_tests_are_short(module):
+    names = [node.name for node in ast.walk(TESTS[module]) if isinstance(node, ast.FunctionDef)]
+    assert [name for name in names if name.startswith("test_") and len(name) >= 70] == []
+
+
+def test_test_modules_are_in_rooms():
     at_top = {"conftest", "test_config", "test_docs", "test_examples", "test_structure"}
     assert {module.partition("/")[0] for module in TESTS} - at_top <= {*ROOMS, "support"}
     names = [module.rpartition("/")[2] for module in TESTS if "/test_" in module]

@@ -17,7 +17,7 @@ BASES = {
 
 @pytest.mark.parametrize("name", BASES)
 @torch.no_grad()
-def test_a_folder_of_format_2_loads_bit_for_bit(name, tmp_path):
+def test_format_2_folder_loads_bit_for_bit(name, tmp_path):
     model = umbra.load(FIXTURES / name, BASES[name]())
     weights, expected = (
         load_file(FIXTURES / name / "adapter_model.safetensors"),
@@ -35,7 +35,7 @@ def test_a_folder_of_format_2_loads_bit_for_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_a_folder_of_format_2_keeps_its_checks(name, tmp_path):
+def test_format_2_folder_is_still_checked(name, tmp_path):
     import shutil
 
     shutil.copytree(FIXTURES / name, tmp_path / "a")

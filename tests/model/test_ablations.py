@@ -45,7 +45,7 @@ def by_hand(model, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("fields", [{}, {"first_layer": 2}, {"layers": (1, 3)}, {"channel_scale": "measured"}], ids=str)
-def test_each_is_its_equations(update, fields):
+def test_ablations_match_their_equations(update, fields):
     model, ids = make(update=update, **fields), tokens()
     with torch.no_grad():
         found, expected = model(ids, use_cache=False).logits, by_hand(model, ids)
@@ -55,7 +55,7 @@ def test_each_is_its_equations(update, fields):
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_gradients_generation_and_folders(update, tmp_path):
+def test_ablations_train_generate_and_round_trip(update, tmp_path):
     model, ids = make(update=update), tokens()
     model(ids, labels=ids).loss.backward()
     found = gradients(model)
@@ -77,7 +77,7 @@ def test_gradients_generation_and_folders(update, tmp_path):
 
 @pytest.mark.parametrize("update", ["ungated", "none"])
 @pytest.mark.parametrize("form", ["peft", "shadow-peft"])
-def test_no_other_package_has_them(update, form, tmp_path):
+def test_ablations_cannot_be_converted(update, form, tmp_path):
     from umbra.adapters.interop import convert
 
     dialect = {"peft": "peft", "shadow-peft": "paper"}[form]
@@ -113,7 +113,7 @@ def trained(factor: float, folder, **more):
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.25, 3.0])
-def test_the_backbone_moves_at_its_own_rate(factor, tmp_path):
+def test_backbone_rate_scales_learning_rate(factor, tmp_path):
     """The first step of Adam moves every weight by its learning rate."""
     trainer, moved = trained(factor, tmp_path)
     for name, step in moved.items():
@@ -123,7 +123,7 @@ def test_the_backbone_moves_at_its_own_rate(factor, tmp_path):
     assert len(ids) == len(set(ids)) == sum(p.requires_grad for p in trainer.model.parameters())
 
 
-def test_weight_decay_and_the_schedule_stay_as_they_are(tmp_path):
+def test_backbone_rate_leaves_weight_decay_and_schedule(tmp_path):
     """Groups keep their decay; the schedule scales both rates alike."""
     trainer, _ = trained(0.5, tmp_path, weight_decay=0.1, max_steps=4)
     groups = trainer.optimizer.param_groups
@@ -135,6 +135,6 @@ def test_weight_decay_and_the_schedule_stay_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), "1"])
-def test_a_rate_that_is_none_is_refused(value):
+def test_invalid_backbone_rate_is_refused(value):
     with pytest.raises(umbra.ConfigError, match="backbone_rate must be a finite number > 0"):
         umbra.ShadowConfig(backbone_rate=value)
