@@ -26,7 +26,7 @@ from support.folders import (
 )
 from support.tiny import ARCHITECTURES, CLASSIFIERS, class_labels, make, make_base, scramble, tokens
 from umbra import BaseModelError, CheckpointError, ConfigError
-from umbra.adapters.prompting import TOKENIZER_PATTERNS
+from umbra.adapters.files import TOKENIZER_PATTERNS
 
 # -- round trips ---------------------------------------------------------------------------------------------------
 

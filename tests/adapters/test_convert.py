@@ -6,8 +6,9 @@ import pytest
 
 from support.tiny import make, make_base
 from umbra import CheckpointError, ConfigError
-from umbra.adapters.interop import FORMATS, convert
+from umbra.adapters.interop import FORMATS
 from umbra.cli import main
+from umbra.deploy.convert import convert
 
 PAPER, PEFT = {"dialect": "paper"}, {"dialect": "peft"}
 INEXPRESSIBLE = [

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 import umbra
 from support.folders import FIXTURES, edit_config
 from support.tiny import make_base, tokens
-from umbra.adapters.checkpoint import read_config
+from umbra.adapters.files import read_config
 
 BASES = {
     "causal": lambda: make_base("llama"),

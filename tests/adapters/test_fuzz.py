@@ -11,7 +11,7 @@ from support.fuzz import Failed, Fuzzer, limits
 from support.mutations_of_files import nested, weird
 from support.runs import RECORDS, write
 from umbra import ConfigError, ShadowConfig, UmbraError
-from umbra.adapters import checkpoint
+from umbra.adapters import reading
 from umbra.options import PretrainOptions, TrainOptions, names
 from umbra.options.yaml_file import read_yaml
 from umbra.training import pretrain as pretraining
@@ -183,7 +183,7 @@ def test_random_bytes_in_settings_file_are_refused(tmp_path):
 
 def test_fuzzer_detects_planted_bug(fuzzer, monkeypatch):
     """Where the digest is not looked at, values that were changed in silence are found out."""
-    monkeypatch.setattr(checkpoint, "check_digest", lambda *_: None)
+    monkeypatch.setattr(reading, "check_digest", lambda *_: None)
     found = []
     for seed in range(60):
         try:

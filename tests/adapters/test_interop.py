@@ -18,8 +18,8 @@ from transformers import AutoModel
 import umbra
 from support import peers
 from support.tiny import make, make_base, tokens
-from umbra.adapters.interop import convert
 from umbra.cli import main
+from umbra.deploy.convert import convert
 
 TOLERANCE = 1e-5
 SECTION = "Adapters of others"

@@ -14,10 +14,10 @@ from support.folders import CONFIG, FIXTURES, names
 from support.runs import RECORDS, train_settings, write
 from support.tiny import make, make_base, tokens
 from support.tokenizer import CHARACTERS, make_tokenizer
-from umbra.adapters.interop import convert
-from umbra.adapters.prompting import BEFORE, Prompting, open_formatter
+from umbra.adapters.prompting import FORMAT_2_PROMPTING, Prompting, open_formatter
 from umbra.base.loading import load_tokenizer
 from umbra.cli import main
+from umbra.deploy.convert import convert
 from umbra.training.train import train
 
 trl = pytest.importorskip("trl")
@@ -332,9 +332,9 @@ def test_processor_with_tokenizer_is_saved(tmp_path, base_folder):
 
 def test_format_2_adapter_keeps_its_prompting(tmp_path):
     model = umbra.load(FIXTURES / "causal", make_base())
-    assert model.shadow.prompting == BEFORE == Prompting(None, True, {"enable_thinking": False})
+    assert model.shadow.prompting == FORMAT_2_PROMPTING == Prompting(None, True, {"enable_thinking": False})
     model.save_pretrained(tmp_path)
-    assert umbra.load(tmp_path, make_base()).shadow.prompting == BEFORE
+    assert umbra.load(tmp_path, make_base()).shadow.prompting == FORMAT_2_PROMPTING
 
 
 def test_equal_tokenizers_are_shared(tmp_path, base_folder):

@@ -20,7 +20,7 @@ from support.folders import CARD, CONFIG, FILES, TENSOR, WEIGHTS, assert_same_mo
 from support.tiny import make, make_base
 from support.tokenizer import make_tokenizer
 from umbra import CheckpointError
-from umbra.deploy.detach import detach, write_detached
+from umbra.deploy.detach import write_detached
 
 # -- overwriting ---------------------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def full_disk(*args, **kwargs):
 
 
 def fill_at_weights(monkeypatch):
-    monkeypatch.setattr("umbra.adapters.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("umbra.adapters.saving.save_file", full_disk)
 
 
 def fill_within_weights(monkeypatch):
@@ -106,7 +106,7 @@ def fill_within_weights(monkeypatch):
         os.truncate(path, 100)
         full_disk()
 
-    monkeypatch.setattr("umbra.adapters.checkpoint.save_file", half)
+    monkeypatch.setattr("umbra.adapters.saving.save_file", half)
 
 
 def fill_at_text(file: str):
@@ -159,7 +159,7 @@ def test_full_disk_for_stock_model_raises_checkpoint_error(tmp_path, monkeypatch
         raise error
 
     model, tokenizer = make(), make_tokenizer()
-    where = type(tokenizer) if type(error) is Exception else type(detach(model))
+    where = type(tokenizer) if type(error) is Exception else type(model.detached())
     monkeypatch.setattr(where, "save_pretrained", fails)
     with pytest.raises(CheckpointError, match="File too large"):
         write_detached(model, tmp_path / "out", tokenizer)
@@ -195,7 +195,7 @@ import dataclasses, itertools, os, sys, tempfile
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import umbra.adapters.checkpoint
+import umbra.adapters.saving
 from support.tiny import make
 
 def fill(model, value):
@@ -214,7 +214,7 @@ def crash_at(n):
             return function(*args, **kwargs)
         return call
     for holder, name in [(Path, "write_text"), (Path, "rename"), (Path, "replace"), (Path, "rmdir"), (Path, "chmod"),
-                         (Path, "mkdir"), (os, "fsync"), (tempfile, "mkdtemp"), (umbra.adapters.checkpoint, "save_file")]:
+                         (Path, "mkdir"), (os, "fsync"), (tempfile, "mkdtemp"), (umbra.adapters.saving, "save_file")]:
         setattr(holder, name, counted(getattr(holder, name)))
 
 model = make()

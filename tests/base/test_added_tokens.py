@@ -12,10 +12,10 @@ import umbra
 from support.folders import CONFIG, WEIGHTS
 from support.tiny import VOCAB, gradients, make, make_base, scramble, tokens
 from support.tokenizer import make_tokenizer
-from umbra.adapters.interop import convert
 from umbra.adapters.prompting import open_formatter
 from umbra.base.architectures import locate
 from umbra.cli import main
+from umbra.deploy.convert import convert
 from umbra.deploy.detach import write_detached
 
 NEW = 2

@@ -31,18 +31,18 @@ def umask() -> int:
 
 UNPACK = """
 import sys, time, pathlib
-from umbra import bases
+from umbra.base import loading
 def unpack(source, staging):
     staging.mkdir()
     (staging / "one").write_text("1")
     print("half", flush=True)
     time.sleep(float(sys.argv[2]))
     (staging / "two").write_text("2")
-bases._unpack = unpack
+loading._unpack = unpack
 from huggingface_hub import constants
 constants.HF_HOME = sys.argv[1]
 source = pathlib.Path(sys.argv[1]) / "source"
-print(bases._unpacked(source), flush=True)
+print(loading._unpacked(source), flush=True)
 """
 
 

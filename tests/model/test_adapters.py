@@ -135,7 +135,7 @@ def test_partial_cache_is_refused_on_recurrent_base():
 
 def test_mixed_batch_refuses_guidance():
     model = make_three()
-    with pytest.raises(umbra.ConfigError, match="guidance_scale would be given the active adapter"):
+    with pytest.raises(umbra.ConfigError, match="guidance_scale would apply the active adapter"):
         model.generate(tokens(2), adapter_names=["b", "b"], guidance_scale=1.5, max_new_tokens=2)
     model.set_adapter("b")
     model.generate(tokens(2), guidance_scale=1.5, max_new_tokens=2)

@@ -339,7 +339,7 @@ def test_interrupted_load_leaves_base_unchanged(name, tmp_path, monkeypatch):
 
     for place in ("check_numbers", "check_digest", "check_sizes"):
         with monkeypatch.context() as patch:
-            patch.setattr(umbra.adapters.checkpoint, place, interrupt)
+            patch.setattr(umbra.adapters.reading, place, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 umbra.load(tmp_path, base=base)
         assert torch.equal(base(ids).logits, expected)

@@ -7,8 +7,8 @@ import torch
 
 import umbra
 from support.tiny import ARCHITECTURES, gradients, make, make_base, scramble, tokens
-from umbra.adapters.interop import convert
 from umbra.base.architectures import locate
+from umbra.deploy.convert import convert
 from umbra.method.kernels import reference
 from umbra.shadow.input_scale import LARGEST, LENGTH, ROWS, SEED, scale_of
 
