@@ -1,8 +1,10 @@
 """The shape of the code: its public names, which way imports flow, and what each room may know."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -260,30 +262,79 @@ def test_test_modules_are_in_rooms():
     assert len(names) == len(set(names)), "two test modules have the same name"
 
 
-# -- limits: what is left to mend counts down, and nothing is added ------------------------------------------------
+# -- limits --------------------------------------------------------------------------------------------------------
 
-BANNED = {
-    "told",
-    "found",
-    "mine",
-    "theirs",
-    "kept",
-    "own",
-    "sure",
-    "quicken",
-    "sparing",
-    "wake",
-    "rest",
-    "lane",
-    "seam",
+# Names that say where a value came from, or that the field calls otherwise (see the glossary).
+BANNED = frozenset(
+    ("told", "found", "mine", "theirs", "kept", "own", "sure")
+    + ("quicken", "sparing", "wake", "rest", "lane", "seam", "anatomy")
+)
+
+# How many of each a room still has, and never more. TEMPORARY: all but `Any`, "ignore" and "broad" go down to 0.
+LIMITS = {"Any": 120, "ignore": 25, "broad": 8}
+LEFT: dict[str, dict[str, int]] = {
+    "errors": {"Any": 1, "broad": 1},
+    "config": {"Any": 5, "banned": 3, "long": 1},
+    "options": {"Any": 8, "broad": 1, "ignore": 1},
+    "files": {"Any": 3, "banned": 2, "broad": 3},
+    "base": {"Any": 72, "banned": 79, "broad": 1, "ignore": 5},
+    "method": {"Any": 26, "banned": 165, "ignore": 14},
+    "data": {"Any": 39, "banned": 44, "broad": 3, "ignore": 2},
+    "shadow": {"Any": 14, "banned": 28, "broad": 2, "long": 1},
+    "generation": {"Any": 10, "ignore": 3, "long": 1},
+    "adapters": {"Any": 15, "banned": 121, "broad": 3, "ignore": 1},
+    "model": {"Any": 88, "banned": 63, "ignore": 10, "long": 2, "self: Any": 16},
+    "deploy": {"Any": 28, "banned": 94, "broad": 4, "ignore": 9},
+    "training": {"Any": 132, "banned": 58, "broad": 2, "ignore": 28, "long": 2, "self: Any": 34},
+    "evaluation": {"Any": 7, "banned": 16, "ignore": 6},
+    "lab": {"Any": 76, "banned": 378, "broad": 5, "ignore": 4},
+    "cli": {"Any": 10, "banned": 30, "broad": 1, "ignore": 2},
 }
 
 
-def longest_functions(limit: int) -> list[str]:
-    return [
-        f"{module}: {node.name}, {node.end_lineno - node.lineno + 1} lines"
-        for module, tree in MODULES.items()
-        if module != "method/kernels/couple_kernels"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > limit
-    ]
+def count(module: str) -> Counter[str]:
+    """Number of banned names, long functions, broad excepts, `Any` and ``type: ignore`` in a module."""
+    counts: Counter[str] = Counter()
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            counts["long"] += lines > 60 and not module.startswith("method/kernels/couple_kernels")
+        if isinstance(node, ast.ExceptHandler):
+            caught = [n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)] if node.type else ["BaseException"]
+            counts["broad"] += bool({"Exception", "BaseException"} & set(caught))
+        counts["banned"] += names(node).strip("_") in BANNED
+    source = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
+    for what, pattern in (
+        ("Any", r": Any\b"),
+        ("self: Any", r"\bself: Any\b"),
+        ("ignore", r"#.*\b(?:type|pyright): ignore"),
+    ):
+        counts[what] += len(re.findall(pattern, source))
+    return counts
+
+
+def names(node: ast.AST) -> str:
+    """The identifier that a node introduces or reads, or an empty string."""
+    for field in ("id", "arg", "attr", "name"):
+        if isinstance(value := getattr(node, field, None), str):
+            return value
+    return ""
+
+
+COUNTS: dict[str, Counter[str]] = {room: Counter() for room in ROOMS}
+for _module in MODULES.keys() - {"__init__", "__main__"}:
+    COUNTS[_module.partition("/")[0]] += count(_module)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_is_within_its_limits(room):
+    over = {what: n for what, n in COUNTS[room].items() if n > LEFT.get(room, {}).get(what, 0)}
+    assert over == {}, f"{room} may have {LEFT.get(room, {})}"
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_limits_of_all_rooms_are_within_the_whole(what):
+    """TEMPORARY: today's sum where it is above the limit."""
+    total = sum(counts[what] for counts in COUNTS.values())
+    allowed = sum(left.get(what, 0) for left in LEFT.values())
+    assert total <= max(LIMITS[what], allowed)
