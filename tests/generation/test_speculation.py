@@ -15,7 +15,7 @@ from umbra.generation.speculative import AUTO, SpeculativeDecoder
 # -- how far -------------------------------------------------------------------------------------------------------
 
 
-def test_drafting_stops_where_a_token_is_not_worth_its_cost():
+def test_drafting_stops_when_token_is_not_worth_its_cost():
     scheduler = DraftScheduler(draft_cost=0.05, verify_cost=0.08)
     assert scheduler.should_draft([0.99])
     assert not scheduler.should_draft([0.1])
@@ -28,7 +28,7 @@ def test_drafting_stops_where_a_token_is_not_worth_its_cost():
     assert not DraftScheduler(draft_cost=0.5, verify_cost=0.08).should_draft([0.8]), "what costs much must be likely"
 
 
-def test_what_is_often_rejected_is_trusted_less_until_it_is_tried_again():
+def test_rejections_lower_confidence_until_retried():
     scheduler = DraftScheduler(draft_cost=0.05, verify_cost=0.08)
     for _ in range(30):
         scheduler.record_token([0.9], [False])
@@ -46,7 +46,7 @@ def test_what_is_often_rejected_is_trusted_less_until_it_is_tried_again():
     assert scheduler.should_draft([0.5])
 
 
-def test_costs_are_measured():
+def test_forward_costs_are_measured():
     scheduler = DraftScheduler(draft_cost=0.05, verify_cost=0.08, timed=True)
     for _ in range(30):
         scheduler.record_cycle(3, 4, 4 * 0.5, 1.24)
@@ -54,7 +54,7 @@ def test_costs_are_measured():
     assert DraftScheduler(draft_cost=0.05, verify_cost=0.08).draft_cost == 0.05
 
 
-def test_a_threshold_in_place_of_costs():
+def test_threshold_replaces_cost_model():
     scheduler = DraftScheduler(draft_cost=0.05, verify_cost=0.08, threshold=0.4)
     assert scheduler.should_draft([0.5, 0.4])
     assert not scheduler.should_draft([0.5, 0.3])
@@ -144,7 +144,7 @@ def sample(model, ids, rows: int, times: int, **options):
 @pytest.mark.parametrize(("rows", "times"), [(4000, 1), (4, 250)], ids=["many rows", "few rows"])
 @pytest.mark.parametrize("form", SAMPLING)
 @pytest.mark.compat("Drafting", "sampling: the distribution of decoding without drafts (chi-squared tests)")
-def test_sampling_has_the_distribution_of_decoding_without_drafts(form, rows, times):
+def test_sampling_distribution_equals_plain_decoding(form, rows, times):
     options, part = SAMPLING[form]
     model, ids = small_model(), torch.tensor([[3, 4, 2, 5, 1]])
     model.set_draft_vocabulary(part)
@@ -154,13 +154,13 @@ def test_sampling_has_the_distribution_of_decoding_without_drafts(form, rows, ti
         assert_some_of_both(*outputs)
 
 
-def test_several_samples_of_one_prompt():
+def test_several_samples_per_prompt_are_drawn():
     out = drafted(small_model(), torch.tensor([[3, 4, 5]]), do_sample=True, num_return_sequences=5)
     assert out.sequences.shape == (5, 3 + NEW)
     assert len({tuple(row) for row in out.sequences.tolist()}) == 5
 
 
-def test_the_statistics_would_notice_another_rule(monkeypatch):
+def test_distribution_test_detects_wrong_rule(monkeypatch):
     model, ids = small_model(), torch.tensor([[3, 4, 2, 5, 1]])
     odds = joint(model, ids)
 
@@ -178,7 +178,7 @@ def test_the_statistics_would_notice_another_rule(monkeypatch):
         assert surprise(sample(model, ids, 4000, 1)[0], odds) > 8
 
 
-def test_accepting_gives_p_whatever_q_is():
+def test_acceptance_rule_recovers_target_distribution():
     torch.manual_seed(0)
     rows, p = 20_000, torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0])
     for q in ([0.2] * 5, [0.0, 0.0, 0.0, 0.5, 0.5], [0.5, 0.2, 0.2, 0.1, 0.0]):

@@ -1,4 +1,4 @@
-"""One rank of `test_trl.test_two_ranks_are_as_one`: python -m torch.distributed.run --nproc_per_node 2 ranks_trl.py FOLDER"""
+"""One rank of `test_trl.test_two_ranks_equal_one`: python -m torch.distributed.run --nproc_per_node 2 ranks_trl.py FOLDER"""
 
 import os
 import sys

@@ -81,7 +81,7 @@ def _copied(base: Architecture, backbone: PreTrainedModel, config: ShadowConfig)
             projections = architectures.prune_blocks(base, backbone, layers)
         else:
             architectures.copy_blocks(base, backbone, layers)
-        architectures.scale_final_norm(backbone, config.init_scale)
+        architectures.scale_final_norm(backbone, config.constants.init_scale)
     return Built(backbone, projections.projection, projections.embed_projection, True)
 
 

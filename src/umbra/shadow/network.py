@@ -73,7 +73,7 @@ class Shadow(nn.Module):
         # Beside a base without weights, which will come from rank 0 or from a file, it stays where it was made.
         self.to(device=None if device.type == "meta" else device, dtype=dtype)
         is_saved = backbone_config is not None  # its input scales are then in the file
-        if config.channel_scale == "measured" and not is_saved and device.type != "meta":
+        if config.input_scale == "measured" and not is_saved and device.type != "meta":
             input_scale.measure(base, self.couplings)
 
     def _add_backbone(self, base: Architecture, config: ShadowConfig, backbone_config: PretrainedConfig | None) -> None:
