@@ -1,8 +1,8 @@
 """Input scales: the size of each channel of the base's hidden states, measured once by `attach`.
 
 Of the 576 channels of SmolLM2-135M three hold 58 – 87 % of a hidden state's energy (`bench/channels.py`). W_down, initialized
-at random, reads little else, and its updates for them change the correction most. With ``input_scale="measured"`` the injection before
-block l reads (h − s) ⊙ c instead, where over N tokens (random, with a fixed seed) and D channels
+at random, reads little else, and its updates for them change the correction most. With ``input_scale="measured"`` the
+injection before block l reads (h − s) ⊙ c instead, where over N tokens (random, with a fixed seed) and D channels
 
     c_d = m / max(rms_d, m / 20),    rms_d² = Σ_n h²_nd / N,    m = median over tokens of |h_n| / √D
 
