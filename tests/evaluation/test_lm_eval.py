@@ -148,7 +148,7 @@ def test_a_classifier_is_no_language_model(tmp_path):
 
 
 def test_without_lm_eval_the_command_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("umbra.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("umbra.cli.results.find_spec", lambda name: None)
     assert main(["lm_eval", "run"]) == 2
     assert "pip install 'umbra-peft[lm-eval]'" in capsys.readouterr().err
 

@@ -236,7 +236,7 @@ KINDS = [
         "The scores are complete",
         "free some space",
     ),
-    Kind("report of no study", "report {here}/nowhere", "study", "name the folder of umbra evaluate"),
+    Kind("report of no study", "report {here}/nowhere", "study", "name the folder of umbra study"),
     # adapters
     Kind("empty adapter folder", "inspect {here}", "adapter_config.json is missing", "name an adapter"),
     Kind(
