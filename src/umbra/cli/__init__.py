@@ -1,13 +1,11 @@
 """The ``umbra`` command: one verb a module, imported when it runs, so that ``--help`` is instant."""
 
-import argparse
 import os
 import sys
 import time
 from importlib import import_module
 from importlib.util import find_spec
 
-from umbra.cli.parsing import Parser
 from umbra.cli.terminal import (
     BROKEN_PIPE,
     abandon_output,
@@ -17,7 +15,6 @@ from umbra.cli.terminal import (
     plain_streams,
 )
 from umbra.errors import ConfigError, one_line, unknown_key
-from umbra.options import speaks
 
 VERBS = {
     "Train": {
@@ -79,6 +76,8 @@ def _fail(error: Exception) -> int:
     """Print the error in one line and return the exit code."""
     if os.environ.get("UMBRA_TRACEBACK"):
         raise error
+    from umbra.options import speaks
+
     if not speaks():
         time.sleep(PATIENCE)
     text, code = message_of(error), 2
@@ -93,46 +92,44 @@ def _fail(error: Exception) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    verbs = available_verbs()
-    parser = Parser(
-        "umbra", "umbra VERB …", "A frozen language model and its detachable shadow. umbra VERB --help lists options."
-    )
-    parser.add_argument("--version", action="store_true", help="print the version")
-    parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
-    parser.epilog = "\n".join(_described(verbs))
-    parser.keep_line_breaks()
-    if not arguments or arguments[0] not in {*verbs, *FORMER}:
-        given = parser.parse_args(arguments)
-        if given.version:
-            from umbra import __version__
-
-            print(f"umbra {__version__}")
-        elif given.verb is None:
-            parser.print_help()
-        elif given.verb in OF_THE_LAB:
-            raise ConfigError(
-                f"umbra {given.verb} needs umbra.lab, which this installation lacks: pip install umbra-peft."
-            )
-        else:
-            raise unknown_key(given.verb, verbs, "umbra")
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print(help_text())
         return 0
-    verb = arguments[0]
+    if verb == "--version":
+        from umbra import __version__
+
+        print(f"umbra {__version__}")
+        return 0
     if verb in FORMER:
         print(f"umbra: {verb} is now {FORMER[verb]}: umbra {FORMER[verb]} …", file=sys.stderr)
         verb = FORMER[verb]
+    verbs = available_verbs()
+    if verb in OF_THE_LAB and verb not in verbs:
+        raise ConfigError(f"umbra {verb} needs umbra.lab, which this installation lacks: pip install umbra-peft.")
+    if verb not in verbs:
+        raise unknown_key(verb, verbs, "umbra")
     return import_module(f"umbra.cli.{verb}").run(arguments[1:])
+
+
+def help_text() -> str:
+    """Return the help of ``umbra`` itself: the verbs of this installation by group."""
+    lines = [
+        "usage: umbra VERB …",
+        "",
+        "A frozen language model and its detachable shadow. umbra VERB --help lists the options of a verb.",
+        "",
+        "options:",
+        "  -h, --help  show this help message and exit",
+        "  --version   print the version",
+    ]
+    verbs = available_verbs()
+    for title, group in VERBS.items():
+        lines += ["", f"{title}:", *(f"    {verb:<12}{text}" for verb, text in group.items() if verb in verbs)]
+    return "\n".join(lines)
 
 
 def available_verbs() -> list[str]:
     """Return the verbs of this installation; it may come without `umbra.lab`."""
     has_lab = find_spec("umbra.lab") is not None
     return [verb for group in VERBS.values() for verb in group if has_lab or verb not in OF_THE_LAB]
-
-
-def _described(verbs: list[str]) -> list[str]:
-    """Return the lines that list the verbs by group."""
-    lines: list[str] = []
-    for title, group in VERBS.items():
-        if entries := [f"    {verb:<12}{text}" for verb, text in group.items() if verb in verbs]:
-            lines += [*([""] if lines else []), f"{title}:", *entries]
-    return lines

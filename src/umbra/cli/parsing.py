@@ -32,10 +32,6 @@ class Parser(argparse.ArgumentParser):
         """Raise a ConfigError."""
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
-    def keep_line_breaks(self) -> None:
-        """Print description and epilog as they are."""
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
-
 
 class _Once(argparse.Action):
     """Stores a value; a second one is an error."""

@@ -49,7 +49,8 @@ class BenchOptions(Options):
     )
     cases: str = flag(
         "*",
-        "columns, shell patterns separated by commas: step, step-masked, batch-1, batch-2, batch-8, prefill, decode, latency, decode-detached, "
+        "columns, shell patterns separated by commas: "
+        "step, step-masked, batch-1, batch-2, batch-8, prefill, decode, latency, decode-detached, "
         "decode-drafted, decode-compiled, memory, memory-masked",
     )
     lora_rank: int = flag(8, "LoRA's rank; all shadows are sized to its trainable parameters", least=1, below=2**16)

@@ -25,11 +25,12 @@ def argument(text: str) -> Any:
     return field(metadata={"help": text, "positional": True})
 
 
-def flag(default: Any, text: str, *, least: float | None = None, below: float | None = None) -> Any:
+def flag(default: object, text: str, *, least: float | None = None, below: float | None = None) -> Any:
     """Return a field that is a flag with a default; numbers lie in [least, below)."""
     return field(default=default, metadata={"help": text, "least": least, "below": below})
 
 
+@dataclass(frozen=True)
 class Options:
     """Base of the options of a verb; values are checked on construction.
 
@@ -39,7 +40,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+        for f in dataclasses.fields(self):
             check_bounds(f.name, vars(self)[f.name], f.metadata.get("least"), f.metadata.get("below"))
 
 
@@ -97,8 +98,8 @@ class PretrainOptions(Options):
     )
     stages: str = flag(
         "distillation",
-        "training stages in order, separated by commas: distillation, next_token, alignment (for a shadow of another width), or sums "
-        "such as distillation+next_token",
+        "training stages in order, separated by commas: distillation, next_token, alignment (for a shadow of another width), "
+        "or sums such as distillation+next_token",
     )
     divergence: str = flag(
         "forward",
@@ -197,8 +198,8 @@ class ExportOptions(Options):
     dtype: str = flag("auto", "precision of the weights of format hf: auto (float32), float32, bfloat16, float16")
     vocabulary: str | None = flag(
         None,
-        "files of text (.txt, .md) or of records, separated by commas, whose tokens a trimmed vocabulary keeps, with those of the chat "
-        "template and single bytes, which can still spell any other text; default all tokens",
+        "files of text (.txt, .md) or of records, separated by commas, whose tokens a trimmed vocabulary keeps, with those of the "
+        "chat template and single bytes, which can still spell any other text; default all tokens",
     )
     prompts: str | None = flag(
         None, "prompts of the comparison: lines of .txt files, or records; default two dozen questions"
@@ -279,7 +280,7 @@ def check_types(kind: type, values: dict[str, Any]) -> None:
             raise ConfigError(f"{key} must be {wanted}{' of 64 bits' if is_large else ''}, got {shown(value)}.")
 
 
-def check_bounds(name: str, value: Any, least: float | None, below: float | None) -> None:
+def check_bounds(name: str, value: object, least: float | None, below: float | None) -> None:
     """Check that a number is in [least, below); other values pass.
 
     Raises:
@@ -293,7 +294,7 @@ def check_bounds(name: str, value: Any, least: float | None, below: float | None
         raise ConfigError(f"{name} must be less than {below:,}, got {shown(value)}.")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: object) -> bool:
     form, inner = get_origin(hint), get_args(hint)
     if form in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
