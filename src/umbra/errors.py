@@ -87,11 +87,11 @@ def raising(kind: type[UmbraError], describe: Callable[[Exception], str]) -> Ite
         raise kind(describe(error)) from error
 
 
-def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
+def unknown_key(key: str, known: Iterable[str], where: str, kind: str = "key") -> ConfigError:
     """Return the error for a key that ``where`` lacks, with the nearest known key."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(sorted(known))}."
-    return ConfigError(f"Unknown key {shown(key)} in {where}. {hint}")
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known {kind}s: {', '.join(sorted(known))}."
+    return ConfigError(f"Unknown {kind} {shown(key)} in {where}. {hint}")
 
 
 _short = reprlib.Repr()

@@ -108,7 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in OF_THE_LAB and verb not in verbs:
         raise ConfigError(f"umbra {verb} needs umbra.lab, which this installation lacks: pip install umbra-peft.")
     if verb not in verbs:
-        raise unknown_key(verb, verbs, "umbra")
+        raise unknown_key(verb, verbs, "umbra", "command")
     return import_module(f"umbra.cli.{verb}").run(arguments[1:])
 
 
