@@ -228,6 +228,7 @@ def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
         (["generate", "{out}", "a", "--draft", "many"], "draft must be an integer of at least 1"),
         (["generate", "{out}", "a", "--draft", "2", "--mode", "base"], "--draft needs shadow and base"),
         (["inspect", "{data}"], "no adapter folder"),
+        (["eval", "{out}", "{data}", "--limt", "3"], "unrecognized arguments: --limt 3. Did you mean --limit?"),
         (["detach", "{out}", "{out}"], "is not empty"),
         (["detach", "{out}", "/tmp/x", "--dtype", "int8"], "Unknown dtype 'int8'"),
     ],

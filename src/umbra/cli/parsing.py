@@ -5,6 +5,7 @@ argparse reads the command line. docs/LOG.md says which libraries for settings w
 
 import argparse
 import dataclasses
+import difflib
 import json
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -12,6 +13,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 from umbra.config import ShadowConfig
 from umbra.errors import ConfigError
 from umbra.options import EMBEDDED, Options
+from umbra.options import names as field_names
 from umbra.options.yaml_file import number, read_yaml, spelled
 
 Kind = TypeVar("Kind", bound=Options)
@@ -74,9 +76,15 @@ def parse(prog: str, kind: type[Kind], arguments: list[str]) -> Kind:
     Raises:
         ConfigError: an unknown flag, a value outside its range, or something to load that does not exist.
     """
-    parser = Parser(prog, description=(kind.__doc__ or "").partition("`` ")[2] or kind.__doc__)
+    about = (kind.__doc__ or "").partition("``: ")[2]
+    parser = Parser(prog, description=about[:1].upper() + about[1:])
     add_flags(parser, kind)
-    options = kind(**vars(parser.parse_args(with_underscores(arguments))))
+    given, unknown = parser.parse_known_args(with_underscores(arguments))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-"), field_names(kind), n=1)
+        hint = f". Did you mean --{near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    options = kind(**vars(given))
     check_reachable(vars(options))
     return options
 
