@@ -1,4 +1,4 @@
-"""``umbra evaluate``: methods × tasks × seeds, with one search for every method's learning rate; ``umbra report`` tells of it.
+"""``umbra study``: methods × tasks × seeds, with one search for every method's learning rate; ``umbra report`` tells of it.
 
 sets.py, tasks.py and harness.py say what is learned and tested, methods.py by what, study.py declares both and names the runs,
 run.py makes one, record.py keeps it, results.py and statistics.py compare, report.py, plots.py and page.py tell.
@@ -26,6 +26,7 @@ from umbra.errors import CheckpointError, ConfigError, DataError
 from umbra.files import folder
 from umbra.files.locks import locked
 from umbra.lab.bench.base import Base
+from umbra.lab.options import StudyOptions
 from umbra.lab.study import harness, record
 from umbra.lab.study.ablations import is_ablated
 from umbra.lab.study.methods import count, match
@@ -34,12 +35,11 @@ from umbra.lab.study.report import write_report
 from umbra.lab.study.run import run
 from umbra.lab.study.study import Study, key_of
 from umbra.lab.study.tasks import STUDY_FILE, Task, asked, load_task
-from umbra.options import EvaluateOptions
 
 LOST = "device-side assert"  # what CUDA says when nothing runs on the GPU any more
 
 
-def evaluate(options: EvaluateOptions) -> dict[str, Any]:
+def evaluate(options: StudyOptions) -> dict[str, Any]:
     """Run what of a study has not been run yet, and write its report.
 
     Returns:
@@ -58,14 +58,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _evaluate(
-    options: EvaluateOptions, study: Study, out: Path, sizes: dict[str, dict[str, Any]], parameters: dict[str, int]
+    options: StudyOptions, study: Study, out: Path, sizes: dict[str, dict[str, Any]], parameters: dict[str, int]
 ) -> dict[str, Any]:
     trials, done = list(study.trials(sizes)), record.read_all(out)
     bar = tqdm(total=len(trials) + _count(study, sizes), desc="study", disable=None, smoothing=0.1)
     note = {
         "study": _plain(study),
         "parameters": parameters,
-        "command": shlex.join(["umbra", "evaluate", str(options.study), "--out", str(options.out)]),
+        "command": shlex.join(["umbra", "study", str(options.study), "--out", str(options.out)]),
     }
     requests: list[dict[str, Any]] = []
     for stage in (trials, requests):

@@ -59,7 +59,7 @@ class Results:
             if lacking := NOTED - self.about.keys():
                 raise KeyError(", ".join(sorted(lacking)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{out} holds no study that umbra evaluate has run: {error}") from error
+            raise CheckpointError(f"{out} holds no study that umbra study has run: {error}") from error
         kept = record.read_all(out)
         self.runs, self.trials = (
             [kept[k] for k in dict.fromkeys(self.about[part]) if record.succeeded(kept.get(k))]

@@ -48,7 +48,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class StudyOptions:
+class StudyFile:
     """What a study's file holds."""
 
     tasks: dict = flag(None, "name: fields of a task")
@@ -80,7 +80,7 @@ class StudyOptions:
 class Study:
     """A study that was read and checked."""
 
-    options: StudyOptions
+    options: StudyFile
     tasks: dict[str, TaskOptions]
     methods: dict[str, MethodOptions]
     search: Search | None
@@ -99,7 +99,7 @@ class Study:
     @classmethod
     def of(cls, values: Any) -> "Study":
         """From plain values."""
-        options = StudyOptions(**checked(StudyOptions, values, "the study"))
+        options = StudyFile(**checked(StudyFile, values, "the study"))
         transfer = {str(k): v for k, v in options.transfer.items()}
         options = replace(options, transfer=transfer, forgetting=_listed(options.forgetting, "forgetting"))
         for name in ("tasks", "methods"):
