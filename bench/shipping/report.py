@@ -208,3 +208,8 @@ def picture_of_edge(held: dict[str, Any], path: Path) -> None:
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110, format="png")
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "initialise": initialisations, "tasks": tasks, "widths": widths, "edge": edge,
+}  # fmt: skip

@@ -268,9 +268,9 @@ def test_progress_bars_still_move():
 
 
 def test_a_report_holds_no_markup_of_a_record():
-    from umbra.lab.study.page import Section, markdown, page
+    from umbra.lab.study.report.page import Section, html, markdown
 
     sections = [Section(EVIL, [EVIL], ["name", "x"], [[EVIL, EVIL]])]
-    for text in (markdown(EVIL, [EVIL], sections, {}), page(EVIL, [EVIL], sections, {})):
+    for text in (markdown(EVIL, [EVIL], sections, {}), html(EVIL, [EVIL], sections, {})):
         assert is_plain(text) and "<script>alert" not in text
         assert "| \\u001b" in text or "<td>" in text

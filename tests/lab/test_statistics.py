@@ -50,8 +50,10 @@ def test_a_difference_is_paired_and_judged():
     assert apart is not None and apart.verdict == "win"
     assert difference(theirs, ours).verdict == "loss"
     assert difference(ours, ours).verdict == "tie"
-    unpaired = math.hypot(estimate(np.array(list(ours.values()))).half, estimate(np.array(list(theirs.values()))).half)
-    assert apart.half < unpaired / 1.2
+    unpaired = math.hypot(
+        estimate(np.array(list(ours.values()))).half_width, estimate(np.array(list(theirs.values()))).half_width
+    )
+    assert apart.half_width < unpaired / 1.2
     assert difference(ours, {5: theirs[0]}) is None
     assert difference(ours, {0: theirs[0][:-1]}) is None
 
@@ -81,8 +83,8 @@ def test_the_interval_of_scores_that_are_all_alike():
     """Clopper's and Pearson's; over seeds where there is one item; none where nothing is known."""
     low = stats.binomtest(9, 9).proportion_ci(method="exact").low
     assert estimate(np.ones((1, 9))).low == pytest.approx(low)
-    assert estimate(np.ones((3, 1))).half == pytest.approx(1 - 0.025 ** (1 / 3))
-    assert estimate(np.ones((1, 1))).half == math.inf and estimate(np.ones((3, 4)), span=0).half == 0
+    assert estimate(np.ones((3, 1))).half_width == pytest.approx(1 - 0.025 ** (1 / 3))
+    assert estimate(np.ones((1, 1))).half_width == math.inf and estimate(np.ones((3, 4)), span=0).half_width == 0
 
 
 def test_mcnemar_is_exact():

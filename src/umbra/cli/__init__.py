@@ -218,10 +218,10 @@ def _eval(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     options = _parse("umbra evaluate", EvaluateOptions, arguments)
     _check_installed("umbra evaluate", "evaluate", ("peft", "scipy", "matplotlib"))
-    from umbra.lab.study import evaluate
+    from umbra.lab.study.sweep import run_study
 
     with _telling_errors(options.json):
-        found = evaluate(options)
+        found = run_study(options)
     say(json.dumps(found, indent=2) if options.json else "\n".join(found["report"]))
     return 1 if found["failed"] else 0
 

@@ -88,7 +88,7 @@ def _bench(
         _run_scaling(plan, records, options, dtype, device)
     elif plan:
         _run(plan, records, options, dtype, device)
-    _write(records, {c.name: c.about for c in (*columns.values(), *cases)}, options)
+    _write(records, options)
     return records.as_dict()
 
 
@@ -211,8 +211,13 @@ class _Progress:
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def _write(records: Records, about: dict[str, str], options: BenchOptions) -> None:
-    report = Report(records.as_dict(), about)
+def report_of(values: dict[str, Any]) -> Report:
+    """Return the tables of a measurement; ``values`` are those of its JSON file."""
+    return Report(values, {c.name: c.about for c in (*CASES, *(p.case for p in scaling.POINTS))})
+
+
+def _write(records: Records, options: BenchOptions) -> None:
+    report = report_of(records.as_dict())
     text, stem = plain(report.text()), records.path.stem
     files: dict[str, Any] = {f"{stem}.md": lambda path: folder.write_text(path, text)}
     if find_spec("matplotlib") is None:
