@@ -88,7 +88,7 @@ def test_another_name_is_an_attribute_error():
 
 def test_the_lazy_table_and_the_typing_imports_agree():
     """`_ROOMS` is for Python, the block under TYPE_CHECKING for its readers: the same names from the same rooms."""
-    typed = {name: module.replace("/", ".") for module, name in imports("__init__")}
+    typed = {name: module.removesuffix("/__init__").replace("/", ".") for module, name in imports("__init__")}
     assert typed == umbra._ROOMS
 
 

@@ -62,7 +62,9 @@ def test_positions_of_the_shadow_that_depend_on_the_length(kind, tmp_path):
 
 def test_the_reported_case_of_longrope():
     """A shadow that agrees often, and a text that crosses the limit."""
-    model = make(base_options=longer("longrope"), shadow_num_hidden_layers=LAYERS, init="base", init_scale=1.0)
+    model = make(
+        base_options=longer("longrope"), shadow_num_hidden_layers=LAYERS, init="base", constants={"init_scale": 1.0}
+    )
     with torch.no_grad():
         for injection in model.shadow.couplings.injections.values():
             injection.up.weight.zero_()

@@ -12,7 +12,7 @@ from umbra.base.architectures import locate
 from umbra.method.kernels import reference
 from umbra.shadow.input_scale import LARGEST, LENGTH, ROWS, SEED, scale_of
 
-MEASURED, PLAIN = {"channel_scale": "measured"}, {"channel_scale": "none"}
+MEASURED, PLAIN = {"input_scale": "measured"}, {"input_scale": "none"}
 
 
 def test_it_is_its_equation():
@@ -109,7 +109,7 @@ def test_the_peers_get_it_within_their_weights(form, tmp_path):
     model, ids = make(dialect={"peft": "peft", "shadow-peft": "paper"}[form], **MEASURED), tokens()
     convert(model, tmp_path / "out", form)
     read = umbra.load(tmp_path / "out", make_base()).eval()
-    assert read.shadow_config.channel_scale == "none"
+    assert read.shadow_config.input_scale == "none"
     with torch.no_grad():
         torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
@@ -130,8 +130,8 @@ def test_a_base_without_weights_has_nothing_to_measure():
 
 
 def test_an_unknown_scale_is_refused():
-    with pytest.raises(umbra.ConfigError, match="channel_scale must be one of none, measured"):
-        umbra.ShadowConfig(channel_scale="loud")
+    with pytest.raises(umbra.ConfigError, match="input_scale must be one of none, measured"):
+        umbra.ShadowConfig(input_scale="loud")
 
 
 def test_scrambled_shadows_are_told_apart():

@@ -46,9 +46,9 @@ from umbra.shadow.pretrained import saved_config
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 SHADOW_PEFT_FILES = ["shadow_config.json", "shadow_adapter.safetensors", "shadow_modules.safetensors"]  # see interop
 # 1, of 2026-11, had neither a digest nor samples that quantised bases could be held to; 2 carried no tokenizer, and of its base
-# the blocks and the embeddings alone.
-FORMAT_VERSION = 3
-READABLE = (2, FORMAT_VERSION)
+# the blocks and the embeddings alone; 3 had the constants of a dialect among the fields of the shadow, and former names.
+FORMAT_VERSION = 4
+READABLE = (2, 3, FORMAT_VERSION)
 PREFIX = "shadow."  # of the tensors in WEIGHTS_FILE: their names in the model's own state dict
 NAMES_OF_LABELS = ("id2label", "label2id", "problem_type")
 TRAINER_FILE = "model.safetensors"  # the name by which transformers' Trainer finds what it resumes from
@@ -236,7 +236,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     kinds = {
         "shadow": dict, "shadow_model_config": dict, "base": dict, "task_type": str,
         "base_model_name_or_path": str | None, "adapter_id": str | None, "classifier": dict | None,
-        DRAFT_TOKENS: list | None, PROMPTING: dict if version == FORMAT_VERSION else dict | None,
+        DRAFT_TOKENS: list | None, PROMPTING: dict if version != 2 else dict | None,
     }  # fmt: skip
     wrong = [k for k, kind in kinds.items() if not isinstance(values.get(k), kind)]
     if wrong:

@@ -2,13 +2,13 @@
 
 import json
 import uuid
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from umbra.adapters import checkpoint, interop
 from umbra.adapters.integrity import PROMPTING
 from umbra.adapters.prompting import BEFORE, Prompting
-from umbra.config import ShadowConfig
+from umbra.config import ShadowConfig, migrate
 from umbra.data import Labels
 from umbra.errors import ConfigError, DataError
 from umbra.model.shadow_model import ShadowModel
@@ -32,7 +32,12 @@ def adopt(options: TrainOptions, given: dict[str, Any]) -> tuple[TrainOptions, S
         )
     values = checkpoint.read_config(path)
     config = ShadowConfig.from_dict(values["shadow"])
-    shadow, saved = (json.loads(json.dumps(c)) for c in (given, config.to_dict()))
+    saved = json.loads(json.dumps(config.to_dict()))
+    shadow = migrate(given)
+    if "constants" in shadow:
+        shadow["constants"] = asdict(ShadowConfig(constants=shadow["constants"]).constants)
+        shadow["constants"] = {k: saved["constants"][k] if v is None else v for k, v in shadow["constants"].items()}
+    shadow = json.loads(json.dumps(shadow))
     changed = sorted(k for k in names(ShadowConfig) if k in shadow and shadow[k] != saved[k])
     if changed:
         differences = ", ".join(f"{k}: {saved[k]!r} → {shadow[k]!r}" for k in changed)

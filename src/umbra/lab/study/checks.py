@@ -4,7 +4,6 @@ from transformers import TrainingArguments
 
 from umbra.errors import ConfigError, shown, unknown_key
 from umbra.lab.bench.base import RANDOM
-from umbra.lab.study.ablations import ablations_in
 from umbra.lab.study.definition import Study
 from umbra.lab.study.mappings import name_list
 from umbra.options import check_dtype, check_types
@@ -44,10 +43,6 @@ def _check_values(study: Study) -> None:
         raise ConfigError(f"seeds has duplicates: {shown(config.seeds)}.")
     if isinstance(config.match, int | float) and config.match < 1:
         raise ConfigError(f"match must be a number of parameters or a method's name, got {shown(config.match)}.")
-    if config.keep_adapters:
-        for name, method in study.methods.items():
-            if ablations_in(method.fields):
-                raise ConfigError(f"keep_adapters: the ablated model of method {name} cannot be saved as an adapter.")
 
 
 def _check_names(study: Study) -> None:

@@ -17,8 +17,7 @@ from umbra.config import ShadowConfig
 from umbra.errors import ConfigError, shown, unknown_key
 from umbra.lab.bench.base import Base
 from umbra.lab.bench.methods import trainable
-from umbra.lab.study.ablations import ablate, without_ablations
-from umbra.model.shadow_model import attach
+from umbra.lab.study.ablations import attach_ablated, read_update
 from umbra.options import check_types, names
 from umbra.training.train import leave_the_pair
 
@@ -88,7 +87,7 @@ class MethodOptions:
     @property
     def is_pretrained(self) -> bool:
         """Whether training starts from a pretrained shadow in a folder."""
-        return self.kind in SHADOWS and ShadowConfig(**without_ablations(self.fields)).is_pretrained
+        return self.kind in SHADOWS and ShadowConfig.from_dict(read_update(self.fields)[0]).is_pretrained
 
     @property
     def is_fixed(self) -> bool:
@@ -128,7 +127,7 @@ def read_method(name: str, values: dict[str, Any]) -> MethodOptions:
             f"method {name}: modes must be of {', '.join(kind.modes)} for {options['kind']}, got {', '.join(map(shown, modes))}."
         )
     if options["kind"] in SHADOWS:
-        ShadowConfig(**without_ablations(fields))
+        ShadowConfig.from_dict(read_update(fields)[0])
     elif options["kind"] != "base":
         fields = {**kind.defaults, **fields}
         _peft_config(str(options["kind"]), fields, False, name)
@@ -157,8 +156,7 @@ def build(kind: str, base: PreTrainedModel, fields: dict[str, Any], classifies: 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # raised by transformers for calls that PEFT makes
             return peft.get_peft_model(base, _peft_config(kind, fields, classifies))
-    model = attach(base, ShadowConfig(**without_ablations(fields)))
-    ablate(model, fields)
+    model = attach_ablated(base, fields)
     if kind == "alone":
         leave_the_pair(model)
     return model

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from umbra.config import DIALECTS, ShadowConfig
+from umbra.config import ShadowConfig
 from umbra.files.folder import digest_of
-from umbra.lab.study.ablations import without_ablations
+from umbra.lab.study.ablations import read_update
 from umbra.lab.study.definition import Study
 from umbra.lab.study.methods import SHADOWS
 
@@ -95,8 +95,9 @@ def _defaults(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the values of the umbra dialect for fields that the study leaves open."""
     if kind not in SHADOWS or fields.get("dialect", "umbra") != "umbra":
         return {}
-    resolved = ShadowConfig(**without_ablations(fields)).resolve()
-    return {k: getattr(resolved, k) for k in DIALECTS["umbra"] if fields.get(k) is None}
+    resolved = _former_names(ShadowConfig.from_dict(read_update(fields)[0]).resolve().to_dict())
+    set_by_study = _former_names(fields)
+    return {k: resolved[k] for k in FIRST if set_by_study.get(k) is None}
 
 
 def key_of(request: Request) -> str:
@@ -108,11 +109,20 @@ def key_of(request: Request) -> str:
     relevant = {k: v for k, v in request.items() if k not in ("method", "batch_size", "defaults")}
     if changed := {k: v for k, v in request.get("defaults", {}).items() if FIRST.get(k) != v}:
         relevant["defaults"] = changed
+    if request["kind"] in SHADOWS:
+        relevant["fields"] = _former_names(request["fields"])
     relevant["tasks"] = {
         n: {k: v for k, v in t.items() if k != "data" and (k, v) not in LATER.items() and not _is_local_path(k, v)}
         for n, t in request["tasks"].items()
     }  # fmt: skip
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _former_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a shadow under their names in the first records, so that keys do not change."""
+    flat = {**fields, **(fields.get("constants") or {})}
+    flat.pop("constants", None)
+    return {"channel_scale" if k == "input_scale" else k: v for k, v in flat.items()}
 
 
 def _is_local_path(field: str, value: str | list[str] | None) -> bool:

@@ -17,6 +17,7 @@ from umbra.errors import CheckpointError
 from umbra.files import folder
 from umbra.files.locks import locked
 from umbra.lab.study import records, requests
+from umbra.lab.study.ablations import is_ablated
 from umbra.lab.study.archive import STUDY_FILE, Record
 from umbra.lab.study.definition import Study
 from umbra.lab.study.preparation import prepare
@@ -88,8 +89,9 @@ def _run_stage(
         bar.set_postfix_str(f"{request['task']}, {request['method']}, {seed}")
         if key not in done or (retry and not records.is_complete(done[key])):
             work = out / "work" / key
-            adapters = out / "adapters" / records.file_of(out, request).stem if study.config.keep_adapters else None
-            done[key] = run(request, work, None if request["is_trial"] else adapters)
+            keeps = study.config.keep_adapters and not request["is_trial"] and not is_ablated(request["fields"])
+            adapters = out / "adapters" / records.file_of(out, request).stem if keeps else None
+            done[key] = run(request, work, adapters)
             records.write(out, done[key])
             shutil.rmtree(work, ignore_errors=True)
             _report_errors(request, done[key], out)
@@ -116,7 +118,8 @@ def _report_errors(request: Request, record: Record, out: Path) -> None:
 
 def _warn_about_adapters(out: Path, runs: Iterable[Request], done: dict[str, Record]) -> None:
     """Print how many runs have no saved adapter: they ended before keep_adapters was set, or adapters were removed."""
-    keys = {key_of(r) for r in runs if r["kind"] != "base" and records.succeeded(done.get(key_of(r)))}
+    trained = [r for r in runs if r["kind"] != "base" and not is_ablated(r["fields"])]
+    keys = {key for key in map(key_of, trained) if records.succeeded(done.get(key))}
     missing = sum(not any(out.glob(f"adapters/*--{key}")) for key in keys)
     if missing:
         tqdm.write(
