@@ -111,9 +111,11 @@ class Step(Case):
     labelled: float = 1.0
 
     def absent(self, method: Method) -> str | None:
+        """See `Case.absent`."""
         return ONLY.format("inference") if method.only == "inference" else None
 
     def ready(self, method: Method, model: nn.Module, base: Base) -> Run:
+        """See `Case.ready`."""
         if not method.is_bare:
             batch = make_batch(base, self.rows, self.length, self.labelled)
             expected = base.reference(
@@ -149,6 +151,7 @@ class Step(Case):
         return run
 
     def cost(self, forward: float, token: float) -> float:
+        """See `Case.cost`."""
         return 2.6 * self.tokens * forward
 
 
@@ -157,9 +160,11 @@ class Memory(Step):
     """The peak memory of a training step, in a separate process; see memory.py."""
 
     def absent(self, method: Method) -> str | None:
+        """See `Case.absent`."""
         return "the bare base has no training step" if method.is_bare else super().absent(method)
 
     def cost(self, forward: float, token: float) -> float:
+        """See `Case.cost`."""
         return 8 + super().cost(forward, token)
 
 
@@ -168,6 +173,7 @@ class Prefill(Case):
     """One forward over a prompt that fills a cache, with the logits that the model's `generate` requests."""
 
     def ready(self, method: Method, model: nn.Module, base: Base) -> Run:
+        """See `Case.ready`."""
         batch = unlabelled(make_batch(base, self.rows, self.length))
         # As in GenerationMixin: only the logits of the last token, if the forward has that argument.
         last = {"logits_to_keep": 1} if cast(PreTrainedModel, model)._supports_logits_to_keep() else {}
@@ -182,6 +188,7 @@ class Prefill(Case):
         return run
 
     def cost(self, forward: float, token: float) -> float:
+        """See `Case.cost`."""
         return self.tokens * forward
 
 
@@ -196,6 +203,7 @@ class Decode(Case):
         return {}
 
     def ready(self, method: Method, model: nn.Module, base: Base) -> Run:
+        """See `Case.ready`."""
         run = self._generation(model, base, **self.options(method, base))
         key = ("tokens", self.rows, self.length, self.new)
         expected = base.reference(key, lambda bare: self._generation(bare, base)())
@@ -230,6 +238,7 @@ class Decode(Case):
                 raise Disagreement(f"{place} is {int(row[at])}, the base's {int(expected_row[at])}")
 
     def cost(self, forward: float, token: float) -> float:
+        """See `Case.cost`."""
         return self.tokens * forward + 1.7 * self.new * token
 
 
@@ -238,21 +247,25 @@ class Compiled(Decode):
     """Greedy decoding with a static cache and a compiled forward; on CUDA with CUDA graphs. Compilation is not timed."""
 
     def absent(self, method: Method) -> str | None:
+        """See `Case.absent`."""
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             return "torch.compile needs a C++ compiler (g++), which is not installed"
         return super().absent(method)
 
     def options(self, method: Method, base: Base) -> dict[str, Any]:
+        """See `Decode.options`."""
         mode = cast(Any, "reduce-overhead") if base.device.type == "cuda" else None
         config: Any = CompileConfig(mode=mode)
         config._compile_all_devices = True  # transformers compiles automatically on accelerators only
         return {"cache_implementation": "static", "compile_config": config}
 
     def ready(self, method: Method, model: nn.Module, base: Base) -> Run:
+        """See `Case.ready`."""
         torch._dynamo.config.recompile_limit = 64  # every method compiles the code of the base again
         return super().ready(method, model, base)
 
     def cost(self, forward: float, token: float) -> float:
+        """See `Case.cost`."""
         return 8 + super().cost(forward, token)  # compilation, spread over the rounds
 
 
@@ -261,9 +274,11 @@ class Detached(Decode):
     """Greedy decoding with the detached shadow in the base's precision; other methods unchanged, for comparison."""
 
     def absent(self, method: Method) -> str | None:
+        """See `Case.absent`."""
         return super().absent(method) if method.is_umbra or method.name in REFERENCES else ALONE
 
     def ready(self, method: Method, model: nn.Module, base: Base) -> Run:
+        """See `Case.ready`."""
         if not method.is_umbra:
             return super().ready(method, model, base)
         shadow_model = cast(ShadowModel, model.eval())
@@ -278,6 +293,7 @@ class Detached(Decode):
         return run
 
     def cost(self, forward: float, token: float) -> float:
+        """See `Case.cost`."""
         return 0.7 * super().cost(forward, token)
 
 
@@ -286,11 +302,13 @@ class Drafted(Decode):
     """Speculative decoding with the shadow as draft model; other methods unchanged, for comparison."""
 
     def absent(self, method: Method) -> str | None:
+        """See `Case.absent`."""
         if method.name in REFERENCES:
             return None
         return super().absent(method) if method.is_umbra else ALONE
 
     def options(self, method: Method, base: Base) -> dict[str, Any]:
+        """See `Decode.options`."""
         return {"draft": DRAFT} if method.is_umbra else {}
 
 

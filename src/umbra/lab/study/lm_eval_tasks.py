@@ -1,9 +1,9 @@
 """Tasks of lm-eval in a study."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from umbra.errors import ConfigError, DataError, raising, unknown_key
 from umbra.files import hub
@@ -38,7 +38,7 @@ def check(name: str, options: TaskOptions) -> None:
 
 
 def score(
-    runner: Any, tokenizer: PreTrainedTokenizerBase, options: TaskOptions, batch_size: int
+    runner: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions, batch_size: int
 ) -> dict[str, Any]:  # fmt: skip
     """Score a model on a task of lm-eval.
 
@@ -56,7 +56,7 @@ def score(
     from lm_eval.models.huggingface import HFLM
 
     name, manager = str(options.lm_eval), _manager(options)
-    model = HFLM(pretrained=runner, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
+    model = HFLM(pretrained=cast(Any, runner), tokenizer=cast(Any, tokenizer), batch_size=batch_size)
     with hub.lookup(DATA):
         results = lm_eval.simple_evaluate(
             model, tasks=[name], limit=options.test_limit, task_manager=manager, bootstrap_iters=0, log_samples=True
