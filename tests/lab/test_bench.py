@@ -112,10 +112,10 @@ def test_growth(tmp_path, monkeypatch):
 
 
 def test_help_names_every_row_column_and_shape():
-    told = {f.name: f.metadata["help"] for f in dataclasses.fields(BenchOptions)}
-    assert all(m.name in told["methods"] for m in METHODS)
-    assert all(c.name in told["cases"] for c in CASES)
-    assert all(f"random:{shape}" in told["base"] for shape in bench.base.SHAPES)
+    output = {f.name: f.metadata["help"] for f in dataclasses.fields(BenchOptions)}
+    assert all(m.name in output["methods"] for m in METHODS)
+    assert all(c.name in output["cases"] for c in CASES)
+    assert all(f"random:{shape}" in output["base"] for shape in bench.base.SHAPES)
 
 
 # -- equal before timed --------------------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ def test_a_method_that_cannot_is_noted(base):
         raise NotImplementedError("not on  this\nmachine")
 
     row = dataclasses.replace(ROWS[LORA], loss=unable)
-    found = prepare(SMALL["step"], row, built(base, LORA)[LORA], base)
-    assert found == {"failed": "NotImplementedError: not on this machine"}
+    result = prepare(SMALL["step"], row, built(base, LORA)[LORA], base)
+    assert result == {"failed": "NotImplementedError: not on this machine"}
 
 
 # -- equal sizes, one base -----------------------------------------------------------------------------------------
@@ -225,16 +225,16 @@ def test_the_label_only_row_has_loras_own_gradients(base):
 def test_the_peak_of_a_step_in_a_process_of_its_own(base):
     sizes = [cases.Memory("large", "", 16, 256), cases.Memory("small", "", 2, 16)]
     rank, widths = methods.fit(base, [ROWS["Umbra"]], 8)
-    found = memory.weigh(sizes, ROWS["Umbra"], base, Device("cpu"), rank=rank, width=widths["Umbra"], seed=0)
-    rise = {name: row["peak"] - row["before"] for name, row in found.items()}
+    result = memory.weigh(sizes, ROWS["Umbra"], base, Device("cpu"), rank=rank, width=widths["Umbra"], seed=0)
+    rise = {name: row["peak"] - row["before"] for name, row in result.items()}
     assert rise["large"] > 16 * 256 * 99 * 4 > rise["small"]
-    assert found["large"]["before"] > 2**26
+    assert result["large"]["before"] > 2**26
 
 
 def test_a_process_that_fails_is_noted(base, monkeypatch):
     broken = dataclasses.replace(ROWS["Umbra"], name="no such row")
-    found = memory.weigh([cases.Memory("m", "", 1, 16)], broken, base, Device("cpu"), rank=8, width=16, seed=0)
-    assert "StopIteration" in found["m"]["failed"]
+    result = memory.weigh([cases.Memory("m", "", 1, 16)], broken, base, Device("cpu"), rank=8, width=16, seed=0)
+    assert "StopIteration" in result["m"]["failed"]
 
 
 # -- kept ----------------------------------------------------------------------------------------------------------
@@ -355,6 +355,6 @@ def test_drafting_is_measured_for_umbra(base, monkeypatch):
     model = built(base, "Umbra")["Umbra"]
     generate = type(model).generate
     monkeypatch.setattr(type(model), "generate", lambda *args, **o: drafted.append(o["draft"]) or generate(*args, **o))
-    found = case.ready(ROWS["Umbra"], model, base)()
+    result = case.ready(ROWS["Umbra"], model, base)()
     assert drafted == [cases.DRAFT] * 2
-    assert torch.equal(found, case.ready(ROWS[BASE], base.copy(), base)())
+    assert torch.equal(result, case.ready(ROWS[BASE], base.copy(), base)())

@@ -48,12 +48,12 @@ def test_a_test_that_fails_costs_its_own_score_alone(tmp_path, small, monkeypatc
     trainings = []
     train = run_module.train_model
     monkeypatch.setattr(run_module, "train_model", lambda *x: trainings.append(1) or train(*x))
-    found = run_study(tmp_path, small)
+    result = run_study(tmp_path, small)
     results = results_of(tmp_path)
     lora = next(v for v in results.variants if v.method == "LoRA")
     assert results.score(lora, "sum", "sum") is not None and results.score(lora, "sum", "sign") is None
     assert "on sign failed: RuntimeError: no such luck" in capsys.readouterr().err
-    assert found["failed"] == 2, "the base on sign, LoRA that learned sum"
+    assert result["failed"] == 2, "the base on sign, LoRA that learned sum"
     report = (tmp_path / "out" / "report.md").read_text()
     assert "1 scores are missing" in report and "seed 0, tested on sign" in report
     count, failing = len(trainings), False
@@ -62,7 +62,7 @@ def test_a_test_that_fails_costs_its_own_score_alone(tmp_path, small, monkeypatc
     assert results_of(tmp_path).unscored == []
 
 
-def test_an_lm_eval_task_without_its_data_is_told_before_training(tmp_path, small, monkeypatch):
+def test_an_lm_eval_task_without_data_fails_before_training(tmp_path, small, monkeypatch):
     class Manager:
         all_tasks = all_subtasks = ("hellaswag",)
 
@@ -79,18 +79,18 @@ def test_an_lm_eval_task_without_its_data_is_told_before_training(tmp_path, smal
 def test_a_loss_is_no_accuracy_in_pefts_form(tmp_path, small):
     small["tasks"]["sum"] |= {"metric": "loss"}
     run_study(tmp_path, {**small, "transfer": {}})
-    told = {}
+    output = {}
     for file in (tmp_path / "out" / "runs").glob("*LoRA*.json"):
-        kept = json.loads(file.read_text())
-        told[kept["umbra"]["request"]["task"]] = (
-            kept["train_info"]["metrics"][-1]["test accuracy"],
-            kept["run_info"]["train_config"]["generation_kwargs"]["max_new_tokens"],
+        record = json.loads(file.read_text())
+        output[record["umbra"]["request"]["task"]] = (
+            record["train_info"]["metrics"][-1]["test accuracy"],
+            record["run_info"]["train_config"]["generation_kwargs"]["max_new_tokens"],
         )
-    assert told["sum"][0] is None and 0 <= told["sign"][0] <= 1
-    assert told["sign"][1] == 3
+    assert output["sum"][0] is None and 0 <= output["sign"][0] <= 1
+    assert output["sign"][1] == 3
 
 
-def test_given_rates_are_told_beside_a_search(tmp_path, base_folder):
+def test_fixed_rates_are_reported_beside_a_search(tmp_path, base_folder):
     methods = {"LoRA": {**METHODS["LoRA"], "learning_rate": 0.02}, "Umbra": METHODS["Umbra"]}
     given = study_of(tmp_path, base_folder, methods=methods, seeds=[0], forgetting=[], match=None, transfer={})
     given["tasks"] = {"sum": given["tasks"]["sum"]}
@@ -100,7 +100,7 @@ def test_given_rates_are_told_beside_a_search(tmp_path, base_folder):
     assert "Fixed rates, without a search: LoRA 0.02." in report
 
 
-def test_a_size_that_changes_nothing_is_named(tmp_path):
+def test_a_size_without_effect_is_an_error(tmp_path):
     make_base("qwen3_moe", vocab_size=99).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     given = study_of(
@@ -117,7 +117,7 @@ def test_a_rate_that_the_search_would_override_is_refused(tmp_path, base_folder)
         run_study(tmp_path, given)
 
 
-def test_a_seed_twice_is_refused(tmp_path, small):
+def test_duplicate_seeds_are_an_error(tmp_path, small):
     with pytest.raises(ConfigError, match="seeds has duplicates"):
         run_study(tmp_path, {**small, "seeds": [0, 0]})
 
@@ -139,7 +139,7 @@ def test_a_task_that_is_only_tested_needs_no_training_file(tmp_path, base_folder
     assert all(records.is_complete(r) for r in records.read_all(tmp_path / "out").values())
 
 
-def test_what_a_study_writes_is_no_file_of_a_task_that_lies_around_it(tmp_path, small, monkeypatch):
+def test_files_written_by_a_study_are_not_task_files(tmp_path, small, monkeypatch):
     score = {"metric": "acc", "less_is_better": False, "value": 0.5, "values": {}, "items": [0.0, 1.0]}
     monkeypatch.setattr(lm_eval_tasks, "check", lambda *_: None)
     monkeypatch.setattr(lm_eval_tasks, "score", lambda *_: score)
@@ -151,12 +151,14 @@ def test_what_a_study_writes_is_no_file_of_a_task_that_lies_around_it(tmp_path, 
     assert results_of(tmp_path, "in/out").missing == []
 
 
-def test_a_lost_gpu_ends_the_sweep_and_what_is_done_is_kept(tmp_path, small, monkeypatch):
+def test_a_lost_gpu_ends_the_study_and_finished_runs_remain(tmp_path, small, monkeypatch):
     plain, error = sweep.run, "RuntimeError: CUDA error: device-side assert triggered"
 
     def run(request, *more):
-        kept = plain(request, *more)
-        return kept if request["kind"] == "base" else records.make(request, {}, "2026-01-01T00:00:00+00:00", 0.0, error)
+        record = plain(request, *more)
+        return (
+            record if request["kind"] == "base" else records.make(request, {}, "2026-01-01T00:00:00+00:00", 0.0, error)
+        )
 
     monkeypatch.setattr(sweep, "run", run)
     given = {**small, "seeds": [0, 1], "transfer": {"sum": ["sign"]}}
@@ -179,7 +181,7 @@ def test_a_lost_gpu_ends_the_sweep_and_what_is_done_is_kept(tmp_path, small, mon
         ({"max_length": 64}, None),
     ],
 )
-def test_what_is_longer_than_the_bases_positions_is_told_before_training(change, says, tmp_path, small, monkeypatch):
+def test_lengths_beyond_the_base_are_an_error_before_training(change, says, tmp_path, small, monkeypatch):
     read = AutoConfig.from_pretrained(small["base"])
     base = shutil.copytree(small["base"], tmp_path / "base")
     read.max_position_embeddings = 64
@@ -212,11 +214,11 @@ def test_a_run_has_one_record_whatever_its_method_is_called(tmp_path, small):
 def test_a_record_is_made_on_any_device(small):
     small["tasks"] = {"sum": small["tasks"]["sum"]}
     request = next(requests.runs(parse_study({**small, "transfer": {}}), {"base": {}, "LoRA": {}}, {}))
-    kept = records.make(request, {"device": "mps:0"}, "2026-01-01", 0.0, "")
-    assert kept["umbra"]["machine"]["cores"]
+    record = records.make(request, {"device": "mps:0"}, "2026-01-01", 0.0, "")
+    assert record["umbra"]["machine"]["cores"]
 
 
-def test_adapters_that_were_not_kept_are_told_once(tmp_path, small, capsys):
+def test_missing_adapters_are_reported_once(tmp_path, small, capsys):
     small["tasks"] = {"sum": small["tasks"]["sum"]}
     given = {**small, "transfer": {}, "seeds": [0, 1]}
     run_study(tmp_path, given)
@@ -231,7 +233,7 @@ def test_adapters_that_were_not_kept_are_told_once(tmp_path, small, capsys):
     assert len(list((tmp_path / "out" / "adapters").iterdir())) == 2
 
 
-def test_a_method_that_does_not_fit_the_base_is_told_before_anything_runs(tmp_path, base_folder):
+def test_a_method_unfit_for_the_base_is_an_error_before_any_run(tmp_path, base_folder):
     methods = {"base": {"kind": "base"}, "Bad": {"kind": "peft", "peft_type": "LORA", "target_modules": ["nowhere"]}}
     given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None)
     with pytest.raises(umbra.ConfigError, match=r"method Bad cannot be applied to .*nowhere"):
@@ -263,7 +265,7 @@ def test_weights_that_are_not_finite_are_a_failed_run(tmp_path, base_folder, tas
     assert "Training has diverged" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_what_is_learned_is_not_tested_as_something_unseen(tmp_path, base_folder):
+def test_training_records_of_a_task_are_not_test_records_of_another(tmp_path, base_folder):
     given = study_of(tmp_path, base_folder)
     given["tasks"]["sign"]["test"] = lines(tmp_path / "leak.jsonl", SUMS[:20:2] + SIGNS[1::2])
     with pytest.raises(umbra.DataError, match="10 of 34 test records of sign are training records of sum"):
@@ -277,7 +279,7 @@ def test_what_is_learned_is_not_tested_as_something_unseen(tmp_path, base_folder
         ("class", {"text": "", "label": "yes"}, r"none\.jsonl:1: 'text' is empty"),
     ],
 )
-def test_a_prompt_without_tokens_is_told_before_anything_runs(tmp_path, base_folder, task, row, message):
+def test_a_prompt_without_tokens_is_an_error_before_any_run(tmp_path, base_folder, task, row, message):
     given = study_of(tmp_path, base_folder, chat_template=False, match=None, search=None, forgetting=[], transfer={})
     given["tasks"] = {task: given["tasks"][task]}
     given["tasks"][task]["test"] = lines(tmp_path / "none.jsonl", [row])
@@ -285,7 +287,7 @@ def test_a_prompt_without_tokens_is_told_before_anything_runs(tmp_path, base_fol
         run_study(tmp_path, given)
 
 
-def test_classes_that_a_trained_task_lacks_are_told_before_anything_runs(tmp_path, base_folder):
+def test_unseen_classes_of_a_transfer_are_an_error_before_any_run(tmp_path, base_folder):
     given = study_of(
         tmp_path, base_folder, match=None, search=None, forgetting=[], transfer={"class": ["other"], "other": []}
     )
@@ -304,11 +306,11 @@ def test_classes_that_a_trained_task_lacks_are_told_before_anything_runs(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_an_item_that_is_no_number_costs_its_run_and_not_the_report(done, tmp_path):
+def test_an_item_that_is_not_finite_costs_one_run_not_the_report(done, tmp_path):
     shutil.copytree(done / "out", tmp_path / "out")
     of_lora = variant(results_of(tmp_path), "LoRA")
-    kept = next(results_of(tmp_path).of(of_lora, "sum"))
-    kept["umbra"]["scores"]["sum"]["attached"]["items"][0] = math.inf
-    records.write(tmp_path / "out", kept)
+    record = next(results_of(tmp_path).of(of_lora, "sum"))
+    record["umbra"]["scores"]["sum"]["attached"]["items"][0] = math.inf
+    records.write(tmp_path / "out", record)
     write_report(tmp_path / "out")
     assert "(1 of 2 seeds)" in (tmp_path / "out" / "report.md").read_text()

@@ -115,7 +115,7 @@ def test_a_task_that_cannot_be_run_is_refused(change, message, study):
         parse_study(study)
 
 
-def test_too_little_data_and_the_wrong_records_are_named(study):
+def test_too_little_data_and_wrong_records_are_named(study):
     with pytest.raises(
         DataError, match="4 training records whose prompts are not in its test set; validation=4 leaves none"
     ):

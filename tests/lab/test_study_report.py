@@ -18,7 +18,7 @@ from umbra.lab.study.statistics import Estimate, estimate
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-def test_the_report_is_whole_while_a_further_search_runs(done, base_folder, tmp_path, monkeypatch):
+def test_the_report_is_complete_while_another_search_runs(done, base_folder, tmp_path, monkeypatch):
     shutil.copytree(done / "out", tmp_path / "out")
     given = study_of(tmp_path, base_folder, methods={**METHODS, "LoRA 3": {"kind": "lora", "r": 3}})
 
@@ -38,11 +38,11 @@ def test_percents_are_shares_in_every_run_where_one_is_beyond_1(done, tmp_path):
     """Of a metric that is none of the known percents; another test's shares stay."""
     shutil.copytree(done / "out", tmp_path / "out")
     for file in (tmp_path / "out" / "runs").glob("sum--*.json"):
-        kept = json.loads(file.read_text())
-        scores = kept["umbra"]["scores"].get("sign", {})  # attached, detached
+        record = json.loads(file.read_text())
+        scores = record["umbra"]["scores"].get("sign", {})  # attached, detached
         for score, each in zip(scores.values(), ([61.0] * 24, [0.5] * 24), strict=False):
             score |= {"value": each[0], "items": each}
-        file.write_text(json.dumps(kept))
+        file.write_text(json.dumps(record))
     before, after = results_of(done), results_of(tmp_path)
     for name, share in (("Umbra", 0.61), ("Umbra, detached", 0.005)):
         v = variant(after, name)
@@ -51,7 +51,7 @@ def test_percents_are_shares_in_every_run_where_one_is_beyond_1(done, tmp_path):
         assert after.items(v, "sum", "text") == before.items(v, "sum", "text")
 
 
-def test_the_page_needs_nothing_else_and_knows_light_and_dark(done):
+def test_the_page_is_self_contained_and_adapts_to_dark_mode(done):
     text = (done / "out" / "report.html").read_text()
     assert not re.search(r"<(script|img|link|iframe)|url\((?!#)|(src|href)=.(?!#)", text)
     assert "prefers-color-scheme: dark" in text and "currentColor" in text and "#010203" not in text
@@ -70,17 +70,17 @@ def test_the_page_needs_nothing_else_and_knows_light_and_dark(done):
         assert f">{name}</td>" in text
 
 
-def test_markdown_and_page_tell_the_same(done):
+def test_markdown_and_page_have_equal_tables(done):
     written, page = ((done / "out" / f"report.{e}").read_text() for e in ("md", "html"))
     rows = [line for line in written.splitlines() if line.startswith("| ")]
     cells = [[re.sub(r"\*\*", "", c.strip()) for c in row[2:-2].split(" | ")] for row in rows]
-    found = re.findall(r"<tr>(.*?)</tr>", page)
-    assert cells == [[re.sub(r"<[^>]+>", "", c) for c in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in found]
+    result = re.findall(r"<tr>(.*?)</tr>", page)
+    assert cells == [[re.sub(r"<[^>]+>", "", c) for c in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in result]
     for figure in re.findall(r"\]\((figures/\w+\.png)\)", written):
         assert (done / "out" / figure).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_losses_stand_on_the_first_page(done, monkeypatch):
+def test_losses_are_in_the_lead(done, monkeypatch):
     loss, win = Estimate(-0.2, -0.3, -0.1, 2, 24), Estimate(0.2, 0.1, 0.3, 2, 24)
     monkeypatch.setattr(
         Results, "difference", lambda self, ours, baseline, *_: loss if baseline.name == "LoRA" else win
@@ -106,20 +106,20 @@ def test_losses_stand_on_the_first_page(done, monkeypatch):
 
 def test_a_score_without_items_has_no_verdict(done):
     results = results_of(done)
-    for kept in results.runs:
-        for score in kept["umbra"]["scores"].get("sign", {}).values():
+    for record in results.runs:
+        for score in record["umbra"]["scores"].get("sign", {}).values():
             score["items"] = []
-    found = results.difference(variant(results, "Umbra"), variant(results, "LoRA"), "sum", "sign")
-    assert found.verdict == "" and not any(c.tested == "sign" and c.trained == "sum" for c in comparisons(results))
+    result = results.difference(variant(results, "Umbra"), variant(results, "LoRA"), "sum", "sign")
+    assert result.verdict == "" and not any(c.tested == "sign" and c.trained == "sum" for c in comparisons(results))
     row = next(r for r in performance.transfer(results)[0].rows if r[0] == "Umbra − LoRA")
     assert row[1].endswith("(seeds only)")
 
 
-def test_many_methods_are_told_apart_in_pictures(done):
+def test_many_methods_have_distinct_looks(done):
     results = results_of(done)
     results.variants = [Variant(f"a method with a name of some length {i}", "attached", "umbra") for i in range(24)]
-    found = plots.looks(results)
-    assert len({tuple(look.values()) for look in found.values()}) == 24
+    result = plots.looks(results)
+    assert len({tuple(look.values()) for look in result.values()}) == 24
     figure = plots.pareto(results)
     assert figure.get_size_inches()[1] > 0.18 * 24 * 2
 
@@ -131,7 +131,7 @@ def test_no_point_lies_on_the_edge_of_its_picture(done):
     assert plots.differences(rows, "points").axes[0].get_ylim() == (1.5, -0.5)
 
 
-def test_a_missing_seed_is_told(done, tmp_path):
+def test_a_missing_seed_is_reported(done, tmp_path):
     shutil.copytree(done / "out", tmp_path / "out")
     for file in (tmp_path / "out" / "runs").glob("sum--LoRA--seed-1--*.json"):
         file.unlink()
@@ -150,13 +150,13 @@ def test_transfer_to_a_loss_is_in_the_table_and_not_in_the_map(done):
     section, draw = performance.transfer(results)
     assert section.header[2] == "sum → text, loss" and draw().axes[0].get_xticklabels()[-1].get_text() == "sum →\nsign"
     row = next(r for r in section.rows if r[0] == "Umbra − LoRA")
-    ours, theirs = (results.score(variant(results, n), "sum", "text").mean for n in ("Umbra", "LoRA"))
-    assert row[2].startswith(f"{theirs - ours:+.3f}")
+    ours, other = (results.score(variant(results, n), "sum", "text").mean for n in ("Umbra", "LoRA"))
+    assert row[2].startswith(f"{other - ours:+.3f}")
     results.study["transfer"] = {"sum": ["text"]}
     assert performance.transfer(results)[0].figure is None
 
 
-def test_sizes_are_held_to_what_they_were_matched_to(done):
+def test_sizes_are_compared_with_the_matched_size(done):
     results = results_of(done)
     first = results.description["parameters"]
     results.study["match"], results.description["parameters"] = 5000.0, {**dict.fromkeys(first, 5000), "IA3": 30}
@@ -165,7 +165,7 @@ def test_sizes_are_held_to_what_they_were_matched_to(done):
     assert "Not matched in trainable parameters: Umbra (0.01 M)." in "".join(lead(results))
 
 
-def test_every_method_that_is_not_ours_is_a_rival(tmp_path, done):
+def test_every_other_method_is_a_baseline(tmp_path, done):
     shutil.copytree(done / "out", tmp_path / "out")
     about = json.loads((tmp_path / "out" / "study.json").read_text())
     about["study"]["ours"] = ["LoRA"]
@@ -177,17 +177,17 @@ def test_every_method_that_is_not_ours_is_a_rival(tmp_path, done):
 def test_costs_are_multiples_run_by_run(done, monkeypatch):
     """The multiple is the mean over runs of the same seed and task, with an interval over both."""
     results = results_of(done)
-    ours, theirs = (variant(results, n) for n in ("Umbra", "LoRA"))
-    found = results.cost_ratio(ours, theirs, "seconds")
+    ours, other = (variant(results, n) for n in ("Umbra", "LoRA"))
+    result = results.cost_ratio(ours, other, "seconds")
     seconds = {}
-    for kept in results.runs:
-        asked = kept["umbra"]["request"]
-        seconds[asked["method"], asked["task"], asked["seed"]] = kept["umbra"]["seconds_per_step"]
+    for record in results.runs:
+        asked = record["umbra"]["request"]
+        seconds[asked["method"], asked["task"], asked["seed"]] = record["umbra"]["seconds_per_step"]
     by_hand = [seconds["Umbra", t, s] / seconds["LoRA", t, s] for t in results.trained for s in results.study["seeds"]]
-    assert found.mean == pytest.approx(sum(by_hand) / len(by_hand)) and found.low < found.mean < found.high
-    assert results.cost_ratio(theirs, theirs, "seconds").half_width == 0
+    assert result.mean == pytest.approx(sum(by_hand) / len(by_hand)) and result.low < result.mean < result.high
+    assert results.cost_ratio(other, other, "seconds").half_width == 0
     text = (done / "out" / "report.md").read_text()
-    assert f"{found.mean:.2f} ± {found.half_width:.2f} ×" in text[text.index("## Cost") :]
+    assert f"{result.mean:.2f} ± {result.half_width:.2f} ×" in text[text.index("## Cost") :]
 
 
 def test_families_and_ablations_have_sections_of_their_own(tmp_path, base_folder):
@@ -225,7 +225,7 @@ def test_the_map_writes_each_score_into_its_cell():
     }
 
 
-def test_names_are_drawn_as_they_are():
+def test_names_are_drawn_verbatim():
     """Two dollars begin no mathematics, and an underscore hides nothing from a legend."""
     from types import SimpleNamespace
 

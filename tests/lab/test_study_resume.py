@@ -28,7 +28,7 @@ def stamps(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in sorted(folder.glob("*/*.json"))}
 
 
-def test_what_was_run_is_not_run_again_and_what_changed_is(done, base_folder, monkeypatch):
+def test_only_changed_settings_are_run_again(done, base_folder, monkeypatch):
     asked = []
 
     def refuse(request, *_):
@@ -41,10 +41,10 @@ def test_what_was_run_is_not_run_again_and_what_changed_is(done, base_folder, mo
     assert run_study(done, given)["failed"] == 0
     assert asked == [] and stamps(done / "out") == before
     given["methods"] = {**METHODS, "LoRA": {**METHODS["LoRA"], "lora_dropout": 0.1}}
-    found = run_study(done, {**given, "seeds": [0, 1, 2]}, out="out")
+    result = run_study(done, {**given, "seeds": [0, 1, 2]}, out="out")
     assert {m for _, m, s in asked if s in (0, 1)} == {"LoRA"}
     assert {s for _, m, s in asked if m != "LoRA"} == {2}
-    assert found["failed"] == len(asked)
+    assert result["failed"] == len(asked)
     assert all(stamps(done / "out")[k] == v for k, v in before.items())
     results = results_of(done)
     assert results.score(variant(results, "LoRA"), "sum", "sum") is None
@@ -52,7 +52,7 @@ def test_what_was_run_is_not_run_again_and_what_changed_is(done, base_folder, mo
     run_study(done, study_of(done, base_folder))  # as the other tests want it
 
 
-def test_a_failure_is_told_kept_and_tried_again_on_demand(tmp_path, base_folder, monkeypatch):
+def test_a_failure_is_recorded_and_repeated_with_retry(tmp_path, base_folder, monkeypatch):
     methods = {"LoRA": {"kind": "lora", "r": 2}, "Bad": {"kind": "lora", "r": 2, "training": {"weight_decay": 0.01}}}
     given = study_of(
         tmp_path, base_folder, methods=methods, match=None, search=None, seeds=[0], forgetting=[], transfer={}
@@ -61,10 +61,10 @@ def test_a_failure_is_told_kept_and_tried_again_on_demand(tmp_path, base_folder,
     broken = {"on": True}
     original = run_module.train_model
 
-    def fails(model, task, *rest):
-        if broken["on"] and rest[2]["method"] == "Bad":
+    def fails(model, task, *others):
+        if broken["on"] and others[2]["method"] == "Bad":
             raise RuntimeError("out of luck")
-        return original(model, task, *rest)
+        return original(model, task, *others)
 
     monkeypatch.setattr(run_module, "train_model", fails)
     assert run_study(tmp_path, given)["failed"] == 1
@@ -74,13 +74,13 @@ def test_a_failure_is_told_kept_and_tried_again_on_demand(tmp_path, base_folder,
     assert run_study(tmp_path, given, retry=True)["failed"] == 0
 
 
-def test_two_at_once_in_one_folder_are_one_too_many(tmp_path, base_folder):
+def test_two_studies_cannot_write_to_one_folder(tmp_path, base_folder):
     with locked(tmp_path / "out"), pytest.raises(umbra.CheckpointError, match=rf"written by process {os.getpid()} on"):
         run_study(tmp_path, study_of(tmp_path, base_folder))
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base_folder):
+def test_a_killed_study_resumes(tmp_path, base_folder):
     methods = {"LoRA": {"kind": "lora", "r": 2}, "Umbra": METHODS["Umbra"]}
     given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None, forgetting=[], transfer={})
     given["tasks"] = {"sum": given["tasks"]["sum"]}
@@ -104,7 +104,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base_folder):
     assert not (tmp_path / "out" / "work").exists()
 
 
-def test_time_before_a_kill_counts_too(tmp_path, base_folder, monkeypatch):
+def test_training_time_before_a_kill_is_included(tmp_path, base_folder, monkeypatch):
     """As it was measured; the answers are those of a run that was not killed."""
     methods = {"LoRA": {"kind": "lora", "r": 2}}
     given = study_of(
@@ -145,12 +145,12 @@ def test_a_damaged_record_counts_as_not_run(done, base_folder):
     assert again["umbra"]["scores"]["sum"]["attached"]["items"] == first["umbra"]["scores"]["sum"]["attached"]["items"]
 
 
-def test_what_is_json_and_no_record_or_study_is_told_as_such(done, tmp_path):
+def test_json_that_is_no_record_or_study_is_skipped_or_reported(done, tmp_path):
     shutil.copytree(done / "out", tmp_path / "out")
-    key, kept = next(iter(records.read_all(tmp_path / "out").items()))
-    file = records.file_of(tmp_path / "out", kept["umbra"]["request"])
+    key, record = next(iter(records.read_all(tmp_path / "out").items()))
+    file = records.file_of(tmp_path / "out", record["umbra"]["request"])
     for part in ("train_info", "umbra"):
-        file.write_text(json.dumps({k: v for k, v in kept.items() if k != part}))
+        file.write_text(json.dumps({k: v for k, v in record.items() if k != part}))
         assert key not in records.read_all(tmp_path / "out")
     write_report(tmp_path / "out")
     note = tmp_path / "out" / "study.json"
@@ -159,7 +159,7 @@ def test_what_is_json_and_no_record_or_study_is_told_as_such(done, tmp_path):
         write_report(tmp_path / "out")
 
 
-def test_a_long_name_is_cut_in_a_files_name(tmp_path):
+def test_long_names_are_truncated_in_file_names(tmp_path):
     request = {"task": "t" * 300, "training": {}, "is_trial": False, "seed": 0, "tasks": {}}
     a, b = (records.file_of(tmp_path, {**request, "method": "影" * 90, "x": x}) for x in "ab")
     assert a != b and len(a.name.encode()) < 200

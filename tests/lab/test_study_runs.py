@@ -39,11 +39,11 @@ def test_every_method_task_and_seed_is_scored(done):
     assert results.trained == ["sum", "class"]
     for v in results.variants:
         for task in results.trained:
-            found = results.items(v, task, task)
-            assert v.is_trained or task == "class" or found
+            result = results.items(v, task, task)
+            assert v.is_trained or task == "class" or result
             if v.is_trained:
-                assert sorted(found) == [0, 1]
-                assert {len(i) for i in found.values()} == {24}
+                assert sorted(result) == [0, 1]
+                assert {len(i) for i in result.values()} == {24}
         if v.kind != "base":
             assert results.items(v, "sum", "sign") and results.items(v, "sum", "text")
             assert results.score(v, "sum", "text").mean > 0
@@ -95,28 +95,28 @@ def test_the_rate_that_is_trained_with_has_the_lowest_held_out_loss(done):
             continue
         assert sorted(trials) == [1e-4, 1e-2]
         best = min(trials, key=trials.__getitem__)
-        for kept in results.runs:
-            if name in results.names_of(kept):
-                assert kept["umbra"]["request"]["training"]["learning_rate"] == best
-                assert kept["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == best
+        for record in results.runs:
+            if name in results.names_of(record):
+                assert record["umbra"]["request"]["training"]["learning_rate"] == best
+                assert record["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == best
 
 
 @pytest.mark.parametrize("mode", ["attached", "detached"])
 def test_scores_are_those_of_umbra_eval(mode, done):
-    kept = the_record(done, "sum", "Umbra", 1)
+    record = the_record(done, "sum", "Umbra", 1)
     adapter = next((done / "out" / "adapters").glob("sum--Umbra--seed-1--*"))
     options = EvalOptions(
         str(adapter), str(done / "sum.test.jsonl"), modes=mode, max_new_tokens=3, batch_size=5, dtype="float32"
     )
-    assert score_adapter(options)[0].accuracy == pytest.approx(kept["umbra"]["scores"]["sum"][mode]["value"])
+    assert score_adapter(options)[0].accuracy == pytest.approx(record["umbra"]["scores"]["sum"][mode]["value"])
 
 
 def test_lora_is_what_a_user_would_train(done, base_folder, tmp_path):
     """PEFT and transformers called by hand: the same losses, the same answers."""
     from peft import LoraConfig, get_peft_model
 
-    kept = the_record(done, "sum", "LoRA", 0)
-    rank, rate = kept["run_info"]["peft_config"]["r"], kept["run_info"]["train_config"]["optimizer_kwargs"]["lr"]
+    record = the_record(done, "sum", "LoRA", 0)
+    rank, rate = record["run_info"]["peft_config"]["r"], record["run_info"]["train_config"]["optimizer_kwargs"]["lr"]
     base, tokenizer = load_base(base_folder, dtype="float32"), make_tokenizer()
     torch.manual_seed(0)
     model = get_peft_model(
@@ -127,10 +127,10 @@ def test_lora_is_what_a_user_would_train(done, base_folder, tmp_path):
     examples = encode_all(records, tokenizer, max_length=512)
     arguments = make_arguments(tmp_path, {**TRAINING, "learning_rate": rate, "seed": 0, "save_strategy": "no"})
     trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=Collator(0))  # type: ignore[arg-type]
-    assert trainer.train().training_loss == pytest.approx(kept["train_info"]["metrics"][-1]["train loss"], rel=1e-5)
+    assert trainer.train().training_loss == pytest.approx(record["train_info"]["metrics"][-1]["train loss"], rel=1e-5)
     text = load_task("text", TaskOptions(**given["text"]))
     each = loss_of(model, tokenizer, text, text.test, None, True)[1]
-    assert each == pytest.approx(kept["umbra"]["scores"]["text"]["attached"]["items"], abs=2e-4)
+    assert each == pytest.approx(record["umbra"]["scores"]["text"]["attached"]["items"], abs=2e-4)
 
 
 def test_a_task_may_be_scored_by_the_loss_of_its_answers(base_folder, tmp_path):
@@ -167,16 +167,16 @@ def test_the_loss_is_of_a_token_whatever_the_batch(base_folder):
             logps = base(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
         sums, count = sums - float(logps.sum()), count + len(logps)
         means.append(-float(logps.mean()))
-    found, each = loss_of(base, tokenizer, task, records, None, True)
-    assert found == pytest.approx(sums / count, rel=1e-5)
+    result, each = loss_of(base, tokenizer, task, records, None, True)
+    assert result == pytest.approx(sums / count, rel=1e-5)
     assert each == pytest.approx(means, abs=1e-4) and len(each) == 3
 
 
 def test_a_shadow_alone_never_sees_the_base(done):
-    kept = the_record(done, "sum", "Alone", 0)
-    assert list(kept["umbra"]["scores"]["sum"]) == ["detached"]
+    record = the_record(done, "sum", "Alone", 0)
+    assert list(record["umbra"]["scores"]["sum"]) == ["detached"]
     assert (
-        kept["train_info"]["num_trainable_params"]
+        record["train_info"]["num_trainable_params"]
         < the_record(done, "sum", "Umbra", 0)["train_info"]["num_trainable_params"] * 1.05
     )
 
@@ -187,11 +187,11 @@ def test_a_text_that_is_classified_is_cut_as_in_training(base_folder):
     base.config.problem_type, base.config.label2id = "single_label_classification", {"LABEL_0": 0, "LABEL_1": 1}
     records = [{"text": a * 3 + b * 9, "label": "LABEL_0"} for a in "12345678" for b in "+-=" * 2]
     cut = [{**r, "text": r["text"][:3]} for r in records]
-    long, short, kept = (
-        [r["reply"] for r in score_classes(base, make_tokenizer(), found, max_length=length)[0]]
-        for found, length in ((records, 3), (cut, None), (records, None))
+    long, short, record = (
+        [r["reply"] for r in score_classes(base, make_tokenizer(), result, max_length=length)[0]]
+        for result, length in ((records, 3), (cut, None), (records, None))
     )
-    assert long == short and kept != short
+    assert long == short and record != short
 
 
 def test_methods_with_virtual_tokens_have_a_loss(base_folder):
@@ -218,8 +218,8 @@ def test_methods_with_virtual_tokens_have_a_loss(base_folder):
 
 def test_a_record_has_what_pefts_method_comparison_reads(done):
     """The fields that its processing script takes, with the types that it casts them to."""
-    for kept in results_of(done).runs:
-        info, train, meta = kept["run_info"], kept["train_info"], kept["meta_info"]
+    for record in results_of(done).runs:
+        info, train, meta = record["run_info"], record["train_info"], record["meta_info"]
         last = train["metrics"][-1]
         assert isinstance(info["experiment_name"], str) and isinstance(info["train_config"]["model_id"], str)
         assert info["peft_config"] is None or isinstance(info["peft_config"]["peft_type"], str)
@@ -298,9 +298,9 @@ def test_a_metric_of_lm_eval_that_is_no_mean_over_samples_is_a_value_alone(tmp_p
         "metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]\n"
     )
     base, options = load_base(base_folder, dtype="float32"), TaskOptions(lm_eval="toy", lm_eval_path=str(tmp_path))
-    found = lm_eval_tasks.score(base, make_tokenizer(), options, 2)
-    assert found["metric"] == "perplexity" and found["less_is_better"] and found["items"] == []
-    assert found["value"] > 1
+    result = lm_eval_tasks.score(base, make_tokenizer(), options, 2)
+    assert result["metric"] == "perplexity" and result["less_is_better"] and result["items"] == []
+    assert result["value"] > 1
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
@@ -308,15 +308,15 @@ def test_a_metric_of_lm_eval_that_is_no_mean_over_samples_is_a_value_alone(tmp_p
 
 def test_the_commands_run_report_and_refuse(done, capsys, monkeypatch):
     assert main(["evaluate", str(done / "study.yaml"), "--out", str(done / "out"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["failed"] == 0 and all(Path(f).exists() for f in found["report"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["failed"] == 0 and all(Path(f).exists() for f in result["report"])
     assert main(["report", str(done / "out"), "--out", str(done / "again")]) == 0
     assert (done / "again" / "report.html").exists()
     capsys.readouterr()
     monkeypatch.setattr("umbra.lab.study.sweep.run_study", lambda _: print("loading") or {"failed": 0, "report": []})
     assert main(["evaluate", str(done / "study.yaml"), "--json"]) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["failed"] == 0 and "loading" in told.err
+    output = capsys.readouterr()
+    assert json.loads(output.out)["failed"] == 0 and "loading" in output.err
     monkeypatch.undo()
     assert main(["report", str(done / "nowhere")]) == 2
     assert "holds no study" in capsys.readouterr().err

@@ -68,8 +68,8 @@ def fixture(folder, name, *rows, count=3):
     asked = next(k for k in ("claim", "question", "text") if k in rows[0])
     for split in known(name).splits:
         learned = split == known(name).splits[0]
-        told = [{**r, asked: f"{r[asked]} ({i})" if learned else r[asked]} for i in range(count) for r in rows]
-        (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in told))
+        output = [{**r, asked: f"{r[asked]} ({i})" if learned else r[asked]} for i in range(count) for r in rows]
+        (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in output))
 
 
 # -- sets --------------------------------------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ def test_the_hub_is_asked_for_the_papers_splits(name, tmp_path, monkeypatch):
             items(name, "train")
         return
     for part, split in zip(("train", "test"), SETS[name].splits, strict=True):
-        found = items(name, part)[0]
-        assert f"{found.text}\n{found.question}".strip() == ROWS[name][1][0]
+        result = items(name, part)[0]
+        assert f"{result.text}\n{result.question}".strip() == ROWS[name][1][0]
         assert asked[-1] == (*SETS[name].hub, split)
 
 
@@ -155,11 +155,11 @@ def test_words_heads_and_limits(tmp_path):
     fixture(tmp_path, "vitaminc", *claimed, count=6)
     claims = load_task("vitaminc", TaskOptions(**given, head="classify", words=3))
     assert claims.test[0]["text"] == "Evidence: a b\nClaim: It is.\nTrue, False or Neither?"
-    told = load_task("hotel_reviews", TaskOptions(**given, head="text"))
-    assert "\nIs this" in told.test[0]["text"] and told.metric == "loss"
+    output = load_task("hotel_reviews", TaskOptions(**given, head="text"))
+    assert "\nIs this" in output.test[0]["text"] and output.metric == "loss"
 
 
-def test_nothing_that_is_learned_is_asked_and_order_says_nothing(tmp_path):
+def test_records_are_shuffled_and_test_prompts_are_not_trained_on(tmp_path):
     """Sets in order of their classes are shuffled, always alike; training records that the test asks are dropped."""
     rows = [{"prompt": f"{k}{i}", "completion": k} for k in "ab" for i in range(40)]
     for part, chosen in (("train", rows), ("test", rows[::4])):
@@ -175,7 +175,7 @@ def test_nothing_that_is_learned_is_asked_and_order_says_nothing(tmp_path):
     assert load_task("x", options) == task
 
 
-def test_choices_are_made_on_what_is_held_out(tmp_path):
+def test_scored_on_validation_uses_held_out_records(tmp_path):
     rows = [{"text": f"one two {k}", "label": k} for k in ("neutral", "positive")]
     fixture(tmp_path, "hotel_reviews", *rows, count=6)
     given = {"data": str(tmp_path), "validation": 4, "train_limit": 4}
@@ -184,7 +184,7 @@ def test_choices_are_made_on_what_is_held_out(tmp_path):
     assert not {r["prompt"] for r in chosen.test} & {r["prompt"] for r in chosen.train}
 
 
-def test_classes_that_are_not_learned_are_told_before_training(tmp_path):
+def test_unseen_test_classes_are_an_error_before_training(tmp_path):
     for part, labels in (("train", "ab"), ("test", "abc")):
         rows = [{"text": f"{part} {k} {i}", "label": k} for k in labels for i in range(4)]
         (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -206,7 +206,7 @@ def test_classes_that_are_not_learned_are_told_before_training(tmp_path):
         ({"label": "x", "text": None}, "train.jsonl:2"),
     ],
 )
-def test_a_row_that_is_not_as_the_sets_is_named(row, message, tmp_path):
+def test_a_row_of_another_format_is_named(row, message, tmp_path):
     for split in ("train", "test"):
         lines = [{"text": "fine", "label": "positive"}, row]
         (tmp_path / f"hotel_reviews.{split}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -214,7 +214,7 @@ def test_a_row_that_is_not_as_the_sets_is_named(row, message, tmp_path):
         load_task("hotel_reviews", TaskOptions(data=str(tmp_path), validation=1, words=3))
 
 
-def test_a_folder_without_the_set_is_named(tmp_path):
+def test_a_folder_without_the_data_set_is_named(tmp_path):
     with pytest.raises(DataError, match=r"has neither hotel_reviews\.train\.jsonl"):
         load_task("hotel_reviews", TaskOptions(data=str(tmp_path)))
 
@@ -234,7 +234,7 @@ def test_numbers_are_compared_as_numbers(reply, right, expected):
 
 
 @pytest.mark.parametrize("reply", ["sNaN", "nan", "Infinity", "1e9999999"])
-def test_what_reads_as_no_finite_number_is_wrong(reply):
+def test_a_number_that_is_not_finite_is_wrong(reply):
     assert metrics.number(reply, ["1"]) == {"exact": 0.0}
 
 
@@ -286,7 +286,7 @@ def test_a_reply_without_a_match_is_wrong(score):
         ({"metric": "number"}, "metric=number matches nothing in the right answer 'Yes'"),
     ],
 )
-def test_an_answer_that_no_reply_can_be_held_to_is_named(options, says, tmp_path):
+def test_a_right_answer_without_a_match_is_named(options, says, tmp_path):
     rows = [{"prompt": str(i), "completion": "Yes"} for i in range(9)]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -294,7 +294,7 @@ def test_an_answer_that_no_reply_can_be_held_to_is_named(options, says, tmp_path
         load_task("mine", TaskOptions(test=str(file), **options))
 
 
-def test_a_judge_that_cannot_read_a_reply_holds_it_for_wrong():
+def test_an_unparsable_reply_is_wrong():
     """prime_factorization's makes numbers of whatever it is given."""
     item = items("reasoning_gym:prime_factorization", "test")[0]
     assert metrics.puzzle("no idea", item.puzzle) == {"exact": 0.0}
@@ -311,7 +311,7 @@ def test_percents_of_lm_eval_are_shares(metric, less, whole):
     assert lm_eval_tasks.scale_of(metric, less) == whole
 
 
-def test_a_judge_that_cannot_read_the_right_answer_is_at_fault(monkeypatch):
+def test_a_judge_that_fails_on_the_right_answer_raises(monkeypatch):
     def judge(answer, row):
         raise KeyError("valid_answers")
 
@@ -341,7 +341,7 @@ def test_a_number_of_no_choice_is_refused(name, row, tmp_path):
         items(name, "test", str(tmp_path))
 
 
-def test_what_is_tested_only_needs_nothing_to_learn(tmp_path):
+def test_a_tested_task_needs_no_training_records(tmp_path):
     (tmp_path / "hotel_reviews.test.jsonl").write_text(json.dumps({"text": "good", "label": "positive"}) + "\n")
     options = TaskOptions(data=str(tmp_path))
     assert len(load_task("hotel_reviews", options, learned=False).test) == 1
@@ -351,7 +351,7 @@ def test_what_is_tested_only_needs_nothing_to_learn(tmp_path):
     assert load_task("hotel_reviews", one_class, learned=False).train == []
 
 
-def test_marks_for_the_pair_are_not_for_studies(tmp_path):
+def test_records_marked_for_escalation_are_an_error(tmp_path):
     row = {"prompt": "a", "completion": "b"}
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({**row, "escalate": False}) + "\n")
@@ -361,6 +361,6 @@ def test_marks_for_the_pair_are_not_for_studies(tmp_path):
         load_task("mine", TaskOptions(test=str(file)))
 
 
-def test_a_column_of_the_users_own_is_no_further_answer():
+def test_a_users_column_named_also_is_no_answer():
     assert right_answers({"prompt": "a", "completion": "b", "also": None}) == ["b"]
     assert right_answers({"prompt": "a", "completion": "b", "also": "xyz"}) == ["b"]
