@@ -19,7 +19,7 @@ _ROOMS = {
     "StateError": "errors",
     "UmbraError": "errors",
     "attach": "model.shadow_model",
-    "load": "adapters.checkpoint",
+    "load": "model.loading",
     "with_shadow_loss": "training.trainers",
 }
 
@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from umbra.adapters.checkpoint import load
     from umbra.config import ShadowConfig
     from umbra.errors import (
         BaseModelError,
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
         StateError,
         UmbraError,
     )
+    from umbra.model.loading import load
     from umbra.model.shadow_model import ShadowModel, attach
     from umbra.training.trainers import ShadowTrainer, with_shadow_loss
 

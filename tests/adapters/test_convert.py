@@ -6,8 +6,9 @@ import pytest
 
 from support.tiny import make, make_base
 from umbra import CheckpointError, ConfigError
-from umbra.adapters.interop import FORMATS, convert
+from umbra.adapters.interop import FORMATS
 from umbra.cli import main
+from umbra.deploy.convert import convert
 
 PAPER, PEFT = {"dialect": "paper"}, {"dialect": "peft"}
 INEXPRESSIBLE = [
@@ -34,7 +35,7 @@ INEXPRESSIBLE = [
 
 
 @pytest.mark.parametrize(("to", "base", "fields", "named"), INEXPRESSIBLE)
-def test_what_a_format_cannot_express_is_named(to, base, fields, named, tmp_path):
+def test_inexpressible_fields_are_named(to, base, fields, named, tmp_path):
     model = (
         make("llama", base_options={"tie_word_embeddings": True}, **fields) if base == "tied" else make(base, **fields)
     )
@@ -44,7 +45,7 @@ def test_what_a_format_cannot_express_is_named(to, base, fields, named, tmp_path
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_pretrained_shadow_that_reads_the_bases_embeddings_is_refused(to, tmp_path):
+def test_pretrained_shadow_sharing_base_embeddings_is_refused(to, tmp_path):
     make_base(num_hidden_layers=1).save_pretrained(tmp_path / "shadow")
     model = make(dialect="peft" if to == "peft" else "paper", shadow=str(tmp_path / "shadow"), embeddings="base")
     with pytest.raises(CheckpointError, match="embeddings"):
@@ -52,14 +53,14 @@ def test_a_pretrained_shadow_that_reads_the_bases_embeddings_is_refused(to, tmp_
 
 
 @pytest.mark.parametrize("to", [*FORMATS, "umbra"])
-def test_nothing_is_written_over(to, tmp_path):
+def test_convert_overwrites_nothing(to, tmp_path):
     (tmp_path / "kept").write_text("x")
     with pytest.raises(CheckpointError, match="not empty"):
         convert(make(), tmp_path, to)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
-def test_an_unknown_format_is_named(tmp_path, capsys):
+def test_unknown_format_is_named(tmp_path, capsys):
     with pytest.raises(ConfigError, match="onnx"):
         convert(make(), tmp_path / "out", "onnx")
     assert main(["convert", str(tmp_path), "--to", "onnx", "--out", str(tmp_path / "out")]) == 2
@@ -68,7 +69,7 @@ def test_an_unknown_format_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_full_disk_leaves_nothing(to, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_partial_output(to, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("No space left on device")
 

@@ -10,7 +10,7 @@ from umbra.lab.study.statistics import difference, estimate, mcnemar
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, 1.0])
-def test_rounding_is_no_variance(value):
+def test_rounding_error_is_not_variance(value):
     assert difference({s: [value] * 3 for s in range(3)}, {s: [0.0] * 3 for s in range(3)}).verdict == "tie"
 
 
@@ -41,7 +41,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(of_seeds, of_items, other
     assert 0.91 <= np.mean(held) <= 1.0
 
 
-def test_a_difference_is_paired_and_judged():
+def test_differences_are_paired():
     rng = np.random.default_rng(3)
     hard = rng.random(200)
     ours = {s: (hard < 0.75).astype(float).tolist() for s in (0, 1, 2)}
@@ -68,7 +68,7 @@ def test_few_equal_differences_are_no_evidence(items, verdict):
 
 @pytest.mark.parametrize(("apart", "verdict"), [(4, "tie"), (5, "tie"), (6, "win")])
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_a_few_items_that_differ_are_a_win_where_the_sign_test_says_so(apart, verdict, seeds):
+def test_sign_test_decides_on_few_differing_items(apart, verdict, seeds):
     right, less = [1.0] * 100 + [0.0] * 100, [1.0] * (100 - apart) + [0.0] * (100 + apart)
     ours, baseline = (dict.fromkeys(range(seeds), side) for side in (right, less))
     result = difference(ours, baseline)
@@ -81,7 +81,7 @@ def test_a_few_items_that_differ_are_a_win_where_the_sign_test_says_so(apart, ve
     assert (back.low, back.high) == pytest.approx((-result.high, -result.low))
 
 
-def test_the_interval_of_scores_that_are_all_alike():
+def test_constant_scores_have_interval():
     """Clopper's and Pearson's; over seeds where there is one item; none where nothing is known."""
     low = stats.binomtest(9, 9).proportion_ci(method="exact").low
     assert estimate(np.ones((1, 9))).low == pytest.approx(low)

@@ -11,6 +11,7 @@ import umbra
 from conftest import make_tokenizer
 from support.studies import METHODS, SIGNS, SUMS, TRAINING, lines, results_of, run_study, study_of, variant
 from support.tiny import make_base
+from support.tokenizer import make_tokenizer
 from umbra.errors import CheckpointError, ConfigError, DataError
 from umbra.lab.study import lm_eval_tasks, records, requests, scoring, sweep
 from umbra.lab.study import run as run_module
@@ -76,7 +77,7 @@ def test_an_lm_eval_task_without_data_fails_before_training(tmp_path, small, mon
         run_study(tmp_path, {**small, "forgetting": ["skill"]})
 
 
-def test_a_loss_is_no_accuracy_in_pefts_form(tmp_path, small):
+def test_peft_record_does_not_list_loss_as_accuracy(tmp_path, small):
     small["tasks"]["sum"] |= {"metric": "loss"}
     run_study(tmp_path, {**small, "transfer": {}})
     output = {}
@@ -110,7 +111,7 @@ def test_a_size_without_effect_is_an_error(tmp_path):
         run_study(tmp_path, given)
 
 
-def test_a_rate_that_the_search_would_override_is_refused(tmp_path, base_folder):
+def test_rate_overridden_by_search_is_refused(tmp_path, base_folder):
     given = study_of(tmp_path, base_folder, methods={"LoRA": METHODS["LoRA"]}, forgetting=[], match=None)
     given["tasks"]["sum"]["training"] = {"learning_rate": 0.1}
     with pytest.raises(ConfigError, match="task sum sets a learning_rate"):
@@ -122,7 +123,7 @@ def test_duplicate_seeds_are_an_error(tmp_path, small):
         run_study(tmp_path, {**small, "seeds": [0, 0]})
 
 
-def test_a_task_that_is_only_tested_needs_no_training_file(tmp_path, base_folder):
+def test_test_only_task_needs_no_training_file(tmp_path, base_folder):
     """Beside one that is learned."""
     signs = lines(tmp_path / "signs.jsonl", SIGNS[:6])
     sums = {
@@ -199,7 +200,7 @@ def test_lengths_beyond_the_base_are_an_error_before_training(change, says, tmp_
     assert bool(asked) == (says is None)
 
 
-def test_a_run_has_one_record_whatever_its_method_is_called(tmp_path, small):
+def test_record_is_independent_of_method_name(tmp_path, small):
     small["methods"] = {"LoRA": METHODS["LoRA"]}
     small["tasks"] = {"sum": small["tasks"]["sum"]}
     request = next(requests.runs(parse_study({**small, "transfer": {}}), {"LoRA": METHODS["LoRA"]}, {}))
@@ -211,7 +212,7 @@ def test_a_run_has_one_record_whatever_its_method_is_called(tmp_path, small):
     ]
 
 
-def test_a_record_is_made_on_any_device(small):
+def test_record_is_independent_of_device(small):
     small["tasks"] = {"sum": small["tasks"]["sum"]}
     request = next(requests.runs(parse_study({**small, "transfer": {}}), {"base": {}, "LoRA": {}}, {}))
     record = records.make(request, {"device": "mps:0"}, "2026-01-01", 0.0, "")
@@ -241,7 +242,7 @@ def test_a_method_unfit_for_the_base_is_an_error_before_any_run(tmp_path, base_f
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_not_finite_is_a_failed_run_and_a_diverged_trial(tmp_path, base_folder, monkeypatch):
+def test_nonfinite_loss_fails_run_and_diverges_trial(tmp_path, base_folder, monkeypatch):
     methods = {"LoRA": {"kind": "lora", "r": 2}}
     given = study_of(tmp_path, base_folder, methods=methods, match=None, seeds=[0], forgetting=[], transfer={})
     given["tasks"] = {"sum": {**given["tasks"]["sum"], "metric": "loss"}}
@@ -254,7 +255,7 @@ def test_a_loss_that_is_not_finite_is_a_failed_run_and_a_diverged_trial(tmp_path
 
 
 @pytest.mark.parametrize("task", ["sum", "class"])
-def test_weights_that_are_not_finite_are_a_failed_run(tmp_path, base_folder, task):
+def test_nonfinite_weights_fail_run(tmp_path, base_folder, task):
     """Of NaN, the largest logit is the first: a class like others."""
     methods = {"LoRA": {"kind": "lora", "r": 2}, "Umbra": METHODS["Umbra"]}
     given = study_of(

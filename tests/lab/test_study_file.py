@@ -84,7 +84,7 @@ def study(tmp_path):
         ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size"),
     ],
 )  # fmt: skip
-def test_a_study_that_cannot_be_run_is_refused(change, message, study):
+def test_invalid_study_is_refused(change, message, study):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         parse_study({**study, **change})
 
@@ -109,7 +109,7 @@ def test_a_study_that_cannot_be_run_is_refused(change, message, study):
         ),
     ],
 )
-def test_a_task_that_cannot_be_run_is_refused(change, message, study):
+def test_invalid_task_is_refused(change, message, study):
     study["tasks"]["a"] |= change
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         parse_study(study)
@@ -124,7 +124,7 @@ def test_too_little_data_and_wrong_records_are_named(study):
         load_task("a", TaskOptions(**study["tasks"]["a"], head="classify"))
 
 
-def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path, monkeypatch):
+def test_key_depends_only_on_inputs_of_result(study, tmp_path, monkeypatch):
     def key(**changes):
         made = parse_study({**study, **changes})
         return key_of(next(runs(made, {n: m.fields for n, m in made.methods.items()}, {})))
@@ -161,7 +161,7 @@ def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path
     assert key(tasks={"a": moved}) != first
 
 
-def test_a_key_follows_all_files_of_a_task_of_lm_eval_and_not_their_place(study, tmp_path):
+def test_key_depends_on_lm_eval_files_but_not_their_location(study, tmp_path):
     def key(folder):
         tasks = {**study["tasks"], "b": {"lm_eval": "toy", "lm_eval_path": str(folder)}}
         made = parse_study({**study, "tasks": tasks, "transfer": {"a": ["b"]}})
@@ -174,7 +174,7 @@ def test_a_key_follows_all_files_of_a_task_of_lm_eval_and_not_their_place(study,
     assert key(tmp_path / "one") == key(tmp_path / "two") != key(tmp_path / "three")
 
 
-def test_a_file_is_read_once_for_its_digest_until_it_changes(tmp_path, monkeypatch):
+def test_file_digest_is_cached_until_file_changes(tmp_path, monkeypatch):
     read = []
     plain = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *x: read.append(1) or plain(*x))

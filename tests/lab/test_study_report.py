@@ -34,7 +34,7 @@ def test_the_report_is_complete_while_another_search_runs(done, base_folder, tmp
     assert row in after and "runs are missing" in after
 
 
-def test_percents_are_shares_in_every_run_where_one_is_beyond_1(done, tmp_path):
+def test_percentages_are_detected_across_runs(done, tmp_path):
     """Of a metric that is none of the known percents; another test's shares stay."""
     shutil.copytree(done / "out", tmp_path / "out")
     for file in (tmp_path / "out" / "runs").glob("sum--*.json"):
@@ -104,7 +104,7 @@ def test_losses_are_in_the_lead(done, monkeypatch):
     assert (done / "elsewhere" / "figures" / "scores.png").exists()
 
 
-def test_a_score_without_items_has_no_verdict(done):
+def test_score_without_items_has_no_verdict(done):
     results = results_of(done)
     for record in results.runs:
         for score in record["umbra"]["scores"].get("sign", {}).values():
@@ -124,7 +124,7 @@ def test_many_methods_have_distinct_looks(done):
     assert figure.get_size_inches()[1] > 0.18 * 24 * 2
 
 
-def test_no_point_lies_on_the_edge_of_its_picture(done):
+def test_figure_margins_contain_all_points(done):
     for axes in plots.pareto(results_of(done)).axes:
         assert axes.get_xlim()[1] > 1.02 * max(c[0].get_xdata()[0] for c in axes.containers)
     rows = [("a", Estimate(0.1, 0.0, 0.2, 2, 8)), ("b", Estimate(0.2, 0.1, 0.3, 2, 8))]
@@ -144,7 +144,7 @@ def test_a_missing_seed_is_reported(done, tmp_path):
         assert row.count("(1 of 2 seeds)") >= 1 and "seeds" not in row.split(" | ")[2]
 
 
-def test_transfer_to_a_loss_is_in_the_table_and_not_in_the_map(done):
+def test_transfer_to_loss_task_is_only_in_table(done):
     results = results_of(done)
     results.study["transfer"] = {"sum": ["sign", "text"]}
     section, draw = performance.transfer(results)
@@ -174,7 +174,7 @@ def test_every_other_method_is_a_baseline(tmp_path, done):
     assert named == {("LoRA", n) for n in ("DoRA", "Lily", "IA3", "PEFT Shadow", "Umbra", "base")}
 
 
-def test_costs_are_multiples_run_by_run(done, monkeypatch):
+def test_costs_are_per_run_ratios(done, monkeypatch):
     """The multiple is the mean over runs of the same seed and task, with an interval over both."""
     results = results_of(done)
     ours, other = (variant(results, n) for n in ("Umbra", "LoRA"))
@@ -190,7 +190,7 @@ def test_costs_are_multiples_run_by_run(done, monkeypatch):
     assert f"{result.mean:.2f} ± {result.half_width:.2f} ×" in text[text.index("## Cost") :]
 
 
-def test_families_and_ablations_have_sections_of_their_own(tmp_path, base_folder):
+def test_families_and_ablations_have_sections(tmp_path, base_folder):
     methods = {
         "Umbra": METHODS["Umbra"], "Umbra, α = 0.1": {**METHODS["Umbra"], "alpha": 0.1},
         "LoRA 2": {"kind": "lora", "r": 2, "family": "LoRA"}, "LoRA 4": {"kind": "lora", "r": 4, "family": "LoRA"},
@@ -207,7 +207,7 @@ def test_families_and_ablations_have_sections_of_their_own(tmp_path, base_folder
     assert "| Umbra, α = 0.1 |" in ablations and "| LoRA 2 |" not in ablations
 
 
-def test_the_map_writes_each_score_into_its_cell():
+def test_transfer_map_prints_score_in_each_cell():
     from types import SimpleNamespace
 
     scores = {("A", "x"): 0.25, ("A", "y"): 0.5, ("B", "y"): 0.75}

@@ -136,7 +136,7 @@ def test_training_time_before_a_kill_is_included(tmp_path, base_folder, monkeypa
     assert resumed["train_info"]["metrics"] == whole["train_info"]["metrics"]
 
 
-def test_a_damaged_record_counts_as_not_run(done, base_folder):
+def test_damaged_record_is_run_again(done, base_folder):
     file = next((done / "out" / "runs").glob("sum--IA3--seed-0--*.json"))
     whole = file.read_text()
     file.write_text(whole[: len(whole) // 2])

@@ -75,12 +75,12 @@ def fixture(folder, name, *rows, count=3):
 # -- sets --------------------------------------------------------------------------------------------------------------
 
 
-def test_every_set_has_a_fixture_or_is_generated():
+def test_every_dataset_has_fixture_or_generator():
     assert set(ROWS) | {"gsm_symbolic"} == set(SETS)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_becomes_a_prompt_and_answers(name, tmp_path):
+def test_row_becomes_prompt_and_answers(name, tmp_path):
     row, (prompt, answers) = ROWS[name]
     fixture(tmp_path, name, row)
     task = load_task(name, TaskOptions(data=str(tmp_path), validation=1))
@@ -91,7 +91,7 @@ def test_a_row_becomes_a_prompt_and_answers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_hub_is_asked_for_the_papers_splits(name, tmp_path, monkeypatch):
+def test_hub_splits_are_those_of_paper(name, tmp_path, monkeypatch):
     """Those without a hub id are refused; a row comes back as from a folder."""
     import datasets
 
@@ -112,12 +112,12 @@ def test_the_hub_is_asked_for_the_papers_splits(name, tmp_path, monkeypatch):
         assert asked[-1] == (*SETS[name].hub, split)
 
 
-def test_a_question_without_an_answer_is_unanswerable(tmp_path):
+def test_question_without_answer_is_unanswerable(tmp_path):
     fixture(tmp_path, "squad_v2", {**ROWS["squad_v2"][0], "answers": {"text": [], "answer_start": []}})
     assert items("squad_v2", "test", str(tmp_path))[0].answer == "unanswerable"
 
 
-def test_generated_sets_are_never_tested_on_what_they_train_on():
+def test_generated_train_and_test_sets_are_disjoint():
     pytest.importorskip("reasoning_gym")
     task = load_task("gsm_symbolic", TaskOptions())
     assert not {r["prompt"] for r in task.train} & {r["prompt"] for r in task.test}
@@ -129,7 +129,7 @@ def test_generated_sets_are_never_tested_on_what_they_train_on():
         load_task("x", TaskOptions(set="reasoning_gym:chain_of_fools"))
 
 
-def test_a_puzzle_with_several_right_answers_is_judged_by_its_generator():
+def test_ambiguous_puzzle_is_judged_by_its_generator():
     pytest.importorskip("reasoning_gym")
     task = load_task("x", TaskOptions(set="reasoning_gym:n_queens", test_limit=5))
     for record in task.test:
@@ -141,7 +141,7 @@ def test_a_puzzle_with_several_right_answers_is_judged_by_its_generator():
     assert asked.score(asked.test[0]["completion"], asked.test[0]) == {"exact": 1.0}
 
 
-def test_words_heads_and_limits(tmp_path):
+def test_dataset_options_are_validated(tmp_path):
     rows = [{"text": f"one two {k}", "label": k} for k in ("neutral", "positive")]
     fixture(tmp_path, "hotel_reviews", *rows, count=6)
     given = {"data": str(tmp_path), "validation": 2, "train_limit": 4, "test_limit": 5}
@@ -238,7 +238,7 @@ def test_a_number_that_is_not_finite_is_wrong(reply):
     assert metrics.number(reply, ["1"]) == {"exact": 0.0}
 
 
-def test_an_answer_of_parts_is_their_text():
+def test_answer_parts_are_joined_as_text():
     parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]
     assert right_answers({"messages": [{"role": "assistant", "content": parts}]}) == ["yes"]
 
@@ -254,7 +254,7 @@ def test_an_answer_of_parts_is_their_text():
         ("the", ["a"], 1, 1),
     ],
 )
-def test_spans_are_scored_as_squad_does(reply, right, f1, exact):
+def test_spans_are_scored_as_in_squad(reply, right, f1, exact):
     assert metrics.squad(reply, right) == {"f1": pytest.approx(f1), "exact": exact}
 
 
@@ -268,13 +268,13 @@ def test_spans_are_scored_as_squad_does(reply, right, f1, exact):
         ("unknown unanswerable", 0),
     ],
 )
-def test_that_there_is_no_answer_is_right_or_wrong_as_a_whole(reply, f1):
+def test_unanswerable_question_scores_all_or_nothing(reply, f1):
     assert metrics.squad(reply, ["unanswerable"]) == {"f1": f1, "exact": f1}
     assert metrics.squad("unanswerable", ["in Paris"])["f1"] == 0
 
 
 @pytest.mark.parametrize("score", [metrics.exact, metrics.squad])
-def test_a_reply_without_a_match_is_wrong(score):
+def test_reply_without_match_is_wrong(score):
     for reply, right, expected in (("yes", "no", 0), ("garbage", "Yes", 0), ("no, yes", "yes", 1)):
         assert set(score(reply, [right], "(yes|no)").values()) == {expected}
 
@@ -306,7 +306,7 @@ def test_an_unparsable_reply_is_wrong():
     [("bleu", False, 100), ("exact", False, 100), ("rougeL_diff", False, 100), ("exact_match", False, 1), ("f1", False, 1),
      ("acc", False, 1), ("word_perplexity", True, 1), ("ter", True, 1)],
 )  # fmt: skip
-def test_percents_of_lm_eval_are_shares(metric, less, whole):
+def test_lm_eval_percentages_become_fractions(metric, less, whole):
     """By the metric's name: a value of 0.9 may be a percent, too."""
     assert lm_eval_tasks.scale_of(metric, less) == whole
 
@@ -323,7 +323,7 @@ def test_a_judge_that_fails_on_the_right_answer_raises(monkeypatch):
 @pytest.mark.parametrize(
     ("reply", "right"), [("B", 1), ("B.", 1), ("(B)", 1), ("B) two", 1), ("A", 0), ("Both", 0), ("", 0)]
 )
-def test_a_letter_is_read_off_the_beginning(reply, right):
+def test_choice_letter_is_read_at_beginning(reply, right):
     assert metrics.exact(reply, ["B"], known("mmlu").pattern) == {"exact": right}
 
 
@@ -335,7 +335,7 @@ def test_a_letter_is_read_off_the_beginning(reply, right):
         ("ag_news", {"text": "t", "label": -1}),
     ],
 )
-def test_a_number_of_no_choice_is_refused(name, row, tmp_path):
+def test_number_outside_choices_is_refused(name, row, tmp_path):
     fixture(tmp_path, name, row)
     with pytest.raises(DataError, match="is not in 0 to"):
         items(name, "test", str(tmp_path))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from umbra.adapters.reading import load_shadow
 from umbra.base import architectures
 from umbra.base.added_tokens import AddedTokens, Tables, check_resizable
 from umbra.base.architectures import Anatomy
@@ -96,8 +97,6 @@ class Adapters:
             ConfigError: the name is taken and ``replace`` is False, or is no name.
             CheckpointError, BaseModelError: as in `umbra.load`.
         """
-        from umbra.adapters.checkpoint import load_shadow
-
         if not (replace and name in self.adapters):
             name = self._check_new_name(name)
         found = load_shadow(path, self.base, trainable=trainable, allow_other_base=allow_other_base, shadow=shadow)

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from umbra.base import architectures
 from umbra.errors import ConfigError, StateError, unknown_key
-from umbra.generation import caches
+from umbra.generation import caches, paging
 from umbra.generation.decoding import SHADOW_MASK
 from umbra.method import kernels
 from umbra.method.hooks import Attachment, Frame, HeadPlan, Lane
@@ -90,7 +90,7 @@ class Forward:
     def _initial_state(self, batch: dict[str, Any], shadow: Shadow | None = None) -> Tensor:
         self._attachment.settle()  # before the embeddings are read, which may be others than before
         shadow = self.shadow if shadow is None else shadow
-        batch = caches.for_shadow(batch, shadow.backbone.config, shadow.dtype)
+        batch = paging.for_shadow(batch, shadow.backbone.config, shadow.dtype)
         told = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
         return shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **told)
 
@@ -129,13 +129,13 @@ class Forward:
             return dict(self._call_base(batch, return_dict=True))
 
     def _undivided(self, batch: dict[str, Any]) -> Any:
-        """A context for what writes to the batch's cache: see `caches.undivided`."""
+        """A context for what writes to the batch's cache: see `caches.invalidate_on_error`."""
         cache = batch["past_key_values"]
-        return nullcontext() if cache is None or torch.compiler.is_compiling() else caches.undivided(cache)
+        return nullcontext() if cache is None or torch.compiler.is_compiling() else caches.invalidate_on_error(cache)
 
     def _call_base(self, batch: dict[str, Any], part: Any = None, **options: Any) -> Any:
         """The base, or ``part`` of it, with the batch as it names things; its cache comes back under the usual name."""
-        batch = caches.for_path(batch, self.base.config)
+        batch = paging.for_path(batch, self.base.config)
         given = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
         architectures.forget(self.base, batch.get("past_key_values"))
         if "past_key_values" in given:

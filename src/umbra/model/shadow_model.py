@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,17 +14,23 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
-from umbra.base import architectures, quantized
+from umbra.adapters.files import PREFIX
+from umbra.adapters.reading import open_with_base, restore
+from umbra.adapters.saving import AttachedShadow, save
+from umbra.base import architectures, private_transformers, quantized
 from umbra.base.fingerprint import fingerprint
 from umbra.config import ShadowConfig, check_kind
-from umbra.errors import BaseModelError, ConfigError
-from umbra.generation.drafting import Drafting
+from umbra.errors import BaseModelError, ConfigError, StateError
+from umbra.generation import decoding
+from umbra.generation.speculative import SpeculativeDecoder, check_mode
 from umbra.method import kernels
 from umbra.method.core import IGNORED, as_classes, classification_loss, token_loss
-from umbra.method.hooks import Attachment, HeadPlan, check_free
+from umbra.method.hooks import Attachment, Frame, HeadPlan, Lane, check_free, packed
 from umbra.model.adapter_set import DEFAULT, Adapters
 from umbra.model.losses import Labelled, Labels, Losses
 from umbra.model.paths import Paths
+from umbra.shadow.detached import detached
+from umbra.shadow.draft_vocabulary import as_draft_tokens
 from umbra.shadow.network import Shadow
 
 
@@ -42,6 +49,7 @@ class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     shadow_loss: Tensor | None = None
 
 
+LABEL_FIELDS = ("id2label", "label2id", "problem_type")  # of a classifier's configuration, which the adapter stores
 FIELDS = {kind: [f.name for f in fields(kind)] for kind in (ShadowCausalLMOutput, ShadowSequenceClassifierOutput)}
 
 
@@ -188,34 +196,40 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         return self.base
 
     def detached(self) -> PreTrainedModel:
-        """The shadow as a stock transformers model with weights of its own: see `umbra.deploy.detach`."""
-        from umbra.deploy.detach import detach
+        """Return the active shadow as a stock transformers model with copied weights, whose logits are head(s⁰).
 
-        return detach(self)
+        Raises:
+            DetachError: see `umbra.shadow.detached.detached`.
+        """
+        return detached(self.base, self.shadow)
 
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: Any,
         *,
+        adapter_name: str | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         **options: Any,
     ) -> None:
-        """Write the adapter folder, atomically; the base is not written. See `umbra.adapters.checkpoint.save`.
+        """Write the adapter folder, atomically; the base is not written.
 
         Args:
-            push_to_hub: upload the adapter too, to ``repo_id`` or a repository of the folder's name; then also all
-                arguments of `push_to_hub`.
+            save_directory: the folder.
+            adapter_name: which of several adapters; by default the active one.
+            push_to_hub: upload the adapter too, to ``repo_id`` or a repository of the folder's name.
+            repo_id: the repository on the hub.
+            options: keyword arguments of `umbra.adapters.saving.save`; and of `push_to_hub`, if it is called.
         """
-        from umbra.adapters.checkpoint import save
-
-        own = ("adapter_name", "tokenizer", "chat_template", "chat_template_kwargs")
-        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", *own}
+        shared = ("tokenizer", "chat_template", "chat_template_kwargs")
+        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", "adapter_name", *shared}
         hub = {name: options.pop(name) for name in names & options.keys()}
-        save(self, save_directory, **options)
+        shadow = self.adapter(adapter_name)
+        prefix = next((f"resting.{n}." for n, s in self.resting.items() if s is shadow), PREFIX)
+        save(AttachedShadow(shadow, self.base, self.base_fingerprint, prefix), save_directory, **options)
         if push_to_hub:
-            saved = {name: options.get(name) for name in own}
-            self.push_to_hub(repo_id or Path(save_directory).name, **saved, **hub)
+            saved = {name: options.get(name) for name in shared}
+            self.push_to_hub(repo_id or Path(save_directory).name, adapter_name=adapter_name, **saved, **hub)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -236,7 +250,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
 
         Args:
             adapter_name: which of several adapters; by default the active one.
-            tokenizer, chat_template, chat_template_kwargs: as in `umbra.adapters.checkpoint.save`.
+            tokenizer, chat_template, chat_template_kwargs: as in `umbra.adapters.saving.save`.
             private, token, revision, create_pr, commit_message, commit_description: as in huggingface_hub.
         """
         from huggingface_hub import HfApi
@@ -256,11 +270,33 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
             )  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> "ShadowModel":  # type: ignore[override]
-        """The same as `umbra.load`."""
-        from umbra.adapters.checkpoint import load
-
-        return load(path, *args, **options)
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path: str | Path,
+        base: PreTrainedModel | str | None = None,
+        *,
+        trainable: bool = False,
+        allow_other_base: bool = False,
+        shadow: str | None = None,
+        **base_options: Any,
+    ) -> "ShadowModel":
+        """Read an adapter and attach it to its base; see `umbra.load`."""
+        saved, base = open_with_base(
+            path, base, allow_other_base=allow_other_base, shadow=shadow, base_options=base_options
+        )
+        model = attach(base, saved.config, backbone_config=saved.backbone_config)
+        with ExitStack() as undo:
+            undo.callback(model.unload)
+            if saved.added_count:
+                model.carry_added_tokens(saved.base_rows, saved.added_count)
+            restore(model.shadow, saved)
+            for name, value in model.shadow.classifier.items():
+                if name in LABEL_FIELDS:
+                    setattr(model.config, name, value)
+            undo.pop_all()
+        if not trainable:
+            model.requires_grad_(False)
+        return model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -330,7 +366,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         """Nothing: base and shadow arrive initialised."""
 
 
-class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
+class ShadowForCausalLM(Labelled, ShadowModel, GenerationMixin):
     """A language model and its shadow."""
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
@@ -469,6 +505,164 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
             values["loss"] = token_loss(at_labels, places.targets, items) + self._router_loss(values)
             values["logits"] = _kept(values["logits"], logits_to_keep)
         return values
+
+    # -- generation: what umbra.generation changes in transformers' -------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, *args: Any, draft: int | str | None = None, **options: Any) -> Any:
+        """Generate text as in transformers, with one cache for base and shadow.
+
+        Args:
+            args: positional arguments of transformers' ``generate``.
+            draft: K: the shadow drafts up to K tokens that one forward of the base verifies, fewer where one more is not worth
+                its cost; "auto" for ``num_assistant_tokens`` where it is set, and a K of Umbra's choice otherwise; None for no
+                drafts. Greedy decoding returns the same tokens as without, sampling the same distribution. With
+                ``assistant_confidence_threshold``, drafting continues until the probability of the shadow's most likely token
+                is below it, instead of weighing the cost.
+            options: keyword arguments of transformers' ``generate``.
+
+        Returns:
+            As in transformers; with ``draft`` and ``return_dict_in_generate`` a `DraftedOutput`.
+
+        Raises:
+            ConfigError: an invalid K, or with ``draft`` a search or an output that drafting does not support.
+            BaseModelError: the base or the cache cannot drop rejected tokens.
+            StateError: ``draft`` while the adapter is disabled.
+        """
+        if draft is not None:
+            decoder = SpeculativeDecoder.from_call(self.shadow, draft, args, options, self.generation_config)
+            if self._is_disabled or self._only == "shadow":
+                raise StateError("draft=… needs the shadow and the base: leave disable_adapter() or shadow_only().")
+            options["custom_generate"] = decoder
+        with packed(shadow.couplings for shadow in self._shadows()):
+            return super().generate(*args, **options)
+
+    def generate_batch(self, *args: Any, adapter_names: Any = None, **options: Any) -> Any:
+        """Generate with continuous batching as in transformers, with the active adapter for all requests.
+
+        Raises:
+            ConfigError: adapter_names or draft were given, which transformers would drop silently.
+        """
+        decoding.check_batch_options(adapter_names, options)
+        return super().generate_batch(*args, **options)
+
+    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
+        """Start continuous batching as in transformers, with the active adapter; base and shadow share the pages.
+
+        Raises:
+            BaseModelError: a shadow's key-value heads or its window differ in size from the base's.
+            StateError: the adapter is disabled, which holds for this thread but not for the batching thread.
+        """
+        decoding.check_continuous_batching(self.base, self._shadows(), self._is_disabled)
+        return super().init_continuous_batching(*args, **options)
+
+    def set_draft_vocabulary(self, token_ids: Iterable[int] | None, adapter_name: str | None = None) -> None:
+        """Set the tokens that a shadow drafts: fewer are cheaper. They are saved with the adapter, and change no answer.
+
+        Args:
+            token_ids: for example from `frequent_tokens`; None for the whole vocabulary.
+            adapter_name: by default the active one.
+
+        Raises:
+            ConfigError: empty, or a number that is no token of the base.
+        """
+        rows = architectures.vocabulary_size(self.base.get_input_embeddings())
+        self.adapter(adapter_name).draft_tokens = as_draft_tokens(token_ids, rows)
+
+    def draft_state(self, shadow: Shadow, batch: dict[str, Any]) -> Tensor:
+        """Return s⁰ (B, T, D) of a batch, by the shadow alone."""
+        return self._initial_state(self._seen_by(shadow, batch, {}), shadow)
+
+    def verify(self, shadow: Shadow, s0: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Return the attached logits (B, T, V) of a batch whose s⁰ (B, T, D) is known."""
+        with Frame(self._attachment, [Lane(shadow.couplings, s0)], HeadPlan([(None, shadow.heads)])):
+            return self._call_base(batch, return_dict=True).logits
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of one decoding step, prepared by the base's own method."""
+        pass_padding = not self._is_disabled and not all(shadow.shares_masks for shadow in self._shadows())
+        kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        return decoding.prepare_inputs(self.base, self._cache_argument, pass_padding, input_ids, *args, **kwargs)
+
+    def _extract_generation_mode_kwargs(self, custom_generate: Any, *args: Any) -> dict[str, Any]:
+        if not isinstance(custom_generate, SpeculativeDecoder):
+            return super()._extract_generation_mode_kwargs(custom_generate, *args)
+        # transformers would pass neither streamer nor tokenizer to a callable.
+        return {**super()._extract_generation_mode_kwargs(None, *args), "drafter": custom_generate}
+
+    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, given: dict[str, Any]) -> None:
+        super()._validate_generation_mode(mode, config, given)
+        if "drafter" in given:
+            if not architectures.takes_cache(self.base):
+                raise BaseModelError(f"draft=… needs a cache; {type(self.base).__name__} has none. Leave draft out.")
+            check_mode(mode, config, given)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        self.base._validate_model_kwargs(decoding.arguments_of_base(self.forward, model_kwargs))
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        return self.base._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return self.base._maybe_prepare_encoder_kwargs_for_generation(*args, **options)
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return self.base._update_model_kwargs_for_generation(*args, **options)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    ) -> None:
+        names = model_kwargs.get("adapter_names")
+        decoding.check_guidance(generation_config, model_kwargs)
+        decoding.use_own_cache_class(self.base, self.config, generation_config, model_kwargs)
+        is_new = model_kwargs.get("past_key_values") is None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)
+        if is_new:
+            active = [] if self._is_disabled else self._named(names)
+            layers = [layer for shadow in active for layer in shadow.cache_layers]
+            architectures.leave_out_others(model_kwargs.get("past_key_values"), len(self._attachment.blocks), layers)
+
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    ) -> Any:
+        cache, names = model_kwargs.get("past_key_values"), model_kwargs.get("adapter_names")
+        if cache is not None:
+            decoding.prepare_past(
+                self.base, cache, input_ids, generation_config, model_kwargs, self._is_disabled
+            )  # fmt: skip
+        active = [] if self._is_disabled or len(self.adapters) == 1 else self._named(names)
+        if cache is None or not active:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **options)
+        with decoding.cache_of(active, cache, len(self._attachment.blocks)) as view:
+            viewed = {**model_kwargs, "past_key_values": view}
+            out = super()._prefill(input_ids, generation_config, viewed, *args, **options)
+        if out.get("past_key_values") is view:
+            out["past_key_values"] = cache
+        return out
+
+    def _assisted_decoding(self, *args: Any, **options: Any) -> Any:
+        # transformers takes rejected tokens out of the cache only after it has streamed those that it accepts.
+        with decoding.invalidate_on_error(options.get("past_key_values")):
+            return super()._assisted_decoding(*args, **options)
+
+    def _beam_search(self, *args: Any, **options: Any) -> Any:
+        # transformers reorders the cache only after it has chosen the beams.
+        with decoding.invalidate_on_error(options.get("past_key_values")):
+            return super()._beam_search(*args, **options)
+
+    def _get_static_cache_init_shape(self) -> Any:
+        dtypes_agree = self.shadow.dtype == self.dtype
+        uniform = decoding.has_uniform_layers(self.base, self._shadows(), dtypes_agree)
+        return super()._get_static_cache_init_shape() if uniform else None  # None: each layer allocates itself in use
+
+    def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **options: Any) -> Any:
+        decoding.check_no_early_exit(generation_config)
+        return super()._get_candidate_generator(generation_config, *args, **options)
+
+    def _shadows(self) -> list[Shadow]:
+        return [self.adapter(name) for name in self.adapters]
 
 
 class ShadowForSequenceClassification(ShadowModel):
@@ -616,4 +810,5 @@ def _check_one(adapter_names: Any) -> None:
         raise ConfigError("shadow_only() runs the active adapter: set_adapter(…) it, and leave adapter_names out.")
 
 
+private_transformers.check(private_transformers.GENERATION, private_transformers.MODEL)
 architectures.announce(ShadowForCausalLM, ShadowForSequenceClassification)

@@ -19,7 +19,7 @@ from umbra.base import architectures, quantized, sharded
 from umbra.base.added_tokens import AddedTokens
 from umbra.base.architectures import Anatomy
 from umbra.config import ShadowConfig
-from umbra.errors import BaseModelError, ConfigError, shown
+from umbra.errors import BaseModelError, ConfigError
 from umbra.method.core import Couplings
 from umbra.shadow import input_scale
 from umbra.shadow.pretrained import check_vocabulary, load_pretrained
@@ -220,19 +220,6 @@ class Shadow(nn.Module):
         """Parameters of each part; parts without any are left out."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         return {name: n for name, n in counts.items() if n}
-
-
-def check_draft_tokens(tokens: list[Any], rows: int) -> None:
-    """Hold a draft vocabulary to a base of ``rows`` tokens.
-
-    Raises:
-        ConfigError: empty, one that is there twice, or one that is no token.
-    """
-    wrong = [t for t in tokens if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < rows]
-    if wrong:
-        raise ConfigError(f"A draft vocabulary holds tokens from 0 to {rows - 1}, got {shown(wrong[0])}.")
-    if not tokens or len(set(tokens)) < len(tokens):
-        raise ConfigError("A draft vocabulary holds one token or more, each once.")
 
 
 class Built(NamedTuple):

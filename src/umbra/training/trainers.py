@@ -21,7 +21,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from umbra.adapters import checkpoint
+from umbra.adapters.files import PREFIX
+from umbra.adapters.reading import restore_checkpoint
 from umbra.base import sharded
 from umbra.errors import ConfigError
 from umbra.method.core import IGNORED
@@ -214,9 +215,7 @@ class _ShadowLoss(Resumable):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        path = Path(resume_from_checkpoint)
-        checkpoint.load_weights(self.model.shadow, checkpoint.read_weights(path), path / checkpoint.WEIGHTS_FILE)
-        checkpoint.load_draft_tokens(self.model, path)
+        restore_checkpoint(self.model.shadow, self.model.base, Path(resume_from_checkpoint))
 
     def _load_best_model(self: Any) -> None:
         if self.is_deepspeed_enabled:
@@ -234,14 +233,14 @@ class _ShadowLoss(Resumable):
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         path = output_dir or self.args.output_dir
-        weights = sharded.whole_state(self.model.shadow, checkpoint.PREFIX) if state_dict is None else state_dict
+        weights = sharded.whole_state(self.model.shadow, PREFIX) if state_dict is None else state_dict
         if self.args.should_save:
             arguments = vars(
                 self.args
             )  # of trainers that render prompts by themselves (GRPO, RLOO), the template's too
             template = (arguments["chat_template_kwargs"] or {}) if "chat_template_kwargs" in arguments else None
-            checkpoint.save(
-                self.model, path, state_dict=weights, overwrite=True, tokenizer=self.processing_class,
+            self.model.save_pretrained(
+                path, state_dict=weights, overwrite=True, tokenizer=self.processing_class,
                 chat_template_kwargs=template,
             )  # fmt: skip
 

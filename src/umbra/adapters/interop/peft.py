@@ -42,13 +42,13 @@ class Adapter(Foreign):
     """An adapter folder of PEFT."""
 
     @classmethod
-    def read(cls, path: Path) -> "Adapter":
-        """Read the folder.
+    def read(cls, path: Path, values: dict[str, Any]) -> "Adapter":
+        """Read the folder, whose ``adapter_config.json`` holds ``values``.
 
         Raises:
             CheckpointError: damaged, pickled, or of a task that Umbra does not have.
         """
-        values = foreign.read_values(path, CONFIG_FILE, KNOWN)
+        foreign.check_keys(values, path / CONFIG_FILE, KNOWN)
         weights = foreign.read_tensors(path, WEIGHTS_FILE, PICKLED)
         task = values.get("task_type")
         if task not in (None, "CAUSAL_LM", "SEQ_CLS"):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from umbra.adapters.files import read_json
 from umbra.adapters.interop import foreign
 from umbra.adapters.interop.foreign import Foreign, refuse
 from umbra.adapters.interop.layout import Layout
@@ -58,7 +59,8 @@ class Adapter(Foreign):
         Raises:
             CheckpointError: damaged, or pickled.
         """
-        values = foreign.read_values(path, CONFIG_FILE, KNOWN)
+        values = read_json(path, CONFIG_FILE)
+        foreign.check_keys(values, path / CONFIG_FILE, KNOWN)
         weights = {WEIGHTS_FILE: foreign.read_tensors(path, WEIGHTS_FILE, PICKLED)}
         if (path / HEADS_FILE).exists() or values.get("modules_to_save") or (path / PICKLED_HEADS).exists():
             weights[HEADS_FILE] = foreign.read_tensors(path, HEADS_FILE, PICKLED_HEADS)
