@@ -8,7 +8,6 @@ import pytest
 from transformers import AutoConfig
 
 import umbra
-from conftest import make_tokenizer
 from support.studies import METHODS, SIGNS, SUMS, TRAINING, lines, results_of, run_study, study_of, variant
 from support.tiny import make_base
 from support.tokenizer import make_tokenizer
