@@ -21,7 +21,7 @@ from umbra.method.core import labelled_positions
 from umbra.method.kernels import Head, linear_loss
 from umbra.options import EMBEDDED
 from umbra.shadow.draft_vocabulary import frequent_tokens
-from umbra.training.train import DEFAULTS
+from umbra.training.runs import DEFAULTS
 
 SEEDS = {"train": 0, "validation": 10_000_000, "test": 20_000_000}  # item i is drawn from seed + i
 LONGEST = 512  # maximum length of an example in tokens
