@@ -1,4 +1,4 @@
-"""The referee on a tiny random base: what it measures, what it refuses, what it keeps."""
+"""The benchmark on a tiny random base: measurements, refusals and stored rows."""
 
 import dataclasses
 import json
@@ -334,7 +334,7 @@ def test_missing_peer_package_is_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
     held = run(tmp_path, cases="prefill")
     assert set(held["cases"]["prefill"]) == {n for n in NAMES if ROWS[n].package is None}
-    assert "shadow-peft: left out, shadow_peft is not installed" in capsys.readouterr().err
+    assert "shadow-peft: skipped, shadow_peft is not installed" in capsys.readouterr().err
     assert "ratios to bare base" in (tmp_path / "t.md").read_text()
 
 

@@ -58,8 +58,8 @@ class Report:
         for reference in (LORA, BASE):
             cells = self._cells(lambda row, r=reference: spread(values) if (values := ratios(row, r)) else None)
             if cells:
-                what = "median of the rounds' ratios [minimum – maximum]; lower is faster"
-                parts.append(f"## Time, as ratios to {reference}\n\n{what[0].upper()}{what[1:]}.\n\n{cells}")
+                unit = "Median of the rounds' ratios [minimum – maximum]; lower is faster."
+                parts.append(f"## Time, as ratios to {reference}\n\n{unit}\n\n{cells}")
         cells = self._cells(lambda row: spread([1000 * s for s in row["seconds"]], 0) if "seconds" in row else None)
         if cells:
             parts.append(f"## Milliseconds\n\nMedians [minimum – maximum].\n\n{cells}")
