@@ -286,7 +286,7 @@ LEFT: dict[str, dict[str, int]] = {
     "deploy": {"Any": 28, "banned": 94, "broad": 4, "ignore": 9},
     "training": {"Any": 132, "banned": 58, "broad": 2, "ignore": 28, "long": 2, "self: Any": 34},
     "evaluation": {"Any": 7, "banned": 16, "ignore": 6},
-    "lab": {"Any": 76, "banned": 378, "broad": 5, "ignore": 4},
+    "lab": {"Any": 1, "banned": 1, "broad": 2},
     "cli": {"Any": 10, "banned": 30, "broad": 1, "ignore": 2},
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from umbra.lab.options import StudyOptions
-from umbra.lab.study import evaluate
+from umbra.lab.study import sweep
 from umbra.lab.study.results import Results
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(7) for b in range(7)]
@@ -61,11 +61,11 @@ def study_of(folder: Path, base: str, **changes) -> dict:
 
 def run_study(folder: Path, given: dict, out: str = "out", **options) -> dict:
     (folder / "study.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
-    return evaluate(StudyOptions(str(folder / "study.yaml"), out=str(folder / out), **options))
+    return sweep.run_study(StudyOptions(str(folder / "study.yaml"), out=str(folder / out), **options))
 
 
 def results_of(folder: Path, out: str = "out") -> Results:
-    return Results(folder / out, "study.json")
+    return Results(folder / out)
 
 
 def variant(results: Results, name: str):

@@ -12,9 +12,9 @@ def run(arguments: list[str]) -> int:
     """Run the command and return its exit code: 1 if a run failed."""
     options = parse("umbra study", StudyOptions, arguments)
     check_installed("umbra study", "evaluate", ("peft", "scipy", "matplotlib"))
-    from umbra.lab.study import evaluate
+    from umbra.lab.study.sweep import run_study
 
     with trainer_output(options.json):
-        result = evaluate(options)
+        result = run_study(options)
     say(json.dumps(result, indent=2) if options.json else "\n".join(result["report"]))
     return 1 if result["failed"] else 0
