@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.tables import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
 from support.tiny import LLAMA_LIKE, make
 from support.tokenizer import make_tokenizer
 
+pytest_plugins = ["support.tables", "support.fast"]
 torch.set_num_threads(1)
 FROZEN: set[Path] = set()  # the files whose first test has begun
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import umbra
+from support.fast import SLOW
 
 SOURCE = Path(umbra.__file__).parent
 MODULES = {
@@ -253,6 +254,11 @@ def test_no_test_module_imports_another(module):
 def test_names_of_tests_are_short(module):
     names = [node.name for node in ast.walk(TESTS[module]) if isinstance(node, ast.FunctionDef)]
     assert [name for name in names if name.startswith("test_") and len(name) >= 70] == []
+
+
+def test_fast_tier_lists_existing_tests():
+    for module, slow in SLOW.items():
+        assert slow <= {node.name for node in ast.walk(TESTS[module]) if isinstance(node, ast.FunctionDef)}
 
 
 def test_test_modules_are_in_rooms():
