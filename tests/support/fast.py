@@ -93,6 +93,6 @@ def select(items: list[pytest.Item]) -> set[pytest.Item]:
 
 
 def _function(item: pytest.Item) -> tuple[str, str]:
-    """The path of a test's module without its ending, and the name of its function."""
+    """Return the path of a test's module without its suffix, and the name of its function."""
     path = item.path.relative_to(ROOT).with_suffix("").as_posix()
     return path, getattr(item, "originalname", item.name)
