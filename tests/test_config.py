@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
 import umbra
 from support.tiny import HIDDEN, LAYERS, make_base, tokens
 from umbra import BaseModelError, ConfigError, ShadowConfig
+from umbra.config import DialectConstants
 
 NAN, INFINITY = float("nan"), float("inf")
 SIZES = [f.name for f in dataclasses.fields(ShadowConfig) if f.name.startswith("shadow_")]
@@ -42,13 +44,11 @@ BAD = [
     *[("dropout", value) for value in (-0.1, 1, 1.0, 1.5, NAN, "0.2", False)],
     *[("auxiliary_loss_weight", value) for value in (-0.05, NAN, INFINITY, "0", None, True, 10**400)],
     *[("first_layer", value) for value in (-1, 0.0, -0.5, 1.0, NAN, "1", True)],
-    *[(name, value) for name in ("train_heads", "norm", "bias") for value in (0, 1, "true", [])],
+    *[("train_heads", value) for value in (0, 1, "true", [])],
     *[("dialect", value) for value in ("Paper", "lora", "", None, 1)],
     *[("init", value) for value in ("copy", True)],
     *[("embeddings", value) for value in ("shared", None, False)],
-    *[("activation", value) for value in ("relu", "SiLU", True)],
-    *[("dropout_position", value) for value in ("up", 0)],
-    *[("down_init", value) for value in ("zeros", False)],
+    *[("constants", value) for value in (3, "norm", [True])],
     *[("shadow", value) for value in ("", None, 3, ["mirror"])],
 ]
 
@@ -57,6 +57,21 @@ BAD = [
 def test_value_outside_range_is_named(name, value):
     with pytest.raises(ConfigError, match=f"^{name} must"):
         ShadowConfig(**{name: value})
+
+
+BAD_CONSTANTS = [
+    *[(name, value) for name in ("norm", "bias") for value in (0, 1, "true", [])],
+    *[("activation", value) for value in ("relu", "SiLU", True)],
+    *[("dropout_position", value) for value in ("up", 0)],
+    *[("down_init", value) for value in ("zeros", False)],
+    *[("init_scale", value) for value in (0, -1.0, NAN, INFINITY, "1", True)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_CONSTANTS, ids=lambda v: str(v)[:20])
+def test_a_constant_outside_its_range_is_named(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} must"):
+        ShadowConfig(constants={name: value})
 
 
 @pytest.mark.parametrize(
@@ -130,7 +145,9 @@ def test_config_is_frozen_and_comparable():
 @pytest.mark.parametrize("dialect", ["paper", "peft"])
 @pytest.mark.parametrize("resolved", [False, True])
 def test_config_round_trips_through_json(dialect, resolved):
-    config = ShadowConfig(dialect=dialect, gate_rank=3, alpha=0.25, shadow_hidden_size=16, embeddings="own", norm=True)
+    config = ShadowConfig(
+        dialect=dialect, gate_rank=3, alpha=0.25, shadow_hidden_size=16, embeddings="own", constants={"norm": True}
+    )
     config = config.resolve() if resolved else config
     assert ShadowConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -141,7 +158,73 @@ def test_missing_keys_take_defaults():
 
 
 def test_every_field_is_documented():
-    assert [f.name for f in dataclasses.fields(ShadowConfig) if not f.metadata.get("help")] == []
+    fields = [*dataclasses.fields(ShadowConfig), *dataclasses.fields(DialectConstants)]
+    assert [f.name for f in fields if not f.metadata.get("help")] == []
+
+
+def test_at_most_24_fields_are_at_the_top_level():
+    assert len(ShadowConfig.keys()) <= 24
+
+
+# -- former keys, and LoRA's ---------------------------------------------------------------------------------------
+
+
+def test_former_keys_are_migrated():
+    values = {"channel_scale": "none", "norm": False, "init_scale": 0.5, "rank": 4}
+    values |= {"backbone_rate": 1.0, "distillation_schedule": "constant", "update": "gated"}
+    expected = ShadowConfig(rank=4, input_scale="none", constants=DialectConstants(norm=False, init_scale=0.5))
+    assert ShadowConfig.from_dict(values) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"backbone_rate": 0.5}, r"backbone_rate=0\.5 is no longer supported: .*learning_rate"),
+        ({"distillation_schedule": "rise"}, "distillation_schedule='rise' is no longer supported"),
+        ({"update": "none"}, "update='none' is no longer supported: .*umbra study"),
+        ({"channel_scale": "none", "input_scale": "none"}, "channel_scale is the former name of input_scale"),
+        ({"norm": True, "constants": {"norm": False}}, "norm is given by itself and in constants"),
+        ({"r": 8}, "r=8 is a setting of LoRA: write rank"),
+        ({"lora_alpha": 16}, "lora_alpha=16 is a setting of LoRA: write alpha.*lora_alpha / r"),
+        ({"lora_dropout": 0.1}, "write dropout"),
+        ({"target_modules": ["q_proj"]}, "write first_layer or layers"),
+        ({"bias": "none"}, "bias='none' is a setting of LoRA"),
+        ({"modules_to_save": ["lm_head"]}, "train_heads"),
+        ({"use_rslora": True}, "lora_alpha / √r"),
+        ({"constants": {"nrm": True}}, "'nrm' in constants. Did you mean 'norm'"),
+    ],
+    ids=lambda v: str(next(iter(v))) if isinstance(v, dict) else "",
+)
+def test_a_key_that_cannot_be_migrated_is_explained(values, says):
+    with pytest.raises(ConfigError, match=says):
+        ShadowConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"channel_scale": "none"}, "channel_scale is now input_scale"),
+        ({"down_init": "normal"}, r"write constants=\{'down_init': 'normal'\}"),
+        ({"lora_alpha": 16}, "multiplies directly"),
+        ({"update": "gated"}, "no longer supported"),
+    ],
+)
+def test_the_constructor_takes_current_names_alone(values, says):
+    with pytest.raises(ConfigError, match=says):
+        ShadowConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("fields", "warns"),
+    [({"alpha": 16}, True), ({"alpha": 8.5, "rank": 8}, True), ({"alpha": 4}, False), ({"alpha": 16.0, "rank": 1}, False),
+     ({"rank": 1}, False)],
+)  # fmt: skip
+def test_a_large_alpha_is_compared_with_loras(fields, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ShadowConfig(**fields).resolve()
+    assert bool(caught) == warns
+    assert not warns or "LoRA's alpha is divided by r" in str(caught[0].message)
 
 
 # -- the dialects --------------------------------------------------------------------------------------------------
@@ -158,7 +241,7 @@ TABLE = {
         "down_init": "normal",
         "alpha": 0.1,
         "dropout": 0.2,
-        "channel_scale": "none",
+        "input_scale": "none",
         "init": "random",
     },
     "peft": {
@@ -172,7 +255,7 @@ TABLE = {
         "down_init": "linear",
         "alpha": 0.1,
         "dropout": 0.2,
-        "channel_scale": "none",
+        "input_scale": "none",
         "init": "random",
     },
 }
@@ -180,7 +263,7 @@ OURS = {
     "rank": 64,
     "alpha": 0.25,
     "dropout": 0.0,
-    "channel_scale": "measured",
+    "input_scale": "measured",
     "init": "auto",
     "first_layer": 0.25,
     "down_init": "scaled",
@@ -188,10 +271,15 @@ OURS = {
 TABLE["umbra"] = {**TABLE["paper"], **OURS}
 
 
+def flat(config: ShadowConfig) -> dict:
+    values = config.to_dict()
+    return values | values.pop("constants")
+
+
 @pytest.mark.parametrize("dialect", TABLE)
 def test_dialect_fills_in_design_table(dialect):
     resolved = ShadowConfig(dialect=dialect).resolve()
-    assert resolved.to_dict().items() >= {**TABLE[dialect], "auxiliary_loss_weight": 0.05}.items()
+    assert flat(resolved).items() >= {**TABLE[dialect], "auxiliary_loss_weight": 0.05}.items()
     assert resolved.resolve() == resolved
 
 
@@ -199,13 +287,13 @@ def test_dialect_fills_in_design_table(dialect):
 @pytest.mark.parametrize("name", TABLE["paper"])
 def test_explicit_field_overrides_dialect(dialect, name):
     other = {"paper": "umbra", "umbra": "peft", "peft": "paper"}[dialect]
-    resolved = ShadowConfig(dialect=dialect, **{name: TABLE[other][name]}).resolve()
+    resolved = ShadowConfig.from_dict({"dialect": dialect, name: TABLE[other][name]}).resolve()
     expected = {**TABLE[dialect], name: TABLE[other][name]}
     if (dialect, name) == ("peft", "rank"):
         expected["gate_rank"] = expected["rank"]
     if (dialect, name) == ("umbra", "rank"):
         expected["alpha"] = 16 / expected["rank"]
-    assert resolved.to_dict().items() >= expected.items()
+    assert flat(resolved).items() >= expected.items()
 
 
 def test_gate_rank_follows_rank_in_peft_dialect_only():
@@ -369,7 +457,9 @@ def test_first_coupled_block_may_be_fraction(share, first, tmp_path):
     ("kind", "std"), [("scaled", 3 / HIDDEN**0.5), ("normal", 0.02), ("linear", (3 * HIDDEN) ** -0.5)]
 )
 def test_injection_initialisation_follows_config(kind, std):
-    injections = umbra.attach(make_base(), ShadowConfig(rank=64, down_init=kind)).shadow.couplings.injections.values()
+    injections = umbra.attach(
+        make_base(), ShadowConfig(rank=64, constants={"down_init": kind})
+    ).shadow.couplings.injections.values()
     down = torch.cat([i.down.weight.detach().flatten() for i in injections])
     assert float(down.std()) == pytest.approx(std, rel=0.05) and abs(float(down.mean())) < 0.05 * std
     assert all(float(i.up.weight.abs().max()) == 0 for i in injections)

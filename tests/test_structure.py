@@ -89,7 +89,7 @@ def test_unknown_name_raises_attribute_error():
 
 def test_lazy_table_matches_typing_imports():
     """`_ROOMS` and the imports under TYPE_CHECKING have the same names from the same rooms."""
-    typed = {name: module.replace("/", ".") for module, name in imports("__init__")}
+    typed = {name: module.removesuffix("/__init__").replace("/", ".") for module, name in imports("__init__")}
     assert typed == umbra._ROOMS
 
 
@@ -279,7 +279,7 @@ BANNED = {
 LIMITS = {"Any": 120, "ignore": 25, "broad": 8}
 LEFT: dict[str, dict[str, int]] = {
     "errors": {"Any": 1, "broad": 1},
-    "config": {"Any": 5, "banned": 3, "long": 1},
+    "config": {"Any": 1},
     "options": {"Any": 8, "broad": 1, "ignore": 1},
     "files": {"Any": 3, "banned": 2, "broad": 3},
     "base": {"Any": 72, "banned": 79, "broad": 1, "ignore": 5},
@@ -290,9 +290,9 @@ LEFT: dict[str, dict[str, int]] = {
     "adapters": {"Any": 15, "banned": 121, "broad": 3, "ignore": 1},
     "model": {"Any": 88, "banned": 63, "ignore": 10, "long": 2, "self: Any": 16},
     "deploy": {"Any": 28, "banned": 94, "broad": 4, "ignore": 9},
-    "training": {"Any": 132, "banned": 58, "broad": 2, "ignore": 28, "long": 2, "self: Any": 34},
+    "training": {"Any": 132, "banned": 54, "broad": 2, "ignore": 28, "long": 2, "self: Any": 34},
     "evaluation": {"Any": 7, "banned": 16, "ignore": 6},
-    "lab": {"Any": 76, "banned": 378, "broad": 5, "ignore": 4},
+    "lab": {"Any": 76, "banned": 375, "broad": 5, "ignore": 4},
     "cli": {"Any": 10, "banned": 30, "broad": 1, "ignore": 2},
 }
 

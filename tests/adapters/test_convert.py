@@ -13,9 +13,9 @@ from umbra.deploy.convert import convert
 PAPER, PEFT = {"dialect": "paper"}, {"dialect": "peft"}
 INEXPRESSIBLE = [
     ("peft", "llama", PAPER, "norm=True"),
-    ("peft", "llama", {**PEFT, "activation": "silu"}, "activation=silu"),
-    ("peft", "llama", {**PEFT, "bias": False}, "bias=False"),
-    ("peft", "llama", {**PEFT, "dropout": 0.1, "dropout_position": "rank"}, "dropout_position=rank"),
+    ("peft", "llama", {**PEFT, "constants": {"activation": "silu"}}, "activation=silu"),
+    ("peft", "llama", {**PEFT, "constants": {"bias": False}}, "bias=False"),
+    ("peft", "llama", {**PEFT, "dropout": 0.1, "constants": {"dropout_position": "rank"}}, "dropout_position=rank"),
     ("peft", "llama", {**PEFT, "layers": (0, 2)}, "[0, 2]"),
     ("peft", "llama", {**PEFT, "shadow_hidden_size": 16}, "projected shared embeddings"),
     ("peft", "llama", {**PEFT, "train_heads": True}, "heads.shadow.weight"),
@@ -27,7 +27,7 @@ INEXPRESSIBLE = [
     ("shadow-peft", "llama", {**PAPER, "first_layer": 0}, "[0, 1, 2, 3]"),
     ("shadow-peft", "llama", {**PAPER, "layers": (1, 2)}, "[1, 2]"),
     ("shadow-peft", "llama", {**PAPER, "gate_rank": 1}, "gate_rank=1"),
-    ("shadow-peft", "llama", {**PAPER, "norm": False}, "norm=False"),
+    ("shadow-peft", "llama", {**PAPER, "constants": {"norm": False}}, "norm=False"),
     ("shadow-peft", "llama", {**PAPER, "embeddings": "own"}, "embeddings='own'"),
     ("shadow-peft", "llama", {**PAPER, "shadow_hidden_size": 16}, "projected shared embeddings"),
     ("shadow-peft", "tied", {**PAPER, "train_heads": True}, "trained heads"),

@@ -219,7 +219,7 @@ def test_detached_model_loads_without_umbra(name, elsewhere):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_channel_scale_can_be_measured(name):
-    model = umbra.attach(build(name), umbra.ShadowConfig(rank=4, channel_scale="measured"))
+    model = umbra.attach(build(name), umbra.ShadowConfig(rank=4, input_scale="measured"))
     for injection in model.shadow.couplings.injections.values():
         assert torch.isfinite(injection.channels).all() and float(injection.channels.std()) > 0
 

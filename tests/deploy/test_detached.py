@@ -87,7 +87,7 @@ def test_detached_model_equals_shadow_path(name, shape, classifier):
 def test_copied_blocks_detach_exactly(name, classifier):
     """init="base": the base's first block under its own norm and head; not for a mixture of experts, whose shadow is dense."""
     base = make_base(name, classifier=classifier)
-    config = umbra.ShadowConfig(init="base", init_scale=1.0)
+    config = umbra.ShadowConfig(init="base", constants={"init_scale": 1.0})
     if name == "qwen3_moe":
         with pytest.raises(umbra.ConfigError, match="init"):
             umbra.attach(base, config)
@@ -105,7 +105,9 @@ def test_copied_blocks_detach_exactly(name, classifier):
 @torch.no_grad()
 def test_chosen_blocks_with_scaled_norm_detach_exactly(name):
     base, ids = make_base(name), tokens()
-    config = umbra.ShadowConfig(init="base", shadow_num_hidden_layers=2, init_layers=(1, 2), init_scale=0.4)
+    config = umbra.ShadowConfig(
+        init="base", shadow_num_hidden_layers=2, init_layers=(1, 2), constants={"init_scale": 0.4}
+    )
     found = umbra.attach(base, config).detached()(ids).logits
     two = make_base(name)
     blocks = umbra.base.architectures.locate(two).blocks

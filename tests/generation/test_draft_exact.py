@@ -62,7 +62,9 @@ def test_length_dependent_shadow_positions_stay_exact(kind, tmp_path):
 
 def test_longrope_regression_stays_exact():
     """A shadow that agrees often, and a text that crosses the limit."""
-    model = make(base_options=longer("longrope"), shadow_num_hidden_layers=LAYERS, init="base", init_scale=1.0)
+    model = make(
+        base_options=longer("longrope"), shadow_num_hidden_layers=LAYERS, init="base", constants={"init_scale": 1.0}
+    )
     with torch.no_grad():
         for injection in model.shadow.couplings.injections.values():
             injection.up.weight.zero_()

@@ -64,7 +64,7 @@ FORMS = {
     "own embeddings": {"embeddings": "own"},
     "peft": {"dialect": "peft"},
     "upper blocks": {"layers": (2, 3)},
-    "measured channels": {"channel_scale": "measured"},
+    "measured channels": {"input_scale": "measured"},
 }
 
 

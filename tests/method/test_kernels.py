@@ -41,7 +41,13 @@ def no_luck_with_memory():
 def couplings(dialect: str, D: int, G: int, R: int, dropout: float = 0.0, dtype=torch.float32) -> Couplings:
     """Random couplings in training mode."""
     config = ShadowConfig(
-        dialect=dialect, rank=R, gate_rank=G, alpha=0.7, dropout=dropout, down_init="normal", layers=(0, 1, 3)
+        dialect=dialect,
+        rank=R,
+        gate_rank=G,
+        alpha=0.7,
+        dropout=dropout,
+        constants={"down_init": "normal"},
+        layers=(0, 1, 3),
     )
     return scramble(Couplings(4, D, config.resolve()), std=0.1).to(DEVICE, dtype).train()
 

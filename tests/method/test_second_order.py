@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Deprecation
 
 
 def build(dialect: str = "umbra", **options):
-    model = make(dialect=dialect, gate_rank=3, norm=True, **options).double()
+    model = make(dialect=dialect, gate_rank=3, constants={"norm": True}, **options).double()
     model.set_attn_implementation("eager")
     model.base.set_attn_implementation("eager")
     model.shadow.backbone.set_attn_implementation("eager")

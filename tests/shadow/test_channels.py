@@ -12,7 +12,7 @@ from umbra.deploy.convert import convert
 from umbra.method.kernels import reference
 from umbra.shadow.input_scale import LARGEST, LENGTH, ROWS, SEED, scale_of
 
-MEASURED, PLAIN = {"channel_scale": "measured"}, {"channel_scale": "none"}
+MEASURED, PLAIN = {"input_scale": "measured"}, {"input_scale": "none"}
 
 
 def test_channel_scale_matches_its_equation():
@@ -109,7 +109,7 @@ def test_peer_formats_fold_channel_scale_into_weights(form, tmp_path):
     model, ids = make(dialect={"peft": "peft", "shadow-peft": "paper"}[form], **MEASURED), tokens()
     convert(model, tmp_path / "out", form)
     read = umbra.load(tmp_path / "out", make_base()).eval()
-    assert read.shadow_config.channel_scale == "none"
+    assert read.shadow_config.input_scale == "none"
     with torch.no_grad():
         torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
@@ -130,8 +130,8 @@ def test_meta_base_cannot_be_measured():
 
 
 def test_unknown_channel_scale_is_refused():
-    with pytest.raises(umbra.ConfigError, match="channel_scale must be one of none, measured"):
-        umbra.ShadowConfig(channel_scale="loud")
+    with pytest.raises(umbra.ConfigError, match="input_scale must be one of none, measured"):
+        umbra.ShadowConfig(input_scale="loud")
 
 
 def test_shadow_order_is_distinguished():

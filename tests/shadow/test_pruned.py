@@ -9,7 +9,7 @@ from support.tiny import CONFIGS, HIDDEN, LAYERS, LLAMA_LIKE, make_base, randomi
 
 WIDTH, INNER, DIM = 16, 24, 8
 NARROW = {
-    "init": "base", "init_scale": 1.0, "shadow_num_hidden_layers": LAYERS, "shadow_hidden_size": WIDTH,
+    "init": "base", "constants": {"init_scale": 1.0}, "shadow_num_hidden_layers": LAYERS, "shadow_hidden_size": WIDTH,
     "shadow_intermediate_size": INNER, "shadow_num_attention_heads": 2, "shadow_num_key_value_heads": 1, "shadow_head_dim": DIM,
 }  # fmt: skip
 

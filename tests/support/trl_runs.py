@@ -15,7 +15,7 @@ COMMON = {
 
 
 def rows(n: int = 8) -> list[list[int]]:
-    """Return n sequences of different lengths."""
+    """Return Return n sequences of different lengths."""
     return [tokens(1, 5 + i % 4, seed=10 + i)[0].tolist() for i in range(n)]
 
 

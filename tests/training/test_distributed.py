@@ -31,7 +31,7 @@ MODELS = {
     "narrow": {**NARROW, "shadow_head_dim": 8},
     "own_embeddings": {"embeddings": "own"},
     "trained_heads": {"train_heads": True},
-    "scaled": {"channel_scale": "measured"},
+    "scaled": {"input_scale": "measured"},
     "no_auxiliary": {"auxiliary_loss_weight": 0.0},
     "no_auxiliary_heads": {"train_heads": True, "auxiliary_loss_weight": 0.0},
 }
@@ -171,7 +171,7 @@ def test_inactive_adapter_is_ignored(pair, engine):
     "Distributed", "RAM-efficient loading", "rank 1 holds the base without weights; FSDP2 hands them out"
 )
 def test_ram_efficient_loading_equals_one_rank(pair, tmp_path, empty, scale):
-    given = {"auxiliary_loss_weight": LAMBDA, "channel_scale": scale}
+    given = {"auxiliary_loss_weight": LAMBDA, "input_scale": scale}
     make(**given).save_pretrained(tmp_path)
     assert_same_step(pair(ranks.ram_efficient, str(tmp_path), empty), reference(**given))
 
@@ -396,7 +396,7 @@ def test_zero3_partitioned_base_trains(pair, settings, tmp_path):
 def test_partitioned_base_reads_as_whole(pair, settings, tmp_path):
     """Copied blocks and measured channels; nothing is learned at a rate of 0."""
     pytest.importorskip("deepspeed")
-    more = {"init": "base", "channel_scale": "measured", "learning_rate": 0.0, "use_cpu": False}
+    more = {"init": "base", "input_scale": "measured", "learning_rate": 0.0, "use_cpu": False}
     pair(ranks.train_with_zero3, {**settings, **more, "output_dir": str(tmp_path / "still")})
     found = umbra.load(tmp_path / "still").shadow
     whole = umbra.attach(load_base(settings["base"]), found.config).shadow.state_dict()

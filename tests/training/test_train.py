@@ -341,12 +341,14 @@ def test_run_of_earlier_version_is_recognised(settings):
     file = f"{settings['output_dir']}/run.json"
     with open(file) as opened:
         held = json.load(opened)
-    del held["asked"]["backbone_rate"], held["asked"]["init_scale"]
+    held["asked"] |= {"channel_scale": held["asked"].pop("input_scale"), "backbone_rate": 1.0, "update": "gated"}
+    held["asked"] |= held["asked"].pop("constants")
+    del held["asked"]["auxiliary_loss_every"], held["asked"]["init_scale"]
     with open(file, "w") as opened:
         json.dump(held, opened)
     assert train(settings) == first
-    with pytest.raises(umbra.CheckpointError, match=r"another run \(backbone_rate: 1.0 → 0.5\)"):
-        train({**settings, "backbone_rate": 0.5})
+    with pytest.raises(umbra.CheckpointError, match=r"another run \(auxiliary_loss_every: 1 → 2\)"):
+        train({**settings, "auxiliary_loss_every": 2})
 
 
 def test_save_steps_enables_checkpoints(settings):

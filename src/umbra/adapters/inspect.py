@@ -18,7 +18,7 @@ from umbra.adapters.files import (
 )
 from umbra.adapters.interop import recognise
 from umbra.adapters.prompting import Prompting, describe
-from umbra.config import DIALECTS, ShadowConfig
+from umbra.config import CONSTANTS, DIALECTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError, plain
 from umbra.files import folder
 from umbra.shadow.pretrained import saved_config
@@ -69,6 +69,8 @@ def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
     config = ShadowConfig.from_dict(values["shadow"]).resolve()
     own = {k: v for k, v in DIALECTS[config.dialect].items() if k not in ("rank", "gate_rank", "alpha", "init")}
     changed = {k: getattr(config, k) for k, v in own.items() if getattr(config, k) != v}
+    constants = CONSTANTS[config.dialect].items()
+    changed |= {k: getattr(config.constants, k) for k, v in constants if getattr(config.constants, k) != v}
     shadow, base = saved_config(values["shadow_model_config"]), values["base"]
     return {
         "task": values["task_type"],

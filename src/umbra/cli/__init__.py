@@ -21,7 +21,7 @@ from umbra.cli.terminal import (
     raw_output,
     say,
 )
-from umbra.config import ShadowConfig
+from umbra.config import DialectConstants, ShadowConfig
 from umbra.errors import ConfigError, one_line
 from umbra.options import (
     EMBEDDED,
@@ -381,7 +381,7 @@ def _add_flags(parser: Any, kind: type) -> None:
         if f.metadata.get("positional"):
             parser.add_argument(f.name, help=text, **several)
             continue
-        default = "" if f.default in (None, "") else f" (default: {f.default})"
+        default = "" if f.default in (None, "", dataclasses.MISSING) else f" (default: {f.default})"
         if types == [bool]:
             parser.add_argument(
                 f"--{f.name}", f"--{f.name.replace('_', '-')}", nargs="?", const=True, type=_boolean,
@@ -392,7 +392,7 @@ def _add_flags(parser: Any, kind: type) -> None:
         form, metavar = kind_of, kind_of.__name__.upper()
         if get_origin(types[0]) is tuple:
             form, metavar = _integers, "INT,…"
-        elif get_origin(types[0]) is dict:
+        elif get_origin(types[0]) is dict or types[0] is DialectConstants:
             form, metavar = _mapping, "JSON"
         elif types == [int, float]:
             form, metavar = number, "NUMBER"

@@ -43,11 +43,12 @@ class Injection(nn.Module):
         self.down = nn.Linear(hidden_size, config.rank, bias=False)
         self.up = nn.Linear(config.rank, hidden_size, bias=False)
         scale = nn.Parameter(torch.ones(hidden_size), requires_grad=False)  # engines spread parameters, and few buffers
-        self.register_parameter("channels", scale if config.channel_scale == "measured" else None)
-        self.dropout_delta = nn.Dropout(config.dropout if config.dropout_position == "delta" else 0.0)
-        self.dropout_rank = nn.Dropout(config.dropout if config.dropout_position == "rank" else 0.0)
-        if config.down_init != "linear":
-            nn.init.normal_(self.down.weight, std=0.02 if config.down_init == "normal" else SCALED / hidden_size**0.5)
+        self.register_parameter("channels", scale if config.input_scale == "measured" else None)
+        self.dropout_delta = nn.Dropout(config.dropout if config.constants.dropout_position == "delta" else 0.0)
+        self.dropout_rank = nn.Dropout(config.dropout if config.constants.dropout_position == "rank" else 0.0)
+        if config.constants.down_init != "linear":
+            std = 0.02 if config.constants.down_init == "normal" else SCALED / hidden_size**0.5
+            nn.init.normal_(self.down.weight, std=std)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
@@ -63,24 +64,21 @@ class Injection(nn.Module):
 
 
 class Update(nn.Module):
-    """s ← s + σ(gate(n)) ⊙ (transform(n) − s), with gate and transform of shape D → G → D; ungated, s ← transform(n)."""
+    """s ← s + σ(gate(n)) ⊙ (transform(n) − s), with gate and transform of shape D → G → D."""
 
     def __init__(self, hidden_size: int, config: ShadowConfig):
         super().__init__()
-        assert config.gate_rank and config.bias is not None and config.activation and config.dropout is not None
-        D, G, bias, activation = hidden_size, config.gate_rank, config.bias, ACTIVATIONS[config.activation]
-        dropout = config.dropout if config.dropout_position == "rank" else 0.0
-        self.gate = None
-        if config.update == "gated":
-            self.gate = nn.Sequential(nn.Linear(D, G, bias=bias), activation(), nn.Linear(G, D, bias=bias))
+        constants = config.constants
+        assert config.gate_rank and constants.bias is not None and constants.activation and config.dropout is not None
+        D, G, bias, activation = hidden_size, config.gate_rank, constants.bias, ACTIVATIONS[constants.activation]
+        dropout = config.dropout if constants.dropout_position == "rank" else 0.0
+        self.gate = nn.Sequential(nn.Linear(D, G, bias=bias), activation(), nn.Linear(G, D, bias=bias))
         self.transform = nn.Sequential(
             nn.Linear(D, G, bias=bias), activation(), nn.Dropout(dropout), nn.Linear(G, D, bias=bias)
         )
 
     def forward(self, n: Tensor, s: Tensor) -> Tensor:
         """(B, T, D), (B, T, D) → (B, T, D) in s's dtype."""
-        if self.gate is None:
-            return self.transform(n).to(s.dtype)
         return (s + torch.sigmoid(self.gate(n)) * (self.transform(n) - s)).to(s.dtype)
 
 
@@ -101,9 +99,9 @@ class Couplings(nn.Module):
         self.config = config
         self.layers = layers = config.coupled(num_layers)
         self.injections = nn.ModuleDict({str(l): Injection(hidden_size, config) for l in layers})
-        updated = () if config.update == "none" else layers[:-1]
+        updated = layers[:-1]  # the last update would feed nothing
         self.updates = nn.ModuleDict({str(l): Update(hidden_size, config) for l in updated})
-        self.norm = nn.LayerNorm(hidden_size) if config.norm and updated else nn.Identity()
+        self.norm = nn.LayerNorm(hidden_size) if config.constants.norm and updated else nn.Identity()
         self.seams = sorted({*layers, *(l + 1 for l in updated)})
 
     def inject(self, l: int, h: Tensor, s: Tensor) -> Tensor:
@@ -140,12 +138,11 @@ class Couplings(nn.Module):
         return all(kernels.is_plain(module, kinds=KINDS) for module in self.modules())
 
     def _may_fuse(self, x: Tensor) -> bool:
-        may = kernels.in_use() and self.config.update != "ungated"
-        return may and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
+        return kernels.in_use() and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
 
     def packs(self) -> "dict[int, kernels.Pack]":
         """Each seam for `kernels.couple_few`; to be thrown away before the weights change."""
-        if self.config.update == "ungated" or not self.is_plain():
+        if not self.is_plain():
             return {}
         return {l: kernels.pack(self._seam(str(l - 1), str(l))) for l in self.seams}
 
@@ -154,10 +151,10 @@ class Couplings(nn.Module):
         injection: Any = self.injections._modules.get(here)
         norm: Any = self.norm
         return Seam(
-            (norm.weight, norm.bias, norm.eps) if update and self.config.norm else None,
+            (norm.weight, norm.bias, norm.eps) if update and self.config.constants.norm else None,
             _pair(update.gate) if update else None,
             _pair(update.transform) if update else None,
-            self.config.activation or "",
+            self.config.constants.activation or "",
             injection.reader() if injection else None,
             injection.up.weight if injection else None,
             injection.alpha if injection else 0.0,

@@ -105,8 +105,6 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self.resting = nn.ModuleDict()
         self.active_adapter = DEFAULT
         self.main_input_name = base.main_input_name
-        # Of the training, from 0 to 1: what a schedule goes by. Trainers keep it.
-        self.progress = torch.zeros((), device="cpu")
         self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in base.all_tied_weights_keys.items()}
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
@@ -137,7 +135,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         if self.training and losses.shadow is not None:
             total = total + self._weight * losses.shadow
         if self.training and losses.distillation is not None:
-            total = total + self._distillation_weight * losses.distillation
+            total = total + self.shadow.config.distillation_weight * losses.distillation
         return total
 
     def _output(self, kind: type, values: dict[str, Any], batch: dict[str, Any], return_dict: bool | None) -> Any:
@@ -156,15 +154,6 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
             if name not in known:
                 result[name] = value
         return result
-
-    @property
-    def _distillation_weight(self) -> Tensor | float:
-        """μ, now."""
-        config = self.shadow.config
-        if config.distillation_schedule == "constant":
-            return config.distillation_weight
-        share = self.progress if config.distillation_schedule == "rise" else 1 - self.progress
-        return config.distillation_weight * share
 
     @property
     def base_head(self) -> nn.Module:

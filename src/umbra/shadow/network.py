@@ -92,7 +92,7 @@ class Shadow(nn.Module):
 
         device = torch.device(architectures.device_of(base.embeddings) if device is None else device)
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
-        measures = config.channel_scale == "measured" and backbone_config is None  # or else they come from a file
+        measures = config.input_scale == "measured" and backbone_config is None  # or else they come from a file
         if sharded.is_partitioned(base.embeddings.weight) and train_heads:
             raise BaseModelError(
                 "ZeRO-3 has partitioned this base already, and train_heads copies its head: load the base before "
@@ -274,7 +274,7 @@ def _copied(base: Anatomy, backbone: PreTrainedModel, config: ShadowConfig) -> B
             narrowed = architectures.prune_blocks(base, backbone, layers)
         else:
             architectures.copy_blocks(base, backbone, layers)
-        architectures.scale_final_norm(backbone, config.init_scale)
+        architectures.scale_final_norm(backbone, config.constants.init_scale)
     return Built(backbone, narrowed.projection, narrowed.embed_projection, True)
 
 

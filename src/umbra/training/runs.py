@@ -15,7 +15,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from umbra.adapters.card import may_replace
 from umbra.adapters.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from umbra.config import ShadowConfig
+from umbra.config import ShadowConfig, migrate
 from umbra.errors import CheckpointError, ConfigError, unknown_key
 from umbra.files import folder
 from umbra.options import SEEDS, check_bounds, check_dtype, check_types, names, speaks
@@ -63,6 +63,7 @@ def sort_settings(
     Raises:
         ConfigError: an unknown key (the nearest known one is named), a required one missing, or a value of a wrong type.
     """
+    values = migrate(values)
     arguments = [f for f in TrainingArguments.__dataclass_fields__ if not f.startswith("_")]
     known = [*names(kind, ShadowConfig), *arguments]
     for key in values:
@@ -211,7 +212,7 @@ class Run:
         file = folder.find(self.out, RUN_FILE)
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
-            before = {k: v for k, v in {**self.defaults, **run["asked"]}.items() if k not in HARMLESS}
+            before = migrate({k: v for k, v in {**self.defaults, **run["asked"]}.items() if k not in HARMLESS})
             shadow = ShadowConfig.from_dict({k: v for k, v in before.items() if k in names(ShadowConfig)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error}. Choose another output_dir, or overwrite.") from error

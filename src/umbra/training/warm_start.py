@@ -2,13 +2,13 @@
 
 import json
 import uuid
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from umbra.adapters import interop
 from umbra.adapters.files import CONFIG_FILE, PROMPTING, local_folder, read_config, read_optional_json
 from umbra.adapters.prompting import FORMAT_2_PROMPTING, Prompting
-from umbra.config import ShadowConfig
+from umbra.config import ShadowConfig, migrate
 from umbra.data import Labels
 from umbra.errors import ConfigError, DataError
 from umbra.model import loading
@@ -34,7 +34,12 @@ def adopt(options: TrainOptions, given: dict[str, Any]) -> tuple[TrainOptions, S
         )
     values = read_config(path)
     config = ShadowConfig.from_dict(values["shadow"])
-    shadow, saved = (json.loads(json.dumps(c)) for c in (given, config.to_dict()))
+    saved = json.loads(json.dumps(config.to_dict()))
+    shadow = migrate(given)
+    if "constants" in shadow:
+        shadow["constants"] = asdict(ShadowConfig(constants=shadow["constants"]).constants)
+        shadow["constants"] = {k: saved["constants"][k] if v is None else v for k, v in shadow["constants"].items()}
+    shadow = json.loads(json.dumps(shadow))
     changed = sorted(k for k in names(ShadowConfig) if k in shadow and shadow[k] != saved[k])
     if changed:
         differences = ", ".join(f"{k}: {saved[k]!r} → {shadow[k]!r}" for k in changed)

@@ -205,8 +205,8 @@ def refuse(form: str, what: str, instead: str) -> CheckpointError:
 
 
 def refuse_other_fields(config: ShadowConfig, fixed: dict[str, Any], form: str) -> None:
-    """Raise a CheckpointError unless the fields that a format has built in have its values."""
-    values = config.to_dict()
+    """Raise a CheckpointError unless the constants that a format has built in have its values."""
+    values = config.to_dict()["constants"]
     for name, value in fixed.items():
         if values[name] != value and not (name == "dropout_position" and config.dropout == 0):
             raise refuse(form, f"{name}={values[name]}", f"it always has {name}={value}")

@@ -17,7 +17,7 @@ from umbra.adapters.interop import foreign
 from umbra.adapters.interop.foreign import Foreign, refuse
 from umbra.adapters.interop.layout import Layout
 from umbra.base.architectures import Anatomy
-from umbra.config import DIALECTS, ShadowConfig
+from umbra.config import CONSTANTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
 from umbra.shadow.network import Shadow
 
@@ -34,7 +34,7 @@ SIZES = {
 }
 NOTES = {"auxiliary_loss_weight", "base_model_name_or_path"}
 KNOWN = {"injection_hidden_size", "gate_hidden_size", "alpha", "dropout", "modules_to_save", *SIZES, *NOTES}
-FIXED = {"update": "gated", **{k: DIALECTS["paper"][k] for k in ("norm", "activation", "bias", "dropout_position")}}
+FIXED = {name: CONSTANTS["paper"][name] for name in ("norm", "activation", "bias", "dropout_position")}
 # Whether the base is a classifier → their names of the two heads, and ours.
 HEADS = {
     False: {"lm_head": "attached", "shadow_lm_head": "shadow"},
