@@ -50,7 +50,7 @@ def by_hand(model, update: str, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("fields", [{}, {"first_layer": 2}, {"layers": (1, 3)}, {"input_scale": "measured"}], ids=str)
-def test_each_is_its_equations(update, fields):
+def test_ablations_match_their_equations(update, fields):
     model, ids = make(update=update, **fields), tokens()
     with torch.no_grad():
         result, expected = model(ids, use_cache=False).logits, by_hand(model, update, ids)

@@ -1,4 +1,4 @@
-"""Tiny studies: every kind of method on every kind of task, run and read."""
+"""Tiny studies of every kind of method on every kind of task."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def lines(path: Path, rows: list[dict]) -> str:
 
 
 def study_of(folder: Path, base: str, **changes) -> dict:
-    """All kinds of methods on all heads, two seeds."""
+    """Return a study of all methods on all heads, with two seeds."""
     tasks = {}
     for name, rows, more in (
         ("sum", SUMS, {"max_new_tokens": 3}),
