@@ -84,9 +84,9 @@ def test_help_without_the_lab_lists_the_other_verbs(monkeypatch, capsys):
 
 def test_evaluate_is_the_former_name_of_study(capsys):
     assert main(["evaluate", "/nowhere.yaml"]) == 2
-    first, second = capsys.readouterr().err.splitlines()
+    first, *_, last = capsys.readouterr().err.splitlines()
     assert first == "umbra: evaluate is now study: umbra study …"
-    assert "/nowhere.yaml cannot be read as YAML" in second
+    assert "/nowhere.yaml cannot be read as YAML" in last
 
 
 def test_an_unknown_verb_names_the_nearest(capsys):
