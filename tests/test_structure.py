@@ -258,6 +258,7 @@ def test_names_of_tests_are_short(module):
 
 def test_fast_tier_lists_existing_tests():
     for module, slow in SLOW.items():
+        assert module in TESTS, f"tests/support/fast.py lists {module}"
         assert slow <= {node.name for node in ast.walk(TESTS[module]) if isinstance(node, ast.FunctionDef)}
 
 
