@@ -83,7 +83,7 @@ def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Calla
         "convert peft": (into("convert", place / "peft", "--to", "peft"), None),
         "convert umbra": (into("convert", place / "adapter", "--to", "umbra"), None),
         "export hf": (into("export", place / "adapter", "--to", "hf", *few), None),
-        "evaluate": (into("evaluate", place / "study.yaml"), None),
+        "study": (into("study", place / "study.yaml"), None),
         "bench": (into("bench", "--base", "random:tiny", "--rounds", 1, "--methods", "bare base,PEFT LoRA,Umbra", "--cases",
                        "prefill,latency"), None),
         "export onnx": (into("export", place / "adapter", "--to", "onnx", "--quantization", "fp32", *few), None),
@@ -280,7 +280,7 @@ def main() -> None:
     rows = {}
     for name, (command, begin) in scenarios(place).items():
         if any(part in name for part in given.only.split(",")) and (given.only or name not in HEAVY):
-            count = given.kills // 3 if name in (*HEAVY, "evaluate") else given.kills
+            count = given.kills // 3 if name in (*HEAVY, "study") else given.kills
             rows[name] = kill(name, command, begin, place, count, given.seed)
             print(name, rows[name], flush=True)
     total = {k: sum(r[k] for r in rows.values()) for k in ("kills", "unequal", "refused", "mixtures")}

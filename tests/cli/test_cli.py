@@ -48,7 +48,9 @@ def test_help_is_fast_and_imports_no_torch():
     assert time.perf_counter() - began < 1
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "detach", "export", "convert", "inspect", "bench"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "study", "report", "generate", "detach", "export", "convert", "inspect", "bench"]
+)
 def test_every_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -165,6 +167,7 @@ def test_detach_writes_stock_model_and_tokenizer(run, capsys):
         (["generate", "{out}", "a", "--draft", "many"], "draft must be an integer of at least 1"),
         (["generate", "{out}", "a", "--draft", "2", "--mode", "base"], "--draft needs shadow and base"),
         (["inspect", "{data}"], "no adapter folder"),
+        (["eval", "{out}", "{data}", "--limt", "3"], "unrecognized arguments: --limt 3. Did you mean --limit?"),
         (["detach", "{out}", "{out}"], "is not empty"),
         (["detach", "{out}", "/tmp/x", "--dtype", "int8"], "Unknown dtype 'int8'"),
     ],

@@ -17,7 +17,7 @@ from umbra.lab.bench.cases import CASES, Decode, Detached, Disagreement, Drafted
 from umbra.lab.bench.machine import Device
 from umbra.lab.bench.methods import BASE, LORA, METHODS
 from umbra.lab.bench.timing import interleave, prepare
-from umbra.options import BenchOptions
+from umbra.lab.options import BenchOptions
 
 QUICK = "step,step-masked,batch-1,prefill,decode,latency,decode-detached"
 ROWS = {m.name: m for m in METHODS}

@@ -86,7 +86,7 @@ def test_a_killed_study_resumes(tmp_path, base_folder):
     given["tasks"] = {"sum": given["tasks"]["sum"]}
     given["training"] = {**TRAINING, "max_steps": 60}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(given))
-    command = [sys.executable, "-m", "umbra", "evaluate", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "umbra", "study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -1,4 +1,4 @@
-"""``umbra evaluate``: every kind of method on tiny tasks, compared with runs by hand."""
+"""``umbra study``: every kind of method on tiny tasks, compared with runs by hand."""
 
 import json
 from pathlib import Path
@@ -307,18 +307,18 @@ def test_lm_eval_aggregate_metric_has_no_items(tmp_path, base_folder):
 
 
 def test_study_commands_run_report_and_refuse(done, capsys, monkeypatch):
-    assert main(["evaluate", str(done / "study.yaml"), "--out", str(done / "out"), "--json"]) == 0
+    assert main(["study", str(done / "study.yaml"), "--out", str(done / "out"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["failed"] == 0 and all(Path(f).exists() for f in result["report"])
     assert main(["report", str(done / "out"), "--out", str(done / "again")]) == 0
     assert (done / "again" / "report.html").exists()
     capsys.readouterr()
     monkeypatch.setattr("umbra.lab.study.sweep.run_study", lambda _: print("loading") or {"failed": 0, "report": []})
-    assert main(["evaluate", str(done / "study.yaml"), "--json"]) == 0
+    assert main(["study", str(done / "study.yaml"), "--json"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out)["failed"] == 0 and "loading" in output.err
     monkeypatch.undo()
     assert main(["report", str(done / "nowhere")]) == 2
     assert "holds no study" in capsys.readouterr().err
-    assert main(["evaluate", str(done / "nowhere.yaml")]) == 2
+    assert main(["study", str(done / "nowhere.yaml")]) == 2
     assert "cannot be read as YAML" in capsys.readouterr().err

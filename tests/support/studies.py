@@ -5,9 +5,9 @@ from pathlib import Path
 
 import yaml
 
+from umbra.lab.options import StudyOptions
 from umbra.lab.study import sweep
 from umbra.lab.study.results import Results
-from umbra.options import EvaluateOptions
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(7) for b in range(7)]
 SIGNS = [{"prompt": f"{a}>{b}?", "completion": "yes" if a > b else "no"} for a in range(7) for b in range(7)]
@@ -61,7 +61,7 @@ def study_of(folder: Path, base: str, **changes) -> dict:
 
 def run_study(folder: Path, given: dict, out: str = "out", **options) -> dict:
     (folder / "study.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
-    return sweep.run_study(EvaluateOptions(str(folder / "study.yaml"), out=str(folder / out), **options))
+    return sweep.run_study(StudyOptions(str(folder / "study.yaml"), out=str(folder / out), **options))
 
 
 def results_of(folder: Path, out: str = "out") -> Results:

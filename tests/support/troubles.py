@@ -55,7 +55,7 @@ ON_BASE = "generate {out} x --base {here}/base"
 TRAIN_ON = RUN.replace("{base}", "{here}/base")
 KINDS = [
     # the command line
-    Kind("unknown command", "bogus", "invalid choice: 'bogus'", "umbra --help lists the commands"),
+    Kind("unknown command", "bogus", "Unknown command 'bogus'", "umbra --help lists the commands"),
     Kind("unknown flag", "eval {out} {data} --bogus 1", "unrecognized arguments: --bogus", "umbra eval --help"),
     Kind("missing argument", "eval {out}", "required: data", "umbra eval --help"),
     Kind("flag without its value", "train --rank", "--rank: expected one argument", "give the value"),
@@ -236,7 +236,7 @@ KINDS = [
         "The scores are complete",
         "free some space",
     ),
-    Kind("report of no study", "report {here}/nowhere", "study", "name the folder of umbra evaluate"),
+    Kind("report of no study", "report {here}/nowhere", "study", "name the folder of umbra study"),
     # adapters
     Kind("empty adapter folder", "inspect {here}", "adapter_config.json is missing", "name an adapter"),
     Kind(

@@ -34,7 +34,7 @@ from umbra.lab.bench.methods import METHODS, REFERENCES, Method, build, chosen, 
 from umbra.lab.bench.records import Records
 from umbra.lab.bench.report import Report
 from umbra.lab.bench.timing import measure
-from umbra.options import BenchOptions
+from umbra.lab.options import BenchOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Plan = dict[Case, list[Method]]  # the methods to measure by case

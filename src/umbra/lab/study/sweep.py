@@ -16,6 +16,7 @@ from transformers.utils import logging
 from umbra.errors import CheckpointError
 from umbra.files import folder
 from umbra.files.locks import locked
+from umbra.lab.options import StudyOptions
 from umbra.lab.study import records, requests
 from umbra.lab.study.ablations import is_ablated
 from umbra.lab.study.archive import STUDY_FILE, Record
@@ -26,12 +27,11 @@ from umbra.lab.study.reading import read_study
 from umbra.lab.study.report import write_report
 from umbra.lab.study.requests import Request, Sizes, key_of
 from umbra.lab.study.run import run
-from umbra.options import EvaluateOptions
 
 LOST_DEVICE = "device-side assert"  # CUDA's message after which a process cannot use the GPU any more
 
 
-def run_study(options: EvaluateOptions) -> dict[str, Any]:
+def run_study(options: StudyOptions) -> dict[str, Any]:
     """Run everything in a study that has no record yet, and write its report.
 
     Args:
@@ -54,7 +54,7 @@ def run_study(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _run_all(
-    options: EvaluateOptions, study: Study, out: Path, sizes: Sizes, parameters: dict[str, int]
+    options: StudyOptions, study: Study, out: Path, sizes: Sizes, parameters: dict[str, int]
 ) -> dict[str, Any]:  # fmt: skip
     """Run the trials, then the runs with the rates that they determine; the output folder is locked."""
     trials, done = list(requests.trials(study, sizes)), records.read_all(out)
