@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
+import umbra
 from support.drafts import NEW, agreeing, assert_some_of_both, drafted, plain
 from support.tiny import tokens
 from umbra.generation import batch
 from umbra.generation.batch import DraftTokens
 from umbra.generation.scheduler import DraftScheduler
+from umbra.generation.speculative import AUTO, SpeculativeDecoder
 
 # -- how far -------------------------------------------------------------------------------------------------------
 
@@ -62,6 +65,23 @@ def test_threshold_replaces_cost_model():
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[1] > counts[-1] == 0
     assert all(torch.equal(out.sequences, expected) for out in outputs)
+
+
+def test_auto_drafts_num_assistant_tokens_where_it_is_set():
+    shadow = agreeing().shadow
+
+    def number(draft, options=None, **config):
+        return SpeculativeDecoder.from_call(
+            shadow, draft, (), options or {}, GenerationConfig(**config)
+        ).num_draft_tokens
+
+    assert number("auto") == AUTO
+    assert number("auto", num_assistant_tokens=3) == 3
+    assert number("auto", {"num_assistant_tokens": 5}, num_assistant_tokens=3) == 5
+    assert number("auto", {"generation_config": GenerationConfig(num_assistant_tokens=2)}, num_assistant_tokens=3) == 2
+    assert number(4, {"num_assistant_tokens": 5}) == 4
+    with pytest.raises(umbra.ConfigError, match="draft must be an integer of at least 1"):
+        number("auto", num_assistant_tokens=0)
 
 
 # -- sampling: the same distribution -------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from transformers import PretrainedConfig
 
 from umbra.adapters.files import DIGEST, DRAFT_TOKENS, PROMPTING, Tensors
 from umbra.base.added_tokens import added_count, expected_rows
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.config import ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
+from umbra.shadow.backbone import fresh_config
 from umbra.shadow.draft_vocabulary import check_draft_tokens
-from umbra.shadow.network import Shadow, fresh_config
+from umbra.shadow.network import Shadow
 
 VOUCHED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
 OPTIONAL = (DRAFT_TOKENS, PROMPTING)
@@ -82,7 +83,7 @@ def check_counts(values: dict[str, Any], weights: Tensors, file: Path) -> None:
 
 
 def check_sizes(
-    base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path,
+    base: Architecture, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path,
     rows: int | None = None,
 ) -> None:  # fmt: skip
     """Refuse a configuration that asks for other tensors than there are, without allocating any.

@@ -14,16 +14,17 @@ def run(arguments: list[str]) -> int:
     options = parse("umbra convert", ConvertOptions, arguments)
     if not options.to or not options.out:
         raise ConfigError("The format and the folder are missing: --to peft|shadow-peft|umbra --out FOLDER.")
-    from umbra.adapters.checkpoint import load
-    from umbra.adapters.interop import check_form, convert
+    from umbra.adapters.interop import check_format
+    from umbra.deploy.convert import convert
     from umbra.files.manifest import of_model, writing
+    from umbra.model.loading import load
 
-    check_form(options.to)
+    check_format(options.to)
     out = Path(options.out)
     asked = {"command": "convert", "adapter": of_model(options.adapter), "to": options.to, "shadow": options.shadow}
     with writing(out, {**asked, "base": options.base}, False) as manifest:
         if not manifest.is_complete:
-            convert(load(options.adapter, options.base, shadow=options.shadow), out, options.to, is_own=True)
+            convert(load(options.adapter, options.base, shadow=options.shadow), out, options.to, is_resumed=True)
     files = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
     say(json.dumps({"path": str(out), "files": files}) if options.json else f"{out}: {', '.join(files)}")
     return 0

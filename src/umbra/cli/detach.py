@@ -11,10 +11,10 @@ from umbra.options import DetachOptions
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     options = parse("umbra detach", DetachOptions, arguments)
-    from umbra.adapters.checkpoint import load
     from umbra.adapters.prompting import open_formatter
     from umbra.deploy.detach import parse_dtype, write_detached
     from umbra.files.manifest import check_apart, of_model, writing
+    from umbra.model.loading import load
 
     dtype, out = parse_dtype(options.dtype), Path(options.out)
     asked = {"command": "detach", "adapter": of_model(options.adapter), "base": options.base, "dtype": options.dtype}

@@ -8,7 +8,7 @@ p is the target model's next-token distribution, q the draft model's, both after
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,8 +88,8 @@ class DecodingBatch:
         self.streamer, self.scheduler = streamer, scheduler
         self.samples = bool(config.do_sample)
         returns_dict = config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if returns_dict and config.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if returns_dict and config.output_logits else None
+        self.scores: tuple[Any, ...] | None = () if returns_dict and config.output_scores else None
+        self.logits: tuple[Any, ...] | None = () if returns_dict and config.output_logits else None
         # As in transformers: without an end-of-text token, rows that have finished continue until all have.
         self.pad = pad_token(config, ids.device) if _has_end_of_text(criteria) else None
         self.unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)

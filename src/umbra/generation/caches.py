@@ -111,7 +111,7 @@ def _differ(base: list[Any], shadow: list[Any]) -> bool:
     if base_tokens is not None:
         if synchronizes:
             return architectures.is_cache_in_use(shadow) != architectures.is_cache_in_use(base)
-        return (shadow_tokens or 0) != base_tokens
+        return bool((shadow_tokens or 0) != base_tokens)
     # A recurrent base counts no tokens.
     started = None if synchronizes else architectures.has_recurrent_state(base)
     if started is None:

@@ -7,7 +7,7 @@ module. Every decoding step uses the base's own input preparation, so that the p
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -40,7 +40,7 @@ def prepare_inputs(
     padding = kwargs.get("attention_mask")
     if "past_key_values" in kwargs:
         kwargs[cache_argument] = kwargs.pop("past_key_values")
-    prepared = base.prepare_inputs_for_generation(*args, **kwargs)
+    prepared = cast(Any, base).prepare_inputs_for_generation(*args, **kwargs)
     prepared["past_key_values"] = prepared.pop(cache_argument, None)
     for name in GENERATE_ARGUMENTS:
         prepared.pop(name, None)

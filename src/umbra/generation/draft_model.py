@@ -202,6 +202,8 @@ def prepare_step(
     Returns:
         The arguments of the forward, and the mask (B, T) of the whole text.
     """
-    model_kwargs = private_transformers.update_model_kwargs(model, {}, dict(model_kwargs), num_draft_tokens)
+    model_kwargs = private_transformers.update_model_kwargs(
+        model, {}, dict(model_kwargs), num_new_tokens=num_draft_tokens
+    )
     prepared = model.prepare_inputs_for_generation(ids, next_sequence_length=num_draft_tokens + 1, **model_kwargs)
     return prepared, model_kwargs.get("attention_mask")

@@ -74,7 +74,7 @@ class CastPages(PagedAttentionCache):
     """
 
     def __init__(self, pages: PagedAttentionCache):
-        self.pages = pages
+        self.pages: Any = pages  # a PagedAttentionCache, whose decorated methods have no type
 
     @torch.compiler.disable
     def update(

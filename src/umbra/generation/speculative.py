@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -171,14 +171,8 @@ class SpeculativeDecoder:
         """
         _check_cache(model, model_kwargs)
         limits = _PositionLimits(model, self.shadow, input_ids, model_kwargs)
-        kind, samples = model.device.type, generation_config.do_sample
-        # In sampling, the number of draft tokens decides what is drawn: with a seed it must not depend on a clock.
-        timed = kind == "cpu" and not samples
-        verify_cost = VERIFY_COST_CPU if kind == "cpu" else VERIFY_COST
-        scheduler = DraftScheduler(_draft_cost(model, self.shadow), verify_cost, self.threshold, timed=timed)
-        batch = DecodingBatch(
-            input_ids, logits_processor, stopping_criteria, generation_config, streamer, scheduler
-        )  # fmt: skip
+        scheduler = self._scheduler(model, bool(generation_config.do_sample))
+        batch = DecodingBatch(input_ids, logits_processor, stopping_criteria, generation_config, streamer, scheduler)
         out = private_transformers.prefill(model, input_ids, generation_config, model_kwargs)
         batch.append(out.logits[:, -1])
         model_kwargs = private_transformers.update_model_kwargs(model, out, model_kwargs)
@@ -195,11 +189,19 @@ class SpeculativeDecoder:
                 with _rolled_back(cache, layers, batch) as computed:
                     self._run_cycle(model, draft_model, computed, room, model_kwargs)
                 model_kwargs = private_transformers.update_model_kwargs(
-                    model, {}, model_kwargs, batch.length - before
-                )  # fmt: skip
+                    model, {}, model_kwargs, num_new_tokens=batch.length - before
+                )
         if streamer is not None:
             streamer.end()
         return _output(batch, cache) if generation_config.return_dict_in_generate else batch.ids
+
+    def _scheduler(self, model: TargetModel, samples: bool) -> DraftScheduler:
+        is_cpu = model.device.type == "cpu"
+        # In sampling, the number of draft tokens decides what is drawn: with a seed it must not depend on a clock.
+        return DraftScheduler(
+            _draft_cost(model, self.shadow), VERIFY_COST_CPU if is_cpu else VERIFY_COST, self.threshold,
+            timed=is_cpu and not samples,
+        )  # fmt: skip
 
     def _run_cycle(
         self, model: TargetModel, draft_model: DraftModel, computed: Computed, room: int, model_kwargs: dict[str, Any]
@@ -224,7 +226,7 @@ class SpeculativeDecoder:
 def _output(batch: DecodingBatch, cache: Cache) -> DraftedOutput:
     scheduler = batch.scheduler
     return DraftedOutput(
-        sequences=batch.ids,  # type: ignore[arg-type]
+        sequences=cast(Any, batch.ids),
         scores=batch.scores, logits=batch.logits, past_key_values=cache,
         drafted=scheduler.drafted, accepted=batch.num_accepted, verified=scheduler.cycles,
         acceptance_length=scheduler.written / scheduler.cycles if scheduler.cycles else None,

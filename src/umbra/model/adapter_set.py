@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from umbra.adapters.reading import load_shadow
 from umbra.base import architectures
 from umbra.base.added_tokens import AddedTokens, Tables, check_resizable
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.base.fingerprint import fingerprint
 from umbra.config import ShadowConfig, check_kind
 from umbra.errors import BaseModelError, ConfigError, StateError
@@ -113,8 +113,8 @@ class Adapters:
         if chosen is before:
             return
         others = {n: s for n, s in self.resting.items() if n != name}
-        before.rest()
-        chosen.wake()
+        before.freeze()
+        chosen.unfreeze()
         self.resting = nn.ModuleDict({self.active_adapter: before, **others})
         self.shadow, self.active_adapter = chosen, name
         self._settle()
@@ -210,7 +210,7 @@ class Adapters:
         self._rows_before = [table.detach()[own:].clone() for _, table in Tables(located).named()]
         self._carry_added_tokens(located, fingerprint(located, own))
 
-    def _carry_added_tokens(self, base: Anatomy, known: dict[str, Any]) -> None:
+    def _carry_added_tokens(self, base: Architecture, known: dict[str, Any]) -> None:
         """Let all adapters carry the rows beyond the base's own vocabulary, that of its fingerprint ``known``."""
         own, rows = known["vocab_size"], architectures.vocabulary_size(base.embeddings)
         before, added = self.shadow.added_tokens, None
@@ -281,7 +281,7 @@ class Adapters:
         if before is self.shadow:
             self.shadow = shadow
         else:
-            shadow.rest()
+            shadow.freeze()
             self.resting[name] = shadow
         self._settle()
 

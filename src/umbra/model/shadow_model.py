@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -507,6 +507,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, GenerationMixin):
         return values
 
     # -- generation: what umbra.generation changes in transformers' -------------------------------------------------
+    # super() is cast where transformers annotates ``self`` as a protocol that its own models do not fulfil.
 
     @torch.no_grad()
     def generate(self, *args: Any, draft: int | str | None = None, **options: Any) -> Any:
@@ -535,7 +536,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, GenerationMixin):
                 raise StateError("draft=… needs the shadow and the base: leave disable_adapter() or shadow_only().")
             options["custom_generate"] = decoder
         with packed(shadow.couplings for shadow in self._shadows()):
-            return super().generate(*args, **options)
+            return cast(Any, super()).generate(*args, **options)
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **options: Any) -> Any:
         """Generate with continuous batching as in transformers, with the active adapter for all requests.
@@ -544,7 +545,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, GenerationMixin):
             ConfigError: adapter_names or draft were given, which transformers would drop silently.
         """
         decoding.check_batch_options(adapter_names, options)
-        return super().generate_batch(*args, **options)
+        return cast(Any, super()).generate_batch(*args, **options)
 
     def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
         """Start continuous batching as in transformers, with the active adapter; base and shadow share the pages.
@@ -554,7 +555,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, GenerationMixin):
             StateError: the adapter is disabled, which holds for this thread but not for the batching thread.
         """
         decoding.check_continuous_batching(self.base, self._shadows(), self._is_disabled)
-        return super().init_continuous_batching(*args, **options)
+        return cast(Any, super()).init_continuous_batching(*args, **options)
 
     def set_draft_vocabulary(self, token_ids: Iterable[int] | None, adapter_name: str | None = None) -> None:
         """Set the tokens that a shadow drafts: fewer are cheaper. They are saved with the adapter, and change no answer.
@@ -588,28 +589,30 @@ class ShadowForCausalLM(Labelled, ShadowModel, GenerationMixin):
 
     def _extract_generation_mode_kwargs(self, custom_generate: Any, *args: Any) -> dict[str, Any]:
         if not isinstance(custom_generate, SpeculativeDecoder):
-            return super()._extract_generation_mode_kwargs(custom_generate, *args)
+            return cast(Any, super())._extract_generation_mode_kwargs(custom_generate, *args)
         # transformers would pass neither streamer nor tokenizer to a callable.
-        return {**super()._extract_generation_mode_kwargs(None, *args), "drafter": custom_generate}
+        return {**cast(Any, super())._extract_generation_mode_kwargs(None, *args), "drafter": custom_generate}
 
     def _validate_generation_mode(self, mode: Any, config: GenerationConfig, given: dict[str, Any]) -> None:
-        super()._validate_generation_mode(mode, config, given)
+        cast(Any, super())._validate_generation_mode(mode, config, given)
         if "drafter" in given:
             if not architectures.takes_cache(self.base):
                 raise BaseModelError(f"draft=… needs a cache; {type(self.base).__name__} has none. Leave draft out.")
             check_mode(mode, config, given)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        self.base._validate_model_kwargs(decoding.arguments_of_base(self.forward, model_kwargs))
+        private_transformers.validate_model_kwargs(self.base, decoding.arguments_of_base(self.forward, model_kwargs))
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        return self.base._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return private_transformers.prepare_position_ids(self.base, inputs_tensor, model_kwargs)
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
-        return self.base._maybe_prepare_encoder_kwargs_for_generation(*args, **options)
+        return private_transformers.prepare_encoder_kwargs(self.base, *args, **options)
 
-    def _update_model_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
-        return self.base._update_model_kwargs_for_generation(*args, **options)
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    ) -> dict[str, Any]:
+        return private_transformers.update_model_kwargs(self.base, outputs, model_kwargs, *args, **options)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **options: Any
@@ -618,7 +621,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, GenerationMixin):
         decoding.check_guidance(generation_config, model_kwargs)
         decoding.use_own_cache_class(self.base, self.config, generation_config, model_kwargs)
         is_new = model_kwargs.get("past_key_values") is None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)
+        cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)
         if is_new:
             active = [] if self._is_disabled else self._named(names)
             layers = [layer for shadow in active for layer in shadow.cache_layers]
@@ -634,10 +637,10 @@ class ShadowForCausalLM(Labelled, ShadowModel, GenerationMixin):
             )  # fmt: skip
         active = [] if self._is_disabled or len(self.adapters) == 1 else self._named(names)
         if cache is None or not active:
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **options)
+            return cast(Any, super())._prefill(input_ids, generation_config, model_kwargs, *args, **options)
         with decoding.cache_of(active, cache, len(self._attachment.blocks)) as view:
             viewed = {**model_kwargs, "past_key_values": view}
-            out = super()._prefill(input_ids, generation_config, viewed, *args, **options)
+            out = cast(Any, super())._prefill(input_ids, generation_config, viewed, *args, **options)
         if out.get("past_key_values") is view:
             out["past_key_values"] = cache
         return out
@@ -645,21 +648,23 @@ class ShadowForCausalLM(Labelled, ShadowModel, GenerationMixin):
     def _assisted_decoding(self, *args: Any, **options: Any) -> Any:
         # transformers takes rejected tokens out of the cache only after it has streamed those that it accepts.
         with decoding.invalidate_on_error(options.get("past_key_values")):
-            return super()._assisted_decoding(*args, **options)
+            return cast(Any, super())._assisted_decoding(*args, **options)
 
     def _beam_search(self, *args: Any, **options: Any) -> Any:
         # transformers reorders the cache only after it has chosen the beams.
         with decoding.invalidate_on_error(options.get("past_key_values")):
-            return super()._beam_search(*args, **options)
+            return cast(Any, super())._beam_search(*args, **options)
 
     def _get_static_cache_init_shape(self) -> Any:
         dtypes_agree = self.shadow.dtype == self.dtype
         uniform = decoding.has_uniform_layers(self.base, self._shadows(), dtypes_agree)
-        return super()._get_static_cache_init_shape() if uniform else None  # None: each layer allocates itself in use
+        return (
+            cast(Any, super())._get_static_cache_init_shape() if uniform else None
+        )  # None: each layer allocates itself in use
 
     def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **options: Any) -> Any:
         decoding.check_no_early_exit(generation_config)
-        return super()._get_candidate_generator(generation_config, *args, **options)
+        return cast(Any, super())._get_candidate_generator(generation_config, *args, **options)
 
     def _shadows(self) -> list[Shadow]:
         return [self.adapter(name) for name in self.adapters]

@@ -1,6 +1,7 @@
 """The draft vocabulary: the tokens that a shadow may propose in speculative decoding."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def as_draft_tokens(token_ids: Iterable[int] | None, num_embeddings: int) -> lis
     if token_ids is None:
         return None
     listed = token_ids.tolist() if isinstance(token_ids, Tensor | np.ndarray) else token_ids
-    tokens = list(dict.fromkeys(t.item() if isinstance(t, Tensor | np.generic) else t for t in listed))
+    tokens: list[Any] = list(dict.fromkeys(t.item() if isinstance(t, Tensor | np.generic) else t for t in listed))
     check_draft_tokens(tokens, num_embeddings)
     return tokens
 

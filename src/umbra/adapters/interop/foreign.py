@@ -14,7 +14,7 @@ from umbra.adapters.files import read_weights
 from umbra.adapters.interop.layout import Layout, Tensors
 from umbra.adapters.prompting import Prompting
 from umbra.base import architectures
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.base.architectures.families import ATTENTION_TYPES
 from umbra.config import ShadowConfig
 from umbra.errors import BaseModelError, CheckpointError, ConfigError
@@ -53,7 +53,7 @@ class Foreign:
         """The tokenizer that lies in the folder, as trainers write it; its template without arguments."""
         return Prompting.read(self.path, {})
 
-    def check(self, base: Anatomy, allow_other_base: bool = False) -> None:
+    def check(self, base: Architecture, allow_other_base: bool = False) -> None:
         """Settle `config` and `backbone_config` for a base. There is no fingerprint to check it by.
 
         Raises:
@@ -65,7 +65,7 @@ class Foreign:
             raise CheckpointError(f"{self.file} is damaged, or of another base: {error}") from error
         self.config, self.base = config.resolve(), base
 
-    def configure(self, base: Anatomy) -> tuple[ShadowConfig, PretrainedConfig]:
+    def configure(self, base: Architecture) -> tuple[ShadowConfig, PretrainedConfig]:
         """Our configuration, and that of the shadow's backbone.
 
         Raises:
@@ -74,11 +74,11 @@ class Foreign:
         """
         raise NotImplementedError
 
-    def layouts(self, shadow: Shadow, base: Anatomy) -> dict[str, Layout]:
+    def layouts(self, shadow: Shadow, base: Architecture) -> dict[str, Layout]:
         """The table of each file."""
         raise NotImplementedError
 
-    def add_rows(self, shadow: Shadow, base: Anatomy) -> None:
+    def add_rows(self, shadow: Shadow, base: Architecture) -> None:
         """Do nothing: these formats have no room for added tokens."""
 
     def fill(self, shadow: Shadow) -> None:
@@ -136,7 +136,7 @@ def given(values: dict[str, Any], name: str, default: Any) -> Any:
     return values.get(name, default)
 
 
-def mirror(base: Anatomy, form: str, sizes: dict[str, Any]) -> PretrainedConfig:
+def mirror(base: Architecture, form: str, sizes: dict[str, Any]) -> PretrainedConfig:
     """The configuration of the backbone that the peers mirror from a base, whatever its blocks are.
 
     Raises:
@@ -179,14 +179,14 @@ def plain_state(shadow: Shadow) -> Tensors:
     return state
 
 
-def dead_update(base: Anatomy, config: ShadowConfig) -> Tensors:
+def dead_update(base: Architecture, config: ShadowConfig) -> Tensors:
     """Zeros for the update after the last coupled block, which both peers carry: it feeds nothing."""
     with torch.device("meta"):
         shapes = Update(base.config.hidden_size, config).state_dict()
     return {name: torch.zeros(value.shape) for name, value in shapes.items()}
 
 
-def dead_table(layout: Layout, prefix: str, base: Anatomy) -> None:
+def dead_table(layout: Layout, prefix: str, base: Architecture) -> None:
     """The embedding table that the peers leave inside a mirrored shadow which reads the base's embeddings.
 
     They take out only what is called ``embed_tokens``.
@@ -212,7 +212,7 @@ def refuse_other_fields(config: ShadowConfig, fixed: dict[str, Any], form: str) 
             raise refuse(form, f"{name}={values[name]}", f"it always has {name}={value}")
 
 
-def refuse_unreachable(base: Anatomy, form: str) -> None:
+def refuse_unreachable(base: Architecture, form: str) -> None:
     """Raise a CheckpointError for a base in which the peers do not find the blocks."""
     blocks = architectures.name_of(base.model, base.blocks)
     if base.decoder is not base.model.base_model or blocks.rpartition(".")[2] not in ("layers", "h"):

@@ -15,7 +15,7 @@ from umbra.adapters.interop import foreign
 from umbra.adapters.interop.foreign import Foreign, refuse
 from umbra.adapters.interop.layout import Layout
 from umbra.base import architectures
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.config import CONSTANTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
 from umbra.shadow.network import Shadow
@@ -60,7 +60,7 @@ class Adapter(Foreign):
             num_labels=len(head) if task == "SEQ_CLS" and head is not None and head.ndim else None,
         )  # fmt: skip
 
-    def configure(self, base: Anatomy) -> tuple[ShadowConfig, PretrainedConfig]:
+    def configure(self, base: Architecture) -> tuple[ShadowConfig, PretrainedConfig]:
         values, weights = self.values, self.weights[WEIGHTS_FILE]
         task = values.get("task_type")
         if task is not None and (task == "SEQ_CLS") != base.is_classifier:
@@ -94,7 +94,7 @@ class Adapter(Foreign):
             raise CheckpointError(f"{self.file}: {path!r} projects between equal widths, which Umbra's shadows do not.")
         return config, backbone
 
-    def _blocks(self, base: Anatomy) -> tuple[int, ...]:
+    def _blocks(self, base: Architecture) -> tuple[int, ...]:
         """Which blocks PEFT wraps.
 
         Raises:
@@ -109,7 +109,7 @@ class Adapter(Foreign):
             )
         return tuple(found)
 
-    def _saves_head(self, base: Anatomy) -> bool:
+    def _saves_head(self, base: Architecture) -> bool:
         """Whether the task head is among ``modules_to_save``.
 
         Raises:
@@ -123,14 +123,14 @@ class Adapter(Foreign):
             )
         return bool(saved)
 
-    def layouts(self, shadow: Shadow, base: Anatomy) -> dict[str, Layout]:
+    def layouts(self, shadow: Shadow, base: Architecture) -> dict[str, Layout]:
         layout = _layout(shadow, base)
         if shadow.heads:
             _heads(layout, base, self.values.get("task_type") == "SEQ_CLS", self._saves_head(base))
         return {WEIGHTS_FILE: layout}
 
 
-def _layout(shadow: Shadow, base: Anatomy) -> Layout:
+def _layout(shadow: Shadow, base: Architecture) -> Layout:
     layout = Layout(foreign.plain_state(shadow))
     layout.module(BACKBONE, "backbone.")
     if not shadow.owns_embeddings:
@@ -152,7 +152,7 @@ def _layout(shadow: Shadow, base: Anatomy) -> Layout:
     return layout
 
 
-def _heads(layout: Layout, base: Anatomy, own_shadow_head: bool, saved: bool) -> None:
+def _heads(layout: Layout, base: Architecture, own_shadow_head: bool, saved: bool) -> None:
     """A classifier's shadow has a head of its own; both paths of a language model share what is saved."""
     attached = f"{MODEL}{base.head_name}."
     if own_shadow_head:
@@ -198,7 +198,7 @@ def _strings(values: dict[str, Any], key: str) -> list[str]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write(shadow: Shadow, base: Anatomy) -> tuple[dict[str, Any], dict[str, Layout]]:
+def write(shadow: Shadow, base: Architecture) -> tuple[dict[str, Any], dict[str, Layout]]:
     """The content of ``adapter_config.json``, and the table of each file of tensors.
 
     Raises:

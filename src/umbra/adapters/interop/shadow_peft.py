@@ -16,7 +16,7 @@ from umbra.adapters.files import read_json
 from umbra.adapters.interop import foreign
 from umbra.adapters.interop.foreign import Foreign, refuse
 from umbra.adapters.interop.layout import Layout
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.config import CONSTANTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
 from umbra.shadow.network import Shadow
@@ -70,7 +70,7 @@ class Adapter(Foreign):
             num_labels=rows[0] if rows else None, shadow=shadow,
         )  # fmt: skip
 
-    def configure(self, base: Anatomy) -> tuple[ShadowConfig, PretrainedConfig]:
+    def configure(self, base: Architecture) -> tuple[ShadowConfig, PretrainedConfig]:
         values = self.values
         foreign.check_sizes(values, ("injection_hidden_size", "gate_hidden_size", *SIZES), self.weights[WEIGHTS_FILE])
         sizes: dict[str, Any] = {mine: values.get(theirs) for theirs, mine in SIZES.items()}
@@ -98,13 +98,13 @@ class Adapter(Foreign):
             return config, foreign.mirror(base, FORM, sizes)
         return config, foreign.explicit(config.shadow)[0]
 
-    def layouts(self, shadow: Shadow, base: Anatomy) -> dict[str, Layout]:
+    def layouts(self, shadow: Shadow, base: Architecture) -> dict[str, Layout]:
         layouts = {WEIGHTS_FILE: _layout(shadow, base)}
         if HEADS_FILE in self.weights:
             layouts[HEADS_FILE] = _heads(shadow, base, self._saved_heads(base))
         return layouts
 
-    def _saved_heads(self, base: Anatomy) -> list[str]:
+    def _saved_heads(self, base: Architecture) -> list[str]:
         """Which heads the folder holds: those asked for, or those that are there.
 
         Raises:
@@ -125,7 +125,7 @@ class Adapter(Foreign):
         return names
 
 
-def _layout(shadow: Shadow, base: Anatomy) -> Layout:
+def _layout(shadow: Shadow, base: Architecture) -> Layout:
     layout = Layout(foreign.plain_state(shadow))
     layout.module("shadow_model.", "backbone.")
     if not shadow.config.is_pretrained:
@@ -153,7 +153,7 @@ def _layout(shadow: Shadow, base: Anatomy) -> Layout:
     return layout
 
 
-def _heads(shadow: Shadow, base: Anatomy, names: list[str]) -> Layout:
+def _heads(shadow: Shadow, base: Architecture, names: list[str]) -> Layout:
     layout = Layout(foreign.plain_state(shadow))
     for name in names:
         layout.module(f"{name}.", f"heads.{HEADS[base.is_classifier][name]}.")
@@ -163,7 +163,7 @@ def _heads(shadow: Shadow, base: Anatomy, names: list[str]) -> Layout:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write(shadow: Shadow, base: Anatomy) -> tuple[dict[str, Any], dict[str, Layout]]:
+def write(shadow: Shadow, base: Architecture) -> tuple[dict[str, Any], dict[str, Layout]]:
     """The content of ``shadow_config.json``, and the table of each file of tensors.
 
     Raises:
