@@ -41,7 +41,7 @@ def initialisations(data: dict[str, Any]) -> str:
     lines = [
         "# Initialization of the shadow", "", *about(data),
         "60 steps of distillation (4 × 256 tokens, every 4th of them, the base's top-64 tokens, rate 3e-3) on the same text, then",
-        "the divergence KL(base ‖ shadow) on data-out blocks (nats/token) and the top-1 agreement. Copied blocks are listed; their",
+        "the divergence KL(base ‖ shadow) on held-out blocks (nats/token) and the top-1 agreement. Copied blocks are listed; their",
         "final norm is multiplied by 0.3 unless another factor is given. *Another checkpoint* was trained on sums without the",
         "base. `python -m bench.shipping initialise`.", "",
         "| initialization | parameters | seeds | divergence before | after | agreement |", "|---|---:|---:|---:|---:|---:|",
@@ -128,7 +128,7 @@ def widths(data: dict[str, Any]) -> str:
     lines = [
         "# A pretrained shadow with a base of another width", "", *about(data),
         "The channels of the base are shuffled and padded: the same logits from other weights. Divergence KL(base ‖ shadow) on",
-        "data-out text (nats/token). `python -m bench.shipping widths`.", "",
+        "held-out text (nats/token). `python -m bench.shipping widths`.", "",
         "| base | seeds | divergence | agreement | seconds |", "|---|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name in dict.fromkeys(r["beside"] for r in data["runs"]):

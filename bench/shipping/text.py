@@ -86,7 +86,7 @@ TASKS = {
 
 
 def write_task(data: Path, name: str, out: Path) -> dict[str, str]:
-    """Write and return the files of a task: train, choice (held_out out of the training file) and test."""
+    """Write and return the files of a task: train, choice (held out of the training file) and test."""
     files = {part: out / f"{name}.{part}.jsonl" for part in ("train", "choice", "test")}
     if not all(f.exists() for f in files.values()):
         learned, tested = ([TASKS[name].form(r) for r in rows(data, name, s)] for s in ("train", "test"))
@@ -108,7 +108,7 @@ PLAIN: dict[str, Callable[[Row], str]] = {
 
 
 def write_text(data: Path, out: Path, documents: int | None = None) -> list[str]:
-    """Write one file of texts per data set, without held_out-out and test records, and return their paths.
+    """Write one file of texts per data set, without held-out and test records, and return their paths.
 
     Args:
         data: The folder of the data sets.

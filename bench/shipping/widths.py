@@ -51,7 +51,7 @@ def widened(base: Any, width: int, seed: int = 0) -> Any:
 
 
 def run(data: Path, out: Path, folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
-    """Return the divergence of a shadow on held_out-out text with its base and with the other base, before and after alignment.
+    """Return the divergence of a shadow on held-out text with its base and with the other base, before and after alignment.
 
     Args:
         data: The folder of the data sets.

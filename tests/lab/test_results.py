@@ -12,6 +12,7 @@ from umbra.errors import CheckpointError
 from umbra.lab.study import records
 from umbra.lab.study.archive import ARCHIVE_FILE, STUDY_FILE, read_archive, read_description
 from umbra.lab.study.report import write_report
+from umbra.lab.study.requests import key_of
 from umbra.lab.study.results import Results
 
 RESULTS = report.RESULTS
@@ -46,6 +47,13 @@ def test_every_run_of_the_packed_studies_is_there():
     for file in RESULTS.glob(f"*/{ARCHIVE_FILE}"):
         results = Results(file.parent)
         assert results.runs and not results.missing and not results.failed and not results.unscored
+
+
+def test_keys_of_the_packed_records_are_those_of_their_requests():
+    """So that a study is resumed from them, whatever fields have been renamed since."""
+    for file in RESULTS.glob(f"*/{ARCHIVE_FILE}"):
+        for record in read_archive(file.parent)[1]:
+            assert key_of(record["umbra"]["request"]) == record["umbra"]["key"]
 
 
 def test_packed_records_give_the_report_of_single_files(done, tmp_path):

@@ -28,14 +28,14 @@ def test_one_item_gives_the_t_interval_over_seeds():
 
 
 @pytest.mark.parametrize(
-    ("of_seeds", "of_items", "rest"), [(0.3, 0.0, 1.0), (0.0, 0.5, 1.0), (0.2, 0.5, 0.5), (0.05, 0.0, 0.1)]
+    ("of_seeds", "of_items", "residual"), [(0.3, 0.0, 1.0), (0.0, 0.5, 1.0), (0.2, 0.5, 0.5), (0.05, 0.0, 0.1)]
 )
-def test_intervals_hold_the_truth_as_often_as_they_say(of_seeds, of_items, others):
+def test_intervals_hold_the_truth_as_often_as_they_say(of_seeds, of_items, residual):
     """Three seeds and 100 items, drawn a thousand times: about 95 % hold the mean. Leaving either noise out would not do."""
     rng = np.random.default_rng(2)
     held = []
     for _ in range(1000):
-        d = rng.normal(0, of_seeds, (3, 1)) + rng.normal(0, of_items, (1, 100)) + rng.normal(0, others, (3, 100))
+        d = rng.normal(0, of_seeds, (3, 1)) + rng.normal(0, of_items, (1, 100)) + rng.normal(0, residual, (3, 100))
         result = estimate(d)
         held.append(result.low <= 0 <= result.high)
     assert 0.91 <= np.mean(held) <= 1.0

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,7 @@ from umbra.errors import ConfigError, plain
 from umbra.files import folder
 from umbra.files.locks import locked
 from umbra.lab.bench import scaling
-from umbra.lab.bench.base import RANDOM, Base, random_config
+from umbra.lab.bench.base import RANDOM, Base, LanguageModel, random_config
 from umbra.lab.bench.cases import CASES, Case, Memory, make_batch, unlabelled
 from umbra.lab.bench.machine import Device, session
 from umbra.lab.bench.memory import weigh
@@ -187,7 +187,7 @@ class _Progress:
 
         @torch.no_grad()
         def decode() -> None:
-            base.model.generate(batch["input_ids"][:1, :4], max_new_tokens=new, do_sample=False)
+            cast(LanguageModel, base.model).generate(batch["input_ids"][:1, :4], max_new_tokens=new, do_sample=False)
 
         per_token, per_new = (min(device.seconds(run) for _ in range(2)) for run in (forward, decode))
         self.costs = {case: case.cost(per_token / tokens, per_new / new) for case in plan}

@@ -19,7 +19,7 @@ COMMON = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position
 class LanguageModel(Protocol):
     """The interface that models of transformers, PEFT, shadow-peft and Umbra share; they have no common base class for it."""
 
-    def generate(self, **options: object) -> Any:
+    def generate(self, *inputs: object, **options: object) -> Any:
         """Generate tokens; see transformers' GenerationMixin."""
 
 

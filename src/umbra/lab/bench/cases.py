@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig
 
 from umbra.lab.bench.base import Base, LanguageModel
 from umbra.lab.bench.methods import BASE, LORA, REFERENCES, Batch, Method, naive_loss
@@ -176,7 +176,7 @@ class Prefill(Case):
         """See `Case.ready`."""
         batch = unlabelled(make_batch(base, self.rows, self.length))
         # As in GenerationMixin: only the logits of the last token, if the forward has that argument.
-        last = {"logits_to_keep": 1} if cast(PreTrainedModel, model)._supports_logits_to_keep() else {}
+        last = {"logits_to_keep": 1} if cast(Any, model)._supports_logits_to_keep() else {}
 
         @torch.no_grad()
         def run() -> Tensor:
@@ -254,7 +254,7 @@ class Compiled(Decode):
 
     def options(self, method: Method, base: Base) -> dict[str, Any]:
         """See `Decode.options`."""
-        mode = cast(Any, "reduce-overhead") if base.device.type == "cuda" else None
+        mode = cast(Any, "reduce-overhead" if base.device.type == "cuda" else None)
         config: Any = CompileConfig(mode=mode)
         config._compile_all_devices = True  # transformers compiles automatically on accelerators only
         return {"cache_implementation": "static", "compile_config": config}
@@ -288,7 +288,7 @@ class Detached(Decode):
         with torch.no_grad():
             check_close("the detached model's logits", edge(**batch).logits, expected, TOLERANCE[base.dtype])
         edge.generation_config.eos_token_id = None
-        run = self._generation(edge.to(base.dtype), base)
+        run = self._generation(nn.Module.to(edge, base.dtype), base)
         run()
         return run
 

@@ -63,5 +63,9 @@ def pack(description: dict[str, Any], records: list[Record], to: Path) -> Path:
     """
     lines = [json.dumps(value, ensure_ascii=False, separators=(",", ":")) for value in (description, *records)]
     data = gzip.compress(("\n".join(lines) + "\n").encode("utf-8"), mtime=0)
-    folder.write_together(to, lambda staging: (staging / ARCHIVE_FILE).write_bytes(data))
+
+    def write(staging: Path) -> None:
+        (staging / ARCHIVE_FILE).write_bytes(data)
+
+    folder.write_together(to, write)
     return to / ARCHIVE_FILE

@@ -56,12 +56,11 @@ def score(
     from lm_eval.models.huggingface import HFLM
 
     name, manager = str(options.lm_eval), _manager(options)
-    model = HFLM(pretrained=cast(Any, runner), tokenizer=cast(Any, tokenizer), batch_size=batch_size)
+    model = cast(Any, HFLM)(pretrained=runner, tokenizer=tokenizer, batch_size=batch_size)
     with hub.lookup(DATA):
-        results = lm_eval.simple_evaluate(
+        results = cast(Any, lm_eval).simple_evaluate(
             model, tasks=[name], limit=options.test_limit, task_manager=manager, bootstrap_iters=0, log_samples=True
         )
-    assert results is not None  # it is None on other ranks than the first
     values = {k: v for k, v in results["results"][name].items() if isinstance(v, float) and not math.isnan(v)}
     values = {k: v for k, v in values.items() if not k.partition(",")[0].endswith("_stderr")}
     if not values:

@@ -21,8 +21,9 @@ for name in names:
         continue  # a script for other machines
     try:
         importlib.import_module(name)
-    except ImportError as error:  # of an optional package that is not installed
-        assert not str(error.name).startswith("umbra"), (name, error)
+    except ImportError as error:  # of an optional package that is not installed, or of the lab by its verbs
+        is_verb = name in ("umbra.cli.study", "umbra.cli.report", "umbra.cli.bench")
+        assert is_verb or not str(error.name).startswith("umbra"), (name, error)
 print(len(names))
 """
 
