@@ -1,4 +1,4 @@
-"""Times one seam on a GPU: core.py's modules, the plain fused form and the Triton kernels. ``python -m bench.kernels``
+"""Time one block boundary on a GPU: core.py's modules, the fused PyTorch form and the Triton kernels: ``python -m bench.kernels``.
 
 Microseconds, medians of interleaved runs: the forward without gradients, eager and replayed from a CUDA graph, and forward
 with backward, for a bf16 stream and an fp32 state. Each form's outputs are compared first.
@@ -20,7 +20,7 @@ from umbra.method.kernels.couple import NO_MASKS, _Couple, forward, weights_of
 
 
 def forms(made: Couplings) -> dict[str, Callable[[Tensor, Tensor], Any]]:
-    """The seam before block 1, three times."""
+    """Return the three forms of the boundary before block 1."""
     seam = made._seam("0", "1")
 
     def core(h: Tensor, s: Tensor) -> Any:
@@ -36,7 +36,7 @@ def forms(made: Couplings) -> dict[str, Callable[[Tensor, Tensor], Any]]:
 
 
 def medians(runs: dict[str, Callable[[], Any]], repeats: int = 30) -> dict[str, float]:
-    """Microseconds of each, run in turn."""
+    """Return the median microseconds of each run, interleaved."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(repeats + 5):
         for name, run in runs.items():
@@ -51,7 +51,7 @@ def medians(runs: dict[str, Callable[[], Any]], repeats: int = 30) -> dict[str, 
 
 
 def graph(run: Callable[[], Any]) -> Callable[[], Any]:
-    """A replay of what ``run`` launches."""
+    """Capture the kernels that ``run`` launches, and return their replay."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()
@@ -63,13 +63,13 @@ def graph(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def step(run: Callable[[Tensor, Tensor], Any], h: Tensor, s: Tensor) -> None:
-    """Forward and backward."""
+    """Run forward and backward."""
     out, state = run(h, s)
     (out.float().sum() + state.sum()).backward()
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print the table."""
     print(torch.cuda.get_device_name(), torch.__version__)
     config = ShadowConfig(rank=16, gate_rank=10, first_layer=0).resolve()
     for D in (1024, 2560, 4096):
@@ -82,9 +82,9 @@ def main() -> None:
                 runs = {name: partial(f, h, s) for name, f in forms(made).items()}
                 expected = runs["core"]()
                 for name, run in runs.items():
-                    for found, value in zip(run(), expected, strict=True):
+                    for actual, value in zip(run(), expected, strict=True):
                         torch.testing.assert_close(
-                            found,
+                            actual,
                             value,
                             rtol=0,
                             atol=1e-2 * float(value.abs().max()),

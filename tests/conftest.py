@@ -1,11 +1,11 @@
-"""A tiny base with a tokenizer, and an adapter, as folders on disk."""
+"""Fixtures for all tests: a tiny base with a tokenizer, an adapter folder, a finished study."""
 
 import gc
 import os
 
 import torch
 
-# Read when triton is first imported, as much of transformers does: without a GPU, test_kernels.py has kernels run in numpy.
+# Triton reads this when it is first imported (transformers imports it): without a GPU, kernels run in its interpreter.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 from pathlib import Path
@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.tables import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
 from support.tiny import LLAMA_LIKE, make
 from support.tokenizer import make_tokenizer
 
+pytest_plugins = ["support.tables", "support.fast"]
 torch.set_num_threads(1)
-FROZEN: set[Path] = set()  # the files whose first test has begun
+FROZEN: set[Path] = set()  # modules whose first test has started
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What is there before a file's first test stays, and garbage need not be looked for in it, as trainers do after each run."""
+    """Freeze existing objects before a module's first test, so that the trainers' garbage collections skip them."""
     if item.path not in FROZEN:
         FROZEN.add(item.path)
         gc.collect()
@@ -32,7 +32,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
-    """A tiny random Llama with a character tokenizer, saved."""
+    """Save a tiny random Llama with a character tokenizer."""
     path = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **{**LLAMA_LIKE, "vocab_size": 99})
@@ -43,7 +43,7 @@ def base_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory, base_folder) -> Path:
-    """The folder of a study that was run: every kind of method on every kind of task."""
+    """Run a study of every kind of method on every kind of task, and return its folder."""
     from support.studies import run_study, study_of
 
     folder = tmp_path_factory.mktemp("study")
@@ -54,6 +54,6 @@ def done(tmp_path_factory, base_folder) -> Path:
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """An adapter folder of a tiny llama."""
+    """Save an adapter of a tiny Llama."""
     make().save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"

@@ -1,4 +1,4 @@
-"""What `ShadowConfig` and `attach` refuse, in which words, and that a refused base is left as it was."""
+"""`ShadowConfig` and `attach` validate their arguments, and a refused base is unchanged."""
 
 import dataclasses
 import json
@@ -157,7 +157,7 @@ def test_missing_keys_take_defaults():
     assert ShadowConfig.from_dict({}) == ShadowConfig()
 
 
-def test_every_field_explains_itself():
+def test_every_field_is_documented():
     fields = [*dataclasses.fields(ShadowConfig), *dataclasses.fields(DialectConstants)]
     assert [f.name for f in fields if not f.metadata.get("help")] == []
 
@@ -340,7 +340,7 @@ def hook_count(base: nn.Module) -> int:
 
 @contextmanager
 def refused(base: nn.Module, error: type[Exception], match: str):
-    """The block raises this error, and leaves ``base`` as it was: weights, modes, hooks, gradients wanted, outputs."""
+    """Assert that the block raises this error and leaves the base unchanged: weights, modes, hooks, requires_grad, outputs."""
     next(base.parameters()).requires_grad_(False)
     weights = {k: v.clone() for k, v in base.state_dict().items()}
     modules, wanted, expected = list(base.named_modules()), [p.requires_grad for p in base.parameters()], outputs(base)
@@ -534,7 +534,7 @@ def test_pretrained_shadow_with_smaller_vocabulary_is_refused(tmp_path):
     "build", [lambda: BertModel(BertConfig(**TINY_BERT)), lambda: T5Model(T5Config(**TINY_T5))], ids=["bert", "t5"]
 )
 def test_pretrained_shadow_must_be_causal_decoder(tmp_path, build):
-    """An encoder would tell each position what follows it."""
+    """An encoder would leak later tokens to each position."""
     build().save_pretrained(tmp_path)
     base = make_base()
     with refused(base, BaseModelError, "decoder"):

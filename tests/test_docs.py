@@ -1,4 +1,4 @@
-"""The documents name code that exists, and the README's examples run."""
+"""The documentation names existing code, and the README's examples run."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def defined(module: Path) -> set[str]:
-    """`name` and `Class.name` of everything defined in a module."""
+    """Return `name` and `Class.name` of every definition in a module."""
     found = set()
     for node in ast.parse(module.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -41,7 +41,7 @@ def test_readme_names_every_room():
 
 
 def test_modules_page_is_up_to_date(request):
-    """Each module with the first line of its docstring; ``make tables`` writes it."""
+    """The page lists each module with its docstring's first line; ``make tables`` writes it."""
     page, text = ROOT / "docs/modules.md", tables.list_modules(ROOT / "src/umbra")
     if request.config.getoption("--write-tables"):
         page.write_text(text, encoding="utf-8")
@@ -57,7 +57,7 @@ def test_links_resolve(page):
 
 
 def test_compatibility_page_lists_tested_lines(request):
-    """Every line that a collected test is marked with stands there; where all are collected, nothing else does."""
+    """The page has every line of a collected test's marks; if all tests are collected, it has no other."""
     if request.config.getoption("--write-tables"):
         return
     written = set(re.findall(r"^\| (.+?) \| \d+ \|", tables.PAGE.read_text(encoding="utf-8"), re.MULTILINE))
@@ -70,7 +70,7 @@ def test_compatibility_page_lists_tested_lines(request):
 
 @pytest.mark.real
 def test_readme_python_runs(tmp_path):
-    """All Python blocks in order, as one program, on the embedded base."""
+    """Run all Python blocks in order, as one program, on the embedded base."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     assert "umbra.attach" in code
     (tmp_path / "data.jsonl").write_text('{"prompt": "2 + 2 =", "completion": "4"}\n' * 4)

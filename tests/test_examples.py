@@ -1,4 +1,4 @@
-"""Every script of examples/ runs, on a tiny base, and leaves a trained adapter where it says."""
+"""Every script of examples/ runs on a tiny base and saves a trained adapter."""
 
 import re
 import runpy
@@ -16,7 +16,7 @@ NEEDS = {"sft.py": "trl", "dpo.py": "trl", "grpo.py": "trl"}
 
 @pytest.fixture
 def at_home(tmp_path, monkeypatch, base_folder):
-    """A working folder of its own, and the tiny base."""
+    """Change to a temporary folder, and return the tiny base."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASE", base_folder)
     return tmp_path
@@ -39,7 +39,7 @@ def test_example_runs(script, at_home):
 
 
 def test_lm_eval_example_runs(at_home, base_folder):
-    """The task beside the script, by the arguments in it, without the shell and lm-eval's thousands of own tasks."""
+    """Run the task next to the script with the script's arguments, without a shell and without indexing lm-eval's tasks."""
     pytest.importorskip("lm_eval")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

@@ -267,10 +267,10 @@ def test_progress_bars_still_use_control_characters():
     assert stream.getvalue() == "\r50 %\x1b[A\\u001b[2J"
 
 
-def test_report_escapes_markup_in_records():
-    from umbra.lab.study.page import Section, markdown, page
+def test_a_report_holds_no_markup_of_a_record():
+    from umbra.lab.study.report.page import Section, html, markdown
 
     sections = [Section(EVIL, [EVIL], ["name", "x"], [[EVIL, EVIL]])]
-    for text in (markdown(EVIL, [EVIL], sections, {}), page(EVIL, [EVIL], sections, {})):
+    for text in (markdown(EVIL, [EVIL], sections, {}), html(EVIL, [EVIL], sections, {})):
         assert is_plain(text) and "<script>alert" not in text
         assert "| \\u001b" in text or "<td>" in text

@@ -1,15 +1,22 @@
 """The commands as a user types them, on a tiny base."""
 
+import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
-from umbra.cli import main
+from umbra.cli import VERBS, main
+from umbra.cli.parsing import with_underscores
+from umbra.config import ShadowConfig
+from umbra.config.dialects import CONSTANT_NAMES
 from umbra.evaluation.scoring import answer_of
+from umbra.options import TrainOptions
 from umbra.options.yaml_file import number, read_yaml
 
 RECORDS = [{"prompt": f"say {c}", "completion": c} for c in "abcd"] * 3
@@ -48,7 +55,9 @@ def test_help_is_fast_and_imports_no_torch():
     assert time.perf_counter() - began < 1
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "detach", "export", "convert", "inspect", "bench"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "study", "report", "generate", "detach", "export", "convert", "inspect", "bench"]
+)
 def test_every_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -56,7 +65,61 @@ def test_every_command_explains_its_flags(command, capsys):
     assert "--json" in capsys.readouterr().out
 
 
-def test_flags_override_file(run):
+def test_help_groups_the_verbs(capsys):
+    with contextlib.suppress(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert re.findall(r"^([A-Z][a-z]+):$", text, re.MULTILINE) == list(VERBS)
+    assert re.findall(r"^    ([a-z_]+)  ", text, re.MULTILINE) == [v for g in VERBS.values() for v in g]
+
+
+def test_help_without_the_lab_lists_the_other_verbs(monkeypatch, capsys):
+    monkeypatch.setattr("umbra.cli.find_spec", lambda name: None)
+    main([])
+    text = capsys.readouterr().out
+    assert "Measure:" in text and "lm_eval" in text and "bench" not in text
+    assert main(["study", "x.yaml"]) == 2
+    assert "umbra study needs umbra.lab" in capsys.readouterr().err
+
+
+def test_evaluate_is_the_former_name_of_study(capsys):
+    assert main(["evaluate", "/nowhere.yaml"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "umbra: evaluate is now study: umbra study …"
+    assert "/nowhere.yaml cannot be read as YAML" in second
+
+
+def test_an_unknown_verb_names_the_nearest(capsys):
+    assert main(["trian", "x.yaml"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_a_constant_of_a_dialect_has_a_flag(tmp_path):
+    from umbra.cli.parsing import run_settings
+
+    (tmp_path / "x.yaml").write_text("constants: {norm: no, bias: true}\nsave_strategy: no\n")
+    arguments = [str(tmp_path / "x.yaml"), "--constants.norm", "--constants.down-init=normal", "--init-scale", "0.5"]
+    values, as_json = run_settings("umbra train", "", TrainOptions, arguments)
+    constants = {"norm": True, "bias": True, "down_init": "normal"}
+    assert values == {"constants": constants, "save_strategy": "no", "init_scale": 0.5} and not as_json
+    assert asdict(ShadowConfig.from_dict({k: values[k] for k in ("constants", "init_scale")}).constants) == {
+        **dict.fromkeys(CONSTANT_NAMES), **constants, "init_scale": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--max-new-tokens=3", "--a-b", "c-d"], ["--max_new_tokens=3", "--a_b", "c-d"]),
+        (["--pattern=a-b", "--- x", "-"], ["--pattern=a-b", "--- x", "-"]),
+        (["--", "--a-b"], ["--", "--a-b"]),
+    ],
+)
+def test_dashes_in_flags_are_underscores(given, expected):
+    assert with_underscores(given) == expected
+
+
+def test_flags_override_the_file(run):
     saved = json.loads((run / "out/run.json").read_text())["asked"]
     assert saved["rank"] == 4
     assert saved["learning_rate"] == 0.01
@@ -165,6 +228,7 @@ def test_detach_writes_stock_model_and_tokenizer(run, capsys):
         (["generate", "{out}", "a", "--draft", "many"], "draft must be an integer of at least 1"),
         (["generate", "{out}", "a", "--draft", "2", "--mode", "base"], "--draft needs shadow and base"),
         (["inspect", "{data}"], "no adapter folder"),
+        (["eval", "{out}", "{data}", "--limt", "3"], "unrecognized arguments: --limt 3. Did you mean --limit?"),
         (["detach", "{out}", "{out}"], "is not empty"),
         (["detach", "{out}", "/tmp/x", "--dtype", "int8"], "Unknown dtype 'int8'"),
     ],

@@ -247,22 +247,22 @@ def test_parity_prompts_may_skip_chat_template(made, tmp_path):
     assert (told["prefix"], told["suffix"]) == ("", "")
 
 
-def test_previous_export_files_are_removed(made, tmp_path):
-    run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32,int8")
+def test_previous_export_files_are_removed(made, onnx, tmp_path):
+    shutil.copytree(onnx[0], tmp_path / "out")
     (tmp_path / "text.txt").write_text("hello")
     again = {"overwrite": True, "vocabulary": str(tmp_path / "text.txt"), "quantization": "int8"}
-    run(made, "qwen3", tmp_path / "out", to="onnx", **again)
+    run(made, "adapter", tmp_path / "out", to="onnx", **again)
     assert {p.name for p in (tmp_path / "out").glob("model*")} == {"model-int8.onnx", "model-int8.onnx.data"}
 
 
-def test_export_leaves_unrelated_files(made, tmp_path):
-    run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32")
+def test_export_leaves_unrelated_files(made, onnx, tmp_path):
+    shutil.copytree(onnx[0], tmp_path / "out")
     (tmp_path / "out" / "model-notes.txt").write_text("mine")
-    run(made, "qwen3", tmp_path / "out", to="gguf", quantization="f16", overwrite=True)
+    run(made, "adapter", tmp_path / "out", to="gguf", quantization="f16", overwrite=True)
     assert {p.name for p in (tmp_path / "out").glob("model*")} == {"model-notes.txt", "model-f16.gguf"}
-    run(made, "qwen3", tmp_path / "out", to="hf", overwrite=True)
+    run(made, "adapter", tmp_path / "out", to="hf", overwrite=True)
     assert {p.name for p in (tmp_path / "out").glob("model-*")} == {"model-notes.txt", "model-f16.gguf"}
-    run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32", overwrite=True)
+    run(made, "adapter", tmp_path / "out", to="onnx", quantization="fp32", overwrite=True)
     kept = {p.name for p in (tmp_path / "out").glob("[mM]odel*")}
     assert kept == {"model-notes.txt", "model-fp32.onnx", "model-fp32.onnx.data", "model.safetensors"}
 

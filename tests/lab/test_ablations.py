@@ -50,26 +50,26 @@ def by_hand(model, update: str, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("fields", [{}, {"first_layer": 2}, {"layers": (1, 3)}, {"input_scale": "measured"}], ids=str)
-def test_each_is_its_equations(update, fields):
+def test_ablations_match_their_equations(update, fields):
     model, ids = make(update=update, **fields), tokens()
     with torch.no_grad():
-        found, expected = model(ids, use_cache=False).logits, by_hand(model, update, ids)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        result, expected = model(ids, use_cache=False).logits, by_hand(model, update, ids)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     others = [make(update=u, **fields)(ids, use_cache=False).logits for u in UPDATES if u != update]
-    assert all(float((o - found).abs().max()) > 1e-3 for o in others)
+    assert all(float((o - result).abs().max()) > 1e-3 for o in others)
 
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_gradients_and_generation(update):
     model, ids = make(update=update), tokens()
     model(ids, labels=ids).loss.backward()
-    found = gradients(model)
+    result = gradients(model)
     with reference():
         model(ids, labels=ids).loss.backward()
     for name, value in gradients(model).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
-    assert any("updates" in n for n in found) == (update != "none")
-    assert any(".gate." in n for n in found) == (update == "gated")
+        torch.testing.assert_close(result[name], value, rtol=1e-3, atol=1e-5)
+    assert any("updates" in n for n in result) == (update != "none")
+    assert any(".gate." in n for n in result) == (update == "gated")
     answer = model.generate(ids, max_new_tokens=6, do_sample=False)
     again = model(answer[:, :-1], use_cache=False).logits.argmax(-1)[:, ids.shape[1] - 1 :]
     assert torch.equal(answer[:, ids.shape[1] :], again)

@@ -1,4 +1,4 @@
-"""The referee on a tiny random base: what it measures, what it refuses, what it keeps."""
+"""The benchmark on a tiny random base: measurements, refusals and stored rows."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from umbra.lab.bench.cases import CASES, Decode, Detached, Disagreement, Drafted
 from umbra.lab.bench.machine import Device
 from umbra.lab.bench.methods import BASE, LORA, METHODS
 from umbra.lab.bench.timing import interleave, prepare
-from umbra.options import BenchOptions
+from umbra.lab.options import BenchOptions
 
 QUICK = "step,step-masked,batch-1,prefill,decode,latency,decode-detached"
 ROWS = {m.name: m for m in METHODS}
@@ -111,11 +111,11 @@ def test_cache_growth_is_measured(tmp_path, monkeypatch):
     assert (tmp_path / "t.png").exists()
 
 
-def test_help_lists_every_method_case_and_shape():
-    told = {f.name: f.metadata["help"] for f in dataclasses.fields(BenchOptions)}
-    assert all(m.name in told["methods"] for m in METHODS)
-    assert all(c.name in told["cases"] for c in CASES)
-    assert all(f"random:{shape}" in told["base"] for shape in bench.base.SHAPES)
+def test_help_names_every_row_column_and_shape():
+    output = {f.name: f.metadata["help"] for f in dataclasses.fields(BenchOptions)}
+    assert all(m.name in output["methods"] for m in METHODS)
+    assert all(c.name in output["cases"] for c in CASES)
+    assert all(f"random:{shape}" in output["base"] for shape in bench.base.SHAPES)
 
 
 # -- equal before timed --------------------------------------------------------------------------------------------
@@ -165,8 +165,8 @@ def test_unsupported_method_is_noted(base):
         raise NotImplementedError("not on  this\nmachine")
 
     row = dataclasses.replace(ROWS[LORA], loss=unable)
-    found = prepare(SMALL["step"], row, built(base, LORA)[LORA], base)
-    assert found == {"failed": "NotImplementedError: not on this machine"}
+    result = prepare(SMALL["step"], row, built(base, LORA)[LORA], base)
+    assert result == {"failed": "NotImplementedError: not on this machine"}
 
 
 # -- equal sizes, one base -----------------------------------------------------------------------------------------
@@ -225,16 +225,16 @@ def test_label_only_row_has_lora_gradients(base):
 def test_peak_memory_is_measured_in_subprocess(base):
     sizes = [cases.Memory("large", "", 16, 256), cases.Memory("small", "", 2, 16)]
     rank, widths = methods.fit(base, [ROWS["Umbra"]], 8)
-    found = memory.weigh(sizes, ROWS["Umbra"], base, Device("cpu"), rank=rank, width=widths["Umbra"], seed=0)
-    rise = {name: row["peak"] - row["before"] for name, row in found.items()}
+    result = memory.weigh(sizes, ROWS["Umbra"], base, Device("cpu"), rank=rank, width=widths["Umbra"], seed=0)
+    rise = {name: row["peak"] - row["before"] for name, row in result.items()}
     assert rise["large"] > 16 * 256 * 99 * 4 > rise["small"]
-    assert found["large"]["before"] > 2**26
+    assert result["large"]["before"] > 2**26
 
 
 def test_failed_subprocess_is_noted(base, monkeypatch):
     broken = dataclasses.replace(ROWS["Umbra"], name="no such row")
-    found = memory.weigh([cases.Memory("m", "", 1, 16)], broken, base, Device("cpu"), rank=8, width=16, seed=0)
-    assert "StopIteration" in found["m"]["failed"]
+    result = memory.weigh([cases.Memory("m", "", 1, 16)], broken, base, Device("cpu"), rank=8, width=16, seed=0)
+    assert "StopIteration" in result["m"]["failed"]
 
 
 # -- kept ----------------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_missing_peer_package_is_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
     held = run(tmp_path, cases="prefill")
     assert set(held["cases"]["prefill"]) == {n for n in NAMES if ROWS[n].package is None}
-    assert "shadow-peft: left out, shadow_peft is not installed" in capsys.readouterr().err
+    assert "shadow-peft: skipped, shadow_peft is not installed" in capsys.readouterr().err
     assert "ratios to bare base" in (tmp_path / "t.md").read_text()
 
 
@@ -355,6 +355,6 @@ def test_drafting_is_measured_for_umbra(base, monkeypatch):
     model = built(base, "Umbra")["Umbra"]
     generate = type(model).generate
     monkeypatch.setattr(type(model), "generate", lambda *args, **o: drafted.append(o["draft"]) or generate(*args, **o))
-    found = case.ready(ROWS["Umbra"], model, base)()
+    result = case.ready(ROWS["Umbra"], model, base)()
     assert drafted == [cases.DRAFT] * 2
-    assert torch.equal(found, case.ready(ROWS[BASE], base.copy(), base)())
+    assert torch.equal(result, case.ready(ROWS[BASE], base.copy(), base)())

@@ -1,7 +1,7 @@
-"""Compiles every Triton kernel that a seam launches, for GPUs that need not be there; a script, run by test_kernels.py.
+"""Compile every Triton kernel of update_and_inject for a GPU that need not be present; test_kernels.py runs this script.
 
-The interpreter is lax about types, and knows no limits. ``python compile_kernels.py 90`` prints a line per kernel: its
-name, and the bytes of shared memory that it takes on a GPU of compute capability 9.0.
+Triton's interpreter neither checks types nor knows a GPU's limits. ``python compile_kernels.py 90`` prints a line per kernel: its
+name, and the bytes of shared memory that it uses on a GPU of compute capability 9.0.
 """
 
 import sys
@@ -19,7 +19,7 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
 
 def compile_for(capability: int):
-    """What stands in for a launch."""
+    """Return a replacement for a kernel's launch that only compiles."""
 
     def run(kernel, *args, grid, warmup, **options):
         given = dict(zip(kernel.arg_names, args, strict=False)) | options
@@ -34,12 +34,12 @@ def compile_for(capability: int):
 
 
 def kind(value) -> str:
-    """Triton's word for the type of an argument."""
+    """Return Triton's name for the type of an argument."""
     return POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32" if isinstance(value, int) else "fp32"
 
 
 def seam(D: int, G: int, R: int, dtype: torch.dtype, bias: bool) -> Seam:
-    """A seam of one dialect, with gradients wanted."""
+    """Return the inputs of update_and_inject in one dialect, with gradients enabled."""
 
     def weight(*size: int) -> torch.Tensor:
         return torch.randn(size, dtype=dtype, requires_grad=True)

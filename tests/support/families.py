@@ -13,14 +13,14 @@ PADDED = IDS * MASK
 
 
 def build(name: str, classifier: bool = False, **options):
-    """A tiny random base of a family, frozen, in eval mode."""
+    """Return a tiny random base of a family, frozen, in eval mode."""
     family = FAMILIES[name]
     config = AutoConfig.for_model(family.model_type or name, **{**family.config, **options})
     return randomise(config, classifier=classifier).requires_grad_(False)
 
 
 def cast(base, **fields) -> umbra.ShadowModel:
-    """A shadow beside the base, every weight of it randomised."""
+    """Attach a shadow to the base and randomise its weights."""
     model = umbra.attach(base, umbra.ShadowConfig(**{"rank": 4, "alpha": 0.5, "dropout": 0.0, **fields}))
     scramble(model.shadow)
     return model.eval()

@@ -8,7 +8,7 @@ NEW = 14  # with a prompt of 9, well past the sliding windows of 6
 
 
 def generate(model, ids, **options):
-    """`NEW` tokens (or as many as asked for) from a fixed seed; the model's end-of-text token does not stop it."""
+    """Generate `NEW` (or ``max_new_tokens``) tokens from a fixed seed, ignoring the end-of-text token."""
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options}
     model.generation_config.eos_token_id = None
     torch.manual_seed(11)
@@ -18,6 +18,6 @@ def generate(model, ids, **options):
 
 
 def repetitive(rows: int = 1) -> torch.Tensor:
-    """A prompt whose n-grams come back, so that looking them up finds something."""
+    """Return a prompt with repeated n-grams, so that prompt lookup has candidates."""
     part = tokens(rows, 4)
     return torch.cat([part, part, part[:, :1]], dim=1)

@@ -1,4 +1,4 @@
-"""One rank of `test_trl.test_two_ranks_equal_one`: python -m torch.distributed.run --nproc_per_node 2 ranks_trl.py FOLDER"""
+"""Run one rank of `test_trl.test_two_ranks_equal_one`: python -m torch.distributed.run --nproc_per_node 2 ranks_trl.py FOLDER"""
 
 import os
 import sys
@@ -19,7 +19,7 @@ RUNS = {
 
 
 def gradients_of(name: str, path: Path, micro_batches: int) -> dict[str, torch.Tensor]:
-    """Of the first step, on 8 examples in all."""
+    """Return the gradients of the first step, on 8 examples in total."""
     model = make("llama", auxiliary_loss_weight=LAMBDA, train_heads=True)
     return step_gradients(RUNS[name](path, model, **steps(micro_batches)))
 

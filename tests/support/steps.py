@@ -15,7 +15,7 @@ def make_classifier(name: str, problem: str, **fields):
 
 
 def step(model, ids, labels, **options) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss and every gradient."""
+    """Return the training loss and every gradient."""
     loss = model.train()(ids, labels=labels, **options).loss
     loss.backward()
     return loss.detach(), gradients(model)
@@ -31,7 +31,7 @@ SHAPES = {
 
 
 class Calls:
-    """Counts how often the modules below are called, recomputation included."""
+    """Count the calls of a module's submodules, including recomputation."""
 
     def __init__(self, module: nn.Module):
         self.count = 0

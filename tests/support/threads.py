@@ -1,4 +1,4 @@
-"""Run functions in threads, and generate alike in each."""
+"""Run functions in threads."""
 
 import threading
 
@@ -11,7 +11,7 @@ def generate(model, ids, **options) -> torch.Tensor:
 
 
 def in_threads(*works) -> list:
-    """The results of functions that start at once, each in a thread of its own."""
+    """Start each function in its thread at the same time, and return their results."""
     results, errors, start = [None] * len(works), [], threading.Barrier(len(works))
 
     def run(place: int, work) -> None:

@@ -11,7 +11,7 @@ TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, <eos> as the end, and a chat template."""
+    """Return a tokenizer with one token per character, <eos> as end token, and a chat template."""
     vocabulary = {t: i for i, t in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -23,7 +23,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def begins(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same, putting <bos> before a plain text."""
+    """Let a tokenizer put <bos> before plain text, and return it."""
     begin = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     tokenizer.backend_tokenizer.post_processor = begin
     return tokenizer

@@ -15,12 +15,12 @@ COMMON = {
 
 
 def rows(n: int = 8) -> list[list[int]]:
-    """n sequences of different lengths."""
+    """Return Return n sequences of different lengths."""
     return [tokens(1, 5 + i % 4, seed=10 + i)[0].tolist() for i in range(n)]
 
 
 def sft_data(n: int = 8) -> Dataset:
-    """The first token of each sequence, and one in the middle, carry no loss."""
+    """Return n examples; the first token of each, and one in the middle, have no label."""
     ids = rows(n)
     return Dataset.from_dict({"input_ids": ids, "labels": [[-100, *r[1:3], -100, *r[4:]] for r in ids]})
 
@@ -35,7 +35,7 @@ def sft(tmp_path, model, data=None, **options):
 
 
 def steps(n: int) -> dict[str, int]:
-    """One optimizer step on 8 examples in n micro-batches."""
+    """Return the settings of one optimizer step on 8 examples in n micro-batches."""
     return {"per_device_train_batch_size": 8 // n, "gradient_accumulation_steps": n}
 
 

@@ -1,4 +1,4 @@
-"""Kinds of trouble, which test_trouble.py causes.
+"""Kinds of trouble that test_trouble.py provokes.
 
 ``PYTHONPATH=tests python -m support.troubles`` prints the table of docs/trouble.md.
 """
@@ -14,7 +14,7 @@ TRAIN = "train --base {base} --use_cpu --disable_tqdm --max_steps 1 --rank 4 "
 
 
 class Kind(NamedTuple):
-    """A kind of trouble: the command that meets it, words of the line that it prints, and what helps."""
+    """A kind of trouble: the command, words of its error line, and the remedy."""
 
     name: str
     command: str
@@ -25,12 +25,12 @@ class Kind(NamedTuple):
 
 
 def text(name: str, content: str | bytes) -> Callable[[Path], object]:
-    """A preparation that writes a file."""
+    """Return a preparation that writes a file."""
     return lambda here: (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def edited(name: str, **values: object) -> Callable[[Path], object]:
-    """A preparation that changes a JSON file of the copied base or adapter."""
+    """Return a preparation that edits a JSON file of the copied base or adapter."""
 
     def edit(here: Path) -> None:
         file = here / name
@@ -55,7 +55,7 @@ ON_BASE = "generate {out} x --base {here}/base"
 TRAIN_ON = RUN.replace("{base}", "{here}/base")
 KINDS = [
     # the command line
-    Kind("unknown command", "bogus", "invalid choice: 'bogus'", "umbra --help lists the commands"),
+    Kind("unknown command", "bogus", "Unknown command 'bogus'", "umbra --help lists the commands"),
     Kind("unknown flag", "eval {out} {data} --bogus 1", "unrecognized arguments: --bogus", "umbra eval --help"),
     Kind("missing argument", "eval {out}", "required: data", "umbra eval --help"),
     Kind("flag without its value", "train --rank", "--rank: expected one argument", "give the value"),
@@ -236,7 +236,7 @@ KINDS = [
         "The scores are complete",
         "free some space",
     ),
-    Kind("report of no study", "report {here}/nowhere", "study", "name the folder of umbra evaluate"),
+    Kind("report of no study", "report {here}/nowhere", "study", "name the folder of umbra study"),
     # adapters
     Kind("empty adapter folder", "inspect {here}", "adapter_config.json is missing", "name an adapter"),
     Kind(
@@ -338,7 +338,7 @@ KINDS = [
 
 
 def spoil(file: Path, drop: bool = False) -> None:
-    """Put NaN into the first tensor of a file, or leave the tensor out."""
+    """Put NaN into the first tensor of a file, or remove the tensor."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(file)
@@ -348,7 +348,7 @@ def spoil(file: Path, drop: bool = False) -> None:
 
 
 def rows() -> str:
-    """The table of docs/trouble.md."""
+    """Return the table of docs/trouble.md."""
     lines = ["| trouble | command | umbra says | what helps |", "|---|---|---|---|"]
     for kind in KINDS:
         says = kind.says.replace("|", "\\|")

@@ -64,7 +64,7 @@ CHOICES = {
 }
 
 
-def option(default: Any, text: str) -> Any:
+def option(default: object, text: str) -> Any:
     """Return a dataclass field with a help text, which its flag also shows."""
     return field(default=default, metadata={"help": text})
 

@@ -1,8 +1,8 @@
-"""Ablations of the update between blocks, which only the methods of a study can have (Li et al., 2026, section 4).
+"""Ablations of the update between blocks, for methods of a study only (Li et al., 2026, section 4).
 
 gated     s ← s + σ(gate(n)) ⊙ (transform(n) − s)     # the method
 ungated   s ← transform(n)
-none      s ← s, which stays s⁰ at every block
+none      s stays s⁰ at every block
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class UngatedUpdate(core.Update):
     """s ← transform(n)."""
 
     def __init__(self, hidden_size: int, config: ShadowConfig):
-        with torch.random.fork_rng(devices=[]):  # the gate that is removed draws no random numbers
+        with torch.random.fork_rng(devices=[]):  # the removed gate must not draw random numbers
             super().__init__(hidden_size, config)
         del self.gate
         for layer in self.transform:
@@ -34,7 +34,7 @@ class UngatedUpdate(core.Update):
                 layer.reset_parameters()
 
     def forward(self, n: Tensor, s: Tensor) -> Tensor:
-        """(B, T, D), (B, T, D) → (B, T, D) in the dtype of s."""
+        """Return the next state (B, T, D) in the dtype of s, for the block output n and the state s, both (B, T, D)."""
         return self.transform(n).to(s.dtype)
 
 
@@ -51,21 +51,21 @@ def read_update(fields: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def is_ablated(fields: Mapping[str, Any]) -> bool:
-    """Return whether a method's fields ask for another update than the method's own."""
+    """Return whether a method uses another update than the published one."""
     return fields.get(UPDATE, "gated") != "gated"
 
 
 def attach_ablated(base: PreTrainedModel, fields: Mapping[str, Any]) -> ShadowModel:
-    """Attach a shadow with the update that a method's fields ask for.
+    """Attach a shadow with the update that a method selects.
 
-    Its adapter folder would load as the method's own form, or not at all, so it must not be kept.
+    Do not save its adapter: it would load with the published update, or not at all.
 
     Args:
-        base: the base model.
-        fields: fields of `ShadowConfig` of any version, and ``update``.
+        base: The base model.
+        fields: Fields of `ShadowConfig` of any version, and ``update``.
 
     Raises:
-        ConfigError: as `attach`.
+        ConfigError: see `umbra.attach`.
     """
     values, update = read_update(fields)
     config = ShadowConfig.from_dict(values)
