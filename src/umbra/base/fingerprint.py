@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def fingerprint(base: Architecture, rows: int | None = None) -> dict[str, Any]:
     plain, matrices = {name: sample for name, sample in plain.items() if sample}, set(plain)
     for name, module in _parts(base):
         if quantized.is_packed_linear(module):
-            places = _places(module.in_features)
+            places = _places(cast(nn.Linear, module).in_features)
             quantised[f"{name}.weight".lstrip(".")] = _sample(quantized.columns(module, places, base.model.dtype))
             continue
         for key, tensor in _direct_tensors(module):

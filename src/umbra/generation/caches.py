@@ -73,7 +73,7 @@ def remove_last_token(model: PreTrainedModel, cache: Cache, length: int) -> None
         )
 
 
-def check_shared(cache: Any, base: PretrainedConfig, shadows: Sequence[range]) -> None:
+def check_shared(cache: Cache, base: PretrainedConfig, shadows: Sequence[range]) -> None:
     """Check that base and shadows can continue from a cache together.
 
     Args:
@@ -123,7 +123,7 @@ def _is_on_device(tokens: object) -> bool:
     return isinstance(tokens, Tensor) and tokens.device.type != "cpu"
 
 
-def check_bare(cache: Any, base: PretrainedConfig) -> None:
+def check_bare(cache: Cache | None, base: PretrainedConfig) -> None:
     """Check that the bare base can continue from a cache.
 
     Raises:
@@ -134,7 +134,7 @@ def check_bare(cache: Any, base: PretrainedConfig) -> None:
         _check_bare(cache, _depth(base))
 
 
-def _check_bare(cache: Any, L: int) -> None:
+def _check_bare(cache: Cache, L: int) -> None:
     tokens = [architectures.cached_tokens([layer]) for layer in cache.layers[L:]]
     if any(bool(count) for count in tokens):
         raise StateError(

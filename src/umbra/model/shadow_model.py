@@ -610,7 +610,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, GenerationMixin):
         return private_transformers.prepare_encoder_kwargs(self.base, *args, **options)
 
     def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+        self, outputs: dict[str, Any], model_kwargs: dict[str, Any], *args: Any, **options: Any
     ) -> dict[str, Any]:
         return private_transformers.update_model_kwargs(self.base, outputs, model_kwargs, *args, **options)
 

@@ -70,6 +70,8 @@ def _copied(base: Architecture, backbone: PreTrainedModel, config: ShadowConfig)
     Raises:
         ConfigError: blocks that do not exist, or whose shapes differ.
     """
+    scale = config.constants.init_scale
+    assert scale is not None  # the configuration is resolved
     layers = config.init_layers or tuple(range(backbone.config.num_hidden_layers))
     if max(layers) >= len(base.blocks):
         raise ConfigError(f"init='base' copies blocks {list(layers)}, the base's are 0 to {len(base.blocks) - 1}.")
@@ -81,7 +83,7 @@ def _copied(base: Architecture, backbone: PreTrainedModel, config: ShadowConfig)
             projections = architectures.prune_blocks(base, backbone, layers)
         else:
             architectures.copy_blocks(base, backbone, layers)
-        architectures.scale_final_norm(backbone, config.constants.init_scale)
+        architectures.scale_final_norm(backbone, scale)
     return Built(backbone, projections.projection, projections.embed_projection, True)
 
 
