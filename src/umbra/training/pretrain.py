@@ -48,10 +48,11 @@ from umbra.method.kernels import Head, linear_loss
 from umbra.model.shadow_model import attach
 from umbra.options import PretrainOptions, speaks
 from umbra.shadow.pretrained import check_vocabulary
-from umbra.training.resuming import last_checkpoint
+from umbra.training.checkpoints import last_checkpoint
+from umbra.training.divergence import StopOnDivergence
 from umbra.training.runs import RUN_FILE, Run, make_arguments, sort_settings
 from umbra.training.teacher_cache import TeacherCache
-from umbra.training.trainers import ShadowTrainer, StopWhereDiverged
+from umbra.training.trainers import ShadowTrainer
 
 LOSSES = ("alignment", "distillation", "next_token")
 STAGE_FILE = "stage.json"  # of a finished stage, in its folder
@@ -386,7 +387,7 @@ def _run_stage(
     frozen = [p for name, p in model.shadow.named_parameters() if p.requires_grad and not _learns(name, losses)]
     for p in frozen:
         p.requires_grad_(False)
-    trainer = Pretrainer(model=model, args=args, train_dataset=train_set, callbacks=[StopWhereDiverged()])
+    trainer = Pretrainer(model=model, args=args, train_dataset=train_set, callbacks=[StopOnDivergence()])
     trainer.losses, trainer.options, trainer.teacher = losses, options, teacher
     trainer.train(resume_from_checkpoint=last_checkpoint(out))
     for p in frozen:

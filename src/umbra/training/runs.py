@@ -19,7 +19,7 @@ from umbra.config import ShadowConfig
 from umbra.errors import CheckpointError, ConfigError, unknown_key
 from umbra.files import folder
 from umbra.options import SEEDS, check_bounds, check_dtype, check_types, names, speaks
-from umbra.training import resuming
+from umbra.training import checkpoints
 
 RUN_FILE = "run.json"  # what a run was asked for; lies in its output folder
 DEFAULTS = {
@@ -174,7 +174,7 @@ class Run:
         out = self.out
         if os.path.lexists(out) and not out.is_dir():
             raise CheckpointError(f"output_dir={out} is a file, or a link to no folder: choose another one.")
-        for path in resuming.checkpoints(out):
+        for path in checkpoints.checkpoints(out):
             if not _is_ours(path):
                 raise CheckpointError(f"{out} holds {path.name} of something else: choose another output_dir.")
         if overwrite:
@@ -235,8 +235,8 @@ class Run:
         Raises:
             CheckpointError: all checkpoints are damaged, or there is none of the end.
         """
-        last = resuming.last_checkpoint(where or self.out)
-        if self.ended_at is not None and (last is None or resuming.step_of(Path(last)) != self.ended_at):
+        last = checkpoints.last_checkpoint(where or self.out)
+        if self.ended_at is not None and (last is None or checkpoints.step_of(Path(last)) != self.ended_at):
             raise CheckpointError(
                 f"{self.out} has no checkpoint of its end, step {self.ended_at}, to go on from (save_strategy=no and best keep "
                 "none): start a new run from its adapter by --adapter, or train anew with overwrite."
@@ -274,7 +274,7 @@ class Run:
     def clear(self, keep: tuple[str, ...] = ()) -> None:
         """Take away what another run has left, now that nothing can stop this one; nothing that Umbra did not write."""
         names = [n for n in self.files if n not in keep and self._wrote(n)]
-        for path in resuming.checkpoints(self.out):
+        for path in checkpoints.checkpoints(self.out):
             if _is_ours(path):
                 folder.remove(path)
         for name in names:
@@ -367,7 +367,7 @@ def _clear_folder(path: Path) -> None:
         if inner.is_dir() and not inner.is_symlink():
             if STAGE.fullmatch(inner.name):
                 _clear_folder(inner)
-            elif resuming.step_of(inner) is not None and _is_ours(inner):
+            elif checkpoints.step_of(inner) is not None and _is_ours(inner):
                 folder.remove(inner)
         elif inner.name in INNER_FILES or (inner.name == checkpoint.CARD_FILE and may_replace(inner)):
             inner.unlink()

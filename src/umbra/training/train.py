@@ -38,8 +38,9 @@ from umbra.model.shadow_model import attach
 from umbra.options import TrainOptions, listed, speaks
 from umbra.shadow.pretrained import check_vocabulary
 from umbra.training import warm_start
+from umbra.training.divergence import StopOnDivergence
 from umbra.training.runs import Run, make_arguments, sort_settings
-from umbra.training.trainers import ShadowTrainer, StopWhereDiverged
+from umbra.training.trainers import ShadowTrainer
 
 FILES = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.CARD_FILE)
 
@@ -146,7 +147,7 @@ def _train(
             eval_dataset=eval_set,  # type: ignore[arg-type]
             processing_class=tokenizer,
             data_collator=Collator(int(pad)),  # type: ignore[arg-type]
-            callbacks=[StopWhereDiverged()],
+            callbacks=[StopOnDivergence()],
             compute_metrics=_accuracy if labels and labels.problem_type == "single_label_classification" else None,
         )
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):

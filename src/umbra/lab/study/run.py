@@ -28,7 +28,8 @@ from umbra.lab.study.metrics import LOSS
 from umbra.lab.study.tasks import Task, TaskOptions, load_task
 from umbra.method.core import IGNORED
 from umbra.model.shadow_model import ShadowModel
-from umbra.training.resuming import ResumableTrainer, last_checkpoint, read_progress
+from umbra.training.checkpoints import last_checkpoint, read_progress
+from umbra.training.resuming import ResumableTrainer
 from umbra.training.runs import make_arguments
 from umbra.training.trainers import ShadowTrainer
 
