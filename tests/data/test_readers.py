@@ -22,7 +22,8 @@ import umbra
 from conftest import make_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter, Rows, local_files, read_records, read_rows, text_files
-from umbra.data.corpus import read_documents, read_prompts
+from umbra.data.corpus import read_documents
+from umbra.data.generated_text import read_prompts
 from umbra.data.splits import parse_split, read_split
 from umbra.deploy.export.vocabulary import read_texts
 

@@ -18,7 +18,7 @@ from umbra.cli import main
 from umbra.data import ChatFormatter
 from umbra.method import divergences as divergence
 from umbra.method.divergences import KINDS, teach
-from umbra.training import pretrain
+from umbra.training import pretrain, stages
 from umbra.training.train import train
 
 TEXT = "\n\n".join(f"{a} plus {b} is {a + b}, and {b} plus {a} is {a + b}." for a in range(12) for b in range(12))
@@ -270,12 +270,12 @@ REFUSED = {
     "no output": ({"output_dir": ""}, "output_dir is missing"),
     "blocks too long": (
         {"max_length": 10**6},
-        "max_length=1000000 is more than the 128 tokens that the base is made for",
+        "max_length=1000000 is more than the base's 128 positions",
     ),
-    "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is of umbra train"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor applies to umbra train"),
     "no prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
     "a source twice": ({"data": "a.txt,a.txt"}, "names a source twice"),
-    "evaluation": ({"eval_strategy": "steps"}, "eval_strategy is of umbra train"),
+    "evaluation": ({"eval_strategy": "steps"}, "eval_strategy applies to umbra train"),
 }
 
 
@@ -289,7 +289,7 @@ def test_refused_before_any_work(settings, form, tmp_path):
 
 def test_a_source_of_copies_alone_is_refused(settings, text, tmp_path):
     (tmp_path / "copy.txt").write_text(Path(text).read_text().upper())
-    with pytest.raises(umbra.DataError, match=r"All \d+ documents of .*copy.txt are copies"):
+    with pytest.raises(umbra.DataError, match=r"All \d+ documents of .*copy.txt duplicate others"):
         pretrain.pretrain({**settings, "data": f"{text},{tmp_path}/copy.txt"})
 
 
@@ -413,9 +413,9 @@ def test_text_that_cost_time_outlives_other_settings(settings, tmp_path, monkeyp
 
 def test_mixed_precision_reaches_the_losses(settings, monkeypatch):
     seen = []
-    plain = pretrain.shadow_states
+    plain = stages.shadow_states
     monkeypatch.setattr(
-        pretrain, "shadow_states", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or plain(*x)
+        stages, "shadow_states", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or plain(*x)
     )
     for on in (False, True):
         pretrain.pretrain({**settings, "output_dir": f"{settings['output_dir']}{on}", "max_steps": 1, "bf16": on})
@@ -476,7 +476,7 @@ def test_what_is_kept_teaches_what_the_base_does(settings, tmp_path, stages):
 def test_a_kept_teacher_is_filled_once_and_goes_on_after_a_kill(settings, tmp_path, monkeypatch):
     settings |= {**KEPT, "teacher_cache": True, "per_device_eval_batch_size": 4}
     asked, stop = [], 3
-    say = pretrain.say
+    say = pretrain.base_teacher
 
     def counted(model, ids, options):
         if len(asked) == stop:
@@ -484,7 +484,7 @@ def test_a_kept_teacher_is_filled_once_and_goes_on_after_a_kill(settings, tmp_pa
         asked.append(len(ids))
         return say(model, ids, options)
 
-    monkeypatch.setattr(pretrain, "say", counted)
+    monkeypatch.setattr(pretrain, "base_teacher", counted)
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain(settings)
     stop = None

@@ -11,7 +11,7 @@ batches    token batches
 corpus     text for pretraining
 """
 
-from umbra.data.batches import Collator, encode_all, shadows_own
+from umbra.data.batches import Collator, Example, encode_all, for_shadow_alone
 from umbra.data.chat import ChatFormatter, end_tokens, needs_thinking
 from umbra.data.labels import Labels, class_name, describe_classes
 from umbra.data.readers import read_hub, read_records, read_rows
@@ -25,6 +25,7 @@ __all__ = [
     "MARK",
     "ChatFormatter",
     "Collator",
+    "Example",
     "Labels",
     "Record",
     "Rows",
@@ -33,6 +34,7 @@ __all__ = [
     "encode_all",
     "encode_plain",
     "end_tokens",
+    "for_shadow_alone",
     "local_files",
     "needs_thinking",
     "normalize",
@@ -40,5 +42,4 @@ __all__ = [
     "read_records",
     "read_rows",
     "record_kind",
-    "shadows_own",
 ]

@@ -18,12 +18,15 @@ from umbra.errors import DataError
 from umbra.method.core import IGNORED
 from umbra.options import speaks
 
+# "input_ids" and "labels", and with escalation "shadow_targets", each (T,) int32; labels of classifiers are numbers.
+Example = dict[str, Any]
+
 
 def encode_all(
     records: list[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int, chat_template: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None, labels: Labels | None = None, name: str = "data",
     escalation: str = ESCALATION,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[Example]:  # fmt: skip
     """Tokenise records, cut at ``max_length``; examples left without a label are dropped, and counted in a message.
 
     Args:
@@ -61,7 +64,7 @@ def encode_all(
 
 def _encode(
     record: Record, formatter: ChatFormatter, labels: Labels | None, escalation: str, max_length: int
-) -> list[dict[str, Any]]:
+) -> list[Example]:
     if labels is not None:
         ids = np.asarray(encode_plain(formatter.tokenizer, record["text"]) if record["text"] else [], np.int32)
         if not ids.size:
@@ -92,7 +95,7 @@ def _report(name: str, total: int, cut: int, dropped: int, split: int, max_lengt
     return lines
 
 
-def shadows_own(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def for_shadow_alone(examples: list[Example]) -> list[Example]:
     """What of the examples the shadow learns, with its targets as the labels."""
     own = [{"input_ids": e["input_ids"], "labels": e.get("shadow_targets", e["labels"])} for e in examples]
     return [e for e in own if not isinstance(e["labels"], np.ndarray) or (e["labels"][1:] != IGNORED).any()]
@@ -104,7 +107,7 @@ class Collator:
 
     pad_token_id: int
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
         ids = [e["input_ids"] for e in examples]
         batch = {
             "input_ids": _pad(ids, self.pad_token_id),

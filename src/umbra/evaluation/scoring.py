@@ -34,7 +34,7 @@ from umbra.data import (
     read_records,
     record_kind,
 )
-from umbra.data.chat import END_OF_THOUGHT
+from umbra.data.reasoning import END_OF_THOUGHT
 from umbra.errors import ConfigError, DataError
 from umbra.model.shadow_model import ShadowModel
 from umbra.options import EvalOptions, check_dtype, listed

@@ -17,7 +17,7 @@ from umbra.lab.bench.base import Base
 from umbra.lab.bench.methods import trainable
 from umbra.model.shadow_model import attach
 from umbra.options import check_types, names
-from umbra.training.train import leave_the_pair
+from umbra.training.train import freeze_attached_parts
 
 ATTACHED, DETACHED = "attached", "detached"
 FIT = 0.05  # by which trainable parameters may differ where they are matched
@@ -147,7 +147,7 @@ def build(kind: str, base: Any, fields: dict[str, Any], classifies: bool = False
             return peft.get_peft_model(base, _peft_config(kind, fields, classifies))
     model: Any = attach(base, ShadowConfig(**fields))
     if kind == "alone":
-        leave_the_pair(model)
+        freeze_attached_parts(model)
     return model
 
 
