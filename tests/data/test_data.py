@@ -146,7 +146,7 @@ def test_gzipped_lines_are_read(tmp_path):
         ([{"text": "a", "label": None}], r"data.jsonl:1 lacks the column 'label'"),
         ([{"messages": []}], r"data.jsonl:1, messages must be a list of messages"),
         ([{"messages": [{"role": "user"}]}], r"messages\[0\] lacks `content`"),
-        ([""], r"holds no record"),
+        ([""], r"contains no record"),
     ],
 )
 def test_bad_files_are_refused_with_file_and_line(tmp_path, lines, says):

@@ -97,9 +97,9 @@ def test_a_json_array_larger_than_its_window_is_read_in_pieces(tmp_path, monkeyp
         ('{"data": [{"text": "a"}]}\n', ["d.json:1 is one object around the records", "'data' has 1 objects", "jq -c '.data[]'"]),
         ('{\n "data": [\n  {"text": "a"}\n ]\n}', ["d.json:1 is one object around the records", "jq -c '.data[]'"]),
         ('{\n "text": "a"\n}\n{\n "text": "b"\n}', ["d.json:1 begins an object over several lines", "jq -c ."]),
-        ("[]", ["holds no record"]),
-        (" \n\n", ["holds no record"]),
-        ("", ["holds no record"]),
+        ("[]", ["contains no record"]),
+        (" \n\n", ["contains no record"]),
+        ("", ["contains no record"]),
         ('[{"a": 1},\n {"a": \n ]', ["d.json:3 is not JSON", "near"]),
         ('[{"a": 1},\n 3]', ["record 2 (line 2) is a JSON int, 3"]),
         ('[{"a": 1},\n null]', ["record 2 (line 2) is null"]),
@@ -193,8 +193,8 @@ def test_the_cells_of_a_single_column_may_be_blank(tmp_path):
         ('a,b\n1,2\n"x,2\n3,4\n', ["d.csv:3 is not CSV", "does not end by line 4"]),
         ('a,b\n"x"y,2\n', ["d.csv:2 is not CSV", "closing double quote"]),
         ("a,b\r1,2\r", ["d.csv:1 is not CSV", "carriage return"]),
-        ("a,b\n", ["holds no record"]),
-        ("", ["holds no record"]),
+        ("a,b\n", ["contains no record"]),
+        ("", ["contains no record"]),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused_with_its_line(tmp_path, text, says):

@@ -124,7 +124,7 @@ def test_an_export_ends_there_and_reads_a_line_as_a_prompt(chat_adapter, tmp_pat
 
     assert ask("ab\n").stdout == ask("ab").stdout == ask("", "ab").stdout
     assert ask("ab" * 20).returncode == 0  # 256 tokens are more than are left
-    assert "made for 128" in ask("ab" * 70).stderr
+    assert "has positions for 128" in ask("ab" * 70).stderr
 
 
 def test_ollama_is_given_the_empty_thoughts_that_training_puts_before_an_answer():
@@ -173,7 +173,7 @@ def test_an_answer_stops_where_positions_do(short, tmp_path, mode, capsys):
     long = write(tmp_path / "long.jsonl", [{"prompt": "a" * 90, "completion": "b"}])
     assert main(["eval", short, long, "--modes", mode]) == 0
     assert main(["generate", short, "a" * 200, "--mode", mode]) == 2
-    assert "made for 128" in capsys.readouterr().err
+    assert "has positions for 128" in capsys.readouterr().err
 
 
 def test_a_text_is_classified_up_to_there(tmp_path):

@@ -307,7 +307,7 @@ def test_the_detached_model_passes_on_what_was_marked_and_the_pair_does_not(esca
     [short] = json.loads(capsys.readouterr().out)
     assert short["escalated"] == detached["escalated"], "it is not cut off in the middle of that"
     assert cascade["mode"] == "cascade" and cascade["correct"] >= detached["correct"] and cascade["escalated"] is None
-    assert detached["kept_accuracy"] == pytest.approx(detached["correct"] / (24 - detached["escalated"]))
+    assert detached["selective_accuracy"] == pytest.approx(detached["correct"] / (24 - detached["escalated"]))
     assert main(["eval", out, escalating["train_data"], "--modes", "detached"]) == 0
     assert "passed on" in capsys.readouterr().out
 
@@ -356,10 +356,10 @@ def test_scores_of_replies_that_are_passed_on():
         {"reply": r, "correct": c} for r, c in (("a", True), (" [REMOTE] ", False), ("b", False), ("[REMOTE]", False))
     ]
     score = Score.of("detached", replies, 1, 1.0, None, REMOTE)
-    assert (score.correct, score.total, score.escalated, score.kept_accuracy) == (1, 4, 2, 0.5)
-    assert score.kept_low < 0.5 < score.kept_high
+    assert (score.correct, score.total, score.escalated, score.selective_accuracy) == (1, 4, 2, 0.5)
+    assert score.selective_low < 0.5 < score.selective_high
     none = Score.of("detached", replies[1:2], 1, 1.0, None, REMOTE)
-    assert (none.escalated, none.kept_accuracy) == (1, None)
+    assert (none.escalated, none.selective_accuracy) == (1, None)
     assert Score.of("base", replies, 1, 1.0).escalated is None
 
 
