@@ -157,7 +157,10 @@ def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
         (["eval", "{out}", "{data}", "--output", "/no/where.jsonl"], "lies in a folder that does not exist"),
         (["eval", "{out}", "{data}", "--output", "/tmp"], "is not a writable file"),
         (["eval", "{out}", "{data}", "--modes", ","], "modes is empty"),
-        (["eval", "{out}", "{data}", "--answer-pattern", "####"], "jsonl:1: answer_pattern='####' does not match the answer"),
+        (
+            ["eval", "{out}", "{data}", "--answer-pattern", "####"],
+            "jsonl:1: answer_pattern='####' does not match the answer",
+        ),
         (["generate", "{out}", " "], "prompt is empty"),
         (["generate", "{out}", "a", "--mode", "both"], "Unknown mode"),
         (["generate", "{out}", "a", "--temperature=-1"], "temperature"),

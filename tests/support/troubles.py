@@ -85,7 +85,9 @@ KINDS = [
     Kind("negative learning rate", RUN + "--learning_rate=-1", "learning_rate must be at least 0", "a positive rate"),
     Kind("unknown dtype", "detach {out} {here}/x --dtype int8", "Unknown dtype 'int8'", "one of those listed"),
     Kind("unknown mode", "eval {out} {data} --modes sideways", "Unknown mode 'sideways'", "one of those listed"),
-    Kind("broken regular expression", "eval {out} {data} --answer-pattern (", "not a valid regular expression", "mend it"),
+    Kind(
+        "broken regular expression", "eval {out} {data} --answer-pattern (", "not a valid regular expression", "mend it"
+    ),
     Kind("empty prompt", "generate {out} ' '", "The prompt is empty", "give a prompt"),
     Kind(
         "weights that overflow",

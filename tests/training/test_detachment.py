@@ -18,7 +18,7 @@ from umbra.base.loading import load_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter, Collator, encode_all
 from umbra.errors import ConfigError, DataError
-from umbra.evaluation.scoring import Score
+from umbra.evaluation.scores import Score
 from umbra.method import kernels
 from umbra.method.core import IGNORED
 from umbra.training.train import train

@@ -414,9 +414,7 @@ def test_text_that_cost_time_outlives_other_settings(settings, tmp_path, monkeyp
 def test_mixed_precision_reaches_the_losses(settings, monkeypatch):
     seen = []
     plain = stages.shadow_states
-    monkeypatch.setattr(
-        stages, "shadow_states", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or plain(*x)
-    )
+    monkeypatch.setattr(stages, "shadow_states", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or plain(*x))
     for on in (False, True):
         pretrain.pretrain({**settings, "output_dir": f"{settings['output_dir']}{on}", "max_steps": 1, "bf16": on})
     measured = seen[: seen.index(True)]

@@ -205,7 +205,8 @@ def _run_settings(prog: str, about: str, kind: type, arguments: list[str]) -> tu
 
 def _eval(arguments: list[str]) -> int:
     options = _parse("umbra eval", EvalOptions, arguments)
-    from umbra.evaluation.scoring import as_json, score_modes, table, write_replies
+    from umbra.evaluation.scores import as_json, table
+    from umbra.evaluation.scoring import score_modes, write_replies
 
     scores, replies = score_modes(options)
     try:

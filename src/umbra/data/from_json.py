@@ -175,12 +175,12 @@ class _Window:
 
     def more(self) -> bool:
         """Double the unread text, and return whether there was more."""
-        rest = self.text[self.at :]
+        unread = self.text[self.at :]
         added, size = [], 0
-        while size <= len(rest) and (piece := next(self.pieces, None)) is not None:
+        while size <= len(unread) and (piece := next(self.pieces, None)) is not None:
             added.append(piece)
             size += len(piece)
-        self.text, self.at = rest + "".join(added), 0
+        self.text, self.at = unread + "".join(added), 0
         return size > 0
 
     def move(self, end: int) -> None:

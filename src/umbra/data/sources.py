@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from umbra.data.text_files import COMPRESSIONS, TEXT_FILES, check_file, form_of, reading
 from umbra.errors import DataError, shown

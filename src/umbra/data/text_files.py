@@ -210,25 +210,25 @@ class _Utf8(io.RawIOBase):
     """A UTF-16 stream with a byte-order mark, as UTF-8."""
 
     def __init__(self, stream: IO[bytes], path: Path) -> None:
-        self.stream, self.path, self.rest, self.line = stream, path, b"", 1
+        self.stream, self.path, self.pending, self.line = stream, path, b"", 1
         self.decoder = codecs.getincrementaldecoder("utf-16")()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self.rest:
+        while not self.pending:
             piece = self.stream.read(2**16)
             try:
-                self.rest = self.decoder.decode(piece, final=not piece).encode()
+                self.pending = self.decoder.decode(piece, final=not piece).encode()
             except UnicodeDecodeError as error:
                 line = self.line + bytes(error.object)[: error.start].decode("utf-16-le", "ignore").count("\n")
                 raise DataError(f"{self.path}:{line} is not UTF-16, though the file begins as such: mend it.") from None
-            self.line += self.rest.count(b"\n")
+            self.line += self.pending.count(b"\n")
             if not piece:
                 break
-        size = min(len(buffer), len(self.rest))
-        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        size = min(len(buffer), len(self.pending))
+        buffer[:size], self.pending = self.pending[:size], self.pending[size:]
         return size
 
 

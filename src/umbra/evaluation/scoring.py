@@ -5,14 +5,12 @@ For a shadow that escalates requests, the number of escalated requests and the a
 """
 
 import json
-import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,91 +34,17 @@ from umbra.data import (
 )
 from umbra.data.reasoning import END_OF_THOUGHT
 from umbra.errors import ConfigError, DataError
+from umbra.evaluation.scores import CASCADE, Score, escalates
 from umbra.model.shadow_model import ShadowModel
 from umbra.options import EvalOptions, check_dtype, listed
 
 MODES = ("base", "attached", "detached")
-CASCADE = "cascade"
 # One sequence of tokens for each prompt and nothing else, regardless of the base's generation config.
 PLAIN: dict[str, Any] = {
     "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "output_scores": False,
     "output_logits": False, "output_attentions": False, "output_hidden_states": False,
 }  # fmt: skip
 GREEDY: dict[str, Any] = {**PLAIN, "do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-
-
-@dataclass(frozen=True)
-class Score:
-    """Result of one mode.
-
-    Args:
-        mode: one of `MODES`, or `CASCADE`.
-        correct: number of correct replies.
-        total: number of records.
-        accuracy: share of correct replies.
-        low: lower bound of its 95 % interval (Wilson).
-        high: upper bound of its 95 % interval.
-        parameters: number of parameters that run.
-        seconds: time of generation; None for the cascade.
-        tokens_per_second: speed of generation; None for classifiers.
-        escalated: number of escalated records; None if the shadow does not escalate.
-        selective_accuracy: accuracy on the records that are not escalated.
-        selective_low: lower bound of its 95 % interval.
-        selective_high: upper bound of its 95 % interval.
-    """
-
-    mode: str
-    correct: int
-    total: int
-    accuracy: float
-    low: float
-    high: float
-    parameters: int
-    seconds: float | None
-    tokens_per_second: float | None
-    escalated: int | None = None
-    selective_accuracy: float | None = None
-    selective_low: float | None = None
-    selective_high: float | None = None
-
-    @classmethod
-    def of(
-        cls, mode: str, replies: list[dict[str, Any]], parameters: int, seconds: float | None, tokens: int | None = None,
-        escalation: str | None = None,
-    ) -> "Score":  # fmt: skip
-        """Return the score of replies.
-
-        Args:
-            mode: the mode.
-            replies: see `score_generation` and `score_classes`.
-            parameters: number of parameters that run.
-            seconds: time of generation.
-            tokens: number of generated tokens.
-            escalation: text of an answer that escalates, if the shadow has one.
-        """
-        correct, total = sum(r["correct"] for r in replies), len(replies)
-        speed = tokens / seconds if tokens is not None and seconds else None
-        selective: dict[str, Any] = {}
-        if escalation is not None:
-            answered = [r for r in replies if not _escalates(r, escalation)]
-            selective["escalated"] = total - len(answered)
-            if answered:
-                right = sum(r["correct"] for r in answered)
-                selective["selective_accuracy"] = right / len(answered)
-                selective["selective_low"], selective["selective_high"] = wilson(right, len(answered))
-        interval = wilson(correct, total)
-        return cls(mode, correct, total, correct / total, *interval, parameters, seconds, speed, **selective)
-
-
-def _escalates(reply: dict[str, Any], escalation: str) -> bool:
-    return str(reply["reply"]).strip().startswith(escalation.strip())
-
-
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion, 95 % by default. scipy has it too, but is an optional dependency."""
-    p, zz = correct / total, z * z / total
-    centre, spread = (p + zz / 2) / (1 + zz), z * math.sqrt(p * (1 - p) / total + zz / total / 4) / (1 + zz)
-    return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
 def on_accelerator(model: ShadowModel) -> ShadowModel:
@@ -299,7 +223,7 @@ def score_classes(
         raise DataError(
             "Accuracy needs classes, but this model was trained for regression: see eval_loss in its training log."
         )
-    names, indices = cast("dict[int, str]", config.id2label), cast("dict[str, int]", config.label2id)
+    names, known = cast("dict[int, str]", config.id2label), cast("dict[str, int]", config.label2id)
     several = config.problem_type == "multi_label_classification"
     replies, seconds = [], 0.0
     runner.eval()
@@ -316,20 +240,27 @@ def score_classes(
         if not logits.isfinite().all():
             raise DataError(f"{name}: the model's logits are not finite, so no class can be predicted.")
         for record, row in zip(part, logits, strict=True):
-            label = record["label"]
-            if isinstance(label, list) != several:
-                kind = "a list of classes" if several else "one class"
-                raise DataError(f"The label must be {kind}, as in the model's training data, got {label!r}.")
-            if several:
-                reply: object = [names[i] for i in range(len(names)) if row[i] > 0]
-                right = sorted(reply) == sorted(map(class_name, _label_names(label, names)))
-            else:
-                reply = names[int(row.argmax())]
-                if class_name(label) not in indices:
-                    raise DataError(f"The label {label!r} is not one of the model's: {', '.join(indices)}.")
-                right = reply == class_name(label)
-            replies.append({"prompt": record["text"], "reply": reply, "reference": label, "correct": right})
+            reply, is_right = _classify(row, record["label"], several, names, known)
+            replies.append(
+                {"prompt": record["text"], "reply": reply, "reference": record["label"], "correct": is_right}
+            )
     return replies, seconds
+
+
+def _classify(
+    row: torch.Tensor, label: object, several: bool, names: dict[int, str], known: Collection[str]
+) -> tuple[str | list[str], bool]:
+    """Return the predicted class or classes of logits (C,), and whether they equal the label."""
+    if isinstance(label, list) != several:
+        kind = "a list of classes" if several else "one class"
+        raise DataError(f"The label must be {kind}, as in the model's training data, got {label!r}.")
+    if isinstance(label, list):
+        replies = [names[i] for i in range(len(names)) if row[i] > 0]
+        return replies, sorted(replies) == sorted(map(class_name, _label_names(label, names)))
+    if class_name(label) not in known:
+        raise DataError(f"The label {label!r} is not one of the model's: {', '.join(known)}.")
+    reply = names[int(row.argmax())]
+    return reply, reply == class_name(label)
 
 
 def _label_names(label: list, names: dict[int, str]) -> list[str]:
@@ -369,7 +300,7 @@ def cascade(model: ShadowModel, replies: dict[str, list[dict[str, Any]]]) -> Sco
     if escalation is None or not {"attached", "detached"} <= replies.keys():
         return None
     pairs = zip(replies["detached"], replies["attached"], strict=True)
-    chosen = [pair if _escalates(alone, escalation) else alone for alone, pair in pairs]
+    chosen = [pair if escalates(alone, escalation) else alone for alone, pair in pairs]
     return Score.of(CASCADE, chosen, count_parameters(model, "attached", model), None)
 
 
@@ -457,31 +388,3 @@ def _check_output(name: str | None, data: str | list[str]) -> None:
     is_writable = os.access(file.absolute().parent if is_new else file, os.W_OK)
     if not is_writable or not (is_new or file.is_file() or file.is_char_device()):
         raise ConfigError(f"output={name} is not a writable file: name a regular file.")
-
-
-def table(scores: list[Score]) -> str:
-    """Return a Markdown table of scores."""
-    escalates = any(s.escalated is not None for s in scores)
-    more = " escalated | selective accuracy |" if escalates else ""
-    rule = "|---|---:|---:|---:|---:|---:|" + ("---:|---:|" if escalates else "")
-    head = f"| | accuracy | 95 % interval | correct | parameters | tokens/s |{more}\n{rule}"
-    rows = []
-    for s in scores:
-        speed = "–" if s.tokens_per_second is None else f"{s.tokens_per_second:.0f}"
-        rows.append(
-            f"| {s.mode} | {100 * s.accuracy:.1f} % | {100 * s.low:.1f} – {100 * s.high:.1f} % "
-            f"| {s.correct}/{s.total} | {s.parameters / 1e6:.1f} M | {speed} |" + (_selective(s) if escalates else "")
-        )
-    return "\n".join([head, *rows])
-
-
-def _selective(s: Score) -> str:
-    """Return the columns of a shadow that escalates."""
-    if s.selective_accuracy is None or s.selective_low is None or s.selective_high is None:
-        return f" {'–' if s.escalated is None else s.escalated} | – |"
-    return f" {s.escalated} | {100 * s.selective_accuracy:.1f} % ({100 * s.selective_low:.1f} – {100 * s.selective_high:.1f}) |"
-
-
-def as_json(scores: list[Score]) -> list[dict[str, Any]]:
-    """Return the scores as plain values for JSON."""
-    return [asdict(s) for s in scores]

@@ -82,16 +82,20 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
         ConfigError, DataError, BaseModelError: before any training.
         CheckpointError: the output folder holds another run or model.
     """
-    options, shadow, rest = sort_settings(values, PretrainOptions, ("output_dir",), "the configuration of pretraining")
+    options, shadow, trainer_settings = sort_settings(
+        values, PretrainOptions, ("output_dir",), "the configuration of pretraining"
+    )
     stages = _check(options)
-    if rest.get("eval_strategy", "no") != "no":
+    if trainer_settings.get("eval_strategy", "no") != "no":
         raise ConfigError(
             "eval_strategy applies to umbra train: a pretrained shadow is measured after each stage, on held_out blocks."
         )
     if shadow.escalation is not None:
         raise ConfigError("escalation is learned from records that are marked for it: set it for umbra train.")
-    run = _make_run(options, shadow, rest, stages)
-    arguments = [make_arguments(run.out / STAGES / n, {**rest, "remove_unused_columns": False}) for n in stages]
+    run = _make_run(options, shadow, trainer_settings, stages)
+    arguments = [
+        make_arguments(run.out / STAGES / n, {**trainer_settings, "remove_unused_columns": False}) for n in stages
+    ]
     if arguments[0].world_size > 1:
         raise ConfigError("umbra pretrain runs in one process: start it without a launcher.")
     if arguments[0].label_smoothing_factor:
@@ -101,12 +105,12 @@ def pretrain(values: dict[str, Any]) -> dict[str, Any]:
         return _pretrain(run, options, shadow, stages, arguments) if finished is None else finished
 
 
-def _make_run(options: PretrainOptions, shadow: ShadowConfig, rest: dict[str, Any], stages: Stages) -> Run:
+def _make_run(options: PretrainOptions, shadow: ShadowConfig, trainer_settings: dict[str, Any], stages: Stages) -> Run:
     """Return the run of these settings, whose inputs lie outside its output folder."""
     named = {"data": named_sources(options.data), "prompts": named_sources(options.prompts)}
     inputs = [(name, source) for name, sources in named.items() for source in sources]
     files = [(name, str(file)) for name, source in inputs for file in local_files(source)]
-    run = Run.of(FILES, options, shadow, rest, [file for _, file in files])
+    run = Run.of(FILES, options, shadow, trainer_settings, [file for _, file in files])
     run.is_extensible = len(stages) == 1  # each stage begins where the previous one ended
     for name, source in (*inputs, *files):
         run.check_apart(**{name: source})
@@ -154,7 +158,7 @@ def _pretrain(
     metrics |= after
     metrics["parameters"] = sum(model.shadow.parts().values()) - model.shadow.parts().get("couplings", 0)
     write_detached(model, run.out, tokenizer, overwrite=True)
-    card = pretrained_card(options.base, {k: v for k, v in run.asked.items() if v is not None}, metrics)
+    card = pretrained_card(options.base, {k: v for k, v in run.settings.items() if v is not None}, metrics)
     if may_replace(run.out / checkpoint.CARD_FILE):
         folder.write_together(run.out, lambda staging: folder.write_text(staging / checkpoint.CARD_FILE, card))
     run.record(metrics, history)

@@ -90,11 +90,11 @@ def sort_settings(
     check_dtype(options.dtype)
     if options.max_length < 2:
         raise ConfigError(f"max_length must be at least 2, got {options.max_length}.")
-    rest = {k: v for k, v in values.items() if k in arguments and k not in names(kind, ShadowConfig)}
-    rest.pop("resume_from_checkpoint", None)
+    trainer_settings = {k: v for k, v in values.items() if k in arguments and k not in names(kind, ShadowConfig)}
+    trainer_settings.pop("resume_from_checkpoint", None)
     # TrainingArguments accepts fsdp=True, although its annotation does not.
-    check_types(TrainingArguments, {k: v for k, v in rest.items() if (k, v) != ("fsdp", True)})
-    return options, shadow, rest
+    check_types(TrainingArguments, {k: v for k, v in trainer_settings.items() if (k, v) != ("fsdp", True)})
+    return options, shadow, trainer_settings
 
 
 def make_arguments(out: Path | str, settings: dict[str, Any]) -> TrainingArguments:
@@ -139,7 +139,7 @@ class Run:
 
     Args:
         out: the folder.
-        asked: all settings that affect the weights.
+        settings: all settings that affect the weights.
         defaults: defaults of the options, for runs of earlier versions that did not record them.
         files: names of the files and folders that the run writes, besides `RUN_FILE` and checkpoints.
         contents: digests of the local files that the run reads, by path.
@@ -149,7 +149,7 @@ class Run:
     """
 
     out: Path
-    asked: dict[str, Any]
+    settings: dict[str, Any]
     defaults: dict[str, Any]
     files: tuple[str, ...]
     contents: dict[str, str]
@@ -163,20 +163,20 @@ class Run:
         files: tuple[str, ...],
         options: PretrainOptions | TrainOptions,
         shadow: ShadowConfig,
-        rest: dict[str, Any],
+        trainer_settings: dict[str, Any],
         sources: Iterable[str | None],
     ) -> "Run":
         """Return the run of settings as `sort_settings` returns them, which reads the files ``sources`` and writes ``files``."""
-        asked = {**asdict(options), **shadow.resolve().to_dict(), **rest}
-        asked = {k: v for k, v in asked.items() if k not in HARMLESS}
+        settings = {**asdict(options), **shadow.resolve().to_dict(), **trainer_settings}
+        settings = {k: v for k, v in settings.items() if k not in HARMLESS}
         defaults = {f.name: f.default for f in fields(options) if f.name not in HARMLESS}
-        asked, defaults = json.loads(json.dumps([asked, defaults], default=str))
+        settings, defaults = json.loads(json.dumps([settings, defaults], default=str))
         contents = {}
         for source in filter(None, sources):
             with suppress(OSError):  # reported when the file is read
                 if Path(source).is_file():
                     contents[source] = folder.digest_of([Path(source)])
-        return cls(Path(options.output_dir), asked, defaults, files, contents)
+        return cls(Path(options.output_dir), settings, defaults, files, contents)
 
     def claim(self, overwrite: bool) -> dict[str, Any] | None:
         """Check that the output folder belongs to this run, or can be made so by `clear`.
@@ -208,11 +208,11 @@ class Run:
                     )
             return None
         run, before = self._recorded()
-        changed = sorted(k for k in self.asked.keys() | before.keys() if self.asked.get(k) != before.get(k))
+        changed = sorted(k for k in self.settings.keys() | before.keys() if self.settings.get(k) != before.get(k))
         metrics = run.get("metrics")
         self.is_longer = self._is_longer(changed, before, metrics or {})
         if changed and not self.is_longer:
-            differences = ", ".join(f"{k}: {before.get(k)!r} → {self.asked.get(k)!r}" for k in changed)
+            differences = ", ".join(f"{k}: {before.get(k)!r} → {self.settings.get(k)!r}" for k in changed)
             limits = ("a run of several stages cannot change its length", "it can be made longer, not shorter")
             limit = f" ({limits[self.is_extensible]})" if set(changed) <= set(LENGTHS) else ""
             raise CheckpointError(
@@ -239,11 +239,11 @@ class Run:
 
     def _is_longer(self, changed: list[str], before: dict[str, Any], metrics: dict[str, Any]) -> bool:
         """Return whether the only change is a greater length."""
-        key = "max_steps" if (self.asked.get("max_steps") or -1) > 0 else "num_train_epochs"
+        key = "max_steps" if (self.settings.get("max_steps") or -1) > 0 else "num_train_epochs"
         if not self.is_extensible or changed != [key]:
             return False
         default = DEFAULTS.get(key, metrics.get("global_step"))  # number of epochs, or of steps
-        earlier, now = before.get(key, default), self.asked.get(key, default)
+        earlier, now = before.get(key, default), self.settings.get(key, default)
         return earlier is not None and now is not None and 0 < earlier < now
 
     def resumes_from(self, where: Path | None = None) -> str | None:
@@ -312,7 +312,7 @@ class Run:
             before = {**self.defaults, **json.loads(folder.read_text(folder.find(self.out, RUN_FILE)))["asked"]}
         except (OSError, ValueError, LookupError, TypeError):
             return False
-        return all(before.get(name) == self.asked.get(name) for name in settings)
+        return all(before.get(name) == self.settings.get(name) for name in settings)
 
     def rewritten(self) -> list[str]:
         """Return the inputs whose content differs from the recorded one; none if none was recorded.
@@ -321,7 +321,7 @@ class Run:
         """
         try:
             before = json.loads(folder.read_text(folder.find(self.out, RUN_FILE)))["contents"]
-            models = {self.asked.get("base"), self.asked.get("adapter")}
+            models = {self.settings.get("base"), self.settings.get("adapter")}
             files = (before.keys() ^ self.contents.keys()) - models if before and self.contents else set()
             return sorted(files | {p for p in before.keys() & self.contents.keys() if before[p] != self.contents[p]})
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -366,7 +366,7 @@ class Run:
 
     def record(self, metrics: dict | None = None, history: list[dict] | None = None) -> None:
         """Record the run's settings and results: the metrics, the log, and digests of the written files."""
-        run = {"asked": self.asked, "contents": self.contents, "metrics": metrics, "history": history}
+        run = {"asked": self.settings, "contents": self.contents, "metrics": metrics, "history": history}
         if metrics is not None:
             written = [n for n in self.files if (self.out / n).is_file() and n != checkpoint.CARD_FILE]
             run["files"] = {n: folder.digest_of([self.out / n]) for n in written}

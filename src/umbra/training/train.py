@@ -68,25 +68,25 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         ConfigError, DataError, BaseModelError: before any training.
         CheckpointError: the output folder holds another run or adapter, or another process is writing to it.
     """
-    options, shadow, rest = split_options(values)
+    options, shadow, trainer_settings = split_options(values)
     prompting = Prompting(None, options.chat_template, options.chat_template_kwargs or {})
     if options.adapter is not None:
         options, shadow = warm_start.adopt(options, values)
         prompting = warm_start.prompting_of(options.adapter or "", values)
-    _check_detached_only(options, shadow, rest)
-    evaluates = {"eval_strategy": "steps" if "eval_steps" in rest else "epoch"} if options.eval_data else {}
-    arguments = make_arguments(options.output_dir, {**evaluates, **rest})
-    run = _make_run(options, shadow, rest)
+    _check_detached_only(options, shadow, trainer_settings)
+    evaluates = {"eval_strategy": "steps" if "eval_steps" in trainer_settings else "epoch"} if options.eval_data else {}
+    arguments = make_arguments(options.output_dir, {**evaluates, **trainer_settings})
+    run = _make_run(options, shadow, trainer_settings)
     with locked(run.out):
         finished, last = _claim(run, options, arguments)
         return _train(run, last, options, shadow, arguments, prompting) if finished is None else finished
 
 
-def _make_run(options: TrainOptions, shadow: ShadowConfig, rest: dict[str, Any]) -> Run:
+def _make_run(options: TrainOptions, shadow: ShadowConfig, trainer_settings: dict[str, Any]) -> Run:
     """Return the run of these settings, whose inputs lie outside its output folder."""
     sources = {"train_data": options.train_data, "eval_data": options.eval_data}
     files = [(name, str(file)) for name, data in sources.items() for file in local_files(data)]
-    run = Run.of(FILES, options, shadow, rest, [file for _, file in files])
+    run = Run.of(FILES, options, shadow, trainer_settings, [file for _, file in files])
     for name, file in files:
         run.check_apart(**{name: file})
     run.check_apart(base=options.base, adapter=options.adapter, shadow=shadow.shadow if shadow.is_pretrained else None)
@@ -285,13 +285,13 @@ def _check_image_tokens(examples: list[Example], base: PreTrainedModel) -> None:
         )
 
 
-def _check_detached_only(options: TrainOptions, shadow: ShadowConfig, rest: dict[str, Any]) -> None:
+def _check_detached_only(options: TrainOptions, shadow: ShadowConfig, trainer_settings: dict[str, Any]) -> None:
     """Raise a ConfigError if ``detached_only`` is set and a loss needs the attached model."""
     if not options.detached_only:
         return
     for name, value in (
         ("distillation_weight", shadow.distillation_weight),
-        ("label_smoothing_factor", rest.get("label_smoothing_factor")),
+        ("label_smoothing_factor", trainer_settings.get("label_smoothing_factor")),
     ):
         if value:
             raise ConfigError(
