@@ -71,7 +71,7 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def _check_value(value: Any, text: str) -> None:
+def _check_value(value: object, text: str) -> None:
     if "\\u" in text and "\\ud" in text.lower():
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -81,7 +81,7 @@ def _check_value(value: Any, text: str) -> None:
         raise _Refused(f"is nested more than {DEEPEST} levels deep")
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
+def _is_deeper(value: object, levels: int) -> bool:
     level = [value]
     for _ in range(levels):
         lists = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
@@ -89,7 +89,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return bool(level)
 
 
-def _check_row(value: Any, where: str) -> Row:
+def _check_row(value: object, where: str) -> Row:
     if not isinstance(value, dict):
         kind = "null" if value is None else f"a JSON {type(value).__name__}, {shown(value)}"
         raise DataError(f"{where} is {kind}, not an object with columns.")

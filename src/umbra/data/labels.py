@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from umbra.errors import DataError, shown
 
@@ -87,7 +87,7 @@ class Labels:
                 )
         return cls("multi_label_classification", tuple(f"LABEL_{i}" for i in range(width)), width)
 
-    def encode(self, value: Any) -> Any:
+    def encode(self, value: object) -> Any:
         """Return one label as a number or as numbers.
 
         Raises:
@@ -105,7 +105,7 @@ class Labels:
             return [float(i in present) for i in range(self.width)]
         return self._index(value)
 
-    def _index(self, value: Any) -> int:
+    def _index(self, value: object) -> int:
         name = class_name(value)
         if name not in self.names:
             raise DataError(f"The label {shown(value)} is not one of the training data's: {', '.join(self.names)}.")
@@ -122,7 +122,7 @@ class Labels:
         }
 
 
-def class_name(value: Any) -> str:
+def class_name(value: object) -> str:
     """Return the name of a class: its text without surrounding white space."""
     return str(value).strip()
 
@@ -160,7 +160,7 @@ def _spelling(name: str) -> str:
         return re.sub(r"[\W_]+", "", plain) or plain
 
 
-def _check(value: Any, place: str) -> None:
+def _check(value: object, place: str) -> None:
     for x in value if isinstance(value, list) else [value]:
         if x is None or not isinstance(x, str | int | float) or (isinstance(x, float) and not math.isfinite(x)):
             raise DataError(f"{place}: the label {shown(value)} is neither a name nor a number, nor a list of those.")
@@ -179,9 +179,9 @@ def _check_kinds(values: list[Any], place: Callable[[int], str]) -> None:
         )
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     try:
-        number = float(value)
+        number = float(cast("str | float", value))
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):

@@ -191,14 +191,14 @@ def _unknown(name: str, known: Collection[str], where: str, what: str) -> DataEr
 # -- messages ----------------------------------------------------------------------------------------------------------
 
 
-def _messages(value: Any, where: str, ignore: Collection[str]) -> list[Message]:
+def _messages(value: object, where: str, ignore: Collection[str]) -> list[Message]:
     value = _parsed(value, where)
     if not isinstance(value, list) or not value:
         raise DataError(f"{where} must be a list of messages, got {shown(value)}.")
     return [_message(m, f"{where}[{i}]", ignore) for i, m in enumerate(value)]
 
 
-def _message(value: Any, where: str, ignore: Collection[str]) -> Message:
+def _message(value: object, where: str, ignore: Collection[str]) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"{where} must be an object with `role` and `content`, got {shown(value)}.")
     message: Message = {}
@@ -287,7 +287,7 @@ def _content(message: Message, where: str) -> str | list[dict[str, Any]]:
 # -- tools -------------------------------------------------------------------------------------------------------------
 
 
-def _parsed(value: Any, where: str) -> Any:
+def _parsed(value: object, where: str) -> Any:
     """Return the value, parsed from JSON if it is text."""
     if not isinstance(value, str):
         return value
@@ -297,7 +297,7 @@ def _parsed(value: Any, where: str) -> Any:
         raise DataError(f"{where} must be a list, or JSON text of one: {error}, got {shown(value)}.") from None
 
 
-def _function(value: Any, where: str, known: dict[str, tuple[str, ...]], outer: tuple[str, ...]) -> dict[str, Any]:
+def _function(value: object, where: str, known: dict[str, tuple[str, ...]], outer: tuple[str, ...]) -> dict[str, Any]:
     """Return the object that names a function, from OpenAI's nested spelling or the flat one, without ``outer`` fields."""
     if not isinstance(value, dict):
         raise DataError(f"{where} must be an object, got {shown(value)}.")
@@ -319,7 +319,7 @@ def _function(value: Any, where: str, known: dict[str, tuple[str, ...]], outer: 
     return result
 
 
-def _call(value: Any, where: str) -> dict[str, Any]:
+def _call(value: object, where: str) -> dict[str, Any]:
     """Return a tool call as ``{"type": "function", "function": {"name": …, "arguments": {…}}}``, with its id if it has one."""
     call = _function(value, where, {"name": (), "arguments": ("parameters",)}, ("id", "type", "index"))
     arguments = call.get("arguments", {})
@@ -330,11 +330,11 @@ def _call(value: Any, where: str) -> dict[str, Any]:
             raise DataError(f"{where}: 'arguments' is not JSON: {error}, got {shown(arguments)}.") from None
     if not isinstance(arguments, dict):
         raise DataError(f"{where}: 'arguments' must be an object or JSON text of one, got {shown(arguments)}.")
-    identity = {"id": value["id"]} if value.get("id") is not None else {}
+    identity = {"id": value["id"]} if isinstance(value, dict) and value.get("id") is not None else {}
     return {**identity, "type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 
-def _tools(value: Any, where: str) -> list[dict[str, Any]]:
+def _tools(value: object, where: str) -> list[dict[str, Any]]:
     value = _parsed(value, f"{where}, tools")
     if not isinstance(value, list):
         raise DataError(f"{where}: 'tools' must be a list, got {shown(value)}.")

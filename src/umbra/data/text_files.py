@@ -33,7 +33,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def _open_zstd(file: Any) -> Any:
+def _open_zstd(file: IO[bytes]) -> Any:
     import pyarrow as pa
 
     return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
@@ -188,13 +188,13 @@ def _check_expansion(path: Path, compression: Compression, size: int, modified: 
 class _Expanding(io.RawIOBase):
     """A decompressed stream that raises a DataError beyond `EXPANDS` bytes and `RATIO` times the size of the file."""
 
-    def __init__(self, stream: Any, path: Path, size: int) -> None:
+    def __init__(self, stream: IO[bytes], path: Path, size: int) -> None:
         self.stream, self.path, self.limit, self.read_bytes = stream, path, max(EXPANDS, RATIO * size), 0
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: memoryview | bytearray) -> int:
         piece = self.stream.read(len(buffer))
         buffer[: len(piece)] = piece
         self.read_bytes += len(piece)
@@ -216,7 +216,7 @@ class _Utf8(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: memoryview | bytearray) -> int:
         while not self.pending:
             piece = self.stream.read(2**16)
             try:

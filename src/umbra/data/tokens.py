@@ -8,7 +8,6 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -125,7 +124,7 @@ class _Tokenized:
 def _tokenized(tokenizer: PreTrainedTokenizerBase, size: int, text: str) -> _Tokenized:
     if not text or not tokenizer.is_fast:
         return _Tokenized(tokenizer, text, encode(tokenizer, text), None)
-    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return _Tokenized(tokenizer, text, encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]])
 
 
@@ -141,5 +140,5 @@ def _encode_short(tokenizer: PreTrainedTokenizerBase, size: int, text: str) -> t
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
-    encoded: Any = tokenizer(text, add_special_tokens=add_special_tokens)
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens)
     return encoded["input_ids"]
