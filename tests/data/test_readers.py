@@ -339,7 +339,7 @@ def test_a_missing_file_is_refused_without_a_look_at_the_hub(tmp_path, monkeypat
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     started = time.perf_counter()
-    refused(name, f"{name} cannot be read: ", "address" if "://" in name else "no such file")
+    refused(name, f"{name} cannot be read: ", "URL" if "://" in name else "no such file")
     assert time.perf_counter() - started < 1
 
 
@@ -699,7 +699,7 @@ def test_texts_of_every_kind_go_through_the_same_reader(tmp_path, monkeypatch):
         assert read_documents(source, "train", writer).texts == words
     assert read_documents("~/c.csv", "train", writer).texts[0].startswith("None")
     assert read_texts("~/t/*, ~/c.csv", writer)[:2] == ["one\n\ntwo", "three\u2028four\n\nfive"]
-    with pytest.raises(umbra.DataError, match=r"is text, and .* holds records"):
+    with pytest.raises(umbra.DataError, match=r"is text, and .* contains records"):
         read_prompts(["~/t/a.txt", "~/c.csv"])
     with pytest.raises(umbra.DataError, match=r"l\.txt:2 is not UTF-8"):
         read_documents(put(tmp_path / "l.txt", b"a\ncaf\xe9 b\n"), "train", writer)

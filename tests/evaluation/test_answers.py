@@ -124,7 +124,7 @@ def test_an_export_ends_there_and_reads_a_line_as_a_prompt(chat_adapter, tmp_pat
 
     assert ask("ab\n").stdout == ask("ab").stdout == ask("", "ab").stdout
     assert ask("ab" * 20).returncode == 0  # 256 tokens are more than are left
-    assert "has positions for 128" in ask("ab" * 70).stderr
+    assert "made for 128" in ask("ab" * 70).stderr
 
 
 def test_ollama_is_given_the_empty_thoughts_that_training_puts_before_an_answer():
