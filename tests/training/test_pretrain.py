@@ -638,5 +638,5 @@ def test_more_tokens_than_there_are_is_all_of_them(settings, tmp_path):
 
 def test_settings_that_would_break_or_mean_nothing(settings):
     pretrain.pretrain({**settings, "max_steps": 1, "remove_unused_columns": True})
-    with pytest.raises(umbra.ConfigError, match="give it to umbra train"):
+    with pytest.raises(umbra.ConfigError, match="set it for umbra train"):
         pretrain.pretrain({**settings, "escalation": "[REMOTE]"})

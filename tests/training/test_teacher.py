@@ -1,4 +1,4 @@
-"""What the base says of a text, kept on disk: whose it is, what a damage or a full disk does to it."""
+"""The teacher cache on disk: which content is reused, and what happens on damage or a full disk."""
 
 import json
 import os
