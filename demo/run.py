@@ -23,7 +23,8 @@ import umbra
 from umbra.adapters.prompting import open_formatter
 from umbra.data import ChatFormatter, Record
 from umbra.deploy.detach import write_detached
-from umbra.evaluation.scoring import MODES, Score, in_mode, score, table
+from umbra.evaluation.scores import Score, table
+from umbra.evaluation.scoring import MODES, in_mode, score
 from umbra.options import EvalOptions
 from umbra.training.train import train
 

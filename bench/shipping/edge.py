@@ -16,7 +16,8 @@ from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, Record, read_records
 from umbra.deploy.export import export
 from umbra.deploy.export.run import __file__ as RUN
-from umbra.evaluation.scoring import answer_of, reference_of, wilson
+from umbra.evaluation.scores import wilson
+from umbra.evaluation.scoring import answer_of, reference_of
 from umbra.options import EMBEDDED, ExportOptions
 
 from .text import TASKS, write_task

@@ -267,7 +267,7 @@ def test_progress_bars_still_use_control_characters():
     assert stream.getvalue() == "\r50 %\x1b[A\\u001b[2J"
 
 
-def test_a_report_holds_no_markup_of_a_record():
+def test_report_escapes_markup_in_records():
     from umbra.lab.study.report.page import Section, html, markdown
 
     sections = [Section(EVIL, [EVIL], ["name", "x"], [[EVIL, EVIL]])]

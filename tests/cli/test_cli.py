@@ -119,7 +119,7 @@ def test_dashes_in_flags_are_underscores(given, expected):
     assert with_underscores(given) == expected
 
 
-def test_flags_override_the_file(run):
+def test_flags_override_file(run):
     saved = json.loads((run / "out/run.json").read_text())["asked"]
     assert saved["rank"] == 4
     assert saved["learning_rate"] == 0.01
@@ -216,11 +216,14 @@ def test_detach_writes_stock_model_and_tokenizer(run, capsys):
         (["eval", "/nowhere", "{data}"], "no adapter folder"),
         (["eval", "{out}", "/nowhere.jsonl"], "cannot be read"),
         (["eval", "{out}", "{data}", "--modes", "sideways"], "Unknown mode 'sideways'"),
-        (["eval", "{out}", "{data}", "--answer-pattern", "("], "no regular expression"),
+        (["eval", "{out}", "{data}", "--answer-pattern", "("], "not a valid regular expression"),
         (["eval", "{out}", "{data}", "--output", "/no/where.jsonl"], "lies in a folder that does not exist"),
-        (["eval", "{out}", "{data}", "--output", "/tmp"], "is no file that can be written"),
+        (["eval", "{out}", "{data}", "--output", "/tmp"], "is not a writable file"),
         (["eval", "{out}", "{data}", "--modes", ","], "modes is empty"),
-        (["eval", "{out}", "{data}", "--answer-pattern", "####"], "jsonl:1: answer_pattern='####' finds no answer in"),
+        (
+            ["eval", "{out}", "{data}", "--answer-pattern", "####"],
+            "jsonl:1: answer_pattern='####' does not match the answer",
+        ),
         (["generate", "{out}", " "], "prompt is empty"),
         (["generate", "{out}", "a", "--mode", "both"], "Unknown mode"),
         (["generate", "{out}", "a", "--temperature=-1"], "temperature"),

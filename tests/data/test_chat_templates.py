@@ -15,8 +15,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 from support.tokenizers_of_families import FAMILIES, make_tokenizer
 from umbra import DataError
 from umbra.data import ChatFormatter, encode_all
-from umbra.data.chat import Conversation
+from umbra.data.conversation import Conversation
+from umbra.data.template import ChatTemplate
 from umbra.data.tokens import encode
+from umbra.data.turns import turn_by_turn
 from umbra.evaluation.scoring import score_generation
 from umbra.method.core import IGNORED
 
@@ -206,9 +208,9 @@ def test_tools_calls_and_results_are_rendered_in_every_spelling(name):
         ("lfm2", {"messages": [user("a"), assistant("", tool_calls=[{"name": "f"}])]}, "'tool_calls' of the assistant"),
         ("qwen2_5", {"messages": [{**user("a"), "name": "Bob"}, assistant("b")]}, "'name' of the user"),
         ("qwen3", {"messages": [user("a"), {"role": "critic", "content": "c"}, assistant("b")]}, "role 'critic'"),
-        ("gptoss", {"messages": [*CHAT[:2], SYSTEM, *CHAT[:2]]}, r"messages\[2\], of the role 'system'"),
-        ("deepseek_r1_distill", {"messages": [SYSTEM, *CHAT[:2], SYSTEM, *CHAT[:2]]}, r"messages\[0\], of the role 'system'"),
-        ("llama3_1", {"messages": [user("a"), assistant("b", tool_calls=[{"name": "f"}])]}, "'assistant' beside 'tool_calls'"),
+        ("gptoss", {"messages": [*CHAT[:2], SYSTEM, *CHAT[:2]]}, r"messages\[2\], with the role 'system'"),
+        ("deepseek_r1_distill", {"messages": [SYSTEM, *CHAT[:2], SYSTEM, *CHAT[:2]]}, r"messages\[0\], with the role 'system'"),
+        ("llama3_1", {"messages": [user("a"), assistant("b", tool_calls=[{"name": "f"}])]}, "'assistant' and 'tool_calls'"),
         ("gemma", {"messages": [SYSTEM, user("a"), assistant("b")]}, "System role not supported"),
         ("gemma", {"messages": [user("a"), assistant("b", reasoning_content="c")]}, "'reasoning_content'"),
     ],
@@ -237,10 +239,10 @@ def test_parts_only_templates_render_plain_text(name):
 
 @pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma3", "phi3", "glm4moe"])
 def test_long_conversation_needs_few_renderings(name, monkeypatch):
-    made, calls, render = formatter(FAMILIES[0], name), [], ChatFormatter._render
+    made, calls, render = formatter(FAMILIES[0], name), [], ChatTemplate.render
     messages = [m for i in range(200) for m in (user(f"What is {i}?"), assistant(f"It is {i}, you."))]
-    by_turn = made._turn_by_turn(Conversation(messages[:24]), list(range(1, 24, 2)), None)
-    monkeypatch.setattr(ChatFormatter, "_render", lambda *a, **k: (calls.append(a), render(*a, **k))[1])
+    by_turn = turn_by_turn(made.template, Conversation(messages[:24]), list(range(1, 24, 2)), None)
+    monkeypatch.setattr(ChatTemplate, "render", lambda *a, **k: (calls.append(a), render(*a, **k))[1])
     (text,) = made.examples({"messages": messages})
     assert len(calls) < 30
     joined = "".join(t for t, _ in text)

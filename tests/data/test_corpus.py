@@ -17,10 +17,9 @@ from umbra.data.corpus import (
     hold_out,
     pack,
     read_documents,
-    read_prompts,
     without_copies,
-    write_own,
 )
+from umbra.data.generated_text import generate_documents, read_prompts
 
 
 def test_every_document_form_is_read(tmp_path):
@@ -93,10 +92,10 @@ def test_mixture_accepts_any_weights():
 
 def test_base_continues_writing_after_kill(tmp_path):
     model, writer = make(), ChatFormatter(make_tokenizer())
-    asked = {"count": 7, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
+    asked = {"count": 7, "batch_size": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 5}
 
     def write(file, **more):
-        return write_own(model, writer, ["a", "bcd", "ef"], tmp_path / file, **{**asked, **more})
+        return generate_documents(model, writer, ["a", "bcd", "ef"], tmp_path / file, **{**asked, **more})
 
     whole = write("whole.jsonl")
     assert len(whole) == 7
@@ -132,8 +131,8 @@ def test_generated_document_ends_at_eos(tmp_path):
     """With the token that it said; what is cut off at the last token has none."""
     tokenizer = make_tokenizer()
     writer, base = ChatFormatter(tokenizer), Scripted(["xy<eos>", "one and on"], tokenizer)
-    asked = {"count": 2, "batch_size": 2, "new": 10, "temperature": 0.7, "seed": 5}
-    texts = write_own(base, writer, ["a", "b"], tmp_path / "own.jsonl", **asked)
+    asked = {"count": 2, "batch_size": 2, "max_new_tokens": 10, "temperature": 0.7, "seed": 5}
+    texts = generate_documents(base, writer, ["a", "b"], tmp_path / "own.jsonl", **asked)
     assert texts == [writer.ask("a") + "xy<eos>", writer.ask("b") + "one and on"]
     assert {Z, tokenizer.eos_token_id} <= set(base.asked["eos_token_id"])
     assert base.asked["repetition_penalty"] == 1 and base.asked["temperature"] == 0.7
@@ -143,21 +142,21 @@ def test_generated_document_ends_at_eos(tmp_path):
 
 def test_generated_text_ignores_penalties(tmp_path):
     model, writer = make(), ChatFormatter(make_tokenizer())
-    asked = {"count": 2, "batch_size": 2, "new": 20, "temperature": 1.0, "seed": 5}
-    plain = write_own(model, writer, ["a", "b"], tmp_path / "plain.jsonl", **asked)
+    asked = {"count": 2, "batch_size": 2, "max_new_tokens": 20, "temperature": 1.0, "seed": 5}
+    plain = generate_documents(model, writer, ["a", "b"], tmp_path / "plain.jsonl", **asked)
     model.generation_config.update(repetition_penalty=9.0, min_p=0.5, no_repeat_ngram_size=1)
-    assert write_own(model, writer, ["a", "b"], tmp_path / "own.jsonl", **asked) == plain
+    assert generate_documents(model, writer, ["a", "b"], tmp_path / "own.jsonl", **asked) == plain
 
 
 @pytest.mark.parametrize("damage", ["a line in the middle", "an end within a batch"])
 def test_damaged_generated_text_is_regenerated_identically(tmp_path, damage):
     model, writer, file = make(), ChatFormatter(make_tokenizer()), tmp_path / "own.jsonl"
-    asked = {"count": 6, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
-    whole = write_own(model, writer, ["a", "bcd", "ef"], file, **asked)
+    asked = {"count": 6, "batch_size": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 5}
+    whole = generate_documents(model, writer, ["a", "bcd", "ef"], file, **asked)
     lines = file.read_text().splitlines(keepends=True)
     lines = [*lines[:2], '{"text": \n', *lines[3:]] if damage.startswith("a line") else lines[:3]
     file.write_text("".join(lines))
-    assert write_own(model, writer, ["a", "bcd", "ef"], file, **asked) == whole
+    assert generate_documents(model, writer, ["a", "bcd", "ef"], file, **asked) == whole
 
 
 def test_byte_order_marks_are_removed(tmp_path):
@@ -169,11 +168,11 @@ def test_byte_order_marks_are_removed(tmp_path):
 
 def test_generated_text_stays_within_positions(tmp_path):
     model, writer = make(), ChatFormatter(make_tokenizer())
-    asked = {"count": 1, "batch_size": 1, "new": 500, "temperature": 1.0, "seed": 5}
-    text = write_own(model, writer, ["a" * 90], tmp_path / "own.jsonl", **asked)[0]
+    asked = {"count": 1, "batch_size": 1, "max_new_tokens": 500, "temperature": 1.0, "seed": 5}
+    text = generate_documents(model, writer, ["a" * 90], tmp_path / "own.jsonl", **asked)[0]
     assert len(writer.tokens(text)) <= model.config.max_position_embeddings
-    with pytest.raises(umbra.DataError, match="of the 128 that the base is made for"):
-        write_own(model, writer, ["a" * 150], tmp_path / "more.jsonl", **asked)
+    with pytest.raises(umbra.DataError, match="but the base has 128 positions"):
+        generate_documents(model, writer, ["a" * 150], tmp_path / "more.jsonl", **asked)
 
 
 @pytest.mark.parametrize("column", ["prompt", "text"])

@@ -146,7 +146,7 @@ def test_gzipped_lines_are_read(tmp_path):
         ([{"text": "a", "label": None}], r"data.jsonl:1 lacks the column 'label'"),
         ([{"messages": []}], r"data.jsonl:1, messages must be a list of messages"),
         ([{"messages": [{"role": "user"}]}], r"messages\[0\] lacks `content`"),
-        ([""], r"holds no record"),
+        ([""], r"contains no record"),
     ],
 )
 def test_invalid_files_are_refused_with_file_and_line(tmp_path, lines, says):
@@ -210,7 +210,7 @@ def test_unusable_labels_are_refused():
         Labels.of(["a", "a"])
     with pytest.raises(umbra.DataError, match=r"record 2: the label .* differs in kind"):
         Labels.of(["a", ["b"]])
-    with pytest.raises(umbra.DataError, match="none of the training data's: a, b"):
+    with pytest.raises(umbra.DataError, match="not one of the training data's: a, b"):
         Labels.of(["a", "b"]).encode("c")
 
 

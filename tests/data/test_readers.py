@@ -22,7 +22,8 @@ import umbra
 from support.tokenizer import make_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter, Rows, local_files, read_records, read_rows, text_files
-from umbra.data.corpus import read_documents, read_prompts
+from umbra.data.corpus import read_documents
+from umbra.data.generated_text import read_prompts
 from umbra.data.splits import parse_split, read_split
 from umbra.deploy.export.vocabulary import read_texts
 
@@ -96,9 +97,9 @@ def test_large_json_array_is_read_in_chunks(tmp_path, monkeypatch):
         ('{"data": [{"text": "a"}]}\n', ["d.json:1 is one object around the records", "'data' has 1 objects", "jq -c '.data[]'"]),
         ('{\n "data": [\n  {"text": "a"}\n ]\n}', ["d.json:1 is one object around the records", "jq -c '.data[]'"]),
         ('{\n "text": "a"\n}\n{\n "text": "b"\n}', ["d.json:1 begins an object over several lines", "jq -c ."]),
-        ("[]", ["holds no record"]),
-        (" \n\n", ["holds no record"]),
-        ("", ["holds no record"]),
+        ("[]", ["contains no record"]),
+        (" \n\n", ["contains no record"]),
+        ("", ["contains no record"]),
         ('[{"a": 1},\n {"a": \n ]', ["d.json:3 is not JSON", "near"]),
         ('[{"a": 1},\n 3]', ["record 2 (line 2) is a JSON int, 3"]),
         ('[{"a": 1},\n null]', ["record 2 (line 2) is null"]),
@@ -192,8 +193,8 @@ def test_single_column_may_have_blank_cells(tmp_path):
         ('a,b\n1,2\n"x,2\n3,4\n', ["d.csv:3 is not CSV", "does not end by line 4"]),
         ('a,b\n"x"y,2\n', ["d.csv:2 is not CSV", "closing double quote"]),
         ("a,b\r1,2\r", ["d.csv:1 is not CSV", "carriage return"]),
-        ("a,b\n", ["holds no record"]),
-        ("", ["holds no record"]),
+        ("a,b\n", ["contains no record"]),
+        ("", ["contains no record"]),
     ],
 )
 def test_ragged_table_is_refused_with_its_line(tmp_path, text, says):
@@ -338,7 +339,7 @@ def test_missing_file_is_refused_without_hub_lookup(tmp_path, monkeypatch, name)
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     started = time.perf_counter()
-    refused(name, f"{name} cannot be read: ", "address" if "://" in name else "no such file")
+    refused(name, f"{name} cannot be read: ", "URL" if "://" in name else "no such file")
     assert time.perf_counter() - started < 1
 
 
@@ -698,7 +699,7 @@ def test_all_text_sources_use_one_reader(tmp_path, monkeypatch):
         assert read_documents(source, "train", writer).texts == words
     assert read_documents("~/c.csv", "train", writer).texts[0].startswith("None")
     assert read_texts("~/t/*, ~/c.csv", writer)[:2] == ["one\n\ntwo", "three\u2028four\n\nfive"]
-    with pytest.raises(umbra.DataError, match=r"is text, and .* holds records"):
+    with pytest.raises(umbra.DataError, match=r"is text, and .* contains records"):
         read_prompts(["~/t/a.txt", "~/c.csv"])
     with pytest.raises(umbra.DataError, match=r"l\.txt:2 is not UTF-8"):
         read_documents(put(tmp_path / "l.txt", b"a\ncaf\xe9 b\n"), "train", writer)

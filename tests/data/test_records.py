@@ -211,7 +211,7 @@ def test_record_may_enable_reasoning():
     assert not needs_thinking(ChatFormatter(tokenizer), [{"prompt": "a", "completion": "b"}])
     assert not needs_thinking(ChatFormatter(make_tokenizer(FAMILIES[0], CHATML)), [thoughts])
     assert learned(tokenizer, ChatFormatter(tokenizer).encode(thoughts)) == "c\n</think>\n\nb<|im_end|>\n"
-    with pytest.raises(DataError, match="after which the answer's reasoning cannot follow"):
+    with pytest.raises(DataError, match="which the answer's reasoning cannot follow"):
         ChatFormatter(tokenizer, chat_template_kwargs={"enable_thinking": False}).encode(thoughts)
 
 

@@ -174,7 +174,7 @@ def test_answer_stops_at_position_limit(short, tmp_path, mode, capsys):
     long = write(tmp_path / "long.jsonl", [{"prompt": "a" * 90, "completion": "b"}])
     assert main(["eval", short, long, "--modes", mode]) == 0
     assert main(["generate", short, "a" * 200, "--mode", mode]) == 2
-    assert "made for 128" in capsys.readouterr().err
+    assert "has positions for 128" in capsys.readouterr().err
 
 
 def test_classified_text_is_cut_at_position_limit(tmp_path):

@@ -111,7 +111,7 @@ def test_cache_growth_is_measured(tmp_path, monkeypatch):
     assert (tmp_path / "t.png").exists()
 
 
-def test_help_names_every_row_column_and_shape():
+def test_help_lists_every_method_case_and_shape():
     output = {f.name: f.metadata["help"] for f in dataclasses.fields(BenchOptions)}
     assert all(m.name in output["methods"] for m in METHODS)
     assert all(c.name in output["cases"] for c in CASES)

@@ -30,7 +30,7 @@ def test_one_item_gives_the_t_interval_over_seeds():
 @pytest.mark.parametrize(
     ("of_seeds", "of_items", "residual"), [(0.3, 0.0, 1.0), (0.0, 0.5, 1.0), (0.2, 0.5, 0.5), (0.05, 0.0, 0.1)]
 )
-def test_intervals_hold_the_truth_as_often_as_they_say(of_seeds, of_items, residual):
+def test_intervals_have_nominal_coverage(of_seeds, of_items, residual):
     """Three seeds and 100 items, drawn a thousand times: about 95 % hold the mean. Leaving either noise out would not do."""
     rng = np.random.default_rng(2)
     held = []

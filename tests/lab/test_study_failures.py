@@ -36,7 +36,7 @@ def small(tmp_path, base_folder):
     return given
 
 
-def test_a_test_that_fails_costs_its_own_score_alone(tmp_path, small, monkeypatch, capsys):
+def test_failed_test_loses_only_its_score(tmp_path, small, monkeypatch, capsys):
     plain, failing = run_module.score_task, True
 
     def score(model, mode, name, *more):

@@ -190,6 +190,6 @@ def test_file_digest_is_cached_until_file_changes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "file", sorted((Path(__file__).parents[2] / "bench" / "studies").glob("*.yaml")), ids=lambda f: f.stem
 )
-def test_the_studies_of_the_bench_can_be_read(file):
+def test_bench_studies_can_be_read(file):
     study = read_study(str(file))
     assert study.trained and all(study.tested(t) for t in study.trained)

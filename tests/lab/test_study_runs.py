@@ -102,7 +102,7 @@ def test_chosen_rate_has_lowest_held_out_loss(done):
 
 
 @pytest.mark.parametrize("mode", ["attached", "detached"])
-def test_scores_are_those_of_umbra_eval(mode, done):
+def test_study_scores_equal_umbra_eval(mode, done):
     record = the_record(done, "sum", "Umbra", 1)
     adapter = next((done / "out" / "adapters").glob("sum--Umbra--seed-1--*"))
     options = EvalOptions(
@@ -172,7 +172,7 @@ def test_loss_per_token_is_independent_of_batch(base_folder):
     assert each == pytest.approx(means, abs=1e-4) and len(each) == 3
 
 
-def test_a_shadow_alone_never_sees_the_base(done):
+def test_shadow_alone_never_runs_base(done):
     record = the_record(done, "sum", "Alone", 0)
     assert list(record["umbra"]["scores"]["sum"]) == ["detached"]
     assert (

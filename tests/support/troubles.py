@@ -85,7 +85,9 @@ KINDS = [
     Kind("negative learning rate", RUN + "--learning_rate=-1", "learning_rate must be at least 0", "a positive rate"),
     Kind("unknown dtype", "detach {out} {here}/x --dtype int8", "Unknown dtype 'int8'", "one of those listed"),
     Kind("unknown mode", "eval {out} {data} --modes sideways", "Unknown mode 'sideways'", "one of those listed"),
-    Kind("broken regular expression", "eval {out} {data} --answer-pattern (", "no regular expression", "mend it"),
+    Kind(
+        "broken regular expression", "eval {out} {data} --answer-pattern (", "not a valid regular expression", "mend it"
+    ),
     Kind("empty prompt", "generate {out} ' '", "The prompt is empty", "give a prompt"),
     Kind(
         "weights that overflow",
@@ -220,11 +222,11 @@ KINDS = [
     ),
     Kind("output below a file", "detach {out} {data}/x", "Not a directory", NAME),
     Kind("output that is not empty", "detach {out} {out}", "is not empty", "another folder, or --overwrite"),
-    Kind("replies into a folder", "eval {out} {data} --output {here}", "no file that can be written", "name a file"),
+    Kind("replies into a folder", "eval {out} {data} --output {here}", "not a writable file", "name a file"),
     Kind(
         "replies into a pipe",
         "eval {out} {data} --output {here}/x",
-        "no file that can be written",
+        "not a writable file",
         "name a file",
         lambda here: os.mkfifo(here / "x"),
     ),

@@ -17,7 +17,7 @@ from umbra.base.loading import load_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter, Collator, encode_all
 from umbra.errors import ConfigError, DataError
-from umbra.evaluation.scoring import Score
+from umbra.evaluation.scores import Score
 from umbra.method import kernels
 from umbra.method.core import IGNORED
 from umbra.training.train import train
@@ -292,9 +292,9 @@ def test_only_detached_model_escalates_marked_records(escalating, tmp_path, caps
     [short] = json.loads(capsys.readouterr().out)
     assert short["escalated"] == detached["escalated"], "it is not cut off in the middle of that"
     assert cascade["mode"] == "cascade" and cascade["correct"] >= detached["correct"] and cascade["escalated"] is None
-    assert detached["kept_accuracy"] == pytest.approx(detached["correct"] / (24 - detached["escalated"]))
+    assert detached["selective_accuracy"] == pytest.approx(detached["correct"] / (24 - detached["escalated"]))
     assert main(["eval", out, escalating["train_data"], "--modes", "detached"]) == 0
-    assert "passed on" in capsys.readouterr().out
+    assert "escalated" in capsys.readouterr().out
 
     assert main(["detach", out, str(tmp_path / "edge")]) == 0
     assert json.loads((tmp_path / "edge/generation_config.json").read_text())["escalation"] == REMOTE
@@ -341,10 +341,10 @@ def test_escalated_replies_are_scored():
         {"reply": r, "correct": c} for r, c in (("a", True), (" [REMOTE] ", False), ("b", False), ("[REMOTE]", False))
     ]
     score = Score.of("detached", replies, 1, 1.0, None, REMOTE)
-    assert (score.correct, score.total, score.escalated, score.kept_accuracy) == (1, 4, 2, 0.5)
-    assert score.kept_low < 0.5 < score.kept_high
+    assert (score.correct, score.total, score.escalated, score.selective_accuracy) == (1, 4, 2, 0.5)
+    assert score.selective_low < 0.5 < score.selective_high
     none = Score.of("detached", replies[1:2], 1, 1.0, None, REMOTE)
-    assert (none.escalated, none.kept_accuracy) == (1, None)
+    assert (none.escalated, none.selective_accuracy) == (1, None)
     assert Score.of("base", replies, 1, 1.0).escalated is None
 
 

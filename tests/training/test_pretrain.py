@@ -19,7 +19,7 @@ from umbra.cli import main
 from umbra.data import ChatFormatter
 from umbra.method import divergences as divergence
 from umbra.method.divergences import KINDS, teach
-from umbra.training import pretrain
+from umbra.training import pretrain, stages
 from umbra.training.train import train
 
 
@@ -255,12 +255,12 @@ REFUSED = {
     "no output": ({"output_dir": ""}, "output_dir is missing"),
     "blocks too long": (
         {"max_length": 10**6},
-        "max_length=1000000 is more than the 128 tokens that the base is made for",
+        "max_length=1000000 is more than the base's 128 positions",
     ),
-    "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is of umbra train"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor applies to umbra train"),
     "no prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
     "a source twice": ({"data": "a.txt,a.txt"}, "names a source twice"),
-    "evaluation": ({"eval_strategy": "steps"}, "eval_strategy is of umbra train"),
+    "evaluation": ({"eval_strategy": "steps"}, "eval_strategy applies to umbra train"),
 }
 
 
@@ -274,7 +274,7 @@ def test_invalid_settings_are_refused_early(settings, form, tmp_path):
 
 def test_source_with_only_duplicates_is_refused(settings, tmp_path):
     (tmp_path / "copy.txt").write_text(Path(settings["data"]).read_text().upper())
-    with pytest.raises(umbra.DataError, match=r"All \d+ documents of .*copy.txt are copies"):
+    with pytest.raises(umbra.DataError, match=r"All \d+ documents of .*copy.txt duplicate others"):
         pretrain.pretrain({**settings, "data": f"{settings['data']},{tmp_path}/copy.txt"})
 
 
@@ -398,10 +398,8 @@ def test_generated_text_is_reused_with_other_settings(settings, tmp_path, monkey
 
 def test_mixed_precision_reaches_losses(settings, monkeypatch):
     seen = []
-    plain = pretrain.shadow_states
-    monkeypatch.setattr(
-        pretrain, "shadow_states", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or plain(*x)
-    )
+    plain = stages.shadow_states
+    monkeypatch.setattr(stages, "shadow_states", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or plain(*x))
     for on in (False, True):
         pretrain.pretrain({**settings, "output_dir": f"{settings['output_dir']}{on}", "max_steps": 1, "bf16": on})
     measured = seen[: seen.index(True)]
@@ -461,7 +459,7 @@ def test_cached_teacher_equals_base_teacher(settings, tmp_path, stages):
 def test_teacher_cache_is_filled_once_and_resumes(settings, tmp_path, monkeypatch):
     settings |= {**KEPT, "teacher_cache": True, "per_device_eval_batch_size": 4}
     asked, stop = [], 3
-    say = pretrain.say
+    say = pretrain.base_teacher
 
     def counted(model, ids, options):
         if len(asked) == stop:
@@ -469,7 +467,7 @@ def test_teacher_cache_is_filled_once_and_resumes(settings, tmp_path, monkeypatc
         asked.append(len(ids))
         return say(model, ids, options)
 
-    monkeypatch.setattr(pretrain, "say", counted)
+    monkeypatch.setattr(pretrain, "base_teacher", counted)
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain(settings)
     stop = None
@@ -625,5 +623,5 @@ def test_top_k_beyond_vocabulary_uses_all_tokens(settings, tmp_path):
 
 def test_meaningless_settings_are_refused(settings):
     pretrain.pretrain({**settings, "max_steps": 1, "remove_unused_columns": True})
-    with pytest.raises(umbra.ConfigError, match="give it to umbra train"):
+    with pytest.raises(umbra.ConfigError, match="set it for umbra train"):
         pretrain.pretrain({**settings, "escalation": "[REMOTE]"})

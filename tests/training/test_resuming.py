@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 import umbra
 from support.tiny import make, tokens
-from umbra.training import resuming
+from umbra.training import checkpoints, resuming
 from umbra.training.train import ShadowTrainer, train
 
 RECORDS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)]
@@ -216,25 +216,25 @@ PARTS = (
 def test_incomplete_checkpoint_is_skipped(two_checkpoints, tmp_path, capsys, part, damage):
     folder = shutil.copytree(two_checkpoints, tmp_path / "out")
     damage(folder / "checkpoint-4" / part)
-    assert resuming.last_checkpoint(folder) == str(folder / "checkpoint-2")
+    assert checkpoints.last_checkpoint(folder) == str(folder / "checkpoint-2")
     assert f"checkpoint-4 ({part}" in capsys.readouterr().err or part == "adapter_config.json"
     damage(folder / "checkpoint-2" / part)
     if part == "trainer_state.json":  # as a kill leaves it
-        assert resuming.last_checkpoint(folder) is None
+        assert checkpoints.last_checkpoint(folder) is None
     else:
         with pytest.raises(umbra.CheckpointError, match=f"No checkpoint in .* is complete .*checkpoint-4: .*{part}"):
-            resuming.last_checkpoint(folder)
+            checkpoints.last_checkpoint(folder)
 
 
 def test_checkpoint_includes_random_state_of_every_rank(two_checkpoints, tmp_path):
     folder = shutil.copytree(two_checkpoints, tmp_path / "out")
     place = folder / "checkpoint-4"
-    progress = json.loads((place / resuming.PROGRESS).read_text())
-    (place / resuming.PROGRESS).write_text(json.dumps({**progress, "ranks": progress["ranks"] * 2}))
+    progress = json.loads((place / checkpoints.PROGRESS).read_text())
+    (place / checkpoints.PROGRESS).write_text(json.dumps({**progress, "ranks": progress["ranks"] * 2}))
     (place / "rng_state.pth").rename(place / "rng_state_0.pth")
-    assert resuming.last_checkpoint(folder) == str(folder / "checkpoint-2")
+    assert checkpoints.last_checkpoint(folder) == str(folder / "checkpoint-2")
     shutil.copy(place / "rng_state_0.pth", place / "rng_state_1.pth")
-    assert resuming.last_checkpoint(folder) == str(place)
+    assert checkpoints.last_checkpoint(folder) == str(place)
 
 
 def test_run_resumes_from_last_complete_checkpoint(settings, monkeypatch, capsys):
@@ -246,7 +246,7 @@ def test_run_resumes_from_last_complete_checkpoint(settings, monkeypatch, capsys
             train(values)
     Path(settings["output_dir"], "checkpoint-6", "optimizer.pt").unlink()
     train(values)
-    assert "training goes on from checkpoint-3: checkpoint-6 (optimizer.pt is missing)" in capsys.readouterr().err
+    assert "training resumes from checkpoint-3: checkpoint-6 (optimizer.pt is missing)" in capsys.readouterr().err
     assert end_of(settings["output_dir"]) == end_of(settings["output_dir"] + "-whole")
 
 

@@ -1,4 +1,4 @@
-"""What the base says of a text, kept on disk: whose it is, what a damage or a full disk does to it."""
+"""The teacher cache on disk: which content is reused, and what happens on damage or a full disk."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_full_disk_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr("umbra.training.teacher_cache.write_text", full)
     cache = TeacherCache(tmp_path, np.zeros((1, 8), np.int32), 2)
-    with pytest.raises(umbra.CheckpointError, match=r"cannot be kept in .*File too large"):
+    with pytest.raises(umbra.CheckpointError, match=r"cannot be written.*File too large"):
         cache.fill(lambda ids: Teacher(-torch.ones(7, 2), torch.zeros(7, 2, dtype=torch.int64)), 1)
 
 
@@ -140,7 +140,7 @@ def test_full_disk_during_preallocation_raises(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
     try:
-        with pytest.raises(umbra.CheckpointError, match="cannot be kept in"):
+        with pytest.raises(umbra.CheckpointError, match="cannot be written"):
             TeacherCache(tmp_path, BLOCKS, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

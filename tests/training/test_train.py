@@ -287,7 +287,7 @@ def test_tilde_expands_to_home_folder(settings, tmp_path, monkeypatch):
 
 def test_record_longer_than_positions_is_refused(settings, tmp_path):
     data = write(tmp_path / "long.jsonl", [{"prompt": "a" * 200, "completion": "b"}])
-    with pytest.raises(umbra.ConfigError, match="the base is made for 128: set max_length to 128 at most"):
+    with pytest.raises(umbra.ConfigError, match="the base has positions for 128: set max_length to at most 128"):
         train({**settings, "train_data": data})
     assert not os.path.exists(settings["output_dir"])
 

@@ -10,7 +10,8 @@ from umbra.options import EvalOptions
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     options = parse("umbra eval", EvalOptions, arguments)
-    from umbra.evaluation.scoring import as_json, score_modes, table, write_replies
+    from umbra.evaluation.scores import as_json, table
+    from umbra.evaluation.scoring import score_modes, write_replies
 
     scores, replies = score_modes(options)
     try:

@@ -19,7 +19,7 @@ from umbra.lab.bench.base import Base
 from umbra.lab.bench.methods import trainable
 from umbra.lab.study.ablations import attach_ablated, read_update
 from umbra.options import check_types, names
-from umbra.training.train import leave_the_pair
+from umbra.training.train import freeze_attached_parts
 
 ATTACHED, DETACHED = "attached", "detached"
 FIT = 0.05  # tolerated relative difference between matched parameter counts
@@ -158,7 +158,7 @@ def build(kind: str, base: PreTrainedModel, fields: dict[str, Any], classifies: 
             return peft.get_peft_model(base, _peft_config(kind, fields, classifies))
     model = attach_ablated(base, fields)
     if kind == "alone":
-        leave_the_pair(model)
+        freeze_attached_parts(model)
     return model
 
 
