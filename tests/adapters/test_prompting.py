@@ -65,8 +65,8 @@ def test_an_adapter_trained_without_template_is_asked_without(settings, tmp_path
     assert asked == [f"<|user|>{r['prompt']}<eos>\n<|assistant|>" for r in RECORDS[:2]]
     assert "umbra: chat_template true overrides the adapter's false" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "out")]) == 0
-    assert "its own tokenizer, without chat template" in capsys.readouterr().out
-    assert "without chat template" in (tmp_path / "out/README.md").read_text()
+    assert "the adapter's tokenizer, without a chat template" in capsys.readouterr().out
+    assert "without a chat template" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_templates_arguments_are_learned_and_asked_with(settings, tmp_path, base_folder, capsys):  # noqa: F811

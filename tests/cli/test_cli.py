@@ -118,7 +118,7 @@ def test_inspect_explains_an_adapter_without_its_base(run, capsys):
     assert found["parameters"]["total"] == sum(v for k, v in found["parameters"].items() if k != "total")
     assert found["coupled_blocks"] == [1, 2, 3]
     assert found["draft_vocabulary"] == 6, "a, b, c, d, the end of the text and the line break after it"
-    assert "drafts      from 6 of them" in text
+    assert "drafts      from 6 tokens" in text
 
 
 def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
