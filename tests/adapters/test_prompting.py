@@ -260,7 +260,7 @@ def renamed_tokenizer():
     ("tokenizer", "message"),
     [
         (larger_tokenizer(), "tokens beyond the 99 rows"),
-        (renamed_tokenizer(), "token 2 is '<stop>', to the base '<eos>'"),
+        (renamed_tokenizer(), "token 2 is '<stop>', but '<eos>' in the base's"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_the_base_is_refused(tokenizer, message, tmp_path, base_folder):

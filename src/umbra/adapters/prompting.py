@@ -380,7 +380,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, rows: int, base_tokenizer: Pre
         )
     if base_tokenizer is None:
         return
-    roles = {base_tokenizer.bos_token_id, base_tokenizer.eos_token_id, base_tokenizer.unk_token_id}
+    roles = (base_tokenizer.bos_token_id, base_tokenizer.eos_token_id, base_tokenizer.unk_token_id)
     reserved = base_tokenizer.added_tokens_decoder.keys() - roles  # which model families rename
     base_tokens = {i: t for t, i in base_ids.items()}
     other = [t for t, i in ids.items() if base_tokens.get(i, t) != t and i not in reserved]
