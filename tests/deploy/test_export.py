@@ -211,7 +211,7 @@ def test_products_of_flattened_states_are_quantised_too(tmp_path, kind):
 
 
 @pytest.mark.parametrize("to", ["hf", "onnx"])
-def test_what_the_generation_configuration_penalises_is_compared_all_the_same(small, tmp_path, to):
+def test_tokens_that_the_generation_config_penalises_are_compared(small, tmp_path, to):
     """A reference that avoids repetitions would differ from what a file says next."""
     model = AutoModelForCausalLM.from_pretrained(small)
     model.generation_config.repetition_penalty = 1.5
@@ -591,7 +591,7 @@ def test_the_command_prints_a_table_json_and_the_answer(small, made, tmp_path, c
     assert not (tmp_path / "gguf" / "model-f16.gguf").exists(), "it was compared, but not asked for"
 
 
-def test_the_default_questions_make_a_thousand_tokens_however_short_the_answers(made, tokenizer):
+def test_the_default_questions_make_a_thousand_tokens(made, tokenizer):
     """What would come after the end of an answer is compared too."""
     assert len(set(parity.QUESTIONS)) * ExportOptions(adapter="").max_new_tokens > 1500
     model = AutoModelForCausalLM.from_pretrained(made / "qwen3")

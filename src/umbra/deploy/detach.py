@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ def save_stock(
     Raises:
         DetachError: the head has a bias, which the stock class would not read back.
     """
-    create: Callable[[PretrainedConfig], PreTrainedModel] = type(stock)
+    create = cast(Callable[[PretrainedConfig], PreTrainedModel], type(stock))
     with torch.device("meta"):
         known = create(stock.config).state_dict().keys()
     if more := sorted(stock.state_dict().keys() - known):

@@ -62,6 +62,7 @@ class Adapter(Foreign):
         )  # fmt: skip
 
     def configure(self, base: Anatomy) -> tuple[ShadowConfig, PretrainedConfig]:
+        """Return the shadow's configuration, and that of its backbone; see `Foreign.configure`."""
         values, weights = self.values, self.weights[WEIGHTS_FILE]
         task = values.get("task_type")
         if task is not None and (task == "SEQ_CLS") != base.is_classifier:
@@ -125,6 +126,7 @@ class Adapter(Foreign):
         return bool(saved)
 
     def layouts(self, shadow: Shadow, base: Anatomy) -> dict[str, Layout]:
+        """Return the table of each file of tensors by file name."""
         layout = _layout(shadow, base)
         if shadow.heads:
             _heads(layout, base, self.values.get("task_type") == "SEQ_CLS", self._saves_head(base))

@@ -1,7 +1,7 @@
-"""Adapters of the package shadow-peft: ``shadow_config.json``, ``shadow_adapter.safetensors``, and trained heads in
-``shadow_modules.safetensors``.
+"""Adapters of the package shadow-peft.
 
-The folder names neither its base nor a pretrained shadow: whoever loads it passes both, as in that package. Facts that its
+A folder holds ``shadow_config.json``, ``shadow_adapter.safetensors``, and trained heads in ``shadow_modules.safetensors``. It
+names neither its base nor a pretrained shadow: whoever loads it passes both, as in that package. Facts that its
 configuration has no entries for are stored under keys that the package ignores: `NOTES`.
 """
 
@@ -71,6 +71,7 @@ class Adapter(Foreign):
         )  # fmt: skip
 
     def configure(self, base: Anatomy) -> tuple[ShadowConfig, PretrainedConfig]:
+        """Return the shadow's configuration, and that of its backbone; see `Foreign.configure`."""
         values = self.values
         foreign.check_sizes(values, ("injection_hidden_size", "gate_hidden_size", *SIZES), self.weights[WEIGHTS_FILE])
         sizes: dict[str, Any] = {field: values.get(key) for key, field in SIZES.items()}
@@ -99,6 +100,7 @@ class Adapter(Foreign):
         return config, foreign.explicit(config.shadow)[0]
 
     def layouts(self, shadow: Shadow, base: Anatomy) -> dict[str, Layout]:
+        """Return the table of each file of tensors by file name."""
         layouts = {WEIGHTS_FILE: _layout(shadow, base)}
         if HEADS_FILE in self.weights:
             layouts[HEADS_FILE] = _heads(shadow, base, self._saved_heads(base))

@@ -19,6 +19,8 @@ and the response `answers`, `next` [[id, …], …], `logits` {max, mean, rows},
 `first_token_seconds` [s, …], `tokens_per_second` (after the first token), `peak_bytes` of memory and `file_bytes`.
 """
 
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+
 import argparse
 import io
 import json
@@ -38,17 +40,28 @@ NEEDS = {".onnx": "onnxruntime tokenizers numpy", ".gguf": "cyllama numpy"}
 class Runtime(Protocol):
     """A model with a key-value cache for one sequence."""
 
-    def start(self, room: int) -> None: ...
-    def logits(self, ids: list[int], rows: int) -> np.ndarray: ...
-    def next(self, ids: list[int]) -> int: ...
-    def encode(self, text: str) -> list[int]: ...
+    def start(self, room: int) -> None:
+        """Begin a new sequence of at most ``room`` tokens."""
+        ...
+
+    def logits(self, ids: list[int], rows: int) -> np.ndarray:
+        """Append T ids to the sequence, and return the logits (rows, V) after each of the last ``rows``."""
+        ...
+
+    def next(self, ids: list[int]) -> int:
+        """Append ids to the sequence, and return the likeliest next token."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        ...
 
 
 class Onnx:
     """An ONNX file in onnxruntime: one graph with keys and values as inputs and outputs."""
 
     def __init__(self, file: Path, threads: int):
-        import onnxruntime  # type: ignore
+        import onnxruntime
         from tokenizers import Tokenizer
 
         options = onnxruntime.SessionOptions()
@@ -102,7 +115,7 @@ class Gguf:
 
     def __init__(self, file: Path, threads: int):
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # on an error, it would start a debugger
-        from cyllama.llama import llama_cpp  # type: ignore
+        from cyllama.llama import llama_cpp
 
         class Model(llama_cpp.LlamaModel):
             """Has the attribute that get_logits_ith of cyllama (up to 0.2.18 at least) needs."""

@@ -7,16 +7,19 @@ transformers traces the model and fuses it for onnxruntime on a CPU. Embeddings 
 quantised too: the embeddings are looked up in the blocks by which the head multiplies.
 """
 
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+# The packages of the extra `onnx` are optional.
+
 import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx  # type: ignore
-import onnx_ir  # type: ignore
+import onnx
+import onnx_ir
 import torch
-from onnx import TensorProto, helper, numpy_helper  # type: ignore
+from onnx import TensorProto, helper, numpy_helper
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.exporters import OnnxConfig, OnnxExporter
@@ -135,7 +138,7 @@ def _is_head(node: Any, graph: Any, vocabulary: int) -> bool:
 
 def _quantised(plain: Any, bits: int, vocabulary: int) -> Any:
     """A copy with linear layers quantised by blocks of their inputs; embeddings and head always to 8 bits."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # type: ignore
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     proto: Any = onnx.ModelProto()
     proto.CopyFrom(plain)
