@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from umbra.adapters.files import PROMPTING
@@ -146,15 +146,14 @@ def save_stock(
     Raises:
         DetachError: the head has a bias, which the stock class would not read back.
     """
-    create = cast(Callable[[PretrainedConfig], PreTrainedModel], type(stock))
     with torch.device("meta"):
-        known = create(stock.config).state_dict().keys()
+        known = type(stock)(stock.config).state_dict().keys()
     if more := sorted(stock.state_dict().keys() - known):
         raise DetachError(
             f"A {type(stock).__name__} on disk has no {', '.join(more)}, as the base's head does. Use shadow='mirror', or "
             "`umbra export --to onnx`."
         )
-    (stock if dtype is None else stock.to(dtype=dtype)).save_pretrained(staging)
+    (stock if dtype is None else cast(Any, stock).to(dtype)).save_pretrained(staging)
     if tokenizer is not None:
         save_tokenizer(tokenizer, staging)
         if (pieces := _pieces(tokenizer.name_or_path)) is not None:
