@@ -259,7 +259,7 @@ def change_an_activation(saved):
 
 
 @pytest.mark.parametrize("change", [change_one_bit, swap_two_tensors, change_alpha, change_an_activation])
-def test_edits_that_change_answers_are_refused_unless_resealed(saved, change):
+def test_a_change_of_the_output_is_refused_unless_it_was_intended(saved, change):
     with torch.no_grad():
         before = umbra.load(saved, base=make_base())(tokens()).logits
     change(saved)
@@ -330,7 +330,7 @@ def test_absurd_sizes_are_refused_before_allocation(saved, part, key, size):
         assert_refused(saved, str(saved))
 
 
-def test_shared_table_takes_row_count_from_base(saved):
+def test_a_shared_table_has_the_bases_rows_whatever_the_file_says(saved):
     """Nothing of that size is built, for the shadow reads the base's own table."""
     values = json.loads((saved / CONFIG).read_text())["shadow_model_config"]
     edit_config(saved, shadow_model_config={**values, "vocab_size": 10**12}, sha256=None)

@@ -70,8 +70,8 @@ def test_adapter_trained_without_template_is_prompted_without(settings, tmp_path
     assert asked == [f"<|user|>{r['prompt']}<eos>\n<|assistant|>" for r in RECORDS[:2]]
     assert "umbra: chat_template true overrides the adapter's false" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "out")]) == 0
-    assert "its own tokenizer, without chat template" in capsys.readouterr().out
-    assert "without chat template" in (tmp_path / "out/README.md").read_text()
+    assert "the adapter's tokenizer, without a chat template" in capsys.readouterr().out
+    assert "without a chat template" in (tmp_path / "out/README.md").read_text()
 
 
 def test_template_arguments_apply_to_training_and_prompting(settings, tmp_path, base_folder, capsys):
@@ -265,7 +265,7 @@ def renamed_tokenizer():
     ("tokenizer", "message"),
     [
         (larger_tokenizer(), "tokens beyond the 99 rows"),
-        (renamed_tokenizer(), "token 2 is '<stop>', to the base '<eos>'"),
+        (renamed_tokenizer(), "token 2 is '<stop>', but '<eos>' in the base's"),
     ],
 )
 def test_tokenizer_larger_than_base_is_refused(tokenizer, message, tmp_path, base_folder):

@@ -181,7 +181,7 @@ def test_inspect_works_without_base(run, capsys):
     assert found["parameters"]["total"] == sum(v for k, v in found["parameters"].items() if k != "total")
     assert found["coupled_blocks"] == [1, 2, 3]
     assert found["draft_vocabulary"] == 6, "a, b, c, d, the end of the text and the line break after it"
-    assert "drafts      from 6 of them" in text
+    assert "drafts      from 6 tokens" in text
 
 
 def test_detach_writes_stock_model_and_tokenizer(run, capsys):

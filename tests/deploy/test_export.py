@@ -525,7 +525,7 @@ def test_nonempty_folder_is_refused(small, tmp_path):
 
 CANNOT = {
     "a classifier": ("gguf", {"classifier": True}, None, "has no language-model head"),
-    "an unknown class": ("gguf", {}, "nanochat", "does not know NanoChatForCausalLM"),
+    "an unknown class": ("gguf", {}, "nanochat", "does not support NanoChatForCausalLM"),
     "an unknown tokenizer": ("gguf", {}, "llama", "BPE pre-tokenizer was not recognized"),
     "states that are no keys and values": ("onnx", {}, "mamba", "mamba"),
 }
@@ -553,7 +553,7 @@ def test_trimming_needs_byte_level_bpe(small, tmp_path):
 
 @pytest.mark.parametrize("to", ["hf", "onnx"])
 def test_export_failing_parity_is_removed(small, tmp_path, monkeypatch, capsys, to):
-    monkeypatch.setattr(parity, "LEAST", 1.01)
+    monkeypatch.setattr(parity, "LEAST_AGREEMENT", 1.01)
     (tmp_path / "prompts.txt").write_text("one\n")
     asked = ["--to", to, "--prompts", f"{tmp_path}/prompts.txt", "--max-new-tokens", "3"]
     assert main(["export", small, *asked, "--out", str(tmp_path / "out")]) == 2
@@ -623,7 +623,7 @@ def test_model_with_few_positions_is_compared_within_them(small, tmp_path, to):
     assert rows[0].tokens == len(parity.QUESTIONS) * room and room < 64
     assert rows[0].same_answers == rows[0].answers
     (tmp_path / "long.txt").write_text("a" * 128)
-    with pytest.raises(umbra.ExportError, match="the model is made for 128"):
+    with pytest.raises(umbra.ExportError, match="the model has 128 positions"):
         export(ExportOptions(small, to=to, out=str(tmp_path / "no"), prompts=str(tmp_path / "long.txt")))
     assert not (tmp_path / "no").exists()
 

@@ -233,8 +233,8 @@ def test_card_is_rewritten_unless_edited(saved):
     card = saved / "README.md"
     assert may_replace(card)
     make(seed=5, rank=2).save_pretrained(saved, overwrite=True)
-    assert "rank\n2 " in card.read_text()
-    card.write_text(card.read_text().replace("small", "little").replace("Shadow of", "The shadow of"))
+    assert "injection rank 2, " in card.read_text()
+    card.write_text(card.read_text().replace("small", "little").replace("# ShadowPEFT adapter", "# An adapter"))
     edited = card.read_text()
     make(seed=5, rank=3).save_pretrained(saved, overwrite=True)
     assert card.read_text() == edited

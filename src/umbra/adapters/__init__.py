@@ -1,1 +1,1 @@
-"""The adapter folder: writing, reading and checking it, its model card, and how an adapter is prompted."""
+"""The adapter folder: reading, writing and checking it, its model card, and how prompts are formatted."""

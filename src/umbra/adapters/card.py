@@ -1,4 +1,7 @@
-"""The model card that lies in every adapter folder. Its last line is a checksum, by which an edited card is known and left."""
+"""Model cards of adapters and of pretrained shadows.
+
+The last line of a card is a checksum of its text, by which an edited card is recognised and left unchanged.
+"""
 
 import hashlib
 import os
@@ -6,23 +9,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-from umbra.adapters.files import PROMPTING, Values
+from umbra.adapters.files import PROMPTING, TASKS, Values
 from umbra.adapters.prompting import describe
 from umbra.errors import one_line
 from umbra.files import folder
 from umbra.options import EMBEDDED, EMBEDDED_HUB_ID
 
-OURS = "library_name: umbra"
+LIBRARY = "library_name: umbra"
 SEAL = re.compile(r"<!-- written by Umbra, sha256 ([0-9a-f]{64}) -->\n\Z")
-
-
-def sealed(text: str) -> str:
-    """A card with the line that tells it from an edited one."""
-    return f"{text}\n<!-- written by Umbra, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+MARKUP = {"<": "&lt;", "`": "\\`", "|": "\\|", "](": "]\\("}  # HTML, code, tables, links
+# Options of ``umbra pretrain`` that a pretrained shadow's card lists.
+SHOWN_OPTIONS = ("data", "prompts", "weights", "stages", "divergence", "temperature", "teacher_top_k", "max_length")
 
 
 def may_replace(file: Path) -> bool:
-    """Whether a README.md may be written: there is none, or a card that nobody has edited."""
+    """Return whether a README.md may be written: it does not exist, or is a card that nobody has edited.
+
+    Args:
+        file: the README.md.
+    """
     try:
         text = folder.read_text(file) if file.exists() else None
     except (OSError, ValueError):
@@ -35,23 +40,6 @@ def may_replace(file: Path) -> bool:
     return hashlib.sha256(text[: match.start() - 1].encode()).hexdigest() == match[1]
 
 
-def _base_model(base: str | None) -> str:
-    """The front matter's line of the base, which the hub refuses if it is no id."""
-    name = EMBEDDED_HUB_ID if base == EMBEDDED else base or ""
-    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None and not Path(name).exists()
-    return f"base_model: {name}\n" if is_id else ""
-
-
-MARKUP = {"<": "&lt;", "`": "\\`", "|": "\\|", "](": "]\\("}  # HTML, code, tables, links
-
-
-def _shown(value: Any) -> str:
-    """Text of others for Markdown: on one line, without markup; of a local folder its name alone."""
-    text = str(value)
-    text = os.path.basename(text.rstrip("/")) or text if os.path.isabs(text) else text
-    return re.sub("|".join(map(re.escape, MARKUP)), lambda match: MARKUP[match[0]], one_line(text))
-
-
 def model_card(values: Values, base_class: str, parameters: dict[str, int]) -> str:
     """Return the model card of an adapter: Markdown with the hub's front matter.
 
@@ -61,54 +49,63 @@ def model_card(values: Values, base_class: str, parameters: dict[str, int]) -> s
         parameters: parameter counts by part of the shadow.
     """
     base, config = values["base_model_name_or_path"], values["shadow"]
-    parts = "\n".join(f"| {name} | {count:,} |" for name, count in parameters.items())
-    pipeline = "text-classification" if values["task_type"] == "SEQ_CLS" else "text-generation"
-    return sealed(f"""---
-{_base_model(base)}{OURS}
+    rows = "\n".join(f"| {name} | {count:,} |" for name, count in parameters.items())
+    pipeline = "text-classification" if values["task_type"] == TASKS[True] else "text-generation"
+    return _sealed(f"""---
+{_base_model(base)}{LIBRARY}
 pipeline_tag: {pipeline}
 tags: [umbra, shadow, peft]
 ---
 
-# Shadow of {_shown(base or "an unnamed base")}
+# ShadowPEFT adapter for {_escaped(base or "an unnamed base")}
 
-A shadow network beside a frozen {base_class}, in dialect `{config["dialect"]}` with injection rank
-{config["rank"]} and α = {config["alpha"]}, made by Umbra {values["umbra_version"]}.
-It is asked with {describe(values.get(PROMPTING))}.
+A small shadow network, trained to adapt a frozen {base_class}. It can also run without the base.
+
+- Configuration: dialect `{config["dialect"]}`, injection rank {config["rank"]}, α = {config["alpha"]}
+- Prompts: {describe(values.get(PROMPTING))}
+- Written by Umbra {values["umbra_version"]}
 
 | part | parameters |
 |---|---:|
-{parts}
+{rows}
 
 ```python
 import umbra
 
-model = umbra.load("this/folder")   # the base is found by its name; or base=...
-edge = model.detached()             # the shadow alone, a stock transformers model
+model = umbra.load("this/folder")   # loads the base by its stored name; or pass base=...
+edge = model.detached()             # the shadow alone, as a stock transformers model
 ```
 """)
 
 
-def pretrained_card(base: str, asked: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """Markdown for the folder of a pretrained shadow: what it was asked for, and what each stage measured."""
-    stages = {name: found for name, found in metrics.items() if isinstance(found, dict)}
+def pretrained_card(base: str, options: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Return the model card of a pretrained shadow: Markdown with the hub's front matter.
+
+    Args:
+        base: the name of the base.
+        options: the options of ``umbra pretrain``.
+        metrics: measurements by stage, and the number of trained ``parameters``.
+    """
+    stages = {name: values for name, values in metrics.items() if isinstance(values, dict)}
     rows = "\n".join(
         f"| {name} | {m['cross_entropy']:.3f} | {m['divergence']:.3f} | {m['agreement']:.1%} |"
         for name, m in stages.items()
     )
-    told = ("data", "prompts", "weights", "stages", "divergence", "temperature", "teacher_top_k", "max_length")
-    text = "\n".join(f"- {name}: {_shown(asked[name])}" for name in told if name in asked)
-    return sealed(f"""---
+    listed = "\n".join(f"- {name}: {_escaped(options[name])}" for name in SHOWN_OPTIONS if name in options)
+    return _sealed(f"""---
 {_base_model(base)}pipeline_tag: text-generation
 tags: [umbra, shadow, pretrained]
 ---
 
-# Pretrained shadow for {_shown(base)}
+# Pretrained shadow for {_escaped(base)}
 
-A small language model that was pretrained beside the frozen base, with {metrics["parameters"]:,} trained parameters.
+A small language model with {metrics["parameters"]:,} trained parameters, pretrained to start ShadowPEFT adapters of the base
+above.
 
-{text}
+{listed}
 
-On held-out text, in nats a token; divergence is KL(base ‖ shadow), agreement how often both say the same next token:
+Results on held-out text. Cross-entropy and divergence, KL(base ‖ shadow), are in nats per token; agreement is the share of
+positions at which both models predict the same next token.
 
 | after | cross-entropy | divergence | agreement |
 |---|---:|---:|---:|
@@ -117,6 +114,25 @@ On held-out text, in nats a token; divergence is KL(base ‖ shadow), agreement 
 ```python
 import umbra
 
-model = umbra.attach(base, umbra.ShadowConfig(shadow="this/folder"))   # or load it as any model of transformers
+model = umbra.attach(base, umbra.ShadowConfig(shadow="this/folder"))   # or load it as any transformers model
 ```
 """)
+
+
+def _sealed(text: str) -> str:
+    """A card with the line by which an edited one is recognised."""
+    return f"{text}\n<!-- written by Umbra, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def _base_model(base: str | None) -> str:
+    """The front matter's line for the base; empty unless the base is a hub id, since the hub refuses other names."""
+    name = EMBEDDED_HUB_ID if base == EMBEDDED else base or ""
+    is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None and not Path(name).exists()
+    return f"base_model: {name}\n" if is_id else ""
+
+
+def _escaped(value: object) -> str:
+    """Foreign text for Markdown, on one line and without markup; local folders by their last part alone."""
+    text = str(value)
+    text = os.path.basename(text.rstrip("/")) or text if os.path.isabs(text) else text
+    return re.sub("|".join(map(re.escape, MARKUP)), lambda match: MARKUP[match[0]], one_line(text))

@@ -1,5 +1,6 @@
-"""What an adapter folder holds, told without loading its base."""
+"""Describe an adapter folder without loading its base: ``umbra inspect``."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from umbra.adapters.files import (
     PREFIX,
     PROMPTING,
     WEIGHTS_FILE,
+    Values,
     check_config,
     local_folder,
     read_json,
@@ -25,52 +27,59 @@ from umbra.shadow.pretrained import saved_config
 
 
 def inspect(path: str) -> dict[str, Any]:
-    """Dialect, sizes, parameters per part, base: from the configuration and the header of the weights.
+    """Return an adapter's dialect, sizes, parameters by part, and base.
+
+    Only the configuration and the header of the weights are read.
+
+    Args:
+        path: an adapter folder, or a hub id.
 
     Raises:
-        CheckpointError: no adapter folder, or a damaged one.
+        CheckpointError: the folder holds no adapter of Umbra, or is damaged.
     """
     source = local_folder(path)
-    facts = folder.read_whole(source, lambda: _read(path, source), (CONFIG_FILE, WEIGHTS_FILE))
-    return {"path": str(path), **facts}
+    description = folder.read_whole(source, lambda: _read(path, source), (CONFIG_FILE, WEIGHTS_FILE))
+    return {"path": str(path), **description}
 
 
 def _read(path: str, source: Path) -> dict[str, Any]:
     values = read_optional_json(source, CONFIG_FILE)
-    if form := recognise(source, values):
+    if package := recognise(source, values):
         raise CheckpointError(
-            f"{path} is an adapter of {form}: make it Umbra's first, umbra convert {path} --to umbra --out …"
+            f"{path} is an adapter of {package}: convert it first, umbra convert {path} --to umbra --out …"
         )
-    values = check_config(
-        read_json(source, CONFIG_FILE) if values is None else values, folder.find(source, CONFIG_FILE)
-    )
+    file = folder.find(source, CONFIG_FILE)
+    values = check_config(read_json(source, CONFIG_FILE) if values is None else values, file)
     if PROMPTING in values:
         Prompting.read(source, values[PROMPTING])
-    file = folder.find(source, WEIGHTS_FILE)
-    parts: dict[str, int] = {}
+    parameters = _count_parameters(folder.find(source, WEIGHTS_FILE))
     try:
-        folder.check_regular(file)
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                count = 1
-                for size in tensors.get_slice(key).get_shape():
-                    count *= size
-                part = key.removeprefix(PREFIX).partition(".")[0]
-                parts[part] = parts.get(part, 0) + count
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
-        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
-    try:
-        return _facts(values, parts)
+        return _describe(values, parameters)
     except (ConfigError, LookupError, TypeError) as error:
         raise CheckpointError(f"{folder.find(source, CONFIG_FILE)} is damaged: {error!r}") from error
 
 
-def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
+def _count_parameters(file: Path) -> dict[str, int]:
+    """Parameter counts by part of the shadow, from the header of the weights."""
+    counts: dict[str, int] = {}
+    try:
+        folder.check_regular(file)
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                part = key.removeprefix(PREFIX).partition(".")[0]
+                counts[part] = counts.get(part, 0) + math.prod(tensors.get_slice(key).get_shape())
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+    return counts
+
+
+def _describe(values: Values, parameters: dict[str, int]) -> dict[str, Any]:
+    """The description, from the content of ``adapter_config.json``."""
     config = ShadowConfig.from_dict(values["shadow"]).resolve()
-    own = {k: v for k, v in DIALECTS[config.dialect].items() if k not in ("rank", "gate_rank", "alpha", "init")}
-    changed = {k: getattr(config, k) for k, v in own.items() if getattr(config, k) != v}
-    constants = CONSTANTS[config.dialect].items()
-    changed |= {k: getattr(config.constants, k) for k, v in constants if getattr(config.constants, k) != v}
+    fixed = {k: v for k, v in DIALECTS[config.dialect].items() if k not in ("rank", "gate_rank", "alpha", "init")}
+    changed = {k: v for k, v in config.to_dict().items() if k in fixed and v != fixed[k]}
+    constants = CONSTANTS[config.dialect]
+    changed |= {k: v for k, v in config.to_dict()["constants"].items() if k in constants and v != constants[k]}
     shadow, base = saved_config(values["shadow_model_config"]), values["base"]
     return {
         "task": values["task_type"],
@@ -83,7 +92,7 @@ def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
         "coupled_blocks": list(config.coupled(base["num_hidden_layers"])),
         "shadow": {k: getattr(shadow, k) for k in ("model_type", "num_hidden_layers", "hidden_size")},
         "draft_vocabulary": None if values.get(DRAFT_TOKENS) is None else len(values[DRAFT_TOKENS]),
-        "parameters": {**parts, "total": sum(parts.values())},
+        "parameters": {**parameters, "total": sum(parameters.values())},
         "base": {
             "name": values.get("base_model_name_or_path"),
             **{k: base[k] for k in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")},
@@ -93,24 +102,24 @@ def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def explain(found: dict[str, Any]) -> str:
-    """The same as lines to read."""
-    shadow, base, blocks = found["shadow"], found["base"], found["coupled_blocks"]
-    whole = blocks == list(range(blocks[0], blocks[-1] + 1))
-    where = f"{blocks[0]} to {blocks[-1]}" if whole else ", ".join(map(str, blocks))
-    changed = ", ".join(f"{k}={v}" for k, v in found["changed_from_dialect"].items())
+def explain(description: dict[str, Any]) -> str:
+    """Return the description that `inspect` returned as lines of text."""
+    shadow, base, blocks = description["shadow"], description["base"], description["coupled_blocks"]
+    contiguous = blocks == list(range(blocks[0], blocks[-1] + 1))
+    before = f"{blocks[0]} to {blocks[-1]}" if contiguous else ", ".join(map(str, blocks))
+    changed = ", ".join(f"{k}={v}" for k, v in description["changed_from_dialect"].items())
     lines = [
-        f"{found['path']}: a shadow for {base['name'] or 'an unnamed base'} ({found['task']})",
-        f"  dialect     {found['dialect']}" + (f", but {changed}" if changed else ""),
-        f"  injection   rank {found['rank']}, α {found['alpha']}, before blocks {where}",
-        f"  update      gate rank {found['gate_rank']}",
-        f"  λ           {found['auxiliary_loss_weight']}",
+        f"{description['path']}: a shadow for {base['name'] or 'an unnamed base'} ({description['task']})",
+        f"  dialect     {description['dialect']}" + (f", but {changed}" if changed else ""),
+        f"  injection   rank {description['rank']}, α {description['alpha']}, before blocks {before}",
+        f"  update      gate rank {description['gate_rank']}",
+        f"  λ           {description['auxiliary_loss_weight']}",
         f"  shadow      {shadow['model_type']}, {shadow['num_hidden_layers']} layers of width {shadow['hidden_size']}",
         f"  base        {base['model_type']}, {base['num_hidden_layers']} layers of width {base['hidden_size']}, "
         f"{base['vocab_size']} tokens",
-        *([f"  drafts      from {found['draft_vocabulary']} of them"] if found["draft_vocabulary"] else []),
-        f"  asked       with {found['prompting']}",
+        *([f"  drafts      from {description['draft_vocabulary']} tokens"] if description["draft_vocabulary"] else []),
+        f"  prompts     {description['prompting']}",
         "  parameters",
     ]
-    lines += [f"    {part:<18}{count:>14,}" for part, count in found["parameters"].items()]
+    lines += [f"    {part:<18}{count:>14,}" for part, count in description["parameters"].items()]
     return "\n".join(plain(line).replace("\n", " ") for line in lines)

@@ -1,35 +1,40 @@
-"""What an adapter folder must fulfil before a shadow is built of it: its sizes, its numbers, its digest.
+"""Checks of an adapter folder before a shadow is built from it: its SHA-256 checksum, sizes and values.
 
-Sizes are compared with the header of the tensors, so that nothing is allocated that the file does not hold.
+Sizes are compared with the shapes of the tensors, so that nothing larger than the file is allocated.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from umbra.adapters.files import DIGEST, DRAFT_TOKENS, PROMPTING, Tensors
+from umbra.adapters.files import DIGEST, DRAFT_TOKENS, PREFIX, PROMPTING, Tensors, Values
 from umbra.base.added_tokens import added_count, expected_rows
 from umbra.base.architectures import Architecture
 from umbra.config import ShadowConfig
-from umbra.errors import CheckpointError, ConfigError
+from umbra.errors import CheckpointError, ConfigError, raising
 from umbra.shadow.backbone import fresh_config
 from umbra.shadow.draft_vocabulary import check_draft_tokens
 from umbra.shadow.network import Shadow
 
-VOUCHED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
+# Entries of the configuration that the checksum covers, besides all tensors; the optional ones where they are present.
+COVERED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
 OPTIONAL = (DRAFT_TOKENS, PROMPTING)
-LENGTHS = ("n_positions", "n_ctx")  # tokens, which nobody counts one by one
-MOST_BUFFERED = 2**27  # values in a shadow's buffers, which no tensor of the file bounds
+LENGTHS = ("n_positions", "n_ctx")  # in tokens: no constructor makes a module for each
+LARGEST_BUFFERS = 2**27  # values in a shadow's buffers, which no tensor of the file bounds
 
 
-def digest(values: dict[str, Any], weights: Tensors) -> str:
-    """SHA-256 of what decides an adapter's answers: the `VOUCHED` entries, in any order and spacing, and all tensors."""
+def digest(values: Values, weights: Tensors) -> str:
+    """Return the SHA-256 of everything that decides an adapter's output: configuration entries and tensors.
+
+    Args:
+        values: the content of ``adapter_config.json``; order and spacing do not matter.
+        weights: all tensors by name.
+    """
     optional = {k: v for k, v in values.items() if k in OPTIONAL and v is not None}
-    plain = json.loads(json.dumps({**{k: values.get(k) for k in VOUCHED}, **optional}))
+    plain = json.loads(json.dumps({**{k: values.get(k) for k in COVERED}, **optional}))
     sha = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for key in sorted(weights):
         tensor = weights[key]
@@ -38,23 +43,34 @@ def digest(values: dict[str, Any], weights: Tensors) -> str:
     return sha.hexdigest()
 
 
-def check_digest(values: dict[str, Any], weights: Tensors, file: Path) -> None:
-    """Raise a CheckpointError where values or tensors are not those that were saved; null switches the check off."""
+def check_digest(values: Values, weights: Tensors, file: Path) -> None:
+    """Check the SHA-256 that an adapter folder stores; null switches the check off.
+
+    Args:
+        values: the content of ``adapter_config.json``.
+        weights: all tensors by name.
+        file: the configuration, for the message.
+
+    Raises:
+        CheckpointError: the configuration or the tensors were changed after they were saved.
+    """
     if values.get(DIGEST, "") not in (None, digest(values, weights)):
         raise CheckpointError(
             f"{file} or the tensors beside it were changed after they were saved: they do not match {DIGEST!r}. Restore "
-            f'the folder from its source; if the change was intended, set "{DIGEST}": null.'
+            f'the folder from its source; if you meant to change it, set "{DIGEST}": null.'
         )
 
 
-def draft_tokens(values: dict[str, Any], rows: int, file: Path) -> list[int] | None:
-    """The draft vocabulary, if there is one.
+def draft_tokens(values: Values, rows: int, file: Path) -> list[int] | None:
+    """Return the draft vocabulary of an adapter, or None if it has none.
 
     Args:
-        rows: tokens of the base.
+        values: the content of ``adapter_config.json``.
+        rows: V, the number of the base's tokens.
+        file: the configuration, for the message.
 
     Raises:
-        CheckpointError: it holds what is no token of the base, or a token twice, or nothing.
+        CheckpointError: the vocabulary is empty, or holds an id twice or one that is no token of the base.
     """
     tokens = values.get(DRAFT_TOKENS)
     try:
@@ -65,8 +81,13 @@ def draft_tokens(values: dict[str, Any], rows: int, file: Path) -> list[int] | N
     return tokens
 
 
-def check_counts(values: dict[str, Any], weights: Tensors, file: Path) -> None:
-    """Refuse counts that no model of these tensors can have, before a constructor counts that far.
+def check_counts(values: Values, weights: Tensors, file: Path) -> None:
+    """Refuse counts that no model with these tensors can have, before a constructor counts that far.
+
+    Args:
+        values: the saved configuration of the shadow's backbone.
+        weights: all tensors by name.
+        file: the configuration, for the message.
 
     Raises:
         CheckpointError: the first such entry.
@@ -86,57 +107,86 @@ def check_sizes(
     base: Architecture, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path,
     rows: int | None = None,
 ) -> None:  # fmt: skip
-    """Refuse a configuration that asks for other tensors than there are, without allocating any.
+    """Check that a shadow with this configuration has exactly the given tensors, without allocating any.
 
     Args:
+        base: the base's parts.
+        config: the shadow's configuration.
+        backbone_config: its backbone's.
+        weights: all tensors by name.
         file: the configuration, for the message.
         source: the tensors' file, for the message.
-        rows: tokens that a language model will have, if not the base's; those beyond are added by the adapter.
+        rows: the number of tokens that a language model will have, if not the base's; those beyond are added by the adapter.
 
     Raises:
         CheckpointError: the tensors differ, or no model can be built.
     """
-    try:
-        kinds = {fresh_config(base, config).model_type, base.config.model_type}
-        if not config.is_pretrained and backbone_config.model_type not in kinds:
-            raise ConfigError(
-                f"a {backbone_config.model_type} is no {config.shadow} shadow of a {base.config.model_type}."
-            )
-        with torch.device("meta"):
-            shadow = Shadow(base, config.resolve(), backbone_config, device="meta")
-    except ConfigError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    except Exception as error:  # a model of another kind may fail in any way
-        raise CheckpointError(f"{file} is damaged: {error!r:.500}") from error
-    own = shadow.state_dict(prefix="shadow.")
+    expected, buffered = _expected_tensors(base, config, backbone_config, file)
     if rows is not None:
-        heads = {k: v for k, v in own.items() if k.startswith("shadow.heads.") and not base.is_classifier}
-        own |= {k: torch.empty(rows, *v.shape[1:], device="meta") for k, v in heads.items()}
-        own |= expected_rows(base, added_count(weights))
-    check_tensors(own, weights, source)
-    if sum(buffer.numel() for buffer in shadow.buffers()) > MOST_BUFFERED:
+        heads = {k: v for k, v in expected.items() if k.startswith(f"{PREFIX}heads.") and not base.is_classifier}
+        expected |= {k: torch.empty(rows, *v.shape[1:], device="meta") for k, v in heads.items()}
+        expected |= expected_rows(base, added_count(weights))
+    check_tensors(expected, weights, source)
+    if buffered > LARGEST_BUFFERS:
         raise CheckpointError(f"{file} is damaged: its shadow needs absurdly large buffers.")
 
 
-def check_tensors(own: Tensors, weights: Tensors, file: Path) -> None:
-    """Hold the tensors of a file to those that a shadow has.
+def _expected_tensors(
+    base: Architecture, config: ShadowConfig, backbone_config: PretrainedConfig, file: Path
+) -> tuple[Tensors, int]:
+    """The tensors of a shadow with this configuration, on the meta device, and the number of values in its buffers."""
+    with raising(CheckpointError, lambda error: f"{file} is damaged: {error!r:.500}"):  # any type, from a foreign model
+        try:
+            types = {fresh_config(base, config).model_type, base.config.model_type}
+            if not config.is_pretrained and backbone_config.model_type not in types:
+                raise ConfigError(
+                    f"a {backbone_config.model_type} is no {config.shadow} shadow of a {base.config.model_type}."
+                )
+            with torch.device("meta"):
+                shadow = Shadow(base, config.resolve(), backbone_config, device="meta")
+        except ConfigError as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+    return shadow.state_dict(prefix=PREFIX), sum(buffer.numel() for buffer in shadow.buffers())
+
+
+def check_tensors(expected: Tensors, weights: Tensors, file: Path) -> None:
+    """Check the names, shapes and types of a file's tensors.
+
+    Args:
+        expected: the tensors of the shadow.
+        weights: the tensors of the file.
+        file: the file, for the message.
 
     Raises:
-        CheckpointError: one is missing, left over, misshapen, or not floating point.
+        CheckpointError: a tensor is missing, unknown, misshapen, or not floating point.
     """
-    for problem, keys in (("lacks", own.keys() - weights.keys()), ("has unknown", weights.keys() - own.keys())):
+    for problem, keys in (
+        ("lacks", expected.keys() - weights.keys()),
+        ("has unknown", weights.keys() - expected.keys()),
+    ):
         if keys:
             raise CheckpointError(f"{file} {problem} {len(keys)} tensors, {sorted(keys)[0]!r:.200} first.")
     for key, value in weights.items():
-        if value.shape != own[key].shape or not value.is_floating_point() or value.element_size() < 2:
+        shape = expected[key].shape
+        if value.shape != shape or not value.is_floating_point() or value.element_size() < 2:
             raise CheckpointError(
                 f"{file}: {key!r} is {value.dtype} of shape {tuple(value.shape)}, "
-                f"needed is floating point of shape {tuple(own[key].shape)}."
+                f"needed is floating point of shape {tuple(shape)}."
             )
 
 
-def check_numbers(own: Tensors, weights: Tensors, file: Path) -> None:
-    """Raise a CheckpointError for a tensor that is not finite once it has the shadow's dtype."""
+def check_numbers(expected: Tensors, weights: Tensors, file: Path) -> None:
+    """Check that every tensor is finite in the shadow's dtype.
+
+    Args:
+        expected: the tensors of the shadow; those on the meta device are not checked.
+        weights: the tensors of the file.
+        file: the file, for the message.
+
+    Raises:
+        CheckpointError: a tensor is not.
+    """
     for key, value in weights.items():
-        if not own[key].is_meta and not value.to(own[key].dtype).isfinite().all():
-            raise CheckpointError(f"{file}: {key!r} holds values that are no finite numbers in {own[key].dtype}.")
+        dtype = expected[key].dtype
+        if not expected[key].is_meta and not value.to(dtype).isfinite().all():
+            raise CheckpointError(f"{file}: {key!r} holds values that are no finite numbers in {dtype}.")

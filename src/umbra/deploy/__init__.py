@@ -1,1 +1,1 @@
-"""Shipping a shadow: detached models and exported files."""
+"""Deploy a shadow: detached models, exported files, other packages' formats."""

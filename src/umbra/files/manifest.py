@@ -1,12 +1,11 @@
-"""What a command has written into its output folder, and for which request: a hidden file there.
+"""Manifest of an output folder: a hidden file with the request of the command that wrote it, and the files written.
 
-So the same command again finishes what a kill has cut off, or reports what is there already, and `overwrite` knows which
-files are Umbra's.
+With it, the same command finishes an interrupted run or reports the present result, and `overwrite` knows Umbra's files.
 """
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,33 +20,33 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")
 
 @dataclass
 class Manifest:
-    """What a folder's manifest holds.
+    """Content of a folder's manifest.
 
     Args:
         asked: the request.
         files: digests of the files that Umbra wrote, by name.
         is_complete: whether the request was finished.
-        result: what the command reported, as plain JSON.
+        result: the command's report, as plain JSON.
     """
 
-    asked: Any
+    asked: object
     files: dict[str, str]
     is_complete: bool
-    result: Any = None
+    result: list[dict[str, Any]] | None = None
 
     def has_written(self, out: Path, name: str) -> bool:
-        """Whether a file is there as Umbra wrote it."""
+        """Return whether a file exists as Umbra wrote it."""
         return name in self.files and (out / name).is_file() and folder.digest_of([out / name]) == self.files[name]
 
     def is_intact(self, out: Path) -> bool:
-        """Whether all files are there as they were written."""
+        """Return whether all files exist as they were written."""
         try:
             return bool(self.files) and all(folder.digest_of([out / n]) == digest for n, digest in self.files.items())
         except OSError:
             return False
 
     def write(self, out: Path) -> None:
-        """Replace the manifest of a folder."""
+        """Replace the manifest of the folder ``out``."""
         beside = out / f"{folder.STAGED_PREFIX}manifest"
         try:
             folder.write_text(beside, json.dumps(asdict(self), indent=1) + "\n")
@@ -58,43 +57,50 @@ class Manifest:
 
 @contextmanager
 def writing(out: Path | str, asked: dict[str, Any], overwrite: bool) -> Iterator[Manifest]:
-    """Hold an output folder while a command writes it, and note down what it has written.
+    """Lock an output folder while a command writes it, and record the files that it wrote.
 
     Args:
-        asked: all that the result depends on, as plain JSON.
+        out: the folder.
+        asked: everything that the result depends on, as plain JSON.
+        overwrite: whether to write into a folder with other content.
 
     Yields:
-        The folder's manifest; complete where the folder holds the result of this request already, whole and unchanged. The
-        command may leave a ``result`` in it.
+        The folder's manifest. It is complete if the folder already holds the unchanged result of this request; otherwise the
+        command may set its ``result``.
 
     Raises:
-        CheckpointError: somebody else writes there, or the folder holds something else and ``overwrite`` is False.
+        CheckpointError: another process writes the folder, or it has other content and ``overwrite`` is False.
     """
     out, asked = Path(out), json.loads(json.dumps(asked))
     with locked(out):
-        held = read(out)
-        if held is not None and held.asked == asked and not overwrite and held.is_complete and held.is_intact(out):
-            yield held
+        present = read(out)
+        same = present is not None and present.asked == asked
+        if present is not None and same and not overwrite and present.is_complete and present.is_intact(out):
+            yield present
             return
-        goes_on = held is not None and held.asked == asked and not held.is_complete
-        if not overwrite and not goes_on and not folder.is_empty(out):
+        resumes = present is not None and same and not present.is_complete
+        if not overwrite and not resumes and not folder.is_empty(out):
             raise CheckpointError(f"{out} is not empty: choose another folder, or overwrite (--overwrite).")
-        now, before = Manifest(asked, {} if held is None else held.files, False), _stamps(out)
+        now, before = Manifest(asked, {} if present is None else present.files, False), _stamps(out)
         now.write(out)
-        try:
+        with ExitStack() as undo:
+            undo.callback(_restore, out, present)
             yield now
-        except BaseException:
-            with suppress(OSError, CheckpointError):
-                (out / MANIFEST).unlink() if held is None else held.write(out)
-            raise
+            undo.pop_all()
         after = _stamps(out)
         written = {n: folder.digest_of([out / n]) for n, stamp in after.items() if before.get(n) != stamp}
         files = {n: digest for n, digest in now.files.items() if n in after} | written
         Manifest(asked, files, True, now.result).write(out)
 
 
+def _restore(out: Path, manifest: Manifest | None) -> None:
+    """Put an earlier manifest back, or remove the present one."""
+    with suppress(OSError, CheckpointError):
+        (out / MANIFEST).unlink() if manifest is None else manifest.write(out)
+
+
 def read(out: Path) -> Manifest | None:
-    """The manifest of a folder, if it has one."""
+    """Return the manifest of a folder, or None if it has none."""
     try:
         values = json.loads(folder.read_text(out / MANIFEST))
         return Manifest(values["asked"], dict(values["files"]), bool(values["is_complete"]), values.get("result"))
@@ -103,7 +109,7 @@ def read(out: Path) -> Manifest | None:
 
 
 def of_model(name: str) -> str:
-    """A model or adapter as a request notes it: the content of a local folder, or a name of the hub."""
+    """Return how a request records a model or adapter: a digest of a local folder, or the hub id."""
     place = Path(name)
     if not place.is_dir():
         return name
@@ -112,21 +118,25 @@ def of_model(name: str) -> str:
 
 
 def check_apart(out: Path | str, **inputs: str | None) -> None:
-    """Refuse to write into a folder from which the command reads.
+    """Check that a command does not write into a folder from which it reads.
+
+    Args:
+        out: the output folder.
+        inputs: paths or hub ids by the names of their options.
 
     Raises:
-        ConfigError: one of ``inputs``, paths or hub ids by the names of their options, is the output folder.
+        ConfigError: one of ``inputs`` is the output folder.
     """
     for name, path in inputs.items():
         try:
             is_same = bool(path) and Path(path or "").exists() and Path(out).exists() and Path(out).samefile(path or "")
-        except (OSError, ValueError):  # no path: whoever loads it says so
+        except (OSError, ValueError):  # no path: loading it raises the error
             continue
         if is_same:
             raise ConfigError(f"{name}={path} is the folder to write, {out}: choose another one.")
 
 
 def _stamps(out: Path) -> dict[str, tuple[int, int, int]]:
-    """What tells whether a file is written anew, by name."""
+    """Inode, size and time of each file by name, which change when it is written again."""
     states = {p.name: p.stat() for p in out.iterdir() if p.is_file() and not p.name.startswith(folder.HIDDEN)}
     return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in states.items()}

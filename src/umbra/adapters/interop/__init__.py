@@ -1,6 +1,6 @@
-"""Adapters of other packages: reading those of PEFT's Shadow tuner and of shadow-peft, and writing theirs.
+"""Read and write adapters of other packages: PEFT's Shadow tuner, and shadow-peft.
 
-A folder of theirs carries no fingerprint of its base: that the sizes fit is all that can be checked.
+Their folders store no fingerprint of the base: nothing but its sizes can be checked.
 """
 
 import json
@@ -40,9 +40,12 @@ def read(path: Path, values: Values | None, shadow: str | None = None) -> Foreig
         values: the content of its ``adapter_config.json``; None if there is none.
         shadow: the path or hub id of an explicit shadow, which adapters of shadow-peft do not name.
 
+    Returns:
+        The adapter, not yet attached to a base.
+
     Raises:
-        CheckpointError: a damaged folder, or one that Umbra cannot honour.
-        ConfigError: ``shadow`` for a format that notes it.
+        CheckpointError: the folder is damaged, or has settings that Umbra does not support.
+        ConfigError: ``shadow`` was given for a format that stores it.
     """
     if values is None:
         return shadow_peft.Adapter.read(path, shadow)
@@ -63,14 +66,14 @@ def write(shadow: Shadow, base: Architecture, path: Path, to: str) -> None:
     Raises:
         CheckpointError: the format cannot express this adapter, or the disk refused.
     """
-    form = FORMATS[to]
-    values, layouts = form.write(shadow, base)
+    package = FORMATS[to]
+    values, layouts = package.write(shadow, base)
     files = {name: layout.write(to) for name, layout in layouts.items()}
-    held = {key for layout in layouts.values() for slot in layout.slots.values() for key in slot.mine}
-    check_names(held, plain_state(shadow), path)
+    written = {key for layout in layouts.values() for slot in layout.slots.values() for key in slot.sources}
+    check_names(written, plain_state(shadow), path)
 
     def fill(staging: Path) -> None:
-        folder.write_text(staging / form.CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        folder.write_text(staging / package.CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         for name, tensors in files.items():
             save_file(tensors, staging / name, metadata={"format": "pt"})
         if shadow.prompting is not None and shadow.prompting.tokenizer is not None:

@@ -1,4 +1,4 @@
-"""What the formats of others have in common."""
+"""What the formats of PEFT and shadow-peft have in common."""
 
 import json
 from collections.abc import Iterable
@@ -10,33 +10,36 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from umbra.adapters.files import read_weights
-from umbra.adapters.interop.layout import Layout, Tensors
+from umbra.adapters.files import Tensors, Values, read_weights
+from umbra.adapters.interop.layout import Layout
 from umbra.adapters.prompting import Prompting
 from umbra.base import architectures
 from umbra.base.architectures import Architecture
 from umbra.base.architectures.families import ATTENTION_TYPES
 from umbra.config import ShadowConfig
 from umbra.errors import BaseModelError, CheckpointError, ConfigError
-from umbra.method.core import Update
+from umbra.method.core import Injection, Update
 from umbra.shadow.network import Shadow
 from umbra.shadow.pretrained import NOT_OF_THE_MODEL, backbone_config
 
 
 @dataclass
 class Foreign:
-    """An adapter folder of another package, read but not yet beside a base.
+    """An adapter folder of another package, read but not yet attached to a base.
 
     Args:
-        file: of its configuration, whose content is ``values``.
+        path: the folder.
+        file: its configuration.
+        values: the configuration's content.
         weights: tensors by file name.
-        base_options: for loading the base by the name that the folder gives.
+        base_name: the name of the base, if the folder stores it.
+        base_options: keyword arguments for loading the base by that name.
         num_labels: of a classifier.
     """
 
     path: Path
     file: Path
-    values: dict[str, Any]
+    values: Values
     weights: dict[str, Tensors]
     base_name: str | None = None
     base_options: dict[str, Any] = field(default_factory=dict)
@@ -50,14 +53,18 @@ class Foreign:
         return None if self.num_labels is None else {"num_labels": self.num_labels}
 
     def prompting(self) -> Prompting:
-        """The tokenizer that lies in the folder, as trainers write it; its template without arguments."""
+        """Read the tokenizer in the folder, where trainers write it; the chat template has no arguments."""
         return Prompting.read(self.path, {})
 
     def check(self, base: Architecture, allow_other_base: bool = False) -> None:
-        """Settle `config` and `backbone_config` for a base. There is no fingerprint to check it by.
+        """Set `config` and `backbone_config` for a base.
+
+        Args:
+            base: the base's parts.
+            allow_other_base: has no effect: the folder stores no fingerprint to compare.
 
         Raises:
-            CheckpointError: damaged, for another kind of base, or something that Umbra does not do.
+            CheckpointError: the folder is damaged, for another type of base, or has settings that Umbra does not support.
         """
         try:
             config, self.backbone_config = self.configure(base)
@@ -66,51 +73,59 @@ class Foreign:
         self.config, self.base = config.resolve(), base
 
     def configure(self, base: Architecture) -> tuple[ShadowConfig, PretrainedConfig]:
-        """Our configuration, and that of the shadow's backbone.
+        """Return the shadow's configuration, and that of its backbone.
+
+        Args:
+            base: the base's parts.
 
         Raises:
-            CheckpointError: something that Umbra does not do.
+            CheckpointError: a setting that Umbra does not support.
             ConfigError: a value that is damaged, or does not fit the base.
         """
         raise NotImplementedError
 
     def layouts(self, shadow: Shadow, base: Architecture) -> dict[str, Layout]:
-        """The table of each file."""
+        """Return the table of each file of tensors by file name."""
         raise NotImplementedError
 
     def add_rows(self, shadow: Shadow, base: Architecture) -> None:
         """Do nothing: these formats have no room for added tokens."""
 
     def fill(self, shadow: Shadow) -> None:
-        """Put all tensors into the shadow, or none.
+        """Load the tensors into ``shadow``, all of them or none.
 
         Raises:
-            CheckpointError: a tensor is missing, left over, misshapen, not floating point or not finite.
+            CheckpointError: a tensor is missing, unknown, misshapen, not floating point or not finite.
         """
-        found: Tensors = {}
+        tensors: Tensors = {}
         for name, layout in self.layouts(shadow, self.base).items():
-            found |= layout.read(self.weights[name], self.path / name)
-        own = shadow.state_dict()
-        left = sorted(key for key in own.keys() - found.keys() if not key.startswith("heads."))
-        if left:
-            raise CheckpointError(f"{self.path} has nothing for {left[0]!r}, which a shadow of these sizes needs.")
-        shadow.load_state_dict({**own, **found})
+            tensors |= layout.read(self.weights[name], self.path / name)
+        state = shadow.state_dict()
+        missing = sorted(key for key in state.keys() - tensors.keys() if not key.startswith("heads."))
+        if missing:
+            raise CheckpointError(f"{self.path} has nothing for {missing[0]!r}, which a shadow of these sizes needs.")
+        shadow.load_state_dict({**state, **tensors})
 
 
-def check_keys(values: dict[str, Any], file: Path, known: Iterable[str]) -> None:
-    """Raise a CheckpointError for a key of a configuration file that this version does not know and that is set."""
+def check_keys(values: Values, file: Path, known: Iterable[str]) -> None:
+    """Raise a CheckpointError for an entry of a configuration file that is set and not in ``known``."""
     unknown = sorted(k for k in values.keys() - set(known) if values[k] not in (None, False, [], {}))
     if unknown:
         raise CheckpointError(
-            f"{file} sets {unknown[0]!r}, which this version of Umbra does not know and so cannot honour."
+            f"{file} sets {unknown[0]!r}, which this version of Umbra does not know and cannot apply."
         )
 
 
 def read_tensors(path: Path, name: str, pickled: str) -> Tensors:
-    """The tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
+
+    Args:
+        path: the folder.
+        name: the file's name.
+        pickled: the name of the same file as a pickle.
 
     Raises:
-        CheckpointError: missing or damaged, or there is only its ``pickled`` form, which can run code when it is opened.
+        CheckpointError: the file is missing or damaged, or there is a pickle alone, which can run code when it is opened.
     """
     if not (path / name).exists() and (path / pickled).exists():
         raise CheckpointError(
@@ -120,8 +135,14 @@ def read_tensors(path: Path, name: str, pickled: str) -> Tensors:
     return read_weights(path, name)
 
 
-def check_sizes(values: dict[str, Any], names: Iterable[str], tensors: Tensors) -> None:
-    """Raise a ConfigError for a size beyond everything in the weights, before anything of that size is built."""
+def check_sizes(values: Values, names: Iterable[str], tensors: Tensors) -> None:
+    """Raise a ConfigError for a size larger than any in the weights, before anything of that size is built.
+
+    Args:
+        values: the content of a configuration file.
+        names: its entries that are sizes.
+        tensors: the weights.
+    """
     largest = max([len(tensors), *(size for tensor in tensors.values() for size in tensor.shape)])
     for name in names:
         value = values.get(name)
@@ -129,39 +150,56 @@ def check_sizes(values: dict[str, Any], names: Iterable[str], tensors: Tensors) 
             raise ConfigError(f"{name}={value}, but no tensor beside it is larger than {largest}.")
 
 
-def given(values: dict[str, Any], name: str, default: Any) -> Any:
-    """Raise a ConfigError for a null, which in a `ShadowConfig` would stand for the dialect's value."""
+def not_null(values: Values, name: str, default: float) -> Any:
+    """Return an entry of a configuration file.
+
+    Args:
+        values: the content of the file.
+        name: the entry.
+        default: returned where the entry is missing.
+
+    Raises:
+        ConfigError: the entry is null, which in a `ShadowConfig` would stand for the dialect's value.
+    """
     if values.get(name, default) is None:
         raise ConfigError(f"{name} is null; leave it out for {default}.")
     return values.get(name, default)
 
 
-def mirror(base: Architecture, form: str, sizes: dict[str, Any]) -> PretrainedConfig:
-    """The configuration of the backbone that the peers mirror from a base, whatever its blocks are.
+def mirror(base: Architecture, package: str, sizes: dict[str, Any]) -> PretrainedConfig:
+    """Return the configuration of the backbone that the other packages mirror from a base.
+
+    Args:
+        base: the base's parts.
+        package: the format's name, for the message.
+        sizes: fields of the configuration that differ from the base's; None for those that do not.
 
     Raises:
-        BaseModelError: blocks whose mirror Umbra cannot run.
-        ConfigError: sizes that this architecture does not have.
+        BaseModelError: Umbra cannot run a mirror of these blocks.
+        ConfigError: the architecture does not have one of the sizes.
     """
-    given = {"num_hidden_layers": 1, **{k: v for k, v in sizes.items() if v is not None}}
+    changed = {"num_hidden_layers": 1, **{k: v for k, v in sizes.items() if v is not None}}
     if not set(architectures.layer_types(base.config)) <= ATTENTION_TYPES:
         raise BaseModelError(
-            f"{form} mirrors the recurrent blocks of {base.config.model_type}; Umbra cannot run those."
+            f"{package} mirrors the recurrent blocks of {base.config.model_type}; Umbra cannot run those."
         )
-    if given["num_hidden_layers"] > 1 and architectures.scales_by_depth(base.config):
+    if changed["num_hidden_layers"] > 1 and architectures.scales_by_depth(base.config):
         raise BaseModelError(
-            f"{base.config.model_type} scales attention by depth (scale_attn_by_inverse_layer_idx): {form} does so in a "
+            f"{base.config.model_type} scales attention by depth (scale_attn_by_inverse_layer_idx): {package} does so in a "
             "shadow of several layers, Umbra does not."
         )
-    return architectures.mirror_config(base.config, given)
+    return architectures.mirror_config(base.config, changed)
 
 
 def explicit(path: str) -> tuple[PretrainedConfig, bool]:
-    """The backbone configuration of a pretrained shadow, and whether it is a projected one.
+    """Return the backbone configuration of a pretrained shadow, and whether a projection comes with it.
+
+    Args:
+        path: a path or hub id.
 
     Raises:
-        ConfigError: nothing there.
-        BaseModelError: no causal decoder.
+        ConfigError: there is no model.
+        BaseModelError: it is no causal decoder.
     """
     config, projected = backbone_config(path)
     if config.get_text_config() is not config or not architectures.is_causal(config):
@@ -170,68 +208,76 @@ def explicit(path: str) -> tuple[PretrainedConfig, bool]:
 
 
 def plain_state(shadow: Shadow) -> Tensors:
-    """Its tensors, with the measured scale of channels, which the peers do not have, multiplied into W_down."""
+    """Return a shadow's tensors, with the measured input scale, which the other packages do not have, folded into W_down."""
     state = shadow.state_dict()
     for l, injection in shadow.couplings.injections.items():
         name = f"couplings.injections.{l}."
         if state.pop(f"{name}channels", None) is not None:
-            state[f"{name}down.weight"] = injection.reader().detach()  # type: ignore[operator]
+            assert isinstance(injection, Injection)
+            state[f"{name}down.weight"] = injection.reader().detach()
     return state
 
 
-def dead_update(base: Architecture, config: ShadowConfig) -> Tensors:
-    """Zeros for the update after the last coupled block, which both peers carry: it feeds nothing."""
+def unused_update(base: Architecture, config: ShadowConfig) -> Tensors:
+    """Return zeros for the update after the last coupled block, which both packages store: nothing reads its result."""
     with torch.device("meta"):
         shapes = Update(base.config.hidden_size, config).state_dict()
     return {name: torch.zeros(value.shape) for name, value in shapes.items()}
 
 
-def dead_table(layout: Layout, prefix: str, base: Architecture) -> None:
-    """The embedding table that the peers leave inside a mirrored shadow which reads the base's embeddings.
+def add_unused_table(layout: Layout, prefix: str, base: Architecture) -> None:
+    """Add the embedding table that the other packages leave in a mirrored shadow that reads the base's embeddings.
 
-    They take out only what is called ``embed_tokens``.
+    They remove modules named ``embed_tokens`` alone.
+
+    Args:
+        layout: where the table is added.
+        prefix: of the backbone's tensors.
+        base: the base's parts.
     """
     name = architectures.name_of(base.decoder, base.embeddings)
     if name != "embed_tokens":
-        layout.dead(f"{prefix}{name}.weight", base.embeddings.weight)
+        layout.unused(f"{prefix}{name}.weight", base.embeddings.weight)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def refuse(form: str, what: str, instead: str) -> CheckpointError:
-    """The error for what a format cannot express."""
-    return CheckpointError(f"A {form} adapter cannot have {what}: {instead}.")
+def refusal(package: str, feature: str, reason: str) -> CheckpointError:
+    """Return the error for a feature that a format cannot express."""
+    return CheckpointError(f"A {package} adapter cannot have {feature}: {reason}.")
 
 
-def refuse_other_fields(config: ShadowConfig, fixed: dict[str, Any], form: str) -> None:
-    """Raise a CheckpointError unless the constants that a format has built in have its values."""
+def refuse_other_fields(config: ShadowConfig, fixed: dict[str, Any], package: str) -> None:
+    """Raise a CheckpointError unless the fields that a format does not store have the values that it fixes."""
     values = config.to_dict()["constants"]
     for name, value in fixed.items():
         if values[name] != value and not (name == "dropout_position" and config.dropout == 0):
-            raise refuse(form, f"{name}={values[name]}", f"it always has {name}={value}")
+            raise refusal(package, f"{name}={values[name]}", f"it always has {name}={value}")
 
 
-def refuse_unreachable(base: Architecture, form: str) -> None:
-    """Raise a CheckpointError for a base in which the peers do not find the blocks."""
+def refuse_unreachable(base: Architecture, package: str) -> None:
+    """Raise a CheckpointError for a base in which the other packages do not find the blocks."""
     blocks = architectures.name_of(base.model, base.blocks)
     if base.decoder is not base.model.base_model or blocks.rpartition(".")[2] not in ("layers", "h"):
-        raise refuse(form, f"a base with its blocks at {blocks}", "that package does not find them there")
+        raise refusal(package, f"a base with its blocks at {blocks}", "that package does not find them there")
 
 
-def refuse_other_backbone(shadow: Shadow, expected: PretrainedConfig, form: str) -> None:
-    """Raise a CheckpointError unless the shadow is what the format would mirror from the base."""
-    found, wanted = (_model_fields(c) for c in (shadow.backbone.config, expected))
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise refuse(form, f"a shadow with {name}={found.get(name)}", f"it would be built with {wanted.get(name)}")
+def refuse_other_backbone(shadow: Shadow, expected: PretrainedConfig, package: str) -> None:
+    """Raise a CheckpointError unless the shadow's backbone is the one that the package would mirror from the base."""
+    fields, mirrored = (_model_fields(c) for c in (shadow.backbone.config, expected))
+    for name in sorted(fields.keys() | mirrored.keys()):
+        if fields.get(name) != mirrored.get(name):
+            feature = f"a shadow with {name}={fields.get(name)}"
+            raise refusal(package, feature, f"it would be built with {mirrored.get(name)}")
 
 
-def _model_fields(config: PretrainedConfig) -> dict[str, Any]:
+def _model_fields(config: PretrainedConfig) -> Values:
+    """The entries of a configuration that describe the model."""
     values = json.loads(config.to_json_string(use_diff=False))
     return {k: v for k, v in values.items() if k not in (*NOT_OF_THE_MODEL, "use_cache")}
 
 
 def head_weights(head: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a task head by name."""
+    """Return the tensors of a task head by name."""
     return {name: value.detach() for name, value in head.state_dict().items()}

