@@ -159,7 +159,7 @@ def explain_unknown_keys(cls: type, explain: Callable[[str, object], ConfigError
                 raise explain(key, value)
         plain_init(self, **values)
 
-    cls.__init__ = init
+    setattr(cls, "__init__", init)  # noqa: B010 (a type checker refuses the plain assignment)
 
 
 explain_unknown_keys(DialectConstants, lambda key, _: unknown_key(key, CONSTANT_NAMES, "constants"))

@@ -308,4 +308,6 @@ def _fits(value: object, hint: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
     if hint is str:
         return isinstance(value, str) and "\0" not in value and value == value.encode(errors="replace").decode()
-    return isinstance(value, form or hint)
+    kind = form or hint
+    assert isinstance(kind, type)
+    return isinstance(value, kind)
