@@ -364,7 +364,8 @@ def own_loop(
     torch.manual_seed(7)
     losses = []
     for step in range(steps):
-        model.progress.fill_(step / steps)
+        if hasattr(model, "progress"):  # removed with distillation_schedule
+            model.progress.fill_(step / steps)
         for part in range(accumulation):
             batch = batch_of(model, accumulation * step + part, bool((base or {}).get("classifier")))
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -1062,6 +1063,9 @@ def compare(first: Path, second: Path, mapping_file: Path | None, ignore: list[s
     if mapping_file is not None:
         mapping = json.loads(mapping_file.read_text())
         before, ignore = {name: renamed(case, mapping) for name, case in before.items()}, [*ignore, "bytes"]
+        removed = set(mapping.get("removed", ()))  # cases of options that are no longer there
+        before = {name: case for name, case in before.items() if name not in removed}
+        b["cases"] = {name: case for name, case in b["cases"].items() if name not in removed}
     counts: dict[str, int] = {}
     for name in [*before, *(n for n in b["cases"] if n not in before)]:
         for kind, path, x, y in differences(before.get(name, "<absent>"), b["cases"].get(name, "<absent>"), (name,)):
