@@ -18,8 +18,8 @@ import umbra
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, Collator, Record, encode_all
 from umbra.generation.drafting import frequent_tokens
-from umbra.method.core import labelled_positions
 from umbra.method.kernels import Head, linear_loss
+from umbra.method.losses import labelled_positions
 from umbra.options import EMBEDDED
 from umbra.training.train import DEFAULTS
 

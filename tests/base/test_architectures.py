@@ -22,7 +22,7 @@ from support.tables import ELSEWHERE, FAMILIES, REFUSED
 from support.tiny import CONFIGS, DIALECTS, VOCAB, gradients, randomise, scramble, tokens
 from umbra.base import architectures
 from umbra.method import kernels
-from umbra.method.hooks import HeadPlan
+from umbra.method.head_inputs import HeadInputs
 
 IDS, PADS = tokens(2, 9), 4
 MASK = torch.ones_like(IDS)
@@ -81,7 +81,7 @@ def check(column: str):
 
 def shadow_path(model: umbra.ShadowModel, ids: torch.Tensor) -> torch.Tensor:
     """(B, T, V): what training's one call of the head gives for s⁰."""
-    plan = HeadPlan([(None, model.shadow.heads)], flatten=True, keep=torch.arange(1))
+    plan = HeadInputs([(None, model.shadow.heads)], flatten=True, positions=torch.arange(1))
 
     def use_state(s0: torch.Tensor) -> None:
         plan.extra = architectures.head_input(model.base, s0.reshape(-1, s0.shape[-1]))

@@ -18,7 +18,7 @@ from umbra.data import ChatFormatter, encode_all
 from umbra.data.chat import Conversation
 from umbra.data.tokens import encode
 from umbra.evaluation.scoring import score_generation
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # The end of an answer as it is learned, written by hand: {} is its text.

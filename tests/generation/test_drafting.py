@@ -18,13 +18,13 @@ from support.architectures_vision import batch_of
 from support.drafts import NEW, agreeing, assert_some_of_both, drafted, each_architecture, plain
 from support.tables import FAMILIES
 from support.tiny import CONFIGS, LAYERS, VOCAB, tokens
-from umbra.method.hooks import _frames
+from umbra.method.hooks import open_contexts
 
 
 @pytest.fixture(autouse=True)
 def no_frame_stays_open():
     yield
-    assert _frames.stack == []
+    assert open_contexts() == []
 
 
 # -- greedy: the same tokens ---------------------------------------------------------------------------------------

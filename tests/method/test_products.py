@@ -71,7 +71,7 @@ OTHERS = {
 def test_anything_else_is_left_to_pytorch(kind, calls):
     dtype, context, trainable = OTHERS[kind]
     layer, x = nn.Linear(K, N).to(dtype).requires_grad_(trainable), torch.randn(3, K, dtype=dtype)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     with context():
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     assert not calls
@@ -82,7 +82,7 @@ def test_anything_else_is_left_to_pytorch(kind, calls):
 
 def test_transforms_of_functions_are_left_to_pytorch(calls):
     layer = nn.Linear(K, N).requires_grad_(False)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     x = torch.randn(4, 3, K)
     torch.testing.assert_close(torch.func.vmap(layer)(x), F.linear(x, layer.weight, layer.bias))
     assert not calls
@@ -108,7 +108,7 @@ def test_a_training_step_and_generation_are_the_plain_ones(name, calls):
 
 
 def quick(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(vars(m).get("forward"), module.Quick)]
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), module.PatchedForward)]
 
 
 def test_unloading_leaves_nothing_behind():
@@ -128,8 +128,8 @@ def test_the_detached_model_is_stock():
 def test_what_others_have_put_in_place_stays():
     layer = nn.Linear(K, N)
     theirs = layer.forward = lambda x: x
-    kernels.quicken([layer])
-    kernels.leave_alone([layer])
+    kernels.patch_linears([layer])
+    kernels.unpatch_linears([layer])
     assert layer.forward is theirs
 
 
@@ -149,7 +149,7 @@ def test_copies_compute_with_weights_of_their_own(way, calls):
 def test_small_matrices_are_not_worth_the_call(monkeypatch):
     monkeypatch.setattr(module, "SMALLEST", N * K + 1)
     layer = nn.Linear(K, N)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     assert not quick(layer)
 
 
@@ -159,6 +159,6 @@ def test_mkl_keeps_the_products_of_its_makers_cpus(cpu, faster, monkeypatch, cal
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(module, "ONEDNN_IS_FASTER", module._onednn_is_faster())
     layer = nn.Linear(K, N).requires_grad_(False)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     kernels.product(torch.randn(3, K), layer.weight, layer.bias)
     assert bool(quick(layer)) == bool(calls) == faster

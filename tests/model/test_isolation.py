@@ -13,7 +13,7 @@ from torch import nn
 import umbra
 from support.tiny import ARCHITECTURES, DIALECTS, assert_same, gradients, make, make_base, partly_labelled, tokens
 from umbra.base.architectures import locate
-from umbra.method.hooks import _frames
+from umbra.method.hooks import open_contexts
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
@@ -23,7 +23,7 @@ kinds = pytest.mark.parametrize("classifier", [False, True], ids=["lm", "classif
 @pytest.fixture(autouse=True)
 def no_frame_stays_open():
     yield
-    assert _frames.stack == []
+    assert open_contexts() == []
 
 
 def generate(model, ids, **options) -> torch.Tensor:
@@ -253,7 +253,7 @@ def test_an_error_in_mid_forward_leaves_nothing_behind(name, classifier, place):
         with pytest.raises(Broken), model.disable_adapter():
             model(ids)
         handle.remove()
-        assert _frames.stack == []
+        assert open_contexts() == []
         assert torch.equal(model(ids).logits, expected)
 
 
@@ -270,7 +270,7 @@ def test_an_error_in_mid_backward_leaves_nothing_behind(name, reentrant):
         loss.backward()
     handle.remove()
     model.zero_grad()
-    assert _frames.stack == []
+    assert open_contexts() == []
     assert_same(train_step(model, ids), expected)
 
 

@@ -23,9 +23,9 @@ from support.tiny import (
     tokens,
 )
 from umbra.method import kernels
-from umbra.method.core import labelled_positions
 from umbra.method.hooks import _Hook
-from umbra.method.kernels import saved
+from umbra.method.kernels import recomputation
+from umbra.method.losses import labelled_positions
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
@@ -277,7 +277,11 @@ def test_the_fast_forms_are_the_plain_ones(name, fields):
 def test_outputs_of_activations_are_computed_again(name, monkeypatch):
     """Once in each block that gradients pass through, and not where the user has a hand in what is kept."""
     model, ids, again = make(name, first_layer=2).train(), tokens(3, 11), []
-    monkeypatch.setattr(saved.Again, "give_back", lambda self, was=saved.Again.give_back: again.append(1) or was(self))
+    monkeypatch.setattr(
+        recomputation.Recomputed,
+        "unpack",
+        lambda self, was=recomputation.Recomputed.unpack: again.append(1) or was(self),
+    )
     model(ids, labels=partly_labelled(ids)).loss.backward()
     assert len(again) == LAYERS - 2
     with torch.autograd.graph.save_on_cpu():
@@ -287,7 +291,7 @@ def test_outputs_of_activations_are_computed_again(name, monkeypatch):
 
 def test_what_is_kept_must_not_change():
     x = torch.randn(3, requires_grad=True)
-    with saved.sparing():
+    with recomputation.recompute_activations():
         y = x.exp()
         z = y.square()
     y.add_(1)

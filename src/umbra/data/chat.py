@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from umbra.data.records import Message, Record, normalize, record_kind
 from umbra.data.tokens import Segments, cut_where_merged, encode, encode_segments, special_ends
 from umbra.errors import DataError
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 
 THINK, END_OF_THOUGHT = "<think>", "</think>"
 HIDDEN = {THINK: "\ue000", END_OF_THOUGHT: "\ue001"}  # what templates do not take for reasoning

@@ -25,7 +25,7 @@ from umbra.data.readers import read_records, read_rows
 from umbra.data.sources import text_files
 from umbra.data.text_files import read_text, text_lines
 from umbra.errors import DataError, shown
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 from umbra.options import speaks
 
 SPACES = re.compile(r"\s+")

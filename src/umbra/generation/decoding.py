@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from umbra.base import architectures
 from umbra.errors import BaseModelError, ConfigError, StateError
 from umbra.generation.caches import check_pages, check_undivided, take_back_last, undivided
-from umbra.method.hooks import packed
+from umbra.method.adapter_state import packed
 
 # Arguments of generate() itself, which some bases' own preparation passes on to the forward.
 OF_GENERATE = ("tokenizer", "assistant_tokenizer", "next_sequence_length", "is_first_iteration")

@@ -27,7 +27,9 @@ from umbra.errors import BaseModelError, ConfigError, StateError, shown
 from umbra.generation.caches import is_interrupted, undivided
 from umbra.generation.decoding import Decoding
 from umbra.generation.speculation import Drafted, Pace, Text
-from umbra.method.hooks import Frame, HeadPlan, Lane
+from umbra.method.adapter_state import AdapterState
+from umbra.method.head_inputs import HeadInputs
+from umbra.method.hooks import ForwardContext
 from umbra.method.kernels import product
 from umbra.shadow.network import Shadow, check_draft_tokens
 
@@ -258,8 +260,8 @@ class Drafter:
         ids = torch.cat([ids, *(one.tokens[:, None] for one in drafted)], 1)
         batch, _ = _prepare(model, ids, told, len(drafted))
         batch.pop("logits_to_keep", None)
-        lane = Lane(self.shadow.couplings, torch.cat(states, 1))
-        with Frame(model._attachment, [lane], HeadPlan([(None, self.shadow.heads)])):
+        lane = AdapterState(self.shadow.couplings, torch.cat(states, 1))
+        with ForwardContext(model._attachment, [lane], HeadInputs([(None, self.shadow.heads)])):
             return model._call_base(batch, return_dict=True).logits
 
 

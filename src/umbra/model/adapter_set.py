@@ -15,7 +15,7 @@ from umbra.base.fingerprint import fingerprint
 from umbra.config import ShadowConfig, check_kind
 from umbra.errors import BaseModelError, ConfigError, StateError
 from umbra.method import kernels
-from umbra.method.hooks import Attachment, Frame
+from umbra.method.hooks import Attachment, ForwardContext
 from umbra.shadow.network import Shadow
 
 DEFAULT = "default"  # the name of the shadow that `attach` and `load` make
@@ -72,7 +72,7 @@ class Adapters:
         """
         check_kind(config)
         name = self._check_new_name(name)
-        with Frame(self._attachment, disabled=True):  # the base may be asked for its hidden states
+        with ForwardContext(self._attachment, disabled=True):  # the base may be asked for its hidden states
             shadow = Shadow(architectures.locate(self.base), config.resolve())
         self._seat(name, shadow)
 
@@ -114,8 +114,8 @@ class Adapters:
         if chosen is before:
             return
         others = {n: s for n, s in self.resting.items() if n != name}
-        before.rest()
-        chosen.wake()
+        before.freeze()
+        chosen.unfreeze()
         self.resting = nn.ModuleDict({self.active_adapter: before, **others})
         self.shadow, self.active_adapter = chosen, name
         self._settle()
@@ -166,7 +166,7 @@ class Adapters:
         table = self.base.resize_token_embeddings(new_num_tokens, *args, **options)
         located = architectures.locate(self.base)
         self._attachment.settle_head(located.head)
-        kernels.quicken([located.head])
+        kernels.patch_linears([located.head])
         for name in self.adapters:
             self.adapter(name).resize(located)
         self.config.get_text_config(decoder=True).vocab_size = architectures.vocabulary_size(table)
@@ -274,7 +274,7 @@ class Adapters:
     def _seat(self, name: str, shadow: Shadow) -> None:
         before = self.adapter(name) if name in self.adapters else None
         shadow.place(self._free_cache_layer(len(shadow.cache_layers), before))
-        kernels.quicken(shadow.modules())
+        kernels.patch_linears(shadow.modules())
         shadow.train(self.shadow.training)
         shadow.added_tokens = self.shadow.added_tokens
         if shadow.added_tokens is not None and self.adapters != [name]:
@@ -282,7 +282,7 @@ class Adapters:
         if before is self.shadow:
             self.shadow = shadow
         else:
-            shadow.rest()
+            shadow.freeze()
             self.resting[name] = shadow
         self._settle()
 

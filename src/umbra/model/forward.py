@@ -13,7 +13,9 @@ from umbra.errors import ConfigError, StateError, unknown_key
 from umbra.generation import caches
 from umbra.generation.decoding import SHADOW_MASK
 from umbra.method import kernels
-from umbra.method.hooks import Attachment, Frame, HeadPlan, Lane
+from umbra.method.adapter_state import AdapterState
+from umbra.method.head_inputs import HeadInputs
+from umbra.method.hooks import Attachment, ForwardContext
 from umbra.model.adapter_set import group_rows, pick_rows
 from umbra.shadow.network import BATCH_ARGUMENTS, Shadow
 
@@ -62,7 +64,7 @@ class Forward:
         groups = group_rows(names, len(x), x.device)
         return [(self.adapter(name), None if len(rows) == len(x) else rows) for name, rows in groups.items()]
 
-    def _lane(self, batch: dict[str, Any], given: dict[str, Any], shadow: Shadow, rows: Tensor | None) -> Lane:
+    def _lane(self, batch: dict[str, Any], given: dict[str, Any], shadow: Shadow, rows: Tensor | None) -> AdapterState:
         seen = self._seen_by(shadow, batch, given)
         cache = seen["past_key_values"]
         if len(self.adapters) > 1:
@@ -70,11 +72,11 @@ class Forward:
                 cache, len(self._attachment.blocks), shadow.cache_layers
             )
         if rows is None:
-            return Lane(shadow.couplings, self._initial_state(seen, shadow))
+            return AdapterState(shadow.couplings, self._initial_state(seen, shadow))
         if cache is None and not given:
-            return Lane(shadow.couplings, self._initial_state(pick_rows(seen, rows), shadow), rows)
+            return AdapterState(shadow.couplings, self._initial_state(pick_rows(seen, rows), shadow), rows)
         # A layer of the cache has a row for each of the batch: the shadow runs on all, and its own are picked after.
-        return Lane(shadow.couplings, self._initial_state(seen, shadow)[rows], rows)
+        return AdapterState(shadow.couplings, self._initial_state(seen, shadow)[rows], rows)
 
     def _seen_by(self, shadow: Shadow, batch: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """The batch, where the decoder was given other things (embeddings with images in them), those; padding as (B, T)
@@ -98,9 +100,9 @@ class Forward:
         self,
         batch: dict[str, Any],
         route: Route,
-        head: HeadPlan | None = None,
+        head: HeadInputs | None = None,
         use_state: Callable[[Tensor], Any] | None = None,
-    ) -> Frame:
+    ) -> ForwardContext:
         """The frame of a forward.
 
         Args:
@@ -108,24 +110,24 @@ class Forward:
                 runs, or as soon as its decoder is given embeddings with those of images among them.
         """
 
-        def start(given: dict[str, Any]) -> list[Lane]:
+        def start(given: dict[str, Any]) -> list[AdapterState]:
             lanes = [self._lane(batch, given, shadow, rows) for shadow, rows in route]
             if use_state is not None:
                 use_state(lanes[0].slots[self.shadow.couplings.layers[0]])
             return lanes
 
-        return Frame(self._attachment, start if self._merges_embeddings else start({}), head)
+        return ForwardContext(self._attachment, start if self._merges_embeddings else start({}), head)
 
     def _run_base(
         self,
         batch: dict[str, Any],
         route: Route,
-        head: HeadPlan,
+        head: HeadInputs,
         use_state: Callable[[Tensor], Any] | None = None,
     ) -> dict[str, Any]:
         """The base's output by name; see `_frame`."""
-        sparing = kernels.sparing() if kernels.in_use() else nullcontext()
-        with self._undivided(batch), self._frame(batch, route, head, use_state), sparing:
+        recompute = kernels.recompute_activations() if kernels.in_use() else nullcontext()
+        with self._undivided(batch), self._frame(batch, route, head, use_state), recompute:
             return dict(self._call_base(batch, return_dict=True))
 
     def _undivided(self, batch: dict[str, Any]) -> Any:

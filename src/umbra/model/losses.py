@@ -16,9 +16,10 @@ from torch import Tensor
 from umbra.base import architectures, quantized, sharded
 from umbra.errors import BaseModelError, ConfigError
 from umbra.method import kernels
-from umbra.method.core import at_least_one, labelled_positions, token_loss
-from umbra.method.hooks import HeadPlan, is_plain_linear
+from umbra.method.head_inputs import HeadInputs
+from umbra.method.hooks import is_plain_linear
 from umbra.method.kernels import Head, linear_loss
+from umbra.method.losses import at_least_one, labelled_positions, token_loss
 from umbra.model.forward import Route
 from umbra.model.paths import CausalPaths
 
@@ -118,7 +119,7 @@ class Labelled(CausalPaths):
             ce, kl = linear_loss(states, shadow, to_say, (rows.detach()[chosen.to(rows.device)], attached))
             found["shadow"], found["distillation"] = factor * (ce + apart) / own_count, factor * kl / own_count
 
-        plan = HeadPlan((), flatten=True, keep=positions, use=use_rows)
+        plan = HeadInputs((), flatten=True, positions=positions, consume=use_rows)
         out = self._run_base(batch, route, plan, use_state if self._reads_s0 else None)
         _check_read(plan, self.base)
         return out, Losses(found["task"], found.get("shadow"), found.get("distillation"))
@@ -128,8 +129,8 @@ class Labelled(CausalPaths):
     ) -> tuple[dict[str, Any], Losses]:
         positions, targets, own, own_targets, same = labels
         chosen, factor = self._every(own)
-        plan = HeadPlan(
-            [(rows, shadow.heads) for shadow, rows in route], flatten=True, keep=positions if skip_logits else None
+        plan = HeadInputs(
+            [(rows, shadow.heads) for shadow, rows in route], flatten=True, positions=positions if skip_logits else None
         )
 
         def use_state(s0: Tensor) -> None:
@@ -138,7 +139,7 @@ class Labelled(CausalPaths):
 
         out = self._run_base(batch, route, plan, use_state if self._reads_s0 else None)
         _check_read(plan, self.base)
-        logits, shadow = out["logits"][0, : plan.rows], out["logits"][0, plan.rows :]
+        logits, shadow = out["logits"][0, : plan.num_rows], out["logits"][0, plan.num_rows :]
         at_labels = logits if skip_logits else logits[positions.to(logits.device)]
         shape = (batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]).shape[:2]
         out["logits"] = logits.view(*shape, -1) if not skip_logits else None
@@ -231,8 +232,8 @@ class Labelled(CausalPaths):
         return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
-def _check_read(plan: HeadPlan, base: Any) -> None:
-    if plan.rows is None:
+def _check_read(plan: HeadInputs, base: Any) -> None:
+    if plan.num_rows is None:
         raise BaseModelError(
             f"{type(base).__name__} does not call its output embeddings as a module; its labelled positions cannot be "
             "chosen."

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from umbra.base import architectures
 from umbra.errors import ConfigError, StateError
-from umbra.method.hooks import Frame, HeadPlan
+from umbra.method.head_inputs import HeadInputs
+from umbra.method.hooks import ForwardContext
 from umbra.model.forward import Forward
 
 NOTHING_TO_TRAIN = (
@@ -32,17 +33,17 @@ class Paths(Forward):
         frame = self._attachment.current()
         return frame is not None and frame.disabled
 
-    def disable_adapter(self) -> Frame:
+    def disable_adapter(self) -> ForwardContext:
         """A context in which this thread runs the bare base: ``with model.disable_adapter(): model(...)``."""
-        return Frame(self._attachment, disabled=True)
+        return ForwardContext(self._attachment, disabled=True)
 
-    def attached_only(self) -> Frame:
+    def attached_only(self) -> ForwardContext:
         """A context in which losses are the task's alone: for a trainer that adds the shadow's by itself."""
-        return Frame(self._attachment, only="attached")
+        return ForwardContext(self._attachment, only="attached")
 
-    def shadow_only(self) -> Frame:
+    def shadow_only(self) -> ForwardContext:
         """A context in which logits and losses are the shadow's own, as after detaching; nothing is cached."""
-        return Frame(self._attachment, only="shadow")
+        return ForwardContext(self._attachment, only="shadow")
 
     @property
     def _only(self) -> str | None:
@@ -159,6 +160,6 @@ class CausalPaths(Paths):
         """(B · T, V) from s⁰, by the head within a forward of the base on one token, which scales and caps them too."""
         nothing = torch.zeros(1, 1, dtype=torch.long, device=s0.device)
         rows = architectures.head_input(self.base, s0.flatten(0, 1))
-        plan = HeadPlan([(None, self.shadow.heads)], flatten=True, keep=nothing[0, :0], extra=rows)
-        with Frame(self._attachment, head=plan):
+        plan = HeadInputs([(None, self.shadow.heads)], flatten=True, positions=nothing[0, :0], extra=rows)
+        with ForwardContext(self._attachment, head=plan):
             return self.base(input_ids=nothing, use_cache=False, return_dict=True).logits[0]

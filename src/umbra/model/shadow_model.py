@@ -19,8 +19,9 @@ from umbra.config import ShadowConfig, check_kind
 from umbra.errors import BaseModelError, ConfigError
 from umbra.generation.drafting import Drafting
 from umbra.method import kernels
-from umbra.method.core import IGNORED, as_classes, classification_loss, token_loss
-from umbra.method.hooks import Attachment, HeadPlan, check_free
+from umbra.method.head_inputs import HeadInputs
+from umbra.method.hooks import Attachment, check_free
+from umbra.method.losses import IGNORED, as_classes, classification_loss, token_loss
 from umbra.model.adapter_set import DEFAULT, Adapters
 from umbra.model.losses import Labelled, Labels, Losses
 from umbra.model.paths import Paths
@@ -115,7 +116,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         self._rows_before: list[Tensor] = []  # of added tokens, where the base had such already
         self._attachment = Attachment(located.blocks, base, located.head_name, decoder, located.stream)
         base.requires_grad_(False)
-        kernels.quicken(self.modules())
+        kernels.patch_linears(self.modules())
         self.train(base.training)
 
     @property
@@ -189,7 +190,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         """
         self._attachment.remove()
         self._remove_added_tokens()
-        kernels.leave_alone(self.base.modules())
+        kernels.unpatch_linears(self.base.modules())
         if not self._was_checkpointing:
             self.base.activation_checkpointing_disable()
         architectures.restore_modes(self.base, self._modes)
@@ -315,7 +316,7 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
             )
         _check_replacement("head", self.base_head, new_embeddings)
         self._replace(self.base.set_output_embeddings, self.base_head, new_embeddings)
-        kernels.quicken([new_embeddings])
+        kernels.patch_linears([new_embeddings])
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
         """As in transformers; blocks below the first coupled one keep nothing for a backward and are left out."""
@@ -473,7 +474,7 @@ class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
         self._prepare_cache(batch, route)
         length = (batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]).shape[1]
         kept = architectures.logits_to_keep(self.base.config, logits_to_keep, length)
-        heads = HeadPlan([(rows, shadow.heads) for shadow, rows in route])
+        heads = HeadInputs([(rows, shadow.heads) for shadow, rows in route])
         values = self._run_base({**batch, "logits_to_keep": kept if places is None else 0}, route, heads)
         if places is not None:
             at_labels = values["logits"].flatten(0, 1)[places.positions.to(values["logits"].device)]
@@ -545,7 +546,7 @@ class ShadowForSequenceClassification(ShadowModel):
         route = self._route(batch, adapter_names)
         self._prepare_cache(batch, route)
         heads, states = [(rows, shadow.heads) for shadow, rows in route], []
-        values = self._run_base(batch, route, HeadPlan(heads), states.append if adapter_names is None else None)
+        values = self._run_base(batch, route, HeadInputs(heads), states.append if adapter_names is None else None)
         if labels is not None:
             alone = None
             if states and self._weight > 0:

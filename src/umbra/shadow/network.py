@@ -200,14 +200,14 @@ class Shadow(nn.Module):
         architectures.shift_layer_indices(self.backbone, first_cache_layer - self.first_cache_layer)
         self.first_cache_layer = first_cache_layer
 
-    def rest(self) -> None:
-        """Freeze all weights, until `wake`."""
+    def freeze(self) -> None:
+        """Freeze all weights, until `unfreeze`."""
         if self.trained is None:
             self.trained = [name for name, p in self.named_parameters() if p.requires_grad]
         self.requires_grad_(False)
 
-    def wake(self) -> None:
-        """Train again what was trained before `rest`."""
+    def unfreeze(self) -> None:
+        """Make the weights trainable again that were trainable before `freeze`."""
         for name in self.trained or ():
             self.get_parameter(name).requires_grad_()
         self.trained = None

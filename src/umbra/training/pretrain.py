@@ -42,9 +42,9 @@ from umbra.deploy.detach import detach, write_detached
 from umbra.errors import BaseModelError, CheckpointError, ConfigError, DataError
 from umbra.files import folder
 from umbra.files.locks import locked
-from umbra.method.core import labelled_positions
-from umbra.method.divergences import KINDS, Teacher, linear_divergence, teach
+from umbra.method.divergences import KINDS, Teacher, linear_divergence, teacher_log_probs
 from umbra.method.kernels import Head, linear_loss
+from umbra.method.losses import labelled_positions
 from umbra.model.shadow_model import attach
 from umbra.options import PretrainOptions, speaks
 from umbra.shadow.pretrained import check_vocabulary
@@ -334,7 +334,7 @@ class Pretrainer(ShadowTrainer):
                 if teacher is None:
                     assert self.teacher is not None
                     return self.teacher.read(at[0][part], at[1][part], rows.device)
-                return teach(attached.logits(teacher[part]), options.temperature, options.teacher_top_k)
+                return teacher_log_probs(attached.logits(teacher[part]), options.temperature, options.teacher_top_k)
 
             total = total + linear_divergence(rows, shadow, told, options.divergence, options.temperature)
         return total
@@ -365,7 +365,9 @@ def say(model: Any, ids: Tensor, options: PretrainOptions) -> Teacher:
     positions, _ = labelled_positions(ids)
     rows = base_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[positions]
     head = model._heads()[0]
-    parts = [teach(head.logits(part), options.temperature, options.teacher_top_k) for part in rows.split(ROWS)]
+    parts = [
+        teacher_log_probs(head.logits(part), options.temperature, options.teacher_top_k) for part in rows.split(ROWS)
+    ]
     return Teacher(*(torch.cat(found) for found in zip(*parts, strict=True)))
 
 

@@ -24,7 +24,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from umbra.adapters import checkpoint
 from umbra.base import sharded
 from umbra.errors import ConfigError
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 from umbra.model.paths import NOTHING_TO_TRAIN
 from umbra.model.shadow_model import ShadowModel
 from umbra.training.resuming import Resumable

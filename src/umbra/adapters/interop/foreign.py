@@ -181,7 +181,7 @@ def plain_state(shadow: Shadow) -> Tensors:
     for l, injection in shadow.couplings.injections.items():
         name = f"couplings.injections.{l}."
         if state.pop(f"{name}channels", None) is not None:
-            state[f"{name}down.weight"] = injection.reader().detach()  # type: ignore[operator]
+            state[f"{name}down.weight"] = injection.scaled_down().detach()  # type: ignore[operator]
     return state
 
 

@@ -19,8 +19,8 @@ from umbra.config import ShadowConfig
 from umbra.errors import ConfigError
 from umbra.lab.bench.base import Base
 from umbra.method import kernels
-from umbra.method.core import IGNORED, labelled_positions
 from umbra.method.kernels import Head, linear_loss
+from umbra.method.losses import IGNORED, labelled_positions
 from umbra.model.shadow_model import attach
 
 Batch = dict[str, Tensor]
@@ -88,7 +88,7 @@ def _quick(build: Callable[[Any, int, int], Any]) -> Callable[[Any, int, int], A
 
     def with_products(base: Any, rank: int, width: int) -> Any:
         model = build(base, rank, width)
-        kernels.quicken(model.modules())
+        kernels.patch_linears(model.modules())
         return model
 
     return with_products

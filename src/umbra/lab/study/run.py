@@ -26,7 +26,7 @@ from umbra.lab.study import record as records
 from umbra.lab.study.methods import build
 from umbra.lab.study.metrics import LOSS
 from umbra.lab.study.tasks import Task, TaskOptions, load_task
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 from umbra.model.shadow_model import ShadowModel
 from umbra.training.resuming import ResumableTrainer, last_checkpoint, read_progress
 from umbra.training.runs import make_arguments
