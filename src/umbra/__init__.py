@@ -18,7 +18,7 @@ _ROOMS = {
     "ShadowTrainer": "training.trainers",
     "StateError": "errors",
     "UmbraError": "errors",
-    "attach": "model.shadow_model",
+    "attach": "model.attach",
     "load": "adapters.checkpoint",
     "with_shadow_loss": "training.trainers",
 }
@@ -53,7 +53,8 @@ if TYPE_CHECKING:
         StateError,
         UmbraError,
     )
-    from umbra.model.shadow_model import ShadowModel, attach
+    from umbra.model.attach import attach
+    from umbra.model.shadow_model import ShadowModel
     from umbra.training.trainers import ShadowTrainer, with_shadow_loss
 
 

@@ -89,7 +89,7 @@ def shadow_path(model: umbra.ShadowModel, ids: torch.Tensor) -> torch.Tensor:
     batch = {"input_ids": ids, "inputs_embeds": None, "past_key_values": None}
     if architectures.takes_cache(model.base):
         batch["use_cache"] = False
-    out = model._run_base(batch, [(model.shadow, None)], plan, use_state)
+    out = model.runner.run(batch, [(model.shadow, None)], plan, use_state)
     return out["logits"][0, plan.rows :].view(*ids.shape, -1)
 
 

@@ -40,8 +40,8 @@ def test_a_draft_vocabulary_changes_no_token(name):
 def test_the_draft_head_gives_the_logits_of_the_shadow_alone(name):
     """Scaled and capped as the base's own code does; of a part of the vocabulary, those of its tokens."""
     model, ids = cast(build(name)), tokens(1)
-    state = model._initial_state({"input_ids": ids, "inputs_embeds": None})[:, -1]
-    expected = model._logits_alone(state[:, None])
+    state = model.runner.initial_state({"input_ids": ids, "inputs_embeds": None})[:, -1]
+    expected = model.losses.logits_alone(state[:, None])
     for part in (None, [7, 3, 90]):
         model.set_draft_vocabulary(part)
         found = drafting.DraftHead(model, model.shadow, ids.device)(state)

@@ -60,7 +60,7 @@ class HeadRows(_Hook):  # a hook of another class would keep the head from the f
     """Counts the rows that the base's output embeddings read."""
 
     def __init__(self, model):
-        super().__init__(model._attachment)
+        super().__init__(model.attachment)
         self.counts: list[int] = []
         model.base.get_output_embeddings().register_forward_hook(self)
 

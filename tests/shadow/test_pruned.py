@@ -101,7 +101,7 @@ def test_a_table_of_its_own_is_scaled_as_its_module_scales():
     states = []
     for embeddings in ("base", "own"):
         model = umbra.attach(base, umbra.ShadowConfig(**NARROW, embeddings=embeddings))
-        states.append(model._initial_state({"input_ids": tokens(), "inputs_embeds": None}))
+        states.append(model.runner.initial_state({"input_ids": tokens(), "inputs_embeds": None}))
         model.unload()
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 

@@ -149,7 +149,7 @@ def shadow_head(model):
 
 def shadow_logits(model, ids: torch.Tensor) -> torch.Tensor:
     """(B, T, V) or (B, T, C): head(s⁰)."""
-    s0 = model._initial_state({"input_ids": ids, "inputs_embeds": None})
+    s0 = model.runner.initial_state({"input_ids": ids, "inputs_embeds": None})
     return shadow_head(model)(s0.to(model.shadow.dtype if model.shadow.heads else model.base.dtype))
 
 

@@ -38,7 +38,8 @@ from umbra.base.loading import load_base
 from umbra.config import ShadowConfig
 from umbra.errors import BaseModelError, CheckpointError, ConfigError, UmbraError
 from umbra.files import folder, hub
-from umbra.model.shadow_model import ShadowModel, attach
+from umbra.model.attach import attach
+from umbra.model.shadow_model import ShadowModel
 from umbra.options import EMBEDDED
 from umbra.shadow.network import Shadow
 from umbra.shadow.pretrained import saved_config
@@ -102,7 +103,7 @@ def save(
         )
     given = (tokenizer, chat_template, chat_template_kwargs)
     prompting = (shadow.prompting or Prompting()).replaced(*given)
-    resting = next((f"resting.{n}." for n, s in model.resting.items() if s is shadow), None)
+    resting = next((f"inactive_adapters.{n}." for n, s in model.inactive_adapters.items() if s is shadow), None)
     if state_dict is not None and resting is not None:
         state_dict = {PREFIX + k.removeprefix(resting): v for k, v in state_dict.items() if k.startswith(resting)}
     source = sharded.whole_state(shadow, PREFIX) if state_dict is None else state_dict

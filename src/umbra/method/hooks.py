@@ -6,27 +6,21 @@ while no context is open raises: a hook that silently did nothing would answer w
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
+from umbra.base.added_tokens import AddedTokens
 from umbra.errors import BaseModelError, ConfigError, StateError
 from umbra.method import kernels, torch_internals
 from umbra.method.adapter_state import AdapterState
 from umbra.method.head_inputs import HeadInputs
 
 StartStates = Callable[[dict[str, Any]], Sequence[AdapterState]]  # from the keyword arguments of the decoder
-
-
-class AddedRows(Protocol):
-    """Added tokens, whose hooks follow the base's embeddings and head."""
-
-    def settle(self, base: nn.Module, head: nn.Module) -> None:
-        """Move the hooks to the embeddings and the head of now."""
-        ...
 
 
 class _Stack(threading.local):
@@ -87,7 +81,7 @@ class Attachment:
     def __init__(
         self,
         blocks: nn.ModuleList,
-        base: nn.Module,
+        base: PreTrainedModel,
         head_name: str,
         decoder: nn.Module | None = None,
         stream: int | None = None,
@@ -98,7 +92,7 @@ class Attachment:
         self.head_handles: list[RemovableHandle] = []
         self.decoder_handles: list[RemovableHandle] = []
         self.base, self.head_name = base, head_name
-        self.added_tokens: AddedRows | None = None
+        self.added_tokens: AddedTokens | None = None  # their hooks follow the base's embeddings and head
         self.settle_head(base.get_submodule(head_name))
         self.settle()
         if decoder is not None:
@@ -125,7 +119,7 @@ class Attachment:
         A wrapper that was put around a block after `attach` (activation checkpointing, FSDP) then has the hooks outside: it
         recomputes the block alone, never the coupling. A replaced head or embedding table gets its hooks.
         """
-        if (head := self.base.get_submodule(self.head_name)) is not self.head:
+        if (head := self.task_head) is not self.head:
             self.settle_head(head)
         if self.added_tokens is not None:
             self.added_tokens.settle(self.base, head)
@@ -159,6 +153,11 @@ class Attachment:
             if not context.chooses_path:
                 return None
         return None
+
+    @property
+    def task_head(self) -> nn.Module:
+        """The base's own task head."""
+        return self.base.get_submodule(self.head_name)
 
     @property
     def is_disabled(self) -> bool:

@@ -43,7 +43,7 @@ def check() -> None:
 
 def has_global_hook() -> bool:
     """Return whether a hook is registered for all modules of this process."""
-    return nn_module._has_any_global_hook()
+    return bool(nn_module._has_any_global_hook())
 
 
 def hooks_of(module: nn.Module) -> Iterator[object]:

@@ -45,7 +45,7 @@ from umbra.files.locks import locked
 from umbra.method.divergences import KINDS, Teacher, linear_divergence, teacher_log_probs
 from umbra.method.kernels import Head, linear_loss
 from umbra.method.losses import labelled_positions
-from umbra.model.shadow_model import attach
+from umbra.model.attach import attach
 from umbra.options import PretrainOptions, speaks
 from umbra.shadow.pretrained import check_vocabulary
 from umbra.training.resuming import last_checkpoint
@@ -135,7 +135,7 @@ def _pretrain(
     model: Any = attach(base, shadow)
     if model.shadow.projection is None and any("alignment" in losses for losses in stages.values()):
         raise ConfigError("The stage alignment trains the projection of a shadow of another width: this one has none.")
-    if model._heads() is None:
+    if model.losses.heads() is None:
         raise BaseModelError(
             f"{type(base).__name__} has a head that is more than one plain linear layer: use another base."
         )
@@ -302,8 +302,8 @@ class Pretrainer(ShadowTrainer):
 
     def _loss(self: Any, model: Any, inputs: dict[str, Tensor], count: Any) -> Tensor:
         blocks, (positions, targets) = inputs.pop("block"), labelled_positions(inputs.pop("labels"))
-        chosen, factor = model._every(positions)
-        heads, places = model._heads(), positions[chosen]
+        chosen, factor = model.losses.sample(positions, model.training)
+        heads, places = model.losses.heads(), positions[chosen]
         rows = shadow_states(model, inputs)[places]
         needs_base = set(self.losses) != {"next_token"} and self.teacher is None
         teacher = base_states(model, inputs)[places] if needs_base else None
@@ -364,7 +364,7 @@ def say(model: Any, ids: Tensor, options: PretrainOptions) -> Teacher:
     ids = ids.to(model.device)
     positions, _ = labelled_positions(ids)
     rows = base_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[positions]
-    head = model._heads()[0]
+    head = model.losses.heads()[0]
     parts = [
         teacher_log_probs(head.logits(part), options.temperature, options.teacher_top_k) for part in rows.split(ROWS)
     ]
@@ -412,7 +412,7 @@ def measure(model: Any, blocks: np.ndarray, batch_size: int) -> dict[str, float]
     """cross_entropy and divergence KL(base ‖ shadow), nats a token, and agreement, on blocks (N, T)."""
     was_training = model.training
     model.eval()
-    attached, shadow = model._heads()
+    attached, shadow = model.losses.heads()
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     for start in tqdm(
         range(0, len(blocks), batch_size), desc="measure", leave=False, disable=None if speaks() else True

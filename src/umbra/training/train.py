@@ -34,7 +34,7 @@ from umbra.errors import BaseModelError, CheckpointError, ConfigError, DataError
 from umbra.files import manifest
 from umbra.files.locks import locked
 from umbra.generation.drafting import frequent_tokens
-from umbra.model.shadow_model import attach
+from umbra.model.attach import attach
 from umbra.options import TrainOptions, listed, speaks
 from umbra.shadow.pretrained import check_vocabulary
 from umbra.training import warm_start
@@ -226,7 +226,7 @@ def leave_the_pair(model: Any) -> None:
     Raises:
         BaseModelError: a base that is fed images.
     """
-    if model._merges_embeddings:
+    if model.runner.merges_embeddings:
         raise BaseModelError(
             "detached_only runs no tower for images: train the pair, or take a language model for a base."
         )

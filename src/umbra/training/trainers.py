@@ -25,8 +25,8 @@ from umbra.adapters import checkpoint
 from umbra.base import sharded
 from umbra.errors import ConfigError
 from umbra.method.losses import IGNORED
-from umbra.model.paths import NOTHING_TO_TRAIN
 from umbra.model.shadow_model import ShadowModel
+from umbra.model.training_guard import NOTHING_TO_TRAIN
 from umbra.training.resuming import Resumable
 
 # Of an earlier state of the attached policy: no measure of how far the shadow's has moved.

@@ -21,7 +21,7 @@ from umbra.lab.bench.base import Base
 from umbra.method import kernels
 from umbra.method.kernels import Head, linear_loss
 from umbra.method.losses import IGNORED, labelled_positions
-from umbra.model.shadow_model import attach
+from umbra.model.attach import attach
 
 Batch = dict[str, Tensor]
 BASE, LORA = "bare base", "PEFT LoRA"

@@ -15,7 +15,7 @@ from umbra.config import ShadowConfig
 from umbra.errors import ConfigError, shown, unknown_key
 from umbra.lab.bench.base import Base
 from umbra.lab.bench.methods import trainable
-from umbra.model.shadow_model import attach
+from umbra.model.attach import attach
 from umbra.options import check_types, names
 from umbra.training.train import leave_the_pair
 

@@ -66,7 +66,7 @@ def in_projections(
 
 class _BoundaryContext(Context):
     is_after: bool  # whether h' is saved in place of h
-    epsilon: float | None
+    epsilon: float  # 0 without a norm
     activation: str
     alpha: float
 
@@ -81,7 +81,7 @@ class _UpdateAndInject(torch.autograd.Function):
         # In another precision than s, h cannot be recovered from h'.
         ctx.is_after = r is not None and h.dtype == s.dtype
         ctx.save_for_backward(out if ctx.is_after else h, s, state, r, *masks, *weights)  # pyright: ignore[reportArgumentType]
-        ctx.epsilon = boundary.norm[2] if boundary.norm else None
+        ctx.epsilon = boundary.norm[2] if boundary.norm else 0.0
         ctx.activation, ctx.alpha = boundary.activation, boundary.alpha
         return None if boundary.down is None else out, None if boundary.gate is None else state
 

@@ -1,7 +1,7 @@
 """A block boundary on a GPU: launches the Triton kernels of triton_kernels.py, which compute what boundary_torch.py does."""
 
 import functools
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from umbra.method.kernels.boundary import Boundary, Masks
 from umbra.method.kernels.first_order import Context, first_order
 
 kernels: Any = triton_kernels  # type checkers see plain functions, which cannot be subscripted by a grid
-OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 
 # Chosen from what the compiler reports for sm_80, sm_86 and sm_90: larger tiles spill registers; rank 64 hardly more than rank 32.
 TILE = {"BN": 32, "BD": 32, "num_warps": 4}
@@ -48,7 +47,11 @@ def _padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _flat(x: OptionalTensor) -> OptionalTensor:
+@overload
+def _flat(x: Tensor) -> Tensor: ...
+@overload
+def _flat(x: Tensor | None) -> Tensor | None: ...
+def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
 
 
@@ -100,7 +103,8 @@ class _UpdateAndInject(torch.autograd.Function):
         h, s, state, buffer, *rest = ctx.saved_tensors
         masks, weights = Masks(*map(_flat, rest[:3])), [w if w is None else w.contiguous() for w in rest[3:]]
         norm, _, g1, _, g2, g2_bias, t1, _, t2, t2_bias, down, up = weights
-        x, y, new, d_out, d_state = map(_flat, (h, s, s if state is None else state, *gradients))
+        x, y, new = map(_flat, (h, s, s if state is None else state))
+        d_out, d_state = map(_flat, gradients)
         G, R = 0 if g1 is None else len(g1), 0 if d_out is None or down is None else len(down)
         N, D = x.shape
         d_h, d_s = torch.empty_like(x), torch.empty_like(y)
