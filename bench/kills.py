@@ -100,9 +100,9 @@ def prepare(place: Path, gguf: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import umbra
-    from conftest import make_tokenizer
     from support.studies import METHODS, SUMS, TRAINING, lines
     from support.tiny import LLAMA_LIKE, scramble
+    from support.tokenizer import make_tokenizer
     from umbra.base.loading import load_base, load_tokenizer
     from umbra.deploy.detach import write_detached
     from umbra.options import EMBEDDED

@@ -11,38 +11,14 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.tables import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
 from support.tiny import LLAMA_LIKE, make
+from support.tokenizer import make_tokenizer
 
 torch.set_num_threads(1)
 FROZEN: set[Path] = set()  # the files whose first test has begun
-CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;?!+-=/\n<>_|'[]"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, <eos> as the end, and a chat template."""
-    vocabulary = {t: i for i, t in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        chat_template=TEMPLATE, model_max_length=128,
-    )  # fmt: skip
-
-
-def begins(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same, putting <bos> before a plain text."""
-    begin = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    tokenizer.backend_tokenizer.post_processor = begin
-    return tokenizer
 
 
 @pytest.hookimpl(tryfirst=True)

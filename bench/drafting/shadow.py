@@ -17,10 +17,10 @@ from transformers import TrainingArguments
 import umbra
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, Collator, Record, encode_all
-from umbra.generation.drafting import frequent_tokens
 from umbra.method.kernels import Head, linear_loss
 from umbra.method.losses import labelled_positions
 from umbra.options import EMBEDDED
+from umbra.shadow.draft_vocabulary import frequent_tokens
 from umbra.training.train import DEFAULTS
 
 SEEDS = {"train": 0, "validation": 10_000_000, "test": 20_000_000}  # item i is drawn from seed + i

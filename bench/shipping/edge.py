@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from umbra.adapters.checkpoint import WEIGHTS_FILE
+from umbra.adapters.files import WEIGHTS_FILE
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, Record, read_records
 from umbra.deploy.export import export

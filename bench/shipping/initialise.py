@@ -25,8 +25,8 @@ COPIED = {**TWO, "init": "base"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "random": TWO,
     "blocks 0, 1": COPIED,
-    "blocks 0, 1, final norm × 1": {**COPIED, "init_scale": 1.0},
-    "blocks 0, 1, final norm × 0.1": {**COPIED, "init_scale": 0.1},
+    "blocks 0, 1, final norm × 1": {**COPIED, "constants": {"init_scale": 1.0}},
+    "blocks 0, 1, final norm × 0.1": {**COPIED, "constants": {"init_scale": 0.1}},
     "blocks 0, 15": {**COPIED, "init_layers": [0, 15]},
     "blocks 0, 29": {**COPIED, "init_layers": [0, 29]},
     "narrow, random": {**NARROW, "init": "random"},

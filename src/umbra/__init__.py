@@ -19,7 +19,7 @@ _ROOMS = {
     "StateError": "errors",
     "UmbraError": "errors",
     "attach": "model.attach",
-    "load": "adapters.checkpoint",
+    "load": "model.loading",
     "with_shadow_loss": "training.trainers",
 }
 
@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from umbra.adapters.checkpoint import load
     from umbra.config import ShadowConfig
     from umbra.errors import (
         BaseModelError,
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
         UmbraError,
     )
     from umbra.model.attach import attach
+    from umbra.model.loading import load
     from umbra.model.shadow_model import ShadowModel
     from umbra.training.trainers import ShadowTrainer, with_shadow_loss
 

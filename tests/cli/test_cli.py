@@ -40,7 +40,7 @@ def output(capsys, *arguments):
     return captured.out
 
 
-def test_help_is_instant_and_needs_no_torch():
+def test_help_is_fast_and_imports_no_torch():
     code = "import sys, umbra.cli; umbra.cli.main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     began = time.perf_counter()
@@ -56,7 +56,7 @@ def test_every_command_explains_its_flags(command, capsys):
     assert "--json" in capsys.readouterr().out
 
 
-def test_flags_override_the_file(run):
+def test_flags_override_file(run):
     saved = json.loads((run / "out/run.json").read_text())["asked"]
     assert saved["rank"] == 4
     assert saved["learning_rate"] == 0.01
@@ -72,7 +72,7 @@ def test_eval_scores_all_modes_with_intervals(run, capsys):
     assert found[2]["parameters"] < found[0]["parameters"] < found[1]["parameters"]
 
 
-def test_eval_writes_every_reply_and_a_table(run, capsys):
+def test_eval_writes_replies_and_table(run, capsys):
     replies = run / "replies.jsonl"
     table = output(
         capsys, "eval", run / "out", run / "data.jsonl", "--limit", 3, "--modes", "attached", "--output", replies,
@@ -83,14 +83,14 @@ def test_eval_writes_every_reply_and_a_table(run, capsys):
 
 
 @pytest.mark.parametrize("mode", ["attached", "detached", "base"])
-def test_generate_streams_what_it_would_return(run, capsys, mode):
+def test_streamed_text_equals_returned_text(run, capsys, mode):
     arguments = ["generate", run / "out", "say a", "--mode", mode, "--max-new-tokens", 5]
     streamed = output(capsys, *arguments)
     assert json.loads(output(capsys, *arguments, "--json"))["answer"].strip() == streamed.strip()
 
 
 @pytest.mark.parametrize("draft", ["3", "auto"])
-def test_generate_drafts_and_says_how_it_went(run, capsys, draft):
+def test_generate_reports_draft_acceptance(run, capsys, draft):
     arguments = ["generate", run / "out", "say a", "--max-new-tokens", 6]
     expected = json.loads(output(capsys, *arguments, "--json"))
     found = json.loads(output(capsys, *arguments, "--draft", draft, "--json"))
@@ -110,7 +110,7 @@ def test_sampling_is_seeded(run, capsys):
     assert first == again != other
 
 
-def test_inspect_explains_an_adapter_without_its_base(run, capsys):
+def test_inspect_works_without_base(run, capsys):
     text = output(capsys, "inspect", run / "out")
     assert "dialect     umbra" in text
     assert "rank 4" in text
@@ -121,7 +121,7 @@ def test_inspect_explains_an_adapter_without_its_base(run, capsys):
     assert "drafts      from 6 of them" in text
 
 
-def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
+def test_detach_writes_stock_model_and_tokenizer(run, capsys):
     out = run / "detached"
     assert "stock transformers model" in output(capsys, "detach", run / "out", out)
     assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= {
@@ -169,7 +169,7 @@ def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
         (["detach", "{out}", "/tmp/x", "--dtype", "int8"], "Unknown dtype 'int8'"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(run, arguments, says, capsys):
+def test_mistakes_print_one_line(run, arguments, says, capsys):
     arguments = [a.format(out=run / "out", data=run / "data.jsonl") for a in arguments]
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -178,7 +178,7 @@ def test_mistakes_are_answered_in_one_line(run, arguments, says, capsys):
     assert "Traceback" not in error
 
 
-def test_an_empty_prompt_is_named(run, capsys):
+def test_empty_prompt_is_refused(run, capsys):
     """A template makes a question even of nothing."""
     write(run / "empty.jsonl", [{"prompt": p, "completion": "a"} for p in ("a", "")])
     eval_ = ["eval", str(run / "out"), str(run / "empty.jsonl"), "--modes", "base"]
@@ -187,13 +187,13 @@ def test_an_empty_prompt_is_named(run, capsys):
     assert "umbra: error: Record 2 has an empty prompt" in capsys.readouterr().err
 
 
-def test_flags_are_read_as_the_file_is(tmp_path):
+def test_flags_parse_like_file_values(tmp_path):
     (tmp_path / "x.yaml").write_text("k: {min_lr: 1e-5, more: [1e-3, no]}\n")
     assert number("{min_lr: 1e-5, more: [1e-3, no]}") == read_yaml(str(tmp_path / "x.yaml"))["k"]
     assert number("{min_lr: 1e-5}") == {"min_lr": 1e-5}
 
 
-def test_a_prompt_on_stdin_is_the_prompt_alone(run, capsys, monkeypatch):
+def test_prompt_is_read_from_stdin(run, capsys, monkeypatch):
     said = []
     for prompt, text in (("say a", ""), ("-", "say a\n")):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
@@ -203,7 +203,7 @@ def test_a_prompt_on_stdin_is_the_prompt_alone(run, capsys, monkeypatch):
     assert said[0] == said[1]
 
 
-def test_a_classifier_is_scored_by_accuracy(tmp_path, base_folder, capsys):
+def test_classifier_is_scored_by_accuracy(tmp_path, base_folder, capsys):
     data = write(
         tmp_path / "classes.jsonl", [{"text": c * 3, "label": "vowel" if c in "ae" else "consonant"} for c in "abcdef"]
     )
@@ -233,5 +233,5 @@ def test_a_classifier_is_scored_by_accuracy(tmp_path, base_folder, capsys):
         (r"yes|(no)", "yes", "yes"),
     ],
 )  # fmt: skip
-def test_an_answer_is_the_last_match_or_its_group(pattern, text, answer):
+def test_answer_is_last_match_or_its_group(pattern, text, answer):
     assert answer_of(text, pattern) == answer

@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig
 
 import umbra
-from conftest import begins, make_tokenizer
 from support.tiny import make
+from support.tokenizer import begins, make_tokenizer
 from umbra.data import ChatFormatter
 from umbra.data.corpus import (
     Documents,
@@ -23,7 +23,7 @@ from umbra.data.corpus import (
 )
 
 
-def test_documents_of_each_form(tmp_path):
+def test_every_document_form_is_read(tmp_path):
     writer = ChatFormatter(make_tokenizer())
     text = tmp_path / "text.txt"
     text.write_text("0 plus 0 is 0.\n \n0 plus 1 is 1, and 1 plus 0 is 1.\n")
@@ -34,7 +34,7 @@ def test_documents_of_each_form(tmp_path):
     assert read_documents(str(file), "train", ChatFormatter(make_tokenizer(), False)).texts == ["ab", "ac"]
 
 
-def test_a_plain_document_begins_as_the_tokenizer_begins_and_each_ends_once(tmp_path):
+def test_documents_get_bos_as_tokenizer_and_one_eos(tmp_path):
     """A chat template brings its own beginnings; whether there is one says nothing of plain text."""
     writer = ChatFormatter(begins(make_tokenizer()))
     written = {"chat": "<|user|>a<eos>\n<|assistant|>b<eos>\n<eos>", "plain": "<bos>ab<eos>"}
@@ -47,13 +47,13 @@ def test_a_plain_document_begins_as_the_tokenizer_begins_and_each_ends_once(tmp_
     assert writer.tokenizer.decode(ended.flatten()) == "<bos>ab<eos>"
 
 
-def test_copies_are_left_out_across_sources():
+def test_duplicates_are_removed_across_sources():
     kept, copies = without_copies([["a  b", "c", "A b"], ["c\n", "d"]])
     assert kept == [["a  b", "c"], ["d"]]
     assert copies == 2
 
 
-def test_packed_blocks_are_the_documents_one_after_another():
+def test_packed_blocks_concatenate_documents():
     tokenizer = make_tokenizer()
     blocks = pack(Documents(["abc", "de"] * 9), ChatFormatter(tokenizer), 5, "text")
     assert blocks.shape == (12, 5)
@@ -62,7 +62,7 @@ def test_packed_blocks_are_the_documents_one_after_another():
         pack(Documents(["abc"]), ChatFormatter(tokenizer), 50, "text")
 
 
-def test_held_out_blocks_are_of_every_source_and_of_no_batch():
+def test_held_out_blocks_cover_sources_and_enter_no_batch():
     blocks = [np.arange(n * 3).reshape(n, 3) + 1000 * n for n in (40, 10, 1)]
     rest, held_out = hold_out(blocks, 10)
     assert [len(b) for b in rest] == [36, 9, 1]
@@ -73,7 +73,7 @@ def test_held_out_blocks_are_of_every_source_and_of_no_batch():
         hold_out([blocks[2]], 10)
 
 
-def test_a_mixture_draws_by_weight_and_repeats_nothing_early():
+def test_mixture_draws_by_weight_without_early_repeats():
     blocks = [np.arange(50)[:, None], 100 + np.arange(10)[:, None]]
     mixture = Mixture(blocks, [1.0, 3.0], 400, seed=1)
     drawn = [int(mixture[i]["input_ids"]) for i in range(400)]
@@ -85,13 +85,13 @@ def test_a_mixture_draws_by_weight_and_repeats_nothing_early():
     assert drawn != [int(Mixture(blocks, [1.0, 3.0], 400, seed=2)[i]["input_ids"]) for i in range(400)]
 
 
-def test_a_mixture_holds_any_weights():
+def test_mixture_accepts_any_weights():
     blocks = [np.arange(5)[:, None], 100 + np.arange(5)[:, None]]
     drawn = [int(Mixture(blocks, [1e308, 1e308], 40, seed=1)[i]["input_ids"]) >= 100 for i in range(40)]
     assert 10 < sum(drawn) < 30
 
 
-def test_the_base_writes_on_after_a_kill(tmp_path):
+def test_base_continues_writing_after_kill(tmp_path):
     model, writer = make(), ChatFormatter(make_tokenizer())
     asked = {"count": 7, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
 
@@ -128,7 +128,7 @@ class Scripted:
         return torch.cat((ids, new), 1)
 
 
-def test_own_text_ends_where_the_base_ended_it(tmp_path):
+def test_generated_document_ends_at_eos(tmp_path):
     """With the token that it said; what is cut off at the last token has none."""
     tokenizer = make_tokenizer()
     writer, base = ChatFormatter(tokenizer), Scripted(["xy<eos>", "one and on"], tokenizer)
@@ -141,7 +141,7 @@ def test_own_text_ends_where_the_base_ended_it(tmp_path):
     assert tokenizer.decode(blocks.flatten()) == "".join(texts)
 
 
-def test_own_text_knows_nothing_of_penalties(tmp_path):
+def test_generated_text_ignores_penalties(tmp_path):
     model, writer = make(), ChatFormatter(make_tokenizer())
     asked = {"count": 2, "batch_size": 2, "new": 20, "temperature": 1.0, "seed": 5}
     plain = write_own(model, writer, ["a", "b"], tmp_path / "plain.jsonl", **asked)
@@ -150,7 +150,7 @@ def test_own_text_knows_nothing_of_penalties(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["a line in the middle", "an end within a batch"])
-def test_own_text_of_a_damaged_file_is_as_it_would_have_been(tmp_path, damage):
+def test_damaged_generated_text_is_regenerated_identically(tmp_path, damage):
     model, writer, file = make(), ChatFormatter(make_tokenizer()), tmp_path / "own.jsonl"
     asked = {"count": 6, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
     whole = write_own(model, writer, ["a", "bcd", "ef"], file, **asked)
@@ -160,14 +160,14 @@ def test_own_text_of_a_damaged_file_is_as_it_would_have_been(tmp_path, damage):
     assert write_own(model, writer, ["a", "bcd", "ef"], file, **asked) == whole
 
 
-def test_marks_of_an_editor_are_no_text(tmp_path):
+def test_byte_order_marks_are_removed(tmp_path):
     (tmp_path / "text.TXT").write_bytes(b"\xef\xbb\xbfone\n\ntwo\n")
     (tmp_path / "text.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
     for name in ("text.TXT", "text.jsonl"):
         assert read_documents(str(tmp_path / name), "train", ChatFormatter(make_tokenizer())).texts == ["one", "two"]
 
 
-def test_the_base_writes_no_further_than_its_positions(tmp_path):
+def test_generated_text_stays_within_positions(tmp_path):
     model, writer = make(), ChatFormatter(make_tokenizer())
     asked = {"count": 1, "batch_size": 1, "new": 500, "temperature": 1.0, "seed": 5}
     text = write_own(model, writer, ["a" * 90], tmp_path / "own.jsonl", **asked)[0]

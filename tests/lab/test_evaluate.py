@@ -9,8 +9,8 @@ import torch
 from transformers import Trainer
 
 import umbra
-from conftest import make_tokenizer
 from support.studies import METHODS, TRAINING, lines, results_of, run_study, study_of, the_record, variant
+from support.tokenizer import make_tokenizer
 from umbra.base.loading import load_base
 from umbra.cli import main
 from umbra.data import Collator, encode_all
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_method_task_and_seed_is_scored(done):
+def test_study_scores_every_method_task_and_seed(done):
     results = results_of(done)
     assert results.trained == ["sum", "class"]
     for v in results.variants:
@@ -49,7 +49,7 @@ def test_every_method_task_and_seed_is_scored(done):
     assert {v.name for v in results.variants} == {*METHODS, "Umbra, detached"}
 
 
-def test_matched_methods_train_equally_many_parameters(done):
+def test_matched_methods_have_equal_parameter_counts(done):
     results = results_of(done)
     for v in results.variants:
         if v.is_trained and v.method != "IA3":
@@ -60,7 +60,7 @@ def test_matched_methods_train_equally_many_parameters(done):
             )  # of which a classifier's head
 
 
-def test_the_method_that_others_are_matched_to_stays_as_it_is(tmp_path, base_folder):
+def test_reference_method_is_unchanged_by_matching(tmp_path, base_folder):
     methods = {"LoRA": {"kind": "lora"}, "Umbra": {"kind": "umbra"}, "Other": {"kind": "umbra", "rank": 2}}
     study = Study.of(study_of(tmp_path, base_folder, methods=methods, match="Umbra", forgetting=[]))
     fields, counts = sizes_of(study, Base.named(base_folder, torch.bfloat16, torch.device("cpu")))
@@ -69,7 +69,7 @@ def test_the_method_that_others_are_matched_to_stays_as_it_is(tmp_path, base_fol
 
 
 @pytest.mark.parametrize(("kind", "fields"), [("umbra", {"init": "base"}), ("umbra", None), ("alone", None)])
-def test_copied_and_pretrained_shadows_are_counted_as_they_are(kind, fields, base_folder, tmp_path):
+def test_copied_and_pretrained_shadows_keep_their_sizes(kind, fields, base_folder, tmp_path):
     shadow = umbra.attach(load_base(base_folder, dtype="float32"), umbra.ShadowConfig()).detached()
     shadow.save_pretrained(tmp_path / "shadow")
     method = read_method("x", {"kind": kind, **(fields or {"shadow": str(tmp_path / "shadow")})})
@@ -81,7 +81,7 @@ def test_copied_and_pretrained_shadows_are_counted_as_they_are(kind, fields, bas
     )
 
 
-def test_the_rate_that_is_trained_with_has_the_lowest_held_out_loss(done):
+def test_chosen_rate_has_lowest_held_out_loss(done):
     results = results_of(done)
     for name in METHODS:
         trials = {
@@ -101,7 +101,7 @@ def test_the_rate_that_is_trained_with_has_the_lowest_held_out_loss(done):
 
 
 @pytest.mark.parametrize("mode", ["attached", "detached"])
-def test_scores_are_those_of_umbra_eval(mode, done):
+def test_study_scores_equal_umbra_eval(mode, done):
     kept = the_record(done, "sum", "Umbra", 1)
     adapter = next((done / "out" / "adapters").glob("sum--Umbra--seed-1--*"))
     options = EvalOptions(
@@ -110,7 +110,7 @@ def test_scores_are_those_of_umbra_eval(mode, done):
     assert score_adapter(options)[0].accuracy == pytest.approx(kept["umbra"]["scores"]["sum"][mode]["value"])
 
 
-def test_lora_is_what_a_user_would_train(done, base_folder, tmp_path):
+def test_study_lora_equals_plain_peft_training(done, base_folder, tmp_path):
     """PEFT and transformers called by hand: the same losses, the same answers."""
     from peft import LoraConfig, get_peft_model
 
@@ -132,7 +132,7 @@ def test_lora_is_what_a_user_would_train(done, base_folder, tmp_path):
     assert each == pytest.approx(kept["umbra"]["scores"]["text"]["attached"]["items"], abs=2e-4)
 
 
-def test_a_task_may_be_scored_by_the_loss_of_its_answers(base_folder, tmp_path):
+def test_task_may_be_scored_by_answer_loss(base_folder, tmp_path):
     """Of the answers alone: the questions' tokens are not in it."""
     given = study_of(tmp_path, base_folder)["tasks"]["sum"]
     request = {
@@ -155,7 +155,7 @@ def test_a_task_may_be_scored_by_the_loss_of_its_answers(base_folder, tmp_path):
     assert score["value"] == pytest.approx(sum(means) / 3, abs=1e-4)
 
 
-def test_the_loss_is_of_a_token_whatever_the_batch(base_folder):
+def test_loss_per_token_is_independent_of_batch(base_folder):
     base, tokenizer = load_base(base_folder, dtype="float32"), make_tokenizer()
     records = [{"text": "1+1=2"}, {"text": "13+25=38, and so on"}, {"text": "1"}]
     task = Task("x", TaskOptions(head="text", max_length=12), [], [], [], "loss", None, 1)
@@ -171,7 +171,7 @@ def test_the_loss_is_of_a_token_whatever_the_batch(base_folder):
     assert each == pytest.approx(means, abs=1e-4) and len(each) == 3
 
 
-def test_a_shadow_alone_never_sees_the_base(done):
+def test_shadow_alone_never_runs_base(done):
     kept = the_record(done, "sum", "Alone", 0)
     assert list(kept["umbra"]["scores"]["sum"]) == ["detached"]
     assert (
@@ -180,7 +180,7 @@ def test_a_shadow_alone_never_sees_the_base(done):
     )
 
 
-def test_a_text_that_is_classified_is_cut_as_in_training(base_folder):
+def test_classified_text_is_truncated_as_in_training(base_folder):
     base = load_base(base_folder, classifier={"num_labels": 2, "pad_token_id": 0}, dtype="float32")
     torch.nn.init.normal_(base.score.weight)
     base.config.problem_type, base.config.label2id = "single_label_classification", {"LABEL_0": 0, "LABEL_1": 1}
@@ -193,7 +193,7 @@ def test_a_text_that_is_classified_is_cut_as_in_training(base_folder):
     assert long == short and kept != short
 
 
-def test_methods_with_virtual_tokens_have_a_loss(base_folder):
+def test_virtual_token_methods_report_loss(base_folder):
     from peft import PromptTuningConfig, get_peft_model
 
     base, tokenizer = load_base(base_folder, dtype="float32"), make_tokenizer()
@@ -215,7 +215,7 @@ def test_methods_with_virtual_tokens_have_a_loss(base_folder):
 # -- the record --------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_has_what_pefts_method_comparison_reads(done):
+def test_record_has_fields_of_peft_method_comparison(done):
     """The fields that its processing script takes, with the types that it casts them to."""
     for kept in results_of(done).runs:
         info, train, meta = kept["run_info"], kept["train_info"], kept["meta_info"]
@@ -287,7 +287,7 @@ def test_tasks_of_lm_eval_are_tested_by_name(tmp_path, base_folder):
         run_study(tmp_path, given, out="other")
 
 
-def test_a_metric_of_lm_eval_that_is_no_mean_over_samples_is_a_value_alone(tmp_path, base_folder):
+def test_lm_eval_aggregate_metric_has_no_items(tmp_path, base_folder):
     """Its samples of perplexity are log-likelihoods, of which more is better."""
     pytest.importorskip("lm_eval")
     lines(tmp_path / "toy.jsonl", [{"question": f"{a}+{a}=", "answer": str(2 * a)} for a in range(4)])
@@ -305,7 +305,7 @@ def test_a_metric_of_lm_eval_that_is_no_mean_over_samples_is_a_value_alone(tmp_p
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
-def test_the_commands_run_report_and_refuse(done, capsys, monkeypatch):
+def test_study_commands_run_report_and_refuse(done, capsys, monkeypatch):
     assert main(["evaluate", str(done / "study.yaml"), "--out", str(done / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["failed"] == 0 and all(Path(f).exists() for f in found["report"])

@@ -75,12 +75,12 @@ def fixture(folder, name, *rows, count=3):
 # -- sets --------------------------------------------------------------------------------------------------------------
 
 
-def test_every_set_has_a_fixture_or_is_generated():
+def test_every_dataset_has_fixture_or_generator():
     assert set(ROWS) | {"gsm_symbolic"} == set(SETS)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_becomes_a_prompt_and_answers(name, tmp_path):
+def test_row_becomes_prompt_and_answers(name, tmp_path):
     row, (prompt, answers) = ROWS[name]
     fixture(tmp_path, name, row)
     task = load_task(name, TaskOptions(data=str(tmp_path), validation=1))
@@ -91,7 +91,7 @@ def test_a_row_becomes_a_prompt_and_answers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_hub_is_asked_for_the_papers_splits(name, tmp_path, monkeypatch):
+def test_hub_splits_are_those_of_paper(name, tmp_path, monkeypatch):
     """Those without a hub id are refused; a row comes back as from a folder."""
     import datasets
 
@@ -112,12 +112,12 @@ def test_the_hub_is_asked_for_the_papers_splits(name, tmp_path, monkeypatch):
         assert asked[-1] == (*SETS[name].hub, split)
 
 
-def test_a_question_without_an_answer_is_unanswerable(tmp_path):
+def test_question_without_answer_is_unanswerable(tmp_path):
     fixture(tmp_path, "squad_v2", {**ROWS["squad_v2"][0], "answers": {"text": [], "answer_start": []}})
     assert items("squad_v2", "test", str(tmp_path))[0].answer == "unanswerable"
 
 
-def test_generated_sets_are_never_tested_on_what_they_train_on():
+def test_generated_train_and_test_sets_are_disjoint():
     pytest.importorskip("reasoning_gym")
     task = load_task("gsm_symbolic", TaskOptions())
     assert not {r["prompt"] for r in task.train} & {r["prompt"] for r in task.test}
@@ -129,7 +129,7 @@ def test_generated_sets_are_never_tested_on_what_they_train_on():
         load_task("x", TaskOptions(set="reasoning_gym:chain_of_fools"))
 
 
-def test_a_puzzle_with_several_right_answers_is_judged_by_its_generator():
+def test_ambiguous_puzzle_is_judged_by_its_generator():
     pytest.importorskip("reasoning_gym")
     task = load_task("x", TaskOptions(set="reasoning_gym:n_queens", test_limit=5))
     for record in task.test:
@@ -141,7 +141,7 @@ def test_a_puzzle_with_several_right_answers_is_judged_by_its_generator():
     assert asked.score(asked.test[0]["completion"], asked.test[0]) == {"exact": 1.0}
 
 
-def test_words_heads_and_limits(tmp_path):
+def test_dataset_options_are_validated(tmp_path):
     rows = [{"text": f"one two {k}", "label": k} for k in ("neutral", "positive")]
     fixture(tmp_path, "hotel_reviews", *rows, count=6)
     given = {"data": str(tmp_path), "validation": 2, "train_limit": 4, "test_limit": 5}
@@ -159,7 +159,7 @@ def test_words_heads_and_limits(tmp_path):
     assert "\nIs this" in told.test[0]["text"] and told.metric == "loss"
 
 
-def test_nothing_that_is_learned_is_asked_and_order_says_nothing(tmp_path):
+def test_splits_are_disjoint_and_independent_of_order(tmp_path):
     """Sets in order of their classes are shuffled, always alike; training records that the test asks are dropped."""
     rows = [{"prompt": f"{k}{i}", "completion": k} for k in "ab" for i in range(40)]
     for part, chosen in (("train", rows), ("test", rows[::4])):
@@ -175,7 +175,7 @@ def test_nothing_that_is_learned_is_asked_and_order_says_nothing(tmp_path):
     assert load_task("x", options) == task
 
 
-def test_choices_are_made_on_what_is_held_out(tmp_path):
+def test_selection_uses_held_out_rows(tmp_path):
     rows = [{"text": f"one two {k}", "label": k} for k in ("neutral", "positive")]
     fixture(tmp_path, "hotel_reviews", *rows, count=6)
     given = {"data": str(tmp_path), "validation": 4, "train_limit": 4}
@@ -184,7 +184,7 @@ def test_choices_are_made_on_what_is_held_out(tmp_path):
     assert not {r["prompt"] for r in chosen.test} & {r["prompt"] for r in chosen.train}
 
 
-def test_classes_that_are_not_learned_are_told_before_training(tmp_path):
+def test_unlearned_classes_are_reported_before_training(tmp_path):
     for part, labels in (("train", "ab"), ("test", "abc")):
         rows = [{"text": f"{part} {k} {i}", "label": k} for k in labels for i in range(4)]
         (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -206,7 +206,7 @@ def test_classes_that_are_not_learned_are_told_before_training(tmp_path):
         ({"label": "x", "text": None}, "train.jsonl:2"),
     ],
 )
-def test_a_row_that_is_not_as_the_sets_is_named(row, message, tmp_path):
+def test_malformed_row_is_named(row, message, tmp_path):
     for split in ("train", "test"):
         lines = [{"text": "fine", "label": "positive"}, row]
         (tmp_path / f"hotel_reviews.{split}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -214,7 +214,7 @@ def test_a_row_that_is_not_as_the_sets_is_named(row, message, tmp_path):
         load_task("hotel_reviews", TaskOptions(data=str(tmp_path), validation=1, words=3))
 
 
-def test_a_folder_without_the_set_is_named(tmp_path):
+def test_folder_without_dataset_is_named(tmp_path):
     with pytest.raises(DataError, match=r"holds neither hotel_reviews\.train\.jsonl"):
         load_task("hotel_reviews", TaskOptions(data=str(tmp_path)))
 
@@ -234,11 +234,11 @@ def test_numbers_are_compared_as_numbers(reply, right, expected):
 
 
 @pytest.mark.parametrize("reply", ["sNaN", "nan", "Infinity", "1e9999999"])
-def test_what_reads_as_no_finite_number_is_wrong(reply):
+def test_nonfinite_number_is_wrong_answer(reply):
     assert metrics.number(reply, ["1"]) == {"exact": 0.0}
 
 
-def test_an_answer_of_parts_is_their_text():
+def test_answer_parts_are_joined_as_text():
     parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]
     assert right_answers({"messages": [{"role": "assistant", "content": parts}]}) == ["yes"]
 
@@ -254,7 +254,7 @@ def test_an_answer_of_parts_is_their_text():
         ("the", ["a"], 1, 1),
     ],
 )
-def test_spans_are_scored_as_squad_does(reply, right, f1, exact):
+def test_spans_are_scored_as_in_squad(reply, right, f1, exact):
     assert metrics.squad(reply, right) == {"f1": pytest.approx(f1), "exact": exact}
 
 
@@ -268,13 +268,13 @@ def test_spans_are_scored_as_squad_does(reply, right, f1, exact):
         ("unknown unanswerable", 0),
     ],
 )
-def test_that_there_is_no_answer_is_right_or_wrong_as_a_whole(reply, f1):
+def test_unanswerable_question_scores_all_or_nothing(reply, f1):
     assert metrics.squad(reply, ["unanswerable"]) == {"f1": f1, "exact": f1}
     assert metrics.squad("unanswerable", ["in Paris"])["f1"] == 0
 
 
 @pytest.mark.parametrize("score", [metrics.exact, metrics.squad])
-def test_a_reply_without_a_match_is_wrong(score):
+def test_reply_without_match_is_wrong(score):
     for reply, right, expected in (("yes", "no", 0), ("garbage", "Yes", 0), ("no, yes", "yes", 1)):
         assert set(score(reply, [right], "(yes|no)").values()) == {expected}
 
@@ -286,7 +286,7 @@ def test_a_reply_without_a_match_is_wrong(score):
         ({"metric": "number"}, "metric=number finds no answer in 'Yes'"),
     ],
 )
-def test_an_answer_that_no_reply_can_be_held_to_is_named(options, says, tmp_path):
+def test_uncheckable_answer_is_named(options, says, tmp_path):
     rows = [{"prompt": str(i), "completion": "Yes"} for i in range(9)]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -294,7 +294,7 @@ def test_an_answer_that_no_reply_can_be_held_to_is_named(options, says, tmp_path
         load_task("mine", TaskOptions(test=str(file), **options))
 
 
-def test_a_judge_that_cannot_read_a_reply_holds_it_for_wrong():
+def test_unreadable_reply_is_judged_wrong():
     """prime_factorization's makes numbers of whatever it is given."""
     item = items("reasoning_gym:prime_factorization", "test")[0]
     assert metrics.puzzle("no idea", item.puzzle) == {"exact": 0.0}
@@ -306,12 +306,12 @@ def test_a_judge_that_cannot_read_a_reply_holds_it_for_wrong():
     [("bleu", False, 100), ("exact", False, 100), ("rougeL_diff", False, 100), ("exact_match", False, 1), ("f1", False, 1),
      ("acc", False, 1), ("word_perplexity", True, 1), ("ter", True, 1)],
 )  # fmt: skip
-def test_percents_of_lm_eval_are_shares(metric, less, whole):
+def test_lm_eval_percentages_become_fractions(metric, less, whole):
     """By the metric's name: a value of 0.9 may be a percent, too."""
     assert harness.whole_of(metric, less) == whole
 
 
-def test_a_judge_that_cannot_read_the_right_answer_is_at_fault(monkeypatch):
+def test_unreadable_reference_answer_raises(monkeypatch):
     def judge(answer, row):
         raise KeyError("valid_answers")
 
@@ -323,7 +323,7 @@ def test_a_judge_that_cannot_read_the_right_answer_is_at_fault(monkeypatch):
 @pytest.mark.parametrize(
     ("reply", "right"), [("B", 1), ("B.", 1), ("(B)", 1), ("B) two", 1), ("A", 0), ("Both", 0), ("", 0)]
 )
-def test_a_letter_is_read_off_the_beginning(reply, right):
+def test_choice_letter_is_read_at_beginning(reply, right):
     assert metrics.exact(reply, ["B"], known("mmlu").pattern) == {"exact": right}
 
 
@@ -335,13 +335,13 @@ def test_a_letter_is_read_off_the_beginning(reply, right):
         ("ag_news", {"text": "t", "label": -1}),
     ],
 )
-def test_a_number_of_no_choice_is_refused(name, row, tmp_path):
+def test_number_outside_choices_is_refused(name, row, tmp_path):
     fixture(tmp_path, name, row)
     with pytest.raises(DataError, match="is none of 0 to"):
         items(name, "test", str(tmp_path))
 
 
-def test_what_is_tested_only_needs_nothing_to_learn(tmp_path):
+def test_test_only_task_needs_no_training_rows(tmp_path):
     (tmp_path / "hotel_reviews.test.jsonl").write_text(json.dumps({"text": "good", "label": "positive"}) + "\n")
     options = TaskOptions(data=str(tmp_path))
     assert len(load_task("hotel_reviews", options, learned=False).test) == 1
@@ -351,7 +351,7 @@ def test_what_is_tested_only_needs_nothing_to_learn(tmp_path):
     assert load_task("hotel_reviews", one_class, learned=False).train == []
 
 
-def test_marks_for_the_pair_are_not_for_studies(tmp_path):
+def test_studies_refuse_escalation_marks(tmp_path):
     row = {"prompt": "a", "completion": "b"}
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({**row, "escalate": False}) + "\n")
@@ -361,6 +361,6 @@ def test_marks_for_the_pair_are_not_for_studies(tmp_path):
         load_task("mine", TaskOptions(test=str(file)))
 
 
-def test_a_column_of_the_users_own_is_no_further_answer():
+def test_user_column_is_not_read_as_answer():
     assert right_answers({"prompt": "a", "completion": "b", "also": None}) == ["b"]
     assert right_answers({"prompt": "a", "completion": "b", "also": "xyz"}) == ["b"]

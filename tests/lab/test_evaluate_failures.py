@@ -10,9 +10,9 @@ from transformers import AutoConfig
 
 import umbra
 import umbra.lab.study
-from conftest import make_tokenizer
 from support.studies import METHODS, SIGNS, SUMS, TRAINING, lines, results_of, run_study, study_of, variant
 from support.tiny import make_base
+from support.tokenizer import make_tokenizer
 from umbra.errors import CheckpointError, ConfigError, DataError
 from umbra.lab.study import harness, record
 from umbra.lab.study.report import write_report
@@ -38,7 +38,7 @@ def small(tmp_path, base_folder):
     return given
 
 
-def test_a_test_that_fails_costs_its_own_score_alone(tmp_path, small, monkeypatch, capsys):
+def test_failed_test_loses_only_its_score(tmp_path, small, monkeypatch, capsys):
     plain, failing = run_module._score, True
 
     def score(model, mode, name, *more):
@@ -64,7 +64,7 @@ def test_a_test_that_fails_costs_its_own_score_alone(tmp_path, small, monkeypatc
     assert results_of(tmp_path).unscored == []
 
 
-def test_an_lm_eval_task_without_its_data_is_told_before_training(tmp_path, small, monkeypatch):
+def test_missing_lm_eval_data_is_reported_before_training(tmp_path, small, monkeypatch):
     class Manager:
         all_tasks = all_subtasks = ("hellaswag",)
 
@@ -78,7 +78,7 @@ def test_an_lm_eval_task_without_its_data_is_told_before_training(tmp_path, smal
         run_study(tmp_path, {**small, "forgetting": ["skill"]})
 
 
-def test_a_loss_is_no_accuracy_in_pefts_form(tmp_path, small):
+def test_peft_record_does_not_list_loss_as_accuracy(tmp_path, small):
     small["tasks"]["sum"] |= {"metric": "loss"}
     run_study(tmp_path, {**small, "transfer": {}})
     told = {}
@@ -92,7 +92,7 @@ def test_a_loss_is_no_accuracy_in_pefts_form(tmp_path, small):
     assert told["sign"][1] == 3
 
 
-def test_given_rates_are_told_beside_a_search(tmp_path, base_folder):
+def test_fixed_rates_are_reported_with_search(tmp_path, base_folder):
     methods = {"LoRA": {**METHODS["LoRA"], "learning_rate": 0.02}, "Umbra": METHODS["Umbra"]}
     given = study_of(tmp_path, base_folder, methods=methods, seeds=[0], forgetting=[], match=None, transfer={})
     given["tasks"] = {"sum": given["tasks"]["sum"]}
@@ -102,7 +102,7 @@ def test_given_rates_are_told_beside_a_search(tmp_path, base_folder):
     assert "at a rate that was given: LoRA 0.02." in report
 
 
-def test_a_size_that_changes_nothing_is_named(tmp_path):
+def test_ineffective_size_is_named(tmp_path):
     make_base("qwen3_moe", vocab_size=99).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     given = study_of(
@@ -112,19 +112,19 @@ def test_a_size_that_changes_nothing_is_named(tmp_path):
         run_study(tmp_path, given)
 
 
-def test_a_rate_that_the_search_would_override_is_refused(tmp_path, base_folder):
+def test_rate_overridden_by_search_is_refused(tmp_path, base_folder):
     given = study_of(tmp_path, base_folder, methods={"LoRA": METHODS["LoRA"]}, forgetting=[], match=None)
     given["tasks"]["sum"]["training"] = {"learning_rate": 0.1}
     with pytest.raises(ConfigError, match="task sum has a learning_rate of its own"):
         run_study(tmp_path, given)
 
 
-def test_a_seed_twice_is_refused(tmp_path, small):
+def test_duplicate_seed_is_refused(tmp_path, small):
     with pytest.raises(ConfigError, match="seeds names one twice"):
         run_study(tmp_path, {**small, "seeds": [0, 0]})
 
 
-def test_a_task_that_is_only_tested_needs_no_training_file(tmp_path, base_folder):
+def test_test_only_task_needs_no_training_file(tmp_path, base_folder):
     """Beside one that is learned."""
     signs = lines(tmp_path / "signs.jsonl", SIGNS[:6])
     sums = {
@@ -141,7 +141,7 @@ def test_a_task_that_is_only_tested_needs_no_training_file(tmp_path, base_folder
     assert all(record.is_whole(r) for r in record.read_all(tmp_path / "out").values())
 
 
-def test_what_a_study_writes_is_no_file_of_a_task_that_lies_around_it(tmp_path, small, monkeypatch):
+def test_study_output_is_not_read_as_task_data(tmp_path, small, monkeypatch):
     score = {"metric": "acc", "less_is_better": False, "value": 0.5, "values": {}, "items": [0.0, 1.0]}
     monkeypatch.setattr(harness, "check", lambda *_: None)
     monkeypatch.setattr(harness, "score", lambda *_: score)
@@ -153,7 +153,7 @@ def test_what_a_study_writes_is_no_file_of_a_task_that_lies_around_it(tmp_path, 
     assert results_of(tmp_path, "in/out").missing == []
 
 
-def test_a_lost_gpu_ends_the_sweep_and_what_is_done_is_kept(tmp_path, small, monkeypatch):
+def test_lost_gpu_ends_sweep_and_keeps_finished_runs(tmp_path, small, monkeypatch):
     plain, error = umbra.lab.study.run, "RuntimeError: CUDA error: device-side assert triggered"
 
     def run(request, *more):
@@ -178,7 +178,7 @@ def test_a_lost_gpu_ends_the_sweep_and_what_is_done_is_kept(tmp_path, small, mon
         ({"max_length": 64}, None),
     ],
 )
-def test_what_is_longer_than_the_bases_positions_is_told_before_training(change, says, tmp_path, small, monkeypatch):
+def test_overlong_records_are_reported_before_training(change, says, tmp_path, small, monkeypatch):
     read = AutoConfig.from_pretrained(small["base"])
     base = shutil.copytree(small["base"], tmp_path / "base")
     read.max_position_embeddings = 64
@@ -196,7 +196,7 @@ def test_what_is_longer_than_the_bases_positions_is_told_before_training(change,
     assert bool(asked) == (says is None)
 
 
-def test_a_run_has_one_record_whatever_its_method_is_called(tmp_path, small):
+def test_record_is_independent_of_method_name(tmp_path, small):
     small["methods"] = {"LoRA": METHODS["LoRA"]}
     small["tasks"] = {"sum": small["tasks"]["sum"]}
     request = next(Study.of({**small, "transfer": {}}).runs({"LoRA": METHODS["LoRA"]}, {}))
@@ -208,14 +208,14 @@ def test_a_run_has_one_record_whatever_its_method_is_called(tmp_path, small):
     ]
 
 
-def test_a_record_is_made_on_any_device(small):
+def test_record_is_independent_of_device(small):
     small["tasks"] = {"sum": small["tasks"]["sum"]}
     request = next(Study.of({**small, "transfer": {}}).runs({"base": {}, "LoRA": {}}, {}))
     kept = record.make(request, {"device": "mps:0"}, "2026-01-01", 0.0, "")
     assert kept["umbra"]["machine"]["cores"]
 
 
-def test_adapters_that_were_not_kept_are_told_once(tmp_path, small, capsys):
+def test_unsaved_adapters_are_reported_once(tmp_path, small, capsys):
     small["tasks"] = {"sum": small["tasks"]["sum"]}
     given = {**small, "transfer": {}, "seeds": [0, 1]}
     run_study(tmp_path, given)
@@ -230,7 +230,7 @@ def test_adapters_that_were_not_kept_are_told_once(tmp_path, small, capsys):
     assert len(list((tmp_path / "out" / "adapters").iterdir())) == 2
 
 
-def test_a_method_that_does_not_fit_the_base_is_told_before_anything_runs(tmp_path, base_folder):
+def test_unfit_method_is_reported_before_any_run(tmp_path, base_folder):
     methods = {"base": {"kind": "base"}, "Bad": {"kind": "peft", "peft_type": "LORA", "target_modules": ["nowhere"]}}
     given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None)
     with pytest.raises(umbra.ConfigError, match=r"method Bad cannot be put on .*nowhere"):
@@ -238,7 +238,7 @@ def test_a_method_that_does_not_fit_the_base_is_told_before_anything_runs(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_not_finite_is_a_failed_run_and_a_diverged_trial(tmp_path, base_folder, monkeypatch):
+def test_nonfinite_loss_fails_run_and_diverges_trial(tmp_path, base_folder, monkeypatch):
     methods = {"LoRA": {"kind": "lora", "r": 2}}
     given = study_of(tmp_path, base_folder, methods=methods, match=None, seeds=[0], forgetting=[], transfer={})
     given["tasks"] = {"sum": {**given["tasks"]["sum"], "metric": "loss"}}
@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_is_a_failed_run_and_a_diverged_trial(tmp_path
 
 
 @pytest.mark.parametrize("task", ["sum", "class"])
-def test_weights_that_are_not_finite_are_a_failed_run(tmp_path, base_folder, task):
+def test_nonfinite_weights_fail_run(tmp_path, base_folder, task):
     """Of NaN, the largest logit is the first: a class like others."""
     methods = {"LoRA": {"kind": "lora", "r": 2}, "Umbra": METHODS["Umbra"]}
     given = study_of(
@@ -261,7 +261,7 @@ def test_weights_that_are_not_finite_are_a_failed_run(tmp_path, base_folder, tas
     assert "Training has diverged" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_what_is_learned_is_not_tested_as_something_unseen(tmp_path, base_folder):
+def test_learned_rows_are_not_tested_as_unseen(tmp_path, base_folder):
     given = study_of(tmp_path, base_folder)
     given["tasks"]["sign"]["test"] = lines(tmp_path / "leak.jsonl", SUMS[:20:2] + SIGNS[1::2])
     with pytest.raises(umbra.DataError, match="10 of 34 test records of sign are learned in sum"):
@@ -275,7 +275,7 @@ def test_what_is_learned_is_not_tested_as_something_unseen(tmp_path, base_folder
         ("class", {"text": "", "label": "yes"}, r"none\.jsonl:1: 'text' is empty"),
     ],
 )
-def test_a_prompt_without_tokens_is_told_before_anything_runs(tmp_path, base_folder, task, row, message):
+def test_empty_prompt_is_reported_before_any_run(tmp_path, base_folder, task, row, message):
     given = study_of(tmp_path, base_folder, chat_template=False, match=None, search=None, forgetting=[], transfer={})
     given["tasks"] = {task: given["tasks"][task]}
     given["tasks"][task]["test"] = lines(tmp_path / "none.jsonl", [row])
@@ -283,7 +283,7 @@ def test_a_prompt_without_tokens_is_told_before_anything_runs(tmp_path, base_fol
         run_study(tmp_path, given)
 
 
-def test_classes_that_a_trained_task_lacks_are_told_before_anything_runs(tmp_path, base_folder):
+def test_missing_classes_are_reported_before_any_run(tmp_path, base_folder):
     given = study_of(
         tmp_path, base_folder, match=None, search=None, forgetting=[], transfer={"class": ["other"], "other": []}
     )
@@ -302,7 +302,7 @@ def test_classes_that_a_trained_task_lacks_are_told_before_anything_runs(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_an_item_that_is_no_number_costs_its_run_and_not_the_report(done, tmp_path):
+def test_nonnumeric_item_fails_run_but_not_report(done, tmp_path):
     shutil.copytree(done / "out", tmp_path / "out")
     of_lora = variant(results_of(tmp_path), "LoRA")
     kept = next(results_of(tmp_path).of(of_lora, "sum"))

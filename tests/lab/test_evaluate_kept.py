@@ -29,7 +29,7 @@ def stamps(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in sorted(folder.glob("*/*.json"))}
 
 
-def test_what_was_run_is_not_run_again_and_what_changed_is(done, base_folder, monkeypatch):
+def test_only_changed_runs_are_repeated(done, base_folder, monkeypatch):
     asked = []
 
     def refuse(request, *_):
@@ -53,7 +53,7 @@ def test_what_was_run_is_not_run_again_and_what_changed_is(done, base_folder, mo
     run_study(done, study_of(done, base_folder))  # as the other tests want it
 
 
-def test_a_failure_is_told_kept_and_tried_again_on_demand(tmp_path, base_folder, monkeypatch):
+def test_failure_is_recorded_and_retried_on_request(tmp_path, base_folder, monkeypatch):
     methods = {"LoRA": {"kind": "lora", "r": 2}, "Bad": {"kind": "lora", "r": 2, "training": {"weight_decay": 0.01}}}
     given = study_of(
         tmp_path, base_folder, methods=methods, match=None, search=None, seeds=[0], forgetting=[], transfer={}
@@ -75,13 +75,13 @@ def test_a_failure_is_told_kept_and_tried_again_on_demand(tmp_path, base_folder,
     assert run_study(tmp_path, given, retry=True)["failed"] == 0
 
 
-def test_two_at_once_in_one_folder_are_one_too_many(tmp_path, base_folder):
+def test_second_study_in_same_folder_is_refused(tmp_path, base_folder):
     with locked(tmp_path / "out"), pytest.raises(umbra.CheckpointError, match=rf"written by process {os.getpid()} on"):
         run_study(tmp_path, study_of(tmp_path, base_folder))
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base_folder):
+def test_killed_sweep_resumes(tmp_path, base_folder):
     methods = {"LoRA": {"kind": "lora", "r": 2}, "Umbra": METHODS["Umbra"]}
     given = study_of(tmp_path, base_folder, methods=methods, match=None, search=None, forgetting=[], transfer={})
     given["tasks"] = {"sum": given["tasks"]["sum"]}
@@ -105,7 +105,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path, base_folder):
     assert not (tmp_path / "out" / "work").exists()
 
 
-def test_time_before_a_kill_counts_too(tmp_path, base_folder, monkeypatch):
+def test_time_before_kill_is_counted(tmp_path, base_folder, monkeypatch):
     """As it was measured; the answers are those of a run that was not killed."""
     methods = {"LoRA": {"kind": "lora", "r": 2}}
     given = study_of(
@@ -137,7 +137,7 @@ def test_time_before_a_kill_counts_too(tmp_path, base_folder, monkeypatch):
     assert resumed["train_info"]["metrics"] == whole["train_info"]["metrics"]
 
 
-def test_a_damaged_record_counts_as_not_run(done, base_folder):
+def test_damaged_record_is_run_again(done, base_folder):
     file = next((done / "out" / "runs").glob("sum--IA3--seed-0--*.json"))
     whole = file.read_text()
     file.write_text(whole[: len(whole) // 2])
@@ -146,7 +146,7 @@ def test_a_damaged_record_counts_as_not_run(done, base_folder):
     assert again["umbra"]["scores"]["sum"]["attached"]["items"] == first["umbra"]["scores"]["sum"]["attached"]["items"]
 
 
-def test_what_is_json_and_no_record_or_study_is_told_as_such(done, tmp_path):
+def test_unrelated_json_file_is_named(done, tmp_path):
     shutil.copytree(done / "out", tmp_path / "out")
     key, kept = next(iter(record.read_all(tmp_path / "out").items()))
     file = record.file_of(tmp_path / "out", kept["umbra"]["request"])
@@ -160,7 +160,7 @@ def test_what_is_json_and_no_record_or_study_is_told_as_such(done, tmp_path):
         write_report(tmp_path / "out")
 
 
-def test_a_long_name_is_cut_in_a_files_name(tmp_path):
+def test_long_name_is_truncated_in_file_name(tmp_path):
     request = {"task": "t" * 300, "training": {}, "is_trial": False, "seed": 0, "tasks": {}}
     a, b = (record.file_of(tmp_path, {**request, "method": "影" * 90, "x": x}) for x in "ab")
     assert a != b and len(a.name.encode()) < 200

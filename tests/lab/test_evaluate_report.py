@@ -17,7 +17,7 @@ from umbra.lab.study.statistics import Estimate, estimate
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-def test_the_report_is_whole_while_a_further_search_runs(done, base_folder, tmp_path, monkeypatch):
+def test_report_is_complete_during_further_search(done, base_folder, tmp_path, monkeypatch):
     shutil.copytree(done / "out", tmp_path / "out")
     given = study_of(tmp_path, base_folder, methods={**METHODS, "LoRA 3": {"kind": "lora", "r": 3}})
 
@@ -33,7 +33,7 @@ def test_the_report_is_whole_while_a_further_search_runs(done, base_folder, tmp_
     assert row in after and "runs are missing" in after
 
 
-def test_percents_are_shares_in_every_run_where_one_is_beyond_1(done, tmp_path):
+def test_percentages_are_detected_across_runs(done, tmp_path):
     """Of a metric that is none of the known percents; another test's shares stay."""
     shutil.copytree(done / "out", tmp_path / "out")
     for file in (tmp_path / "out" / "runs").glob("sum--*.json"):
@@ -50,7 +50,7 @@ def test_percents_are_shares_in_every_run_where_one_is_beyond_1(done, tmp_path):
         assert after.items(v, "sum", "text") == before.items(v, "sum", "text")
 
 
-def test_the_page_needs_nothing_else_and_knows_light_and_dark(done):
+def test_page_is_self_contained_with_light_and_dark_themes(done):
     text = (done / "out" / "report.html").read_text()
     assert not re.search(r"<(script|img|link|iframe)|url\((?!#)|(src|href)=.(?!#)", text)
     assert "prefers-color-scheme: dark" in text and "currentColor" in text and "#010203" not in text
@@ -69,7 +69,7 @@ def test_the_page_needs_nothing_else_and_knows_light_and_dark(done):
         assert f">{name}</td>" in text
 
 
-def test_markdown_and_page_tell_the_same(done):
+def test_markdown_and_page_agree(done):
     written, page = ((done / "out" / f"report.{e}").read_text() for e in ("md", "html"))
     rows = [line for line in written.splitlines() if line.startswith("| ")]
     cells = [[re.sub(r"\*\*", "", c.strip()) for c in row[2:-2].split(" | ")] for row in rows]
@@ -79,7 +79,7 @@ def test_markdown_and_page_tell_the_same(done):
         assert (done / "out" / figure).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_losses_stand_on_the_first_page(done, monkeypatch):
+def test_first_page_shows_losses(done, monkeypatch):
     loss, win = Estimate(-0.2, -0.3, -0.1, 2, 24), Estimate(0.2, 0.1, 0.3, 2, 24)
     monkeypatch.setattr(Results, "apart", lambda self, ours, theirs, *_: loss if theirs.name == "LoRA" else win)
     write_report(done / "out", done / "elsewhere")
@@ -101,7 +101,7 @@ def test_losses_stand_on_the_first_page(done, monkeypatch):
     assert (done / "elsewhere" / "figures" / "scores.png").exists()
 
 
-def test_a_score_without_items_has_no_verdict(done):
+def test_score_without_items_has_no_verdict(done):
     results = results_of(done)
     for kept in results.runs:
         for score in kept["umbra"]["scores"].get("sign", {}).values():
@@ -114,7 +114,7 @@ def test_a_score_without_items_has_no_verdict(done):
     assert row[1].endswith("(seeds alone)")
 
 
-def test_many_methods_are_told_apart_in_pictures(done):
+def test_many_methods_are_distinguishable_in_figures(done):
     results = results_of(done)
     results.variants = [Variant(f"a method with a name of some length {i}", "attached", "umbra") for i in range(24)]
     found = plots.looks(results)
@@ -123,14 +123,14 @@ def test_many_methods_are_told_apart_in_pictures(done):
     assert figure.get_size_inches()[1] > 0.18 * 24 * 2
 
 
-def test_no_point_lies_on_the_edge_of_its_picture(done):
+def test_figure_margins_contain_all_points(done):
     for axes in plots.pareto(results_of(done)).axes:
         assert axes.get_xlim()[1] > 1.02 * max(c[0].get_xdata()[0] for c in axes.containers)
     rows = [("a", Estimate(0.1, 0.0, 0.2, 2, 8)), ("b", Estimate(0.2, 0.1, 0.3, 2, 8))]
     assert plots.differences(rows, "points").axes[0].get_ylim() == (1.5, -0.5)
 
 
-def test_a_missing_seed_is_told(done, tmp_path):
+def test_missing_seed_is_reported(done, tmp_path):
     shutil.copytree(done / "out", tmp_path / "out")
     for file in (tmp_path / "out" / "runs").glob("sum--LoRA--seed-1--*.json"):
         file.unlink()
@@ -143,7 +143,7 @@ def test_a_missing_seed_is_told(done, tmp_path):
         assert row.count("(1 of 2 seeds)") >= 1 and "seeds" not in row.split(" | ")[2]
 
 
-def test_transfer_to_a_loss_is_in_the_table_and_not_in_the_map(done):
+def test_transfer_to_loss_task_is_only_in_table(done):
     results = results_of(done)
     results.study["transfer"] = {"sum": ["sign", "text"]}
     section, draw = report._transfer(results)
@@ -155,7 +155,7 @@ def test_transfer_to_a_loss_is_in_the_table_and_not_in_the_map(done):
     assert report._transfer(results)[0].figure is None
 
 
-def test_sizes_are_held_to_what_they_were_matched_to(done):
+def test_matched_sizes_are_verified(done):
     results = results_of(done)
     first = results.about["parameters"]
     results.study["match"], results.about["parameters"] = 5000.0, {**dict.fromkeys(first, 5000), "IA3": 30}
@@ -164,7 +164,7 @@ def test_sizes_are_held_to_what_they_were_matched_to(done):
     assert "Not of equal size: Umbra (0.01 M)." in "".join(report._lead(results))
 
 
-def test_every_method_that_is_not_ours_is_a_rival(tmp_path, done):
+def test_every_foreign_method_is_a_rival(tmp_path, done):
     shutil.copytree(done / "out", tmp_path / "out")
     about = json.loads((tmp_path / "out" / "study.json").read_text())
     about["study"]["ours"] = ["LoRA"]
@@ -173,7 +173,7 @@ def test_every_method_that_is_not_ours_is_a_rival(tmp_path, done):
     assert pairs == {("LoRA", n) for n in ("DoRA", "Lily", "IA3", "PEFT Shadow", "Umbra", "base")}
 
 
-def test_costs_are_multiples_run_by_run(done, monkeypatch):
+def test_costs_are_per_run_ratios(done, monkeypatch):
     """The multiple is the mean over runs of the same seed and task, with an interval over both."""
     results = results_of(done)
     ours, theirs = (variant(results, n) for n in ("Umbra", "LoRA"))
@@ -189,7 +189,7 @@ def test_costs_are_multiples_run_by_run(done, monkeypatch):
     assert f"{found.mean:.2f} ± {found.half:.2f} ×" in text[text.index("## What it costs") :]
 
 
-def test_families_and_ablations_have_sections_of_their_own(tmp_path, base_folder):
+def test_families_and_ablations_have_sections(tmp_path, base_folder):
     methods = {
         "Umbra": METHODS["Umbra"], "Umbra, α = 0.1": {**METHODS["Umbra"], "alpha": 0.1},
         "LoRA 2": {"kind": "lora", "r": 2, "family": "LoRA"}, "LoRA 4": {"kind": "lora", "r": 4, "family": "LoRA"},
@@ -206,7 +206,7 @@ def test_families_and_ablations_have_sections_of_their_own(tmp_path, base_folder
     assert "| Umbra, α = 0.1 |" in ablations and "| LoRA 2 |" not in ablations
 
 
-def test_the_map_writes_each_score_into_its_cell():
+def test_transfer_map_prints_score_in_each_cell():
     from types import SimpleNamespace
 
     from umbra.lab.study import plots
@@ -226,7 +226,7 @@ def test_the_map_writes_each_score_into_its_cell():
     }
 
 
-def test_names_are_drawn_as_they_are():
+def test_names_are_drawn_literally():
     """Two dollars begin no mathematics, and an underscore hides nothing from a legend."""
     from types import SimpleNamespace
 

@@ -10,7 +10,7 @@ from umbra.lab.study.statistics import difference, estimate, mcnemar
 
 
 @pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, 1.0])
-def test_rounding_is_no_variance(value):
+def test_rounding_error_is_not_variance(value):
     assert difference({s: [value] * 3 for s in range(3)}, {s: [0.0] * 3 for s in range(3)}).verdict == "tie"
 
 
@@ -30,7 +30,7 @@ def test_one_item_gives_the_t_interval_over_seeds():
 @pytest.mark.parametrize(
     ("of_seeds", "of_items", "rest"), [(0.3, 0.0, 1.0), (0.0, 0.5, 1.0), (0.2, 0.5, 0.5), (0.05, 0.0, 0.1)]
 )
-def test_intervals_hold_the_truth_as_often_as_they_say(of_seeds, of_items, rest):
+def test_intervals_have_nominal_coverage(of_seeds, of_items, rest):
     """Three seeds and 100 items, drawn a thousand times: about 95 % hold the mean. Leaving either noise out would not do."""
     rng = np.random.default_rng(2)
     held = []
@@ -41,7 +41,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(of_seeds, of_items, rest)
     assert 0.91 <= np.mean(held) <= 1.0
 
 
-def test_a_difference_is_paired_and_judged():
+def test_differences_are_paired():
     rng = np.random.default_rng(3)
     hard = rng.random(200)
     ours = {s: (hard < 0.75).astype(float).tolist() for s in (0, 1, 2)}
@@ -57,7 +57,7 @@ def test_a_difference_is_paired_and_judged():
 
 
 @pytest.mark.parametrize(("items", "verdict"), [(1, "tie"), (2, "tie"), (5, "tie"), (6, "win"), (50, "win")])
-def test_what_never_differs_is_no_proof_where_it_is_little(items, verdict):
+def test_few_equal_items_prove_nothing(items, verdict):
     """All for one side: as McNemar's exact test judges it."""
     apart = difference({0: [1.0] * items}, {0: [0.0] * items})
     assert apart is not None and apart.verdict == verdict
@@ -66,7 +66,7 @@ def test_what_never_differs_is_no_proof_where_it_is_little(items, verdict):
 
 @pytest.mark.parametrize(("apart", "verdict"), [(4, "tie"), (5, "tie"), (6, "win")])
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_a_few_items_that_differ_are_a_win_where_the_sign_test_says_so(apart, verdict, seeds):
+def test_sign_test_decides_on_few_differing_items(apart, verdict, seeds):
     right, less = [1.0] * 100 + [0.0] * 100, [1.0] * (100 - apart) + [0.0] * (100 + apart)
     ours, theirs = (dict.fromkeys(range(seeds), side) for side in (right, less))
     found = difference(ours, theirs)
@@ -77,7 +77,7 @@ def test_a_few_items_that_differ_are_a_win_where_the_sign_test_says_so(apart, ve
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
 
 
-def test_the_interval_of_scores_that_are_all_alike():
+def test_constant_scores_have_interval():
     """Clopper's and Pearson's; over seeds where there is one item; none where nothing is known."""
     low = stats.binomtest(9, 9).proportion_ci(method="exact").low
     assert estimate(np.ones((1, 9))).low == pytest.approx(low)

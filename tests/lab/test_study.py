@@ -82,7 +82,7 @@ def study(tmp_path):
         ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size"),
     ],
 )  # fmt: skip
-def test_a_study_that_cannot_be_run_is_refused(change, message, study):
+def test_invalid_study_is_refused(change, message, study):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         Study.of({**study, **change})
 
@@ -107,13 +107,13 @@ def test_a_study_that_cannot_be_run_is_refused(change, message, study):
         ),
     ],
 )
-def test_a_task_that_cannot_be_run_is_refused(change, message, study):
+def test_invalid_task_is_refused(change, message, study):
     study["tasks"]["a"] |= change
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         Study.of(study)
 
 
-def test_too_little_data_and_the_wrong_records_are_named(study):
+def test_insufficient_or_wrong_records_are_named(study):
     with pytest.raises(
         DataError, match="4 training records that its test does not ask, of which validation=4 leaves none"
     ):
@@ -122,7 +122,7 @@ def test_too_little_data_and_the_wrong_records_are_named(study):
         load_task("a", TaskOptions(**study["tasks"]["a"], head="classify"))
 
 
-def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path, monkeypatch):
+def test_key_depends_only_on_inputs_of_result(study, tmp_path, monkeypatch):
     def key(**changes):
         made = Study.of({**study, **changes})
         return key_of(next(made.runs({n: m.fields for n, m in made.methods.items()}, {})))
@@ -159,7 +159,7 @@ def test_a_key_follows_what_a_result_depends_on_and_nothing_else(study, tmp_path
     assert key(tasks={"a": moved}) != first
 
 
-def test_a_key_follows_all_files_of_a_task_of_lm_eval_and_not_their_place(study, tmp_path):
+def test_key_depends_on_lm_eval_files_but_not_their_location(study, tmp_path):
     def key(folder):
         tasks = {**study["tasks"], "b": {"lm_eval": "toy", "lm_eval_path": str(folder)}}
         made = Study.of({**study, "tasks": tasks, "transfer": {"a": ["b"]}})
@@ -172,7 +172,7 @@ def test_a_key_follows_all_files_of_a_task_of_lm_eval_and_not_their_place(study,
     assert key(tmp_path / "one") == key(tmp_path / "two") != key(tmp_path / "three")
 
 
-def test_a_file_is_read_once_for_its_digest_until_it_changes(tmp_path, monkeypatch):
+def test_file_digest_is_cached_until_file_changes(tmp_path, monkeypatch):
     read = []
     plain = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *x: read.append(1) or plain(*x))
@@ -188,6 +188,6 @@ def test_a_file_is_read_once_for_its_digest_until_it_changes(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "file", sorted((Path(__file__).parents[2] / "bench" / "studies").glob("*.yaml")), ids=lambda f: f.stem
 )
-def test_the_studies_of_the_bench_can_be_read(file):
+def test_bench_studies_can_be_read(file):
     study = Study.read(str(file))
     assert study.trained and all(study.tested(t) for t in study.trained)

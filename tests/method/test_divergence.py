@@ -22,7 +22,7 @@ def naive(z, t, kind, temperature):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
-def test_a_divergence_and_its_gradient(kind, temperature):
+def test_divergence_and_gradient_match_formula(kind, temperature):
     z, t = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0)) * 3
     z.requires_grad_()
     found = divergence.divergence(z, teacher_log_probs(t, temperature, None), kind, temperature)
@@ -33,7 +33,7 @@ def test_a_divergence_and_its_gradient(kind, temperature):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_the_likeliest_tokens_all_others_count_as_one(kind):
+def test_top_k_divergence_lumps_remaining_tokens(kind):
     z, t = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(1)) * 3
     top = t.topk(4).indices
     merged = []
@@ -47,7 +47,7 @@ def test_of_the_likeliest_tokens_all_others_count_as_one(kind):
     torch.testing.assert_close(whole.double(), naive(z, t, kind, 1.0), rtol=1e-4, atol=1e-6)
 
 
-def test_chunks_give_the_whole(monkeypatch):
+def test_chunked_divergence_equals_whole(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 23, 8, generator=generator)
     head = Head(torch.randn(17, 8, generator=generator), None, 0.5, 4.0)
@@ -60,7 +60,7 @@ def test_chunks_give_the_whole(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(found, x)[0], expected)
 
 
-def test_a_teacher_of_the_student_itself_teaches_nothing():
+def test_identical_teacher_gives_zero_gradient():
     z = torch.randn(5, 17)
     for kind in KINDS:
         assert abs(float(divergence.divergence(z, teacher_log_probs(z, 1.5, None), kind, 1.5))) < 1e-5

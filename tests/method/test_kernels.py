@@ -42,7 +42,13 @@ def no_luck_with_memory():
 def couplings(dialect: str, D: int, G: int, R: int, dropout: float = 0.0, dtype=torch.float32) -> Couplings:
     """Random couplings in training mode."""
     config = ShadowConfig(
-        dialect=dialect, rank=R, gate_rank=G, alpha=0.7, dropout=dropout, down_init="normal", layers=(0, 1, 3)
+        dialect=dialect,
+        rank=R,
+        gate_rank=G,
+        alpha=0.7,
+        dropout=dropout,
+        constants={"down_init": "normal"},
+        layers=(0, 1, 3),
     )
     return scramble(Couplings(4, D, config.resolve()), std=0.1).to(DEVICE, dtype).train()
 
@@ -126,7 +132,7 @@ def check(form, made: Couplings, l: int, given: list[Tensor | None], tolerance: 
 @dialects
 @modes
 @boundaries
-def test_the_plain_form_is_core(shape, dialect, dropout, boundary):
+def test_plain_form_equals_core(shape, dialect, dropout, boundary):
     N, D, G, R = shape
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
         made = couplings(dialect, D, G, R, dropout, dtype)
@@ -135,7 +141,7 @@ def test_the_plain_form_is_core(shape, dialect, dropout, boundary):
 
 @dialects
 @boundaries
-def test_the_plain_form_passes_gradcheck(dialect, boundary):
+def test_plain_form_passes_gradcheck(dialect, boundary):
     made = couplings(dialect, 12, 3, 2, 0.3, torch.float64)
     h, s = (x.requires_grad_() for x in tensors(5, 12, dtype=torch.float64, count=2))
     weights = boundary_of(made, BOUNDARIES[boundary])
@@ -144,7 +150,7 @@ def test_the_plain_form_passes_gradcheck(dialect, boundary):
 
 
 @dialects
-def test_from_one_seed_the_same_is_dropped(dialect):
+def test_equal_seeds_drop_equal_elements(dialect):
     made = couplings(dialect, 100, 10, 8, 0.3).to("cpu")
     h, s, *_ = (x.cpu() for x in tensors(2, 3, 100))
     drawn = []
@@ -165,7 +171,7 @@ def test_from_one_seed_the_same_is_dropped(dialect):
 @shapes
 @dialects
 @modes
-def test_the_kernels_are_core(shape, dialect, dropout):
+def test_kernels_equal_core(shape, dialect, dropout):
     N, D, G, R = shape
     check(triton_form, couplings(dialect, D, G, R, dropout), BOUNDARIES["both"], tensors(N, D), 2e-6)
 
@@ -173,7 +179,7 @@ def test_the_kernels_are_core(shape, dialect, dropout):
 @dialects
 @modes
 @pytest.mark.parametrize("boundary", ["injection", "update"])
-def test_half_a_boundary(dialect, dropout, boundary):
+def test_partial_update_and_inject_equals_core(dialect, dropout, boundary):
     check(
         triton_form,
         couplings(dialect, 100, 10, 8, dropout),
@@ -184,13 +190,13 @@ def test_half_a_boundary(dialect, dropout, boundary):
 
 
 @pytest.mark.parametrize(("dialect", "D"), [("paper", 100), ("peft", 576)])
-def test_more_rows_than_a_tile_holds(dialect, D):
+def test_rows_beyond_one_tile_are_handled(dialect, D):
     """With D = 576 the columns are programs enough, and one of them walks over all rows."""
     check(triton_form, couplings(dialect, D, 10, 8, 0.3), BOUNDARIES["both"], tensors(70, D), 2e-6)
 
 
 @pytest.mark.parametrize("used", ["output", "state"])
-def test_one_of_both_results_is_used(used):
+def test_single_used_result_gives_right_gradient(used):
     h, s, d_out, d_state = tensors(3, 100)
     given = [h, s, d_out, None] if used == "output" else [h, s, None, d_state]
     made = couplings("paper", 100, 10, 8)
@@ -199,7 +205,7 @@ def test_one_of_both_results_is_used(used):
         assert_close(found, results(core(made, BOUNDARIES["both"]), made, *given), 2e-6)
 
 
-def test_tensors_of_any_strides():
+def test_any_strides_are_supported():
     given = [x.permute(2, 1, 0) for x in tensors(100, 3, 2)]
     assert not any(x.is_contiguous() for x in given)
     made = couplings("peft", 100, 10, 8, 0.3)
@@ -217,7 +223,7 @@ def test_tensors_of_any_strides():
     ],
 )
 @dialects
-def test_the_dtypes_of_bases(dialect, stream, state, tolerance):
+def test_base_dtypes_are_supported(dialect, stream, state, tolerance):
     """Against fp32 throughout, from the same weights and inputs. The interpreter truncates where a GPU rounds."""
     made = couplings(dialect, 100, 10, 8, 0.3).to(state)
     h, s, d_out, d_state = (x.to(t) for x, t in zip(tensors(17, 100), (stream, state, stream, state), strict=True))
@@ -234,13 +240,13 @@ def test_the_dtypes_of_bases(dialect, stream, state, tolerance):
     assert_close(found, expected, tolerance)
 
 
-def test_a_stream_far_from_zero():
+def test_large_mean_stream_stays_accurate():
     """A mean of 100 deviations costs two digits of the in-projections, no more."""
     h, *others = tensors(17, 576)
     check(triton_form, couplings("paper", 576, 10, 8), BOUNDARIES["both"], [h + 100, *others], 5e-4)
 
 
-def test_the_kernels_compile_for_a_gpu_and_fit_it(tmp_path):
+def test_kernels_compile_for_gpu_and_fit(tmp_path):
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, script, "80"], env=environment, capture_output=True, text=True, check=False)
@@ -253,7 +259,7 @@ def test_the_kernels_compile_for_a_gpu_and_fit_it(tmp_path):
     )  # what 8.6 grants a program, least of all from 8 on
 
 
-def test_which_boundaries_the_kernels_take(monkeypatch):
+def test_kernels_are_chosen_only_when_supported(monkeypatch):
     monkeypatch.setattr(dispatch, "has_triton", lambda device: True)
     narrow, wide, gate = (boundary_of(couplings("paper", 100, *w), 1) for w in ((32, 64), (10, 65), (33, 8)))
     with FakeTensorMode():

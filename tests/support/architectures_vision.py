@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from support.architectures import Family
 from support.architectures_hybrid import DELTA, DENSE
+from support.tiny import scramble
 
 IMAGE, VIDEO, START, END = 98, 97, 96, 95  # token ids
 TOKENS = 4  # that one image becomes
@@ -176,3 +178,16 @@ def batch_of(name: str, pad: int = 0) -> Batch:
     if name in GRIDDED:
         told["mm_token_type_ids"] = kinds
     return Batch(ids, told)
+
+
+SPECIAL = [95, 96, 97, 98]  # tokens that stand for images and their edges, which a random model must not generate
+
+
+def build(name: str):
+    """A tiny random base of a family, frozen, in eval mode."""
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **family.config), dtype=torch.float32)
+    scramble(model, 0, 0.15)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 def agreeing(name: str = "llama", base_options: dict | None = None, **fields):
     """A model whose shadow guesses right sometimes: what follows depends on the last token more than on all before."""
-    fields = {"alpha": 0.05, "channel_scale": "none", **fields}
+    fields = {"alpha": 0.05, "input_scale": "none", **fields}
     model = make(name, base_options={"tie_word_embeddings": False, **(base_options or {})}, **fields)
     decoder = dict(architectures.locate(model.base).decoder.named_parameters())
     with torch.no_grad():

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 
 import umbra
-from support import mutations_of_files  # noqa: F401 (registers)
 from support.folders import CONFIG, WEIGHTS, hook_count
 from support.mutations import MUTATIONS
 from support.mutations_of_files import read_json, write_json

@@ -4,17 +4,13 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from umbra.adapters.integrity import PROMPTING
+from umbra.adapters.files import PROMPTING, Values
 from umbra.adapters.prompting import describe
 from umbra.errors import one_line
 from umbra.files import folder
 from umbra.options import EMBEDDED, EMBEDDED_HUB_ID
-
-if TYPE_CHECKING:
-    from umbra.model.shadow_model import ShadowModel
-    from umbra.shadow.network import Shadow
 
 OURS = "library_name: umbra"
 SEAL = re.compile(r"<!-- written by Umbra, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -56,10 +52,16 @@ def _shown(value: Any) -> str:
     return re.sub("|".join(map(re.escape, MARKUP)), lambda match: MARKUP[match[0]], one_line(text))
 
 
-def model_card(values: dict[str, Any], model: "ShadowModel", shadow: "Shadow") -> str:
-    """Markdown with the hub's front matter, from the content of ``adapter_config.json``."""
+def model_card(values: Values, base_class: str, parameters: dict[str, int]) -> str:
+    """Return the model card of an adapter: Markdown with the hub's front matter.
+
+    Args:
+        values: the content of ``adapter_config.json``.
+        base_class: the name of the base's class.
+        parameters: parameter counts by part of the shadow.
+    """
     base, config = values["base_model_name_or_path"], values["shadow"]
-    parts = "\n".join(f"| {name} | {count:,} |" for name, count in shadow.parts().items())
+    parts = "\n".join(f"| {name} | {count:,} |" for name, count in parameters.items())
     pipeline = "text-classification" if values["task_type"] == "SEQ_CLS" else "text-generation"
     return sealed(f"""---
 {_base_model(base)}{OURS}
@@ -69,7 +71,7 @@ tags: [umbra, shadow, peft]
 
 # Shadow of {_shown(base or "an unnamed base")}
 
-A shadow network beside a frozen {type(model.base).__name__}, in dialect `{config["dialect"]}` with injection rank
+A shadow network beside a frozen {base_class}, in dialect `{config["dialect"]}` with injection rank
 {config["rank"]} and α = {config["alpha"]}, made by Umbra {values["umbra_version"]}.
 It is asked with {describe(values.get(PROMPTING))}.
 

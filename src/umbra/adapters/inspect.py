@@ -5,11 +5,20 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from umbra.adapters.checkpoint import CONFIG_FILE, PREFIX, WEIGHTS_FILE, local_folder, read_config
-from umbra.adapters.integrity import DRAFT_TOKENS, PROMPTING
+from umbra.adapters.files import (
+    CONFIG_FILE,
+    DRAFT_TOKENS,
+    PREFIX,
+    PROMPTING,
+    WEIGHTS_FILE,
+    check_config,
+    local_folder,
+    read_json,
+    read_optional_json,
+)
 from umbra.adapters.interop import recognise
 from umbra.adapters.prompting import Prompting, describe
-from umbra.config import DIALECTS, ShadowConfig
+from umbra.config import CONSTANTS, DIALECTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError, plain
 from umbra.files import folder
 from umbra.shadow.pretrained import saved_config
@@ -27,11 +36,14 @@ def inspect(path: str) -> dict[str, Any]:
 
 
 def _read(path: str, source: Path) -> dict[str, Any]:
-    if form := recognise(source):
+    values = read_optional_json(source, CONFIG_FILE)
+    if form := recognise(source, values):
         raise CheckpointError(
             f"{path} is an adapter of {form}: make it Umbra's first, umbra convert {path} --to umbra --out …"
         )
-    values = read_config(source)
+    values = check_config(
+        read_json(source, CONFIG_FILE) if values is None else values, folder.find(source, CONFIG_FILE)
+    )
     if PROMPTING in values:
         Prompting.read(source, values[PROMPTING])
     file = folder.find(source, WEIGHTS_FILE)
@@ -57,6 +69,8 @@ def _facts(values: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
     config = ShadowConfig.from_dict(values["shadow"]).resolve()
     own = {k: v for k, v in DIALECTS[config.dialect].items() if k not in ("rank", "gate_rank", "alpha", "init")}
     changed = {k: getattr(config, k) for k, v in own.items() if getattr(config, k) != v}
+    constants = CONSTANTS[config.dialect].items()
+    changed |= {k: getattr(config.constants, k) for k, v in constants if getattr(config.constants, k) != v}
     shadow, base = saved_config(values["shadow_model_config"]), values["base"]
     return {
         "task": values["task_type"],

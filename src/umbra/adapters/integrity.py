@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from umbra.adapters.files import DIGEST, DRAFT_TOKENS, PROMPTING, Tensors
 from umbra.base.added_tokens import added_count, expected_rows
 from umbra.base.architectures import Anatomy
 from umbra.config import ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
-from umbra.shadow.network import Shadow, check_draft_tokens, fresh_config
+from umbra.shadow.draft_vocabulary import check_draft_tokens
+from umbra.shadow.network import Shadow, fresh_config
 
-DIGEST = "sha256"  # the entry of the configuration that vouches for these others, and for all tensors
 VOUCHED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
-DRAFT_TOKENS, PROMPTING = "draft_tokens", "prompting"  # vouched for where there are any
 OPTIONAL = (DRAFT_TOKENS, PROMPTING)
 LENGTHS = ("n_positions", "n_ctx")  # tokens, which nobody counts one by one
 MOST_BUFFERED = 2**27  # values in a shadow's buffers, which no tensor of the file bounds
-Tensors = dict[str, torch.Tensor]
 
 
 def digest(values: dict[str, Any], weights: Tensors) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from umbra.adapters.integrity import PROMPTING
+from umbra.adapters.files import PROMPTING
 from umbra.base import architectures
 from umbra.base.loading import load_tokenizer
 from umbra.data import ChatFormatter
@@ -31,7 +31,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-TOKENIZER_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt")  # of all that a tokenizer or processor saves
 PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 LARGEST_FILE = 2**28  # bytes; those of the largest vocabularies today have 2**25
 
@@ -189,6 +188,11 @@ class Prompting:
         """Whether and how the chat template is used."""
         return {"chat_template": self.chat_template, "chat_template_kwargs": self.chat_template_kwargs}
 
+    @property
+    def is_default(self) -> bool:
+        """Whether the chat template is used without arguments."""
+        return self.settings() == Prompting().settings()
+
     def to_dict(self, is_listed: bool = True) -> dict[str, Any]:
         """The entry of the adapter's configuration.
 
@@ -222,12 +226,12 @@ class Prompting:
 
 
 # Of adapters of format 2: trained with the base's tokenizer, and with this argument, which was not a setting then.
-BEFORE = Prompting(chat_template_kwargs={"enable_thinking": False})
+FORMAT_2_PROMPTING = Prompting(chat_template_kwargs={"enable_thinking": False})
 
 
 def describe(values: dict[str, Any] | None) -> str:
     """In words, how an adapter with this entry of its configuration (None in format 2) is asked."""
-    settings = BEFORE.settings() if values is None else values
+    settings = FORMAT_2_PROMPTING.settings() if values is None else values
     tokenizer = "the base's tokenizer" if values is None else "the tokenizer in its folder, or else the base's"
     tokenizer = "its own tokenizer" if settings.get("tokenizer") else tokenizer
     if not settings["chat_template"]:

@@ -21,7 +21,7 @@ from umbra.cli.terminal import (
     raw_output,
     say,
 )
-from umbra.config import ShadowConfig
+from umbra.config import DialectConstants, ShadowConfig
 from umbra.errors import ConfigError, one_line
 from umbra.options import (
     EMBEDDED,
@@ -252,10 +252,10 @@ def _generate(arguments: list[str]) -> int:
 
 def _detach(arguments: list[str]) -> int:
     options = _parse("umbra detach", DetachOptions, arguments)
-    from umbra.adapters.checkpoint import load
     from umbra.adapters.prompting import open_formatter
     from umbra.deploy.detach import parse_dtype, write_detached
     from umbra.files.manifest import check_apart, of_model, writing
+    from umbra.model.loading import load
 
     dtype, out = parse_dtype(options.dtype), Path(options.out)
     asked = {"command": "detach", "adapter": of_model(options.adapter), "base": options.base, "dtype": options.dtype}
@@ -290,16 +290,17 @@ def _convert(arguments: list[str]) -> int:
     options = _parse("umbra convert", ConvertOptions, arguments)
     if not options.to or not options.out:
         raise ConfigError("Say what to write and where: --to peft|shadow-peft|umbra --out FOLDER.")
-    from umbra.adapters.checkpoint import load
-    from umbra.adapters.interop import check_form, convert
+    from umbra.adapters.interop import check_format
+    from umbra.deploy.convert import convert
     from umbra.files.manifest import of_model, writing
+    from umbra.model.loading import load
 
-    check_form(options.to)
+    check_format(options.to)
     out = Path(options.out)
     asked = {"command": "convert", "adapter": of_model(options.adapter), "to": options.to, "shadow": options.shadow}
     with writing(out, {**asked, "base": options.base}, False) as noted:
         if not noted.is_complete:
-            convert(load(options.adapter, options.base, shadow=options.shadow), out, options.to, is_own=True)
+            convert(load(options.adapter, options.base, shadow=options.shadow), out, options.to, is_resumed=True)
     files = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
     say(json.dumps({"path": str(out), "files": files}) if options.json else f"{out}: {', '.join(files)}")
     return 0
@@ -380,7 +381,7 @@ def _add_flags(parser: Any, kind: type) -> None:
         if f.metadata.get("positional"):
             parser.add_argument(f.name, help=text, **several)
             continue
-        default = "" if f.default in (None, "") else f" (default: {f.default})"
+        default = "" if f.default in (None, "", dataclasses.MISSING) else f" (default: {f.default})"
         if types == [bool]:
             parser.add_argument(
                 f"--{f.name}", f"--{f.name.replace('_', '-')}", nargs="?", const=True, type=_boolean,
@@ -391,7 +392,7 @@ def _add_flags(parser: Any, kind: type) -> None:
         form, metavar = kind_of, kind_of.__name__.upper()
         if get_origin(types[0]) is tuple:
             form, metavar = _integers, "INT,…"
-        elif get_origin(types[0]) is dict:
+        elif get_origin(types[0]) is dict or types[0] is DialectConstants:
             form, metavar = _mapping, "JSON"
         elif types == [int, float]:
             form, metavar = number, "NUMBER"

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from umbra.adapters.checkpoint import load
 from umbra.adapters.prompting import open_formatter
 from umbra.data import end_tokens
 from umbra.errors import ConfigError
 from umbra.evaluation.scoring import GREEDY, MODES, PLAIN, in_mode, on_accelerator, room
-from umbra.generation.drafting import check_draft
+from umbra.generation.speculative import check_draft
+from umbra.model.loading import load
 from umbra.options import GenerateOptions, check_dtype
 
 

@@ -11,9 +11,10 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from umbra.adapters.checkpoint import load, local_folder, read_config
+from umbra.adapters.files import local_folder, read_config
 from umbra.adapters.prompting import Prompting, open_formatter, report
 from umbra.errors import BaseModelError, ConfigError, unknown_key
+from umbra.model.loading import load
 
 MODES = ("attached", "detached", "base")
 # What lm-eval's own class does with a model that is loaded already; the rest it would do in loading.

@@ -20,7 +20,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from umbra.adapters.checkpoint import load
 from umbra.adapters.prompting import open_formatter
 from umbra.base import architectures
 from umbra.data import (
@@ -36,6 +35,7 @@ from umbra.data import (
 )
 from umbra.data.chat import END_OF_THOUGHT
 from umbra.errors import ConfigError, DataError
+from umbra.model.loading import load
 from umbra.model.shadow_model import ShadowModel
 from umbra.options import EvalOptions, check_dtype, listed
 

@@ -42,11 +42,11 @@ class Injection(nn.Module):
         self.down = nn.Linear(hidden_size, config.rank, bias=False)
         self.up = nn.Linear(config.rank, hidden_size, bias=False)
         scale = nn.Parameter(torch.ones(hidden_size), requires_grad=False)  # engines shard parameters, but few buffers
-        self.register_parameter("channels", scale if config.channel_scale == "measured" else None)
-        self.dropout_delta = nn.Dropout(config.dropout if config.dropout_position == "delta" else 0.0)
-        self.dropout_rank = nn.Dropout(config.dropout if config.dropout_position == "rank" else 0.0)
-        if config.down_init != "linear":
-            std = 0.02 if config.down_init == "normal" else SCALED_STD / hidden_size**0.5
+        self.register_parameter("channels", scale if config.input_scale == "measured" else None)
+        self.dropout_delta = nn.Dropout(config.dropout if config.constants.dropout_position == "delta" else 0.0)
+        self.dropout_rank = nn.Dropout(config.dropout if config.constants.dropout_position == "rank" else 0.0)
+        if config.constants.down_init != "linear":
+            std = 0.02 if config.constants.down_init == "normal" else SCALED_STD / hidden_size**0.5
             nn.init.normal_(self.down.weight, std=std)
         nn.init.zeros_(self.up.weight)
 
@@ -63,7 +63,7 @@ class Injection(nn.Module):
 
 
 class Update(nn.Module):
-    """s ← s + σ(gate(n)) ⊙ (transform(n) − s); without a gate, s ← transform(n).
+    """s ← s + σ(gate(n)) ⊙ (transform(n) − s).
 
     Gate and transform are two-layer networks of shape D → G → D.
 
@@ -72,24 +72,19 @@ class Update(nn.Module):
         config: a resolved configuration.
     """
 
-    gate: nn.Sequential | None
-
     def __init__(self, hidden_size: int, config: ShadowConfig):
         super().__init__()
-        assert config.gate_rank and config.bias is not None and config.activation and config.dropout is not None
-        D, G, bias, activation = hidden_size, config.gate_rank, config.bias, ACTIVATIONS[config.activation]
-        dropout = config.dropout if config.dropout_position == "rank" else 0.0
-        self.gate = None
-        if config.update == "gated":
-            self.gate = nn.Sequential(nn.Linear(D, G, bias=bias), activation(), nn.Linear(G, D, bias=bias))
+        constants = config.constants
+        assert config.gate_rank and constants.bias is not None and constants.activation and config.dropout is not None
+        D, G, bias, activation = hidden_size, config.gate_rank, constants.bias, ACTIVATIONS[constants.activation]
+        dropout = config.dropout if constants.dropout_position == "rank" else 0.0
+        self.gate = nn.Sequential(nn.Linear(D, G, bias=bias), activation(), nn.Linear(G, D, bias=bias))
         self.transform = nn.Sequential(
             nn.Linear(D, G, bias=bias), activation(), nn.Dropout(dropout), nn.Linear(G, D, bias=bias)
         )
 
     def forward(self, n: Tensor, s: Tensor) -> Tensor:
         """(B, T, D), (B, T, D) → (B, T, D) in the dtype of s."""
-        if self.gate is None:
-            return self.transform(n).to(s.dtype)
         return (s + torch.sigmoid(self.gate(n)) * (self.transform(n) - s)).to(s.dtype)
 
     @property
@@ -115,9 +110,9 @@ class Couplings(nn.Module):
         self.config = config
         self.layers = layers = config.coupled(num_layers)
         self.injections = nn.ModuleDict({str(l): Injection(hidden_size, config) for l in layers})
-        updated = () if config.update == "none" else layers[:-1]
+        updated = layers[:-1]  # the last update would feed nothing
         self.updates = nn.ModuleDict({str(l): Update(hidden_size, config) for l in updated})
-        self.norm = nn.LayerNorm(hidden_size) if config.norm and updated else nn.Identity()
+        self.norm = nn.LayerNorm(hidden_size) if config.constants.norm and updated else nn.Identity()
         self.boundaries = sorted({*layers, *(l + 1 for l in updated)})
 
     def inject(self, l: int, h: Tensor, s: Tensor) -> Tensor:

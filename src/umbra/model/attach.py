@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from umbra.base import architectures
+from umbra.base import architectures, private_transformers
 from umbra.config import ShadowConfig, check_kind
 from umbra.model.causal_lm import ShadowForCausalLM
 from umbra.model.classifier import ShadowForSequenceClassification
@@ -32,4 +32,6 @@ def attach(
     return kind(base, config, backbone_config=backbone_config)
 
 
+ShadowModel._attach = attach  # for from_pretrained, which must not import its own subclasses
+private_transformers.check(private_transformers.GENERATION, private_transformers.MODEL)
 architectures.announce(ShadowForCausalLM, ShadowForSequenceClassification)

@@ -1,21 +1,23 @@
 """`ShadowForCausalLM`: a language model and its shadow; `forward` dispatches to one of four ways to run them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from umbra.base import architectures
 from umbra.config import ShadowConfig
-from umbra.errors import StateError
-from umbra.generation.drafting import Drafting
+from umbra.errors import BaseModelError, StateError
+from umbra.generation import decoding
+from umbra.generation.speculative import SpeculativeDecoder, check_mode
+from umbra.method.adapter_state import AdapterState, packed
 from umbra.method.head_inputs import HeadInputs
-from umbra.method.hooks import Attachment
+from umbra.method.hooks import ForwardContext
 from umbra.method.losses import IGNORED, token_loss
 from umbra.model.checks import check_one_adapter, detached_copy
 from umbra.model.forward import Batch, input_of
@@ -23,12 +25,13 @@ from umbra.model.labels import LabelArguments, Labels
 from umbra.model.losses import LanguageModelLosses
 from umbra.model.outputs import ShadowCausalLMOutput
 from umbra.model.shadow_model import ShadowModel
+from umbra.shadow.draft_vocabulary import as_draft_tokens
 from umbra.shadow.network import Shadow
 
 Items = Tensor | int | None
 
 
-class ShadowForCausalLM(ShadowModel, Drafting):
+class ShadowForCausalLM(ShadowModel, GenerationMixin):
     """A language model and its shadow.
 
     Attributes:
@@ -207,35 +210,163 @@ class ShadowForCausalLM(ShadowModel, Drafting):
             return heads["shadow" if self.attachment.only == "shadow" else "attached"]
         return self.base.get_output_embeddings()
 
-    # -- TEMPORARY: names that generation/drafting.py and decoding.py read -----------------------------------------
+    # -- generation: what umbra.generation changes in transformers' -------------------------------------------------
 
-    @property
-    def _is_disabled(self) -> bool:
-        return self.attachment.is_disabled
+    @torch.no_grad()
+    def generate(self, *args: Any, draft: int | str | None = None, **options: Any) -> Any:
+        """Generate text as in transformers, with one cache for base and shadow.
 
-    @property
-    def _only(self) -> str | None:
-        return self.attachment.only
+        Args:
+            args: positional arguments of transformers' ``generate``.
+            draft: K: the shadow drafts up to K tokens that one forward of the base verifies, fewer where one more is not worth
+                its cost; "auto" for ``num_assistant_tokens`` where it is set, and a K of Umbra's choice otherwise; None for no
+                drafts. Greedy decoding returns the same tokens as without, sampling the same distribution. With
+                ``assistant_confidence_threshold``, drafting continues until the probability of the shadow's most likely token
+                is below it, instead of weighing the cost.
+            options: keyword arguments of transformers' ``generate``.
 
-    @property
-    def _attachment(self) -> Attachment:
-        return self.attachment
+        Returns:
+            As in transformers; with ``draft`` and ``return_dict_in_generate`` a `DraftedOutput`.
 
-    @property
-    def _cache_argument(self) -> str:
-        return self.runner.cache_argument
+        Raises:
+            ConfigError: an invalid K, or with ``draft`` a search or an output that drafting does not support.
+            BaseModelError: the base or the cache cannot drop rejected tokens.
+            StateError: ``draft`` while the adapter is disabled.
+        """
+        if draft is not None:
+            decoder = SpeculativeDecoder.from_call(self.shadow, draft, args, options, self.generation_config)
+            if self.attachment.is_disabled or self.attachment.only == "shadow":
+                raise StateError("draft=… needs the shadow and the base: leave disable_adapter() or shadow_only().")
+            options["custom_generate"] = decoder
+        with packed(shadow.couplings for shadow in self.adapter_set.shadows):
+            return super().generate(*args, **options)
 
-    def _named(self, names: Sequence[str | None] | None) -> list[Shadow]:
-        return self.adapter_set.select(names)
+    def generate_batch(self, *args: Any, adapter_names: Any = None, **options: Any) -> Any:
+        """Generate with continuous batching as in transformers, with the active adapter for all requests.
 
-    def _call_base(self, batch: Batch, **options: Any) -> Any:
-        return self.runner.call_base(batch, **options)
+        Raises:
+            ConfigError: adapter_names or draft were given, which transformers would drop silently.
+        """
+        decoding.check_batch_options(adapter_names, options)
+        return super().generate_batch(*args, **options)
 
-    def _initial_state(self, batch: Batch, shadow: Shadow) -> Tensor:
-        return self.runner.initial_state(batch, shadow)
+    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
+        """Start continuous batching as in transformers, with the active adapter; base and shadow share the pages.
 
-    def _seen_by(self, shadow: Shadow, batch: Batch, given: dict[str, Any]) -> Batch:
-        return self.runner.inputs_of(shadow, batch, given)
+        Raises:
+            BaseModelError: a shadow's key-value heads or its window differ in size from the base's.
+            StateError: the adapter is disabled, which holds for this thread but not for the batching thread.
+        """
+        decoding.check_continuous_batching(self.base, self.adapter_set.shadows, self.attachment.is_disabled)
+        return super().init_continuous_batching(*args, **options)
+
+    def set_draft_vocabulary(self, token_ids: Iterable[int] | None, adapter_name: str | None = None) -> None:
+        """Set the tokens that a shadow drafts: fewer are cheaper. They are saved with the adapter, and change no answer.
+
+        Args:
+            token_ids: for example from `frequent_tokens`; None for the whole vocabulary.
+            adapter_name: by default the active one.
+
+        Raises:
+            ConfigError: empty, or a number that is no token of the base.
+        """
+        rows = architectures.vocabulary_size(self.base.get_input_embeddings())
+        self.adapter(adapter_name).draft_tokens = as_draft_tokens(token_ids, rows)
+
+    def draft_state(self, shadow: Shadow, batch: dict[str, Any]) -> Tensor:
+        """Return s⁰ (B, T, D) of a batch, by the shadow alone."""
+        return self.runner.initial_state(self.runner.inputs_of(shadow, batch, {}), shadow)
+
+    def verify(self, shadow: Shadow, s0: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Return the attached logits (B, T, V) of a batch whose s⁰ (B, T, D) is known."""
+        state, head = AdapterState(shadow.couplings, s0), HeadInputs([(None, shadow.heads)])
+        with ForwardContext(self.attachment, [state], head):
+            return self.runner.call_base(batch, return_dict=True).logits
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of one decoding step, prepared by the base's own method."""
+        pass_padding = not self.attachment.is_disabled and not all(
+            shadow.shares_masks for shadow in self.adapter_set.shadows
+        )
+        kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        return decoding.prepare_inputs(self.base, self.runner.cache_argument, pass_padding, input_ids, *args, **kwargs)
+
+    def _extract_generation_mode_kwargs(self, custom_generate: Any, *args: Any) -> dict[str, Any]:
+        if not isinstance(custom_generate, SpeculativeDecoder):
+            return super()._extract_generation_mode_kwargs(custom_generate, *args)
+        # transformers would pass neither streamer nor tokenizer to a callable.
+        return {**super()._extract_generation_mode_kwargs(None, *args), "drafter": custom_generate}
+
+    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, given: dict[str, Any]) -> None:
+        super()._validate_generation_mode(mode, config, given)
+        if "drafter" in given:
+            if not architectures.takes_cache(self.base):
+                raise BaseModelError(f"draft=… needs a cache; {type(self.base).__name__} has none. Leave draft out.")
+            check_mode(mode, config, given)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        self.base._validate_model_kwargs(decoding.arguments_of_base(self.forward, model_kwargs))
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        return self.base._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return self.base._maybe_prepare_encoder_kwargs_for_generation(*args, **options)
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return self.base._update_model_kwargs_for_generation(*args, **options)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    ) -> None:
+        names = model_kwargs.get("adapter_names")
+        decoding.check_guidance(generation_config, model_kwargs)
+        decoding.use_own_cache_class(self.base, self.config, generation_config, model_kwargs)
+        is_new = model_kwargs.get("past_key_values") is None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)
+        if is_new:
+            active = [] if self.attachment.is_disabled else self.adapter_set.select(names)
+            layers = [layer for shadow in active for layer in shadow.cache_layers]
+            architectures.leave_out_others(model_kwargs.get("past_key_values"), len(self.attachment.blocks), layers)
+
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    ) -> Any:
+        cache, names = model_kwargs.get("past_key_values"), model_kwargs.get("adapter_names")
+        if cache is not None:
+            decoding.prepare_past(
+                self.base, cache, input_ids, generation_config, model_kwargs, self.attachment.is_disabled
+            )  # fmt: skip
+        active = [] if self.attachment.is_disabled or len(self.adapters) == 1 else self.adapter_set.select(names)
+        if cache is None or not active:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **options)
+        with decoding.cache_of(active, cache, len(self.attachment.blocks)) as view:
+            viewed = {**model_kwargs, "past_key_values": view}
+            out = super()._prefill(input_ids, generation_config, viewed, *args, **options)
+        if out.get("past_key_values") is view:
+            out["past_key_values"] = cache
+        return out
+
+    def _assisted_decoding(self, *args: Any, **options: Any) -> Any:
+        # transformers takes rejected tokens out of the cache only after it has streamed those that it accepts.
+        with decoding.invalidate_on_error(options.get("past_key_values")):
+            return super()._assisted_decoding(*args, **options)
+
+    def _beam_search(self, *args: Any, **options: Any) -> Any:
+        # transformers reorders the cache only after it has chosen the beams.
+        with decoding.invalidate_on_error(options.get("past_key_values")):
+            return super()._beam_search(*args, **options)
+
+    def _get_static_cache_init_shape(self) -> Any:
+        dtypes_agree = self.shadow.dtype == self.dtype
+        uniform = decoding.has_uniform_layers(self.base, self.adapter_set.shadows, dtypes_agree)
+        return super()._get_static_cache_init_shape() if uniform else None  # None: each layer allocates itself in use
+
+    def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **options: Any) -> Any:
+        decoding.check_no_early_exit(generation_config)
+        return super()._get_candidate_generator(generation_config, *args, **options)
 
 
 def _columns(x: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from umbra.base import architectures
 from umbra.errors import ConfigError, StateError, unknown_key
-from umbra.generation import caches
+from umbra.generation import caches, paging
 from umbra.generation.decoding import SHADOW_MASK
 from umbra.method import kernels
 from umbra.method.adapter_state import AdapterState
@@ -101,7 +101,7 @@ class ForwardRunner:
         """
         self.attachment.settle()  # the embeddings may have been replaced since the last forward
         shadow = self.adapters.active if shadow is None else shadow
-        batch = caches.for_shadow(batch, shadow.backbone.config, shadow.dtype)
+        batch = paging.for_shadow(batch, shadow.backbone.config, shadow.dtype)
         arguments = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
         return shadow(batch["input_ids"], batch["inputs_embeds"], self.base.get_input_embeddings(), **arguments)
 
@@ -203,7 +203,7 @@ class ForwardRunner:
         Returns:
             The output, whose cache has the usual name ``past_key_values``.
         """
-        batch = caches.for_path(batch, self.base.config)
+        batch = paging.for_path(batch, self.base.config)
         given = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
         architectures.forget(self.base, batch.get("past_key_values"))
         if "past_key_values" in given:
@@ -220,9 +220,9 @@ class ForwardRunner:
     # -- the cache -------------------------------------------------------------------------------------------------
 
     def guard_cache(self, batch: Batch) -> AbstractContextManager[None]:
-        """Return a context for work that writes to the batch's cache: see `caches.undivided`."""
+        """Return a context for work that writes to the batch's cache: see `caches.invalidate_on_error`."""
         cache = batch["past_key_values"]
-        return nullcontext() if cache is None or torch.compiler.is_compiling() else caches.undivided(cache)
+        return nullcontext() if cache is None or torch.compiler.is_compiling() else caches.invalidate_on_error(cache)
 
     def settle_use_cache(self, batch: Batch) -> None:
         """Disable the cache if this model's configuration does, as Trainer sets it: packed rows would see each other."""

@@ -2,15 +2,18 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
-import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from umbra.adapters.files import PREFIX
+from umbra.adapters.reading import load_shadow, open_with_base, restore
+from umbra.adapters.saving import AttachedShadow, save
 from umbra.base import architectures, quantized
 from umbra.config import ShadowConfig, check_kind
 from umbra.errors import BaseModelError, ConfigError
@@ -24,9 +27,11 @@ from umbra.model.losses import Losses
 from umbra.model.outputs import OutputClass, as_output
 from umbra.model.training_guard import TrainingGuard
 from umbra.model.vocabulary import Vocabulary
+from umbra.shadow.detached import detached
 from umbra.shadow.network import Shadow
 
-PROMPTING_ARGUMENTS = ("adapter_name", "tokenizer", "chat_template", "chat_template_kwargs")
+PROMPTING_ARGUMENTS = ("tokenizer", "chat_template", "chat_template_kwargs")
+LABEL_FIELDS = ("id2label", "label2id", "problem_type")  # of a classifier's configuration, which the adapter stores
 
 
 class ShadowModel(PreTrainedModel):
@@ -46,6 +51,8 @@ class ShadowModel(PreTrainedModel):
     _can_compile_fullgraph = True
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
+
+    _attach: ClassVar[Callable[..., PreTrainedModel]]  # set by attach.py, which knows the subclasses
 
     base: PreTrainedModel
     shadow: Shadow
@@ -71,8 +78,6 @@ class ShadowModel(PreTrainedModel):
         self.adapter_set = AdapterSet(base, shadow)
         self._register_adapters()
         self.main_input_name = base.main_input_name
-        # Progress of the training, from 0 to 1, which a schedule of μ reads; trainers update it.
-        self.progress = torch.zeros((), device="cpu")
         self.all_tied_weights_keys = of_base(base.all_tied_weights_keys)
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
@@ -147,16 +152,7 @@ class ShadowModel(PreTrainedModel):
         """Return the loss to train on; in evaluation the task's alone."""
         if not self.training:
             return losses.task
-        return losses.total(self.guard.shadow_weight(), self._distillation_weight)
-
-    @property
-    def _distillation_weight(self) -> Tensor | float:
-        """μ, at this point of the training."""
-        config = self.shadow.config
-        if config.distillation_schedule == "constant":
-            return config.distillation_weight
-        share = self.progress if config.distillation_schedule == "rise" else 1 - self.progress
-        return config.distillation_weight * share
+        return losses.total(self.guard.shadow_weight(), self.shadow.config.distillation_weight)
 
     def _output(self, kind: OutputClass, values: dict[str, Any], batch: Batch, return_dict: bool | None) -> Any:
         """Return values by name as an output, or as a tuple in the base's order."""
@@ -225,8 +221,6 @@ class ShadowModel(PreTrainedModel):
             CheckpointError: as in `umbra.load`.
             BaseModelError: as in `umbra.load`.
         """
-        from umbra.adapters.checkpoint import load_shadow
-
         name = name if replace and name in self.adapters else self.adapter_set.check_new_name(name)
         read = load_shadow(path, self.base, trainable=trainable, allow_other_base=allow_other_base, shadow=shadow)
         self.vocabulary.share(name, read, path)
@@ -350,30 +344,38 @@ class ShadowModel(PreTrainedModel):
         return self.base
 
     def detached(self) -> PreTrainedModel:
-        """Return the shadow as a stock transformers model with its own weights: see `umbra.deploy.detach`."""
-        from umbra.deploy.detach import detach
+        """Return the active shadow as a stock transformers model with copied weights, whose logits are head(s⁰).
 
-        return detach(self)
+        Raises:
+            DetachError: see `umbra.shadow.detached.detached`.
+        """
+        return detached(self.base, self.shadow)
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
-    ) -> None:
-        """Write the adapter folder, atomically; the base is not written. See `umbra.adapters.checkpoint.save`.
+        self, save_directory: str | Path, *, adapter_name: str | None = None, push_to_hub: bool = False,
+        repo_id: str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        """Write the adapter folder, atomically; the base is not written.
 
         Args:
             save_directory: the folder.
+            adapter_name: of the adapter; by default the active one.
             push_to_hub: upload the adapter as well.
             repo_id: the repository to upload to; by default one with the name of the folder.
-            options: arguments of `umbra.adapters.checkpoint.save`; with ``push_to_hub`` also those of `push_to_hub`.
+            options: keyword arguments of `umbra.adapters.saving.save`; with ``push_to_hub`` also those of `push_to_hub`.
         """
-        from umbra.adapters.checkpoint import save
-
-        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", *PROMPTING_ARGUMENTS}
+        names = inspect.signature(self.push_to_hub).parameters.keys() - {
+            "repo_id",
+            "adapter_name",
+            *PROMPTING_ARGUMENTS,
+        }
         hub_options = {name: options.pop(name) for name in names & options.keys()}
-        save(self, save_directory, **options)
+        shadow = self.adapter(adapter_name)
+        prefix = next((f"{INACTIVE}{n}." for n, s in self.inactive_adapters.items() if s is shadow), PREFIX)
+        save(AttachedShadow(shadow, self.base, self.base_fingerprint, prefix), save_directory, **options)
         if push_to_hub:
             saved = {name: options.get(name) for name in PROMPTING_ARGUMENTS}
-            self.push_to_hub(repo_id or Path(save_directory).name, **saved, **hub_options)
+            self.push_to_hub(repo_id or Path(save_directory).name, adapter_name=adapter_name, **saved, **hub_options)
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, repo_id: str, *, adapter_name: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -386,7 +388,7 @@ class ShadowModel(PreTrainedModel):
         Args:
             repo_id: the repository.
             adapter_name: of the adapter; by default the active one.
-            tokenizer: as in `umbra.adapters.checkpoint.save`, like ``chat_template`` and ``chat_template_kwargs``.
+            tokenizer: as in `umbra.adapters.saving.save`, like ``chat_template`` and ``chat_template_kwargs``.
             chat_template: whether prompts use the chat template.
             chat_template_kwargs: arguments of the chat template.
             commit_message: as in huggingface_hub, like all arguments below.
@@ -397,23 +399,39 @@ class ShadowModel(PreTrainedModel):
             create_pr: whether to open a pull request.
         """
 
-        def save(folder: str) -> None:
+        def write(folder: str) -> None:
             self.save_pretrained(
                 folder, adapter_name=adapter_name, tokenizer=tokenizer, chat_template=chat_template,
                 chat_template_kwargs=chat_template_kwargs,
             )  # fmt: skip
 
         return hub.upload(
-            save, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
+            write, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
             commit_message=commit_message, commit_description=commit_description,
         )  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *args: Any, **options: Any) -> "ShadowModel":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Load an adapter folder, like `umbra.load`."""
-        from umbra.adapters.checkpoint import load
-
-        return load(path, *args, **options)
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, path: str | Path, base: PreTrainedModel | str | None = None, *, trainable: bool = False,
+        allow_other_base: bool = False, shadow: str | None = None, **base_options: Any,
+    ) -> "ShadowModel":  # fmt: skip
+        """Read an adapter and attach it to its base; see `umbra.load`."""
+        saved, base = open_with_base(
+            path, base, allow_other_base=allow_other_base, shadow=shadow, base_options=base_options
+        )
+        model = cast(ShadowModel, cls._attach(base, saved.config, backbone_config=saved.backbone_config))
+        with ExitStack() as undo:
+            undo.callback(model.unload)
+            if saved.added_count:
+                model.carry_added_tokens(saved.base_rows, saved.added_count)
+            restore(model.shadow, saved)
+            for name, value in model.shadow.classifier.items():
+                if name in LABEL_FIELDS:
+                    setattr(model.config, name, value)
+            undo.pop_all()
+        if not trainable:
+            model.requires_grad_(False)
+        return model
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the base's input embeddings."""

@@ -1,7 +1,7 @@
 """How large each channel of the base's hidden states is, measured once, at `attach`.
 
 Of the 576 channels of SmolLM2-135M three hold 58 – 87 % of a hidden state's energy (`bench/channels.py`): W_down, which starts
-at random, reads little else, and what it learns of them moves the correction most. With ``channel_scale="measured"`` the
+at random, reads little else, and what it learns of them moves the correction most. With ``input_scale="measured"`` the
 injection before block l reads (h − s) ⊙ c instead, where over N tokens (at random, always the same ones) and D channels
 
     c_d = m / max(rms_d, m / 20),    rms_d² = Σ_n h²_nd / N,    m = median over tokens of |h_n| / √D

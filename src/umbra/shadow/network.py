@@ -19,7 +19,7 @@ from umbra.base import architectures, quantized, sharded
 from umbra.base.added_tokens import AddedTokens
 from umbra.base.architectures import Anatomy
 from umbra.config import ShadowConfig
-from umbra.errors import BaseModelError, ConfigError, shown
+from umbra.errors import BaseModelError, ConfigError
 from umbra.method.core import Couplings
 from umbra.shadow import input_scale
 from umbra.shadow.pretrained import check_vocabulary, load_pretrained
@@ -92,7 +92,7 @@ class Shadow(nn.Module):
 
         device = torch.device(architectures.device_of(base.embeddings) if device is None else device)
         train_heads = base.is_classifier if config.train_heads is None else config.train_heads
-        measures = config.channel_scale == "measured" and backbone_config is None  # or else they come from a file
+        measures = config.input_scale == "measured" and backbone_config is None  # or else they come from a file
         if sharded.is_partitioned(base.embeddings.weight) and train_heads:
             raise BaseModelError(
                 "ZeRO-3 has partitioned this base already, and train_heads copies its head: load the base before "
@@ -222,19 +222,6 @@ class Shadow(nn.Module):
         return {name: n for name, n in counts.items() if n}
 
 
-def check_draft_tokens(tokens: list[Any], rows: int) -> None:
-    """Hold a draft vocabulary to a base of ``rows`` tokens.
-
-    Raises:
-        ConfigError: empty, one that is there twice, or one that is no token.
-    """
-    wrong = [t for t in tokens if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < rows]
-    if wrong:
-        raise ConfigError(f"A draft vocabulary holds tokens from 0 to {rows - 1}, got {shown(wrong[0])}.")
-    if not tokens or len(set(tokens)) < len(tokens):
-        raise ConfigError("A draft vocabulary holds one token or more, each once.")
-
-
 class Built(NamedTuple):
     """A backbone, and what the projections from its states (D, Ds) and into it (Ds, D) begin as; None for their own."""
 
@@ -287,7 +274,7 @@ def _copied(base: Anatomy, backbone: PreTrainedModel, config: ShadowConfig) -> B
             narrowed = architectures.prune_blocks(base, backbone, layers)
         else:
             architectures.copy_blocks(base, backbone, layers)
-        architectures.scale_final_norm(backbone, config.init_scale)
+        architectures.scale_final_norm(backbone, config.constants.init_scale)
     return Built(backbone, narrowed.projection, narrowed.embed_projection, True)
 
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from umbra.adapters import checkpoint
 from umbra.adapters.card import may_replace, pretrained_card
+from umbra.adapters.files import CARD_FILE
 from umbra.base import architectures
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.config import ShadowConfig
@@ -38,7 +38,7 @@ from umbra.data.corpus import (
     write_own,
 )
 from umbra.data.sources import local_files, named_sources
-from umbra.deploy.detach import detach, write_detached
+from umbra.deploy.detach import write_detached
 from umbra.errors import BaseModelError, CheckpointError, ConfigError, DataError
 from umbra.files import folder
 from umbra.files.locks import locked
@@ -46,6 +46,7 @@ from umbra.method.divergences import KINDS, Teacher, linear_divergence, teacher_
 from umbra.method.kernels import Head, linear_loss
 from umbra.method.losses import labelled_positions
 from umbra.model.attach import attach
+from umbra.model.loading import load
 from umbra.options import PretrainOptions, speaks
 from umbra.shadow.pretrained import check_vocabulary
 from umbra.training.resuming import last_checkpoint
@@ -59,7 +60,7 @@ STAGES = "stages"  # folders of the stages, in the output folder
 OWN = "own.jsonl"  # what the base has written, a file of the output folder
 OWN_SOURCE = "text of the base's own"
 TEACHER = "teacher"  # what it says of each token of the text
-MODEL = ("config.json", "generation_config.json", "model.safetensors", checkpoint.CARD_FILE)
+MODEL = ("config.json", "generation_config.json", "model.safetensors", CARD_FILE)
 FILES = (*MODEL, STAGES, TEACHER, OWN)
 ROWS = 256  # of logits at once
 # What the base's own text depends on: of a run that is overwritten by one with the same, it is kept.
@@ -139,7 +140,7 @@ def _pretrain(
         raise BaseModelError(
             f"{type(base).__name__} has a head that is more than one plain linear layer: use another base."
         )
-    detach(model)  # raises now what would be the end of all stages
+    model.detached()  # raises now what would be the end of all stages
     if not architectures.is_placed(base):
         model.to(arguments[0].device)
     run.contents[options.base] = hashlib.sha256(json.dumps(model.base_fingerprint).encode()).hexdigest()
@@ -169,8 +170,8 @@ def _pretrain(
     metrics["parameters"] = sum(model.shadow.parts().values()) - model.shadow.parts().get("couplings", 0)
     write_detached(model, run.out, tokenizer, overwrite=True)
     card = pretrained_card(options.base, {k: v for k, v in run.asked.items() if v is not None}, metrics)
-    if may_replace(run.out / checkpoint.CARD_FILE):
-        folder.write_together(run.out, lambda staging: folder.write_text(staging / checkpoint.CARD_FILE, card))
+    if may_replace(run.out / CARD_FILE):
+        folder.write_together(run.out, lambda staging: folder.write_text(staging / CARD_FILE, card))
     run.record(metrics, history)
     return metrics
 
@@ -384,7 +385,7 @@ def _run_stage(
     out, told = Path(args.output_dir), Path(args.output_dir) / STAGE_FILE
     if told.exists():
         kept = json.loads(told.read_text(encoding="utf-8"))
-        return checkpoint.load(out, base=model.unload(), trainable=True), kept["metrics"], kept["history"]
+        return load(out, base=model.unload(), trainable=True), kept["metrics"], kept["history"]
     frozen = [p for name, p in model.shadow.named_parameters() if p.requires_grad and not _learns(name, losses)]
     for p in frozen:
         p.requires_grad_(False)

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from umbra.adapters import checkpoint
+from umbra.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_weights
 from umbra.adapters.integrity import check_digest
 from umbra.errors import CheckpointError
 from umbra.files import folder
@@ -312,16 +312,16 @@ def _weights_problem(path: Path) -> str | None:
     """Of the model's own files: an adapter of Umbra, or that of another method."""
     files = sorted({f.name for f in path.glob("*.safetensors")})
     if not files:
-        return f"{checkpoint.WEIGHTS_FILE} is missing"
+        return f"{WEIGHTS_FILE} is missing"
     try:
-        if checkpoint.WEIGHTS_FILE in files:
-            values = json.loads(folder.read_text(path / checkpoint.CONFIG_FILE))
+        if WEIGHTS_FILE in files:
+            values = json.loads(folder.read_text(path / CONFIG_FILE))
             if values.get("peft_type") == "UMBRA":
-                check_digest(values, checkpoint.read_weights(path), path / checkpoint.CONFIG_FILE)
+                check_digest(values, read_weights(path), path / CONFIG_FILE)
     except CheckpointError:
-        return f"{checkpoint.WEIGHTS_FILE} is damaged, or not what {checkpoint.CONFIG_FILE} describes"
+        return f"{WEIGHTS_FILE} is damaged, or not what {CONFIG_FILE} describes"
     except (OSError, ValueError, AttributeError):
-        return f"{checkpoint.CONFIG_FILE} is missing or damaged"
+        return f"{CONFIG_FILE} is missing or damaged"
     for name in files:
         try:
             with safe_open(path / name, framework="pt") as tensors:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, get_scheduler
 
-from umbra.adapters import checkpoint
 from umbra.adapters.card import may_replace
-from umbra.config import ShadowConfig
+from umbra.adapters.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from umbra.config import ShadowConfig, migrate
 from umbra.errors import CheckpointError, ConfigError, unknown_key
 from umbra.files import folder
 from umbra.options import SEEDS, check_bounds, check_dtype, check_types, names, speaks
@@ -45,7 +45,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {  # of TrainingArguments that n
 }  # fmt: skip
 STAGE = re.compile(r"\d+-[a-z_+]+")  # a folder of `umbra pretrain`
 INNER_FILES = (
-    "stage.json", checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, "teacher.json", "teacher.json.new", "tokens.npy",
+    "stage.json", CONFIG_FILE, WEIGHTS_FILE, "teacher.json", "teacher.json.new", "tokens.npy",
     "log_p.npy",
 )  # fmt: skip
 LENGTHS = ("max_steps", "num_train_epochs")  # that may be raised: the run then goes on from its end
@@ -63,6 +63,7 @@ def sort_settings(
     Raises:
         ConfigError: an unknown key (the nearest known one is named), a required one missing, or a value of a wrong type.
     """
+    values = migrate(values)
     arguments = [f for f in TrainingArguments.__dataclass_fields__ if not f.startswith("_")]
     known = [*names(kind, ShadowConfig), *arguments]
     for key in values:
@@ -181,7 +182,7 @@ class Run:
             self._check_own()
             return None
         if not folder.find(out, RUN_FILE).exists():
-            for name in (checkpoint.CONFIG_FILE, "config.json"):
+            for name in (CONFIG_FILE, "config.json"):
                 if folder.find(out, name).exists():
                     raise CheckpointError(
                         f"{out} already holds another adapter or model: choose another output_dir, or overwrite."
@@ -211,7 +212,7 @@ class Run:
         file = folder.find(self.out, RUN_FILE)
         try:
             run = json.loads(file.read_text(encoding="utf-8"))
-            before = {k: v for k, v in {**self.defaults, **run["asked"]}.items() if k not in HARMLESS}
+            before = migrate({k: v for k, v in {**self.defaults, **run["asked"]}.items() if k not in HARMLESS})
             shadow = ShadowConfig.from_dict({k: v for k, v in before.items() if k in names(ShadowConfig)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error}. Choose another output_dir, or overwrite.") from error
@@ -247,7 +248,7 @@ class Run:
         """Raise a CheckpointError for a file that the run would replace and Umbra did not write."""
         for name in (RUN_FILE, *self.files):
             path = folder.find(self.out, name)
-            if path.is_file() and name != checkpoint.CARD_FILE and not self._wrote(name):
+            if path.is_file() and name != CARD_FILE and not self._wrote(name):
                 raise CheckpointError(
                     f"{path} was not written by this kind of run, or has been changed since: overwrite removes only what "
                     "Umbra wrote. Move it away, or choose another output_dir."
@@ -257,11 +258,11 @@ class Run:
         """Whether Umbra wrote a file in the folder: by its content, or by the digest that the finished run has noted."""
         path = folder.find(self.out, name)
         try:
-            if name == checkpoint.CARD_FILE:
+            if name == CARD_FILE:
                 return may_replace(path)
-            if name == checkpoint.WEIGHTS_FILE:
-                path = folder.find(self.out, checkpoint.CONFIG_FILE)
-            if name in (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE):
+            if name == WEIGHTS_FILE:
+                path = folder.find(self.out, CONFIG_FILE)
+            if name in (CONFIG_FILE, WEIGHTS_FILE):
                 return json.loads(folder.read_text(path))["peft_type"] == "UMBRA"
             run = json.loads(folder.read_text(folder.find(self.out, RUN_FILE)))
             digests = run.get("files")
@@ -345,7 +346,7 @@ class Run:
         """Note down what was asked for, and what came of it: the metrics, and digests of the files that were written."""
         run = {"asked": self.asked, "contents": self.contents, "metrics": metrics, "history": history}
         if metrics is not None:
-            written = [n for n in self.files if (self.out / n).is_file() and n != checkpoint.CARD_FILE]
+            written = [n for n in self.files if (self.out / n).is_file() and n != CARD_FILE]
             run["files"] = {n: folder.digest_of([self.out / n]) for n in written}
         text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
         folder.write_together(self.out, lambda staging: folder.write_text(staging / RUN_FILE, text))
@@ -356,7 +357,7 @@ def _is_ours(path: Path) -> bool:
     try:
         if folder.is_empty(path):
             return True
-        return json.loads(folder.read_text(folder.find(path, checkpoint.CONFIG_FILE)))["peft_type"] == "UMBRA"
+        return json.loads(folder.read_text(folder.find(path, CONFIG_FILE)))["peft_type"] == "UMBRA"
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
@@ -369,7 +370,7 @@ def _clear_folder(path: Path) -> None:
                 _clear_folder(inner)
             elif resuming.step_of(inner) is not None and _is_ours(inner):
                 folder.remove(inner)
-        elif inner.name in INNER_FILES or (inner.name == checkpoint.CARD_FILE and may_replace(inner)):
+        elif inner.name in INNER_FILES or (inner.name == CARD_FILE and may_replace(inner)):
             inner.unlink()
     folder.settle(path)
     with suppress(OSError):

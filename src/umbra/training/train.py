@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from umbra.adapters import checkpoint
+from umbra.adapters.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from umbra.adapters.prompting import Prompting
 from umbra.base import architectures
 from umbra.base.loading import load_base, load_tokenizer
@@ -33,15 +33,15 @@ from umbra.data import (
 from umbra.errors import BaseModelError, CheckpointError, ConfigError, DataError
 from umbra.files import manifest
 from umbra.files.locks import locked
-from umbra.generation.drafting import frequent_tokens
 from umbra.model.attach import attach
 from umbra.options import TrainOptions, listed, speaks
+from umbra.shadow.draft_vocabulary import frequent_tokens
 from umbra.shadow.pretrained import check_vocabulary
 from umbra.training import warm_start
 from umbra.training.runs import Run, make_arguments, sort_settings
 from umbra.training.trainers import ShadowTrainer, StopWhereDiverged
 
-FILES = (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE, checkpoint.CARD_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 
 
 def split_options(values: dict[str, Any]) -> tuple[TrainOptions, ShadowConfig, dict[str, Any]]:

@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from umbra.adapters import checkpoint
+from umbra.adapters.files import PREFIX
+from umbra.adapters.reading import restore_checkpoint
 from umbra.base import sharded
 from umbra.errors import ConfigError
 from umbra.method.losses import IGNORED
@@ -75,7 +76,6 @@ class _ShadowLoss(Resumable):
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The parent's loss, plus λ times the shadow's in training."""
-        self.model.progress.fill_(self.state.global_step / max(1, self.state.max_steps))
         if self._one_pass:
             if self.model.training:
                 inputs = {**inputs, "skip_logits": True}
@@ -203,25 +203,19 @@ class _ShadowLoss(Resumable):
             return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
 
     def create_optimizer(self: Any, *args: Any, **options: Any) -> Any:
-        """The parent's, with the rate of the shadow's backbone multiplied by `ShadowConfig.backbone_rate`.
+        """The parent's.
 
         Raises:
             ConfigError: there is nothing to train.
         """
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ConfigError(NOTHING_TO_TRAIN)
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **options)  # type: ignore[misc]
-        if is_new and self.model.shadow_config.backbone_rate != 1:
-            _scale_rate(optimizer, self.model.shadow.backbone.parameters(), self.model.shadow_config.backbone_rate)
-        return optimizer
+        return super().create_optimizer(*args, **options)  # type: ignore[misc]
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        path = Path(resume_from_checkpoint)
-        checkpoint.load_weights(self.model.shadow, checkpoint.read_weights(path), path / checkpoint.WEIGHTS_FILE)
-        checkpoint.load_draft_tokens(self.model, path)
+        restore_checkpoint(self.model.shadow, self.model.base, Path(resume_from_checkpoint))
 
     def _load_best_model(self: Any) -> None:
         if self.is_deepspeed_enabled:
@@ -239,14 +233,14 @@ class _ShadowLoss(Resumable):
 
     def _save(self: Any, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         path = output_dir or self.args.output_dir
-        weights = sharded.whole_state(self.model.shadow, checkpoint.PREFIX) if state_dict is None else state_dict
+        weights = sharded.whole_state(self.model.shadow, PREFIX) if state_dict is None else state_dict
         if self.args.should_save:
             arguments = vars(
                 self.args
             )  # of trainers that render prompts by themselves (GRPO, RLOO), the template's too
             template = (arguments["chat_template_kwargs"] or {}) if "chat_template_kwargs" in arguments else None
-            checkpoint.save(
-                self.model, path, state_dict=weights, overwrite=True, tokenizer=self.processing_class,
+            self.model.save_pretrained(
+                path, state_dict=weights, overwrite=True, tokenizer=self.processing_class,
                 chat_template_kwargs=template,
             )  # fmt: skip
 
@@ -340,19 +334,6 @@ def with_shadow_loss(trainer_class: Any) -> Any:
         return ShadowTrainer
     about = {"__doc__": trainer_class.__doc__, "__module__": __name__}
     return type(f"Shadow{trainer_class.__name__}", (_ShadowLoss, trainer_class), about)
-
-
-def _scale_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Move these parameters into groups of their own, whose learning rate is multiplied."""
-    chosen = {id(p) for p in parameters}
-    for group in list(optimizer.param_groups):
-        mine = [p for p in group["params"] if id(p) in chosen]
-        others = [p for p in group["params"] if id(p) not in chosen]
-        if mine and others:
-            group["params"] = others
-            optimizer.add_param_group({**group, "params": mine, "lr": factor * group["lr"]})
-        elif mine:
-            group["lr"] *= factor
 
 
 def _either(labels: torch.Tensor, shadow_targets: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,16 @@
 
 import json
 import uuid
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from umbra.adapters import checkpoint, interop
-from umbra.adapters.integrity import PROMPTING
-from umbra.adapters.prompting import BEFORE, Prompting
-from umbra.config import ShadowConfig
+from umbra.adapters import interop
+from umbra.adapters.files import CONFIG_FILE, PROMPTING, local_folder, read_config, read_optional_json
+from umbra.adapters.prompting import FORMAT_2_PROMPTING, Prompting
+from umbra.config import ShadowConfig, migrate
 from umbra.data import Labels
 from umbra.errors import ConfigError, DataError
+from umbra.model import loading
 from umbra.model.shadow_model import ShadowModel
 from umbra.options import TrainOptions, names
 
@@ -25,14 +26,20 @@ def adopt(options: TrainOptions, given: dict[str, Any]) -> tuple[TrainOptions, S
         ConfigError: they do not, each named; or the adapter does not name its base.
         CheckpointError: no adapter of Umbra.
     """
-    path = checkpoint.local_folder(options.adapter or "")
-    if interop.recognise(path) is not None:
+    path = local_folder(options.adapter or "")
+    values = read_optional_json(path, CONFIG_FILE)
+    if interop.recognise(path, values) is not None:
         raise ConfigError(
             f"adapter={options.adapter} is an adapter of another package: convert it first (umbra convert … --to umbra)."
         )
-    values = checkpoint.read_config(path)
+    values = read_config(path)
     config = ShadowConfig.from_dict(values["shadow"])
-    shadow, saved = (json.loads(json.dumps(c)) for c in (given, config.to_dict()))
+    saved = json.loads(json.dumps(config.to_dict()))
+    shadow = migrate(given)
+    if "constants" in shadow:
+        shadow["constants"] = asdict(ShadowConfig(constants=shadow["constants"]).constants)
+        shadow["constants"] = {k: saved["constants"][k] if v is None else v for k, v in shadow["constants"].items()}
+    shadow = json.loads(json.dumps(shadow))
     changed = sorted(k for k in names(ShadowConfig) if k in shadow and shadow[k] != saved[k])
     if changed:
         differences = ", ".join(f"{k}: {saved[k]!r} → {shadow[k]!r}" for k in changed)
@@ -47,9 +54,9 @@ def adopt(options: TrainOptions, given: dict[str, Any]) -> tuple[TrainOptions, S
 
 def prompting_of(adapter: str, given: dict[str, Any]) -> Prompting:
     """How the adapter is asked, with the settings of the run over it."""
-    path = checkpoint.local_folder(adapter)
-    entry = checkpoint.read_config(path).get(PROMPTING)
-    own = BEFORE if entry is None else Prompting.read(path, entry)
+    path = local_folder(adapter)
+    entry = read_config(path).get(PROMPTING)
+    own = FORMAT_2_PROMPTING if entry is None else Prompting.read(path, entry)
     return own.replaced(None, given.get("chat_template"), given.get("chat_template_kwargs"))
 
 
@@ -59,7 +66,7 @@ def classes(adapter: str, labels: Labels | None) -> Labels | None:
     Raises:
         DataError: data of another task, or with a class that the adapter does not know.
     """
-    values = checkpoint.read_config(checkpoint.local_folder(adapter))
+    values = read_config(local_folder(adapter))
     known = values.get("classifier")
     if (known is None) != (labels is None):
         kinds = ("text and its labels", "prompts and completions")
@@ -85,6 +92,6 @@ def classes(adapter: str, labels: Labels | None) -> Labels | None:
 
 def load(adapter: str, base: Any, shadow: ShadowConfig) -> ShadowModel:
     """The adapter beside its base, trainable, as an adapter of its own."""
-    model = checkpoint.load(adapter, base, trainable=True)
+    model = loading.load(adapter, base, trainable=True)
     model.shadow.config, model.shadow.adapter_id = shadow, uuid.uuid4().hex
     return model

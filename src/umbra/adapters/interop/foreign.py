@@ -4,13 +4,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from umbra.adapters.checkpoint import read_json, read_weights
+from umbra.adapters.files import read_weights
 from umbra.adapters.interop.layout import Layout, Tensors
 from umbra.adapters.prompting import Prompting
 from umbra.base import architectures
@@ -41,9 +41,12 @@ class Foreign:
     base_name: str | None = None
     base_options: dict[str, Any] = field(default_factory=dict)
     num_labels: int | None = None
+    base_rows: ClassVar[int] = 0
+    added_count: ClassVar[int] = 0  # these formats have no room for added tokens
 
+    @property
     def classifier(self) -> dict[str, Any] | None:
-        """What a base loaded by its name must be told, if it is a classifier."""
+        """The label entries of the base's configuration, for a classifier; None for a language model."""
         return None if self.num_labels is None else {"num_labels": self.num_labels}
 
     def prompting(self) -> Prompting:
@@ -75,11 +78,8 @@ class Foreign:
         """The table of each file."""
         raise NotImplementedError
 
-    def add_tokens(self, model: Any) -> None:
-        """Nothing: these formats have no room for added tokens."""
-
     def add_rows(self, shadow: Shadow, base: Anatomy) -> None:
-        """Likewise."""
+        """Do nothing: these formats have no room for added tokens."""
 
     def fill(self, shadow: Shadow) -> None:
         """Put all tensors into the shadow, or none.
@@ -97,19 +97,13 @@ class Foreign:
         shadow.load_state_dict({**own, **found})
 
 
-def read_values(path: Path, name: str, known: Iterable[str]) -> dict[str, Any]:
-    """The JSON object of a configuration file.
-
-    Raises:
-        CheckpointError: missing, damaged, or with a key that this version does not know and that is set.
-    """
-    values = read_json(path, name)
+def check_keys(values: dict[str, Any], file: Path, known: Iterable[str]) -> None:
+    """Raise a CheckpointError for a key of a configuration file that this version does not know and that is set."""
     unknown = sorted(k for k in values.keys() - set(known) if values[k] not in (None, False, [], {}))
     if unknown:
         raise CheckpointError(
-            f"{path / name} sets {unknown[0]!r}, which this version of Umbra does not know and so cannot honour."
+            f"{file} sets {unknown[0]!r}, which this version of Umbra does not know and so cannot honour."
         )
-    return values
 
 
 def read_tensors(path: Path, name: str, pickled: str) -> Tensors:
@@ -211,8 +205,8 @@ def refuse(form: str, what: str, instead: str) -> CheckpointError:
 
 
 def refuse_other_fields(config: ShadowConfig, fixed: dict[str, Any], form: str) -> None:
-    """Raise a CheckpointError unless the fields that a format has built in have its values."""
-    values = config.to_dict()
+    """Raise a CheckpointError unless the constants that a format has built in have its values."""
+    values = config.to_dict()["constants"]
     for name, value in fixed.items():
         if values[name] != value and not (name == "dropout_position" and config.dropout == 0):
             raise refuse(form, f"{name}={values[name]}", f"it always has {name}={value}")

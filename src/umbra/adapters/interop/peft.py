@@ -16,7 +16,7 @@ from umbra.adapters.interop.foreign import Foreign, refuse
 from umbra.adapters.interop.layout import Layout
 from umbra.base import architectures
 from umbra.base.architectures import Anatomy
-from umbra.config import DIALECTS, ShadowConfig
+from umbra.config import CONSTANTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
 from umbra.shadow.network import Shadow
 
@@ -34,7 +34,7 @@ FIELDS |= {"auxiliary_loss_weight", "target_modules", "exclude_modules", "layers
 # These say nothing about the model: auto_mapping names classes, which are never imported.
 KNOWN = FIELDS | {"peft_type", "task_type", "base_model_name_or_path", "revision", "modules_to_save"}
 KNOWN |= {"auto_mapping", "inference_mode", "init_weights", "peft_version"}
-FIXED = {"update": "gated", **{k: DIALECTS["peft"][k] for k in ("norm", "activation", "bias", "dropout_position")}}
+FIXED = {name: CONSTANTS["peft"][name] for name in ("norm", "activation", "bias", "dropout_position")}
 HEADS = ("classifier", "score")  # what PEFT saves of any classifier
 
 
@@ -42,13 +42,13 @@ class Adapter(Foreign):
     """An adapter folder of PEFT."""
 
     @classmethod
-    def read(cls, path: Path) -> "Adapter":
-        """Read the folder.
+    def read(cls, path: Path, values: dict[str, Any]) -> "Adapter":
+        """Read the folder, whose ``adapter_config.json`` holds ``values``.
 
         Raises:
             CheckpointError: damaged, pickled, or of a task that Umbra does not have.
         """
-        values = foreign.read_values(path, CONFIG_FILE, KNOWN)
+        foreign.check_keys(values, path / CONFIG_FILE, KNOWN)
         weights = foreign.read_tensors(path, WEIGHTS_FILE, PICKLED)
         task = values.get("task_type")
         if task not in (None, "CAUSAL_LM", "SEQ_CLS"):

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from umbra.adapters.files import read_json
 from umbra.adapters.interop import foreign
 from umbra.adapters.interop.foreign import Foreign, refuse
 from umbra.adapters.interop.layout import Layout
 from umbra.base.architectures import Anatomy
-from umbra.config import DIALECTS, ShadowConfig
+from umbra.config import CONSTANTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
 from umbra.shadow.network import Shadow
 
@@ -33,7 +34,7 @@ SIZES = {
 }
 NOTES = {"auxiliary_loss_weight", "base_model_name_or_path"}
 KNOWN = {"injection_hidden_size", "gate_hidden_size", "alpha", "dropout", "modules_to_save", *SIZES, *NOTES}
-FIXED = {"update": "gated", **{k: DIALECTS["paper"][k] for k in ("norm", "activation", "bias", "dropout_position")}}
+FIXED = {name: CONSTANTS["paper"][name] for name in ("norm", "activation", "bias", "dropout_position")}
 # Whether the base is a classifier → their names of the two heads, and ours.
 HEADS = {
     False: {"lm_head": "attached", "shadow_lm_head": "shadow"},
@@ -58,7 +59,8 @@ class Adapter(Foreign):
         Raises:
             CheckpointError: damaged, or pickled.
         """
-        values = foreign.read_values(path, CONFIG_FILE, KNOWN)
+        values = read_json(path, CONFIG_FILE)
+        foreign.check_keys(values, path / CONFIG_FILE, KNOWN)
         weights = {WEIGHTS_FILE: foreign.read_tensors(path, WEIGHTS_FILE, PICKLED)}
         if (path / HEADS_FILE).exists() or values.get("modules_to_save") or (path / PICKLED_HEADS).exists():
             weights[HEADS_FILE] = foreign.read_tensors(path, HEADS_FILE, PICKLED_HEADS)

@@ -177,6 +177,11 @@ def _table_shape(module: Any) -> torch.Size:
     return getattr(module.weight, "ds_shape", module.weight.shape)  # ZeRO-3 keeps that of a partitioned one beside it
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """Return the bias of a linear layer, or None where it has none."""
+    return getattr(module, "bias", None)
+
+
 def table_sizes(module: Any) -> tuple[int, int]:
     """Tokens or classes, and the width, of an embedding table or a head, packed ones too."""
     for rows, columns in (("num_embeddings", "embedding_dim"), ("out_features", "in_features")):

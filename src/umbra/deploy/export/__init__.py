@@ -10,14 +10,13 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from umbra.adapters.checkpoint import load
 from umbra.adapters.prompting import open_formatter
 from umbra.base import architectures
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, end_tokens
 from umbra.data.corpus import read_prompts
 from umbra.data.sources import local_files, named_sources, resolve
-from umbra.deploy.detach import detach, end_as_learned, formatter_of, parse_dtype, save_stock, write_stock
+from umbra.deploy.detach import end_as_learned, formatter_of, parse_dtype, save_stock, write_stock
 from umbra.deploy.export import parity
 from umbra.deploy.export.parity import Parity, Stock, answer, check, compare, compare_whole
 from umbra.deploy.export.process import run_python
@@ -35,6 +34,7 @@ from umbra.deploy.export.vocabulary import (
 from umbra.errors import CheckpointError, ConfigError, DataError, ExportError
 from umbra.files import folder
 from umbra.files.manifest import Manifest, check_apart, of_model, writing
+from umbra.model.loading import load
 from umbra.options import ExportOptions
 from umbra.shadow.pretrained import LANGUAGE_MODELS, read_config
 
@@ -195,7 +195,7 @@ def _load(options: ExportOptions) -> tuple[PreTrainedModel, ChatFormatter]:
         raise _classifier(options)
     formatter = open_formatter(attached, options.chat_template, options.chat_template_kwargs)
     _fast(formatter.tokenizer)
-    stock: PreTrainedModel = detach(attached)
+    stock: PreTrainedModel = attached.detached()
     end_as_learned(stock, formatter)
     return stock.float().eval(), formatter
 

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from umbra.data import ChatFormatter, read_records
 from umbra.data.sources import named_sources, text_files
 from umbra.data.text_files import read_text
-from umbra.deploy.detach import accept
 from umbra.errors import DataError, ExportError
+from umbra.shadow.detached import mark_changed
 
 TOKEN_FIELDS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
@@ -163,7 +163,7 @@ def trim_model(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
         for field, value in settings.to_dict().items():
             if field in TOKEN_FIELDS and value is not None:
                 setattr(settings, field, _mapped(value, new))
-    accept(generation)
+    mark_changed(generation, is_read_back=False)
     config.get_text_config().vocab_size = len(kept)
     trimmed = type(model)._from_config(config, dtype=model.dtype)
     trimmed.load_state_dict({k: v for k, v in state.items() if k in trimmed.state_dict()})

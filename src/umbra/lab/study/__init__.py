@@ -27,6 +27,7 @@ from umbra.files import folder
 from umbra.files.locks import locked
 from umbra.lab.bench.base import Base
 from umbra.lab.study import harness, record
+from umbra.lab.study.ablations import is_ablated
 from umbra.lab.study.methods import count, match
 from umbra.lab.study.metrics import LOSS
 from umbra.lab.study.report import write_report
@@ -213,7 +214,7 @@ def _sweep(
         if key not in done or (retry and not record.is_whole(done[key])):
             work = out / "work" / key
             adapters = out / "adapters" / record.file_of(out, request).stem if study.options.keep_adapters else None
-            done[key] = run(request, work, None if request["is_trial"] else adapters)
+            done[key] = run(request, work, None if request["is_trial"] or is_ablated(request["fields"]) else adapters)
             record.write(out, done[key])
             shutil.rmtree(work, ignore_errors=True)
             unscored = {f" on {t}": e for t, e in done[key]["umbra"]["unscored"].items()}
@@ -232,7 +233,8 @@ def _sweep(
 
 def _tell_unkept(out: Path, requests: Iterable[dict[str, Any]], done: dict[str, Any]) -> None:
     """Say of how many runs no adapter lies there: they ended before keep_adapters was set, or adapters were removed."""
-    keys = {key_of(r) for r in requests if r["kind"] != "base" and record.succeeded(done.get(key_of(r)))}
+    trained = [r for r in requests if r["kind"] != "base" and not is_ablated(r["fields"])]
+    keys = {key for key in map(key_of, trained) if record.succeeded(done.get(key))}
     unkept = sum(not any(out.glob(f"adapters/*--{key}")) for key in keys)
     if unkept:
         tqdm.write(

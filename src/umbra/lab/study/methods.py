@@ -15,7 +15,7 @@ from umbra.config import ShadowConfig
 from umbra.errors import ConfigError, shown, unknown_key
 from umbra.lab.bench.base import Base
 from umbra.lab.bench.methods import trainable
-from umbra.model.attach import attach
+from umbra.lab.study.ablations import attach_ablated, read_update
 from umbra.options import check_types, names
 from umbra.training.train import leave_the_pair
 
@@ -81,7 +81,7 @@ class MethodOptions:
     @property
     def is_pretrained(self) -> bool:
         """Whether it starts from a shadow in a folder."""
-        return self.kind in SHADOWS and ShadowConfig(**self.fields).is_pretrained
+        return self.kind in SHADOWS and ShadowConfig.from_dict(read_update(self.fields)[0]).is_pretrained
 
     @property
     def is_fixed(self) -> bool:
@@ -123,7 +123,7 @@ def read_method(name: str, values: dict[str, Any]) -> MethodOptions:
             f"method {name}: modes are {', '.join(kind.modes)} for {own['kind']}, got {', '.join(map(shown, modes))}."
         )
     if own["kind"] in SHADOWS:
-        ShadowConfig(**fields)
+        ShadowConfig.from_dict(read_update(fields)[0])
     elif own["kind"] != "base":
         fields = {**kind.defaults, **fields}
         _peft_config(str(own["kind"]), fields, False, name)
@@ -145,7 +145,7 @@ def build(kind: str, base: Any, fields: dict[str, Any], classifies: bool = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, at PEFT's use of it
             return peft.get_peft_model(base, _peft_config(kind, fields, classifies))
-    model: Any = attach(base, ShadowConfig(**fields))
+    model: Any = attach_ablated(base, fields)
     if kind == "alone":
         leave_the_pair(model)
     return model

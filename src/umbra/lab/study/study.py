@@ -13,10 +13,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from umbra.config import DIALECTS, ShadowConfig
+from umbra.config import ShadowConfig
 from umbra.errors import ConfigError, shown, unknown_key
 from umbra.files.folder import digest_of
 from umbra.lab.bench.base import RANDOM
+from umbra.lab.study.ablations import read_update
 from umbra.lab.study.methods import SHADOWS, MethodOptions, read_method
 from umbra.lab.study.tasks import TaskOptions, read_options
 from umbra.options import EMBEDDED, check_dtype, check_types, flag, names
@@ -283,11 +284,12 @@ class Study:
         tests = [] if is_trial else tests or self.tested(task)
         involved = dict.fromkeys([task, *tests])
         is_ours = how.kind in SHADOWS and fields.get("dialect", "umbra") == "umbra"
-        own = ShadowConfig(**fields).resolve() if is_ours else None
+        resolved = ShadowConfig.from_dict(read_update(fields)[0]).resolve().to_dict() if is_ours else {}
+        given, resolved = _former_names(fields), _former_names(resolved)
         return json.loads(json.dumps({
             "schema": SCHEMA, "base": options.base, "dtype": options.dtype, "chat_template": options.chat_template,
             "method": method, "kind": how.kind, "fields": fields,
-            "defaults": {k: getattr(own, k) for k in DIALECTS["umbra"] if own and fields.get(k) is None},
+            "defaults": {k: resolved[k] for k in FIRST if is_ours and given.get(k) is None},
             "modes": list(how.modes), "task": task, "seed": seed, "training": settings, "is_trial": is_trial, "tests": tests,
             "batch_size": options.batch_size,
             "tasks": {n: asdict(self.tasks[n]) for n in involved},
@@ -305,11 +307,20 @@ def key_of(request: dict[str, Any]) -> str:
     asked = {k: v for k, v in request.items() if k not in ("method", "batch_size", "defaults")}
     if changed := {k: v for k, v in request.get("defaults", {}).items() if FIRST.get(k) != v}:
         asked["defaults"] = changed
+    if request["kind"] in SHADOWS:
+        asked["fields"] = _former_names(request["fields"])
     asked["tasks"] = {
         n: {k: v for k, v in t.items() if k != "data" and (k, v) not in LATER.items() and not _is_a_place(k, v)}
         for n, t in request["tasks"].items()
     }  # fmt: skip
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _former_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a shadow's fields under the names that schema 1 began with, so that keys stay what they were."""
+    flat = {**fields, **(fields.get("constants") or {})}
+    flat.pop("constants", None)
+    return {"channel_scale" if k == "input_scale" else k: v for k, v in flat.items()}
 
 
 def _is_a_place(field: str, value: Any) -> bool:

@@ -70,14 +70,14 @@ def _get(modules: nn.ModuleDict, l: int) -> nn.Module | None:
 
 
 def boundary_of(couplings: Couplings, l: int) -> Boundary:
-    """Return the weights of the boundary before block l; its update must have a gate."""
+    """Return the weights of the boundary before block l."""
     update, injection = modules_at(couplings, l)
     norm = couplings.norm
     return Boundary(
         (norm.weight, norm.bias, norm.eps) if update and isinstance(norm, nn.LayerNorm) else None,
-        _layers(update.gate) if update and update.gate else None,
+        _layers(update.gate) if update else None,
         _layers(update.transform) if update else None,
-        couplings.config.activation or "",
+        couplings.config.constants.activation or "",
         injection.scaled_down() if injection else None,
         injection.up.weight if injection else None,
         injection.alpha if injection else 0.0,

@@ -35,7 +35,7 @@ def update_and_inject(
         s: (…, D), the state, in the dtype of the weights.
         is_readable: whether the weights may be read outside their modules: see `are_plain`.
     """
-    if is_readable and _may_fuse(couplings, h):
+    if is_readable and _may_fuse(h):
         return fused(h, s, boundary_of(couplings, l), draw_masks(couplings, l, h))
     return couplings.update_and_inject(l, h, s)
 
@@ -61,14 +61,14 @@ def are_plain(couplings: Couplings) -> bool:
 
 def may_decode_packed(couplings: Couplings, s: Tensor) -> bool:
     """Return whether a forward with this state (B, T, D) may use packed weights: few rows on a CPU, no gradients."""
-    if couplings.training or torch.is_grad_enabled() or not _may_fuse(couplings, s):
+    if couplings.training or torch.is_grad_enabled() or not _may_fuse(s):
         return False
     return s.device.type == "cpu" and s.shape[0] * s.shape[1] <= MAX_ROWS
 
 
 def pack_all(couplings: Couplings) -> dict[int, PackedBoundary]:
     """Return the packed weights of each boundary, empty if they cannot be packed; valid until the weights change."""
-    if couplings.config.update == "ungated" or not are_plain(couplings):
+    if not are_plain(couplings):
         return {}
     return {l: pack(boundary_of(couplings, l)) for l in couplings.boundaries}
 
@@ -94,6 +94,5 @@ def _triton() -> ModuleType:
     return boundary_triton
 
 
-def _may_fuse(couplings: Couplings, x: Tensor) -> bool:
-    may = in_use() and couplings.config.update != "ungated"
-    return may and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
+def _may_fuse(x: Tensor) -> bool:
+    return in_use() and not x.is_meta and not torch.is_autocast_enabled(x.device.type)
