@@ -1,5 +1,8 @@
 """`ShadowForCausalLM`: a language model and its shadow; `forward` dispatches to one of four ways to run them."""
 
+# pyright: reportIncompatibleMethodOverride=false
+# (Hooks of transformers' generation pass on arguments that they do not read.)
+
 import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from umbra.base import architectures
@@ -241,7 +245,7 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         with packed(shadow.couplings for shadow in self.adapter_set.shadows):
             return super().generate(*args, **options)
 
-    def generate_batch(self, *args: Any, adapter_names: Any = None, **options: Any) -> Any:
+    def generate_batch(self, *args: Any, adapter_names: Sequence[str | None] | None = None, **options: Any) -> Any:
         """Generate with continuous batching as in transformers, with the active adapter for all requests.
 
         Raises:
@@ -283,9 +287,10 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         with ForwardContext(self.attachment, [state], head):
             return self.runner.call_base(batch, return_dict=True).logits
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, **kwargs: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         """Return the arguments of one decoding step, prepared by the base's own method."""
         pass_padding = not self.attachment.is_disabled and not all(
             shadow.shares_masks for shadow in self.adapter_set.shadows
@@ -293,13 +298,13 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         kwargs |= {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         return decoding.prepare_inputs(self.base, self.runner.cache_argument, pass_padding, input_ids, *args, **kwargs)
 
-    def _extract_generation_mode_kwargs(self, custom_generate: Any, *args: Any) -> dict[str, Any]:
+    def _extract_generation_mode_kwargs(self, custom_generate: object, *args: Any) -> dict[str, Any]:
         if not isinstance(custom_generate, SpeculativeDecoder):
             return super()._extract_generation_mode_kwargs(custom_generate, *args)
         # transformers would pass neither streamer nor tokenizer to a callable.
         return {**super()._extract_generation_mode_kwargs(None, *args), "drafter": custom_generate}
 
-    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, given: dict[str, Any]) -> None:
+    def _validate_generation_mode(self, mode: GenerationMode, config: GenerationConfig, given: dict[str, Any]) -> None:
         super()._validate_generation_mode(mode, config, given)
         if "drafter" in given:
             if not architectures.takes_cache(self.base):
@@ -332,7 +337,12 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
             architectures.leave_out_others(model_kwargs.get("past_key_values"), len(self.attachment.blocks), layers)
 
     def _prefill(
-        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **options: Any,
     ) -> Any:
         cache, names = model_kwargs.get("past_key_values"), model_kwargs.get("adapter_names")
         if cache is not None:

@@ -1,5 +1,8 @@
 """`ShadowModel`: a frozen base and its shadows as one transformers model, which holds its parts and delegates to them."""
 
+# pyright: reportIncompatibleMethodOverride=false
+# (Methods for adapters, saving and loading have other arguments than those of transformers: a base is given, not a class.)
+
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,7 +24,8 @@ from umbra.method import kernels
 from umbra.method.hooks import Attachment, ForwardContext, check_free
 from umbra.model import hub
 from umbra.model.adapter_set import AdapterSet
-from umbra.model.checks import INACTIVE, check_devices, check_replacement, of_base, rename_old_keys
+from umbra.model.base_state import BaseState
+from umbra.model.checks import INACTIVE, check_devices, of_base, rename_old_keys
 from umbra.model.forward import Batch, ForwardRunner
 from umbra.model.losses import Losses
 from umbra.model.outputs import OutputClass, as_output
@@ -81,10 +85,7 @@ class ShadowModel(PreTrainedModel):
         self.all_tied_weights_keys = of_base(base.all_tied_weights_keys)
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
-        self._repacking = repacking
-        self._was_checkpointing = base.is_activation_checkpointing
-        self._modes = architectures.modes(base)
-        self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
+        self._base_state = BaseState(base, repacking)
         decoder = located.decoder if located.merges_embeddings else None
         arguments = architectures.forward_arguments(self, base, base.base_model, located.decoder)
         self.attachment = Attachment(located.blocks, base, located.head_name, decoder, located.stream)
@@ -185,7 +186,7 @@ class ShadowModel(PreTrainedModel):
         """
         return self.adapter_set.get(name)
 
-    def add_adapter(self, config: ShadowConfig, name: str | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def add_adapter(self, config: ShadowConfig, name: str | None = None) -> None:
         """Add a new shadow; `set_adapter` activates it.
 
         Args:
@@ -202,7 +203,7 @@ class ShadowModel(PreTrainedModel):
         self.adapter_set.put(name, shadow)
         self._adapters_changed()
 
-    def load_adapter(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def load_adapter(
         self, path: str | Path, name: str | None = None, *, replace: bool = False, trainable: bool = False,
         allow_other_base: bool = False, shadow: str | None = None,
     ) -> None:  # fmt: skip
@@ -227,7 +228,7 @@ class ShadowModel(PreTrainedModel):
         self.adapter_set.put(name, read)
         self._adapters_changed()
 
-    def set_adapter(self, name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def set_adapter(self, name: str) -> None:
         """Activate an adapter: it is trained, saved, detached, and runs where a call names none.
 
         Raises:
@@ -236,7 +237,7 @@ class ShadowModel(PreTrainedModel):
         self.adapter_set.activate(name)
         self._adapters_changed()
 
-    def delete_adapter(self, name: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delete_adapter(self, name: str) -> None:
         """Remove an inactive adapter and free its weights.
 
         Raises:
@@ -265,9 +266,7 @@ class ShadowModel(PreTrainedModel):
         """Raise a `ConfigError`: see `disable_adapters`."""
         raise ConfigError("A shadow is enabled wherever `with model.disable_adapter():` does not disable it.")
 
-    def get_adapter_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, adapter_name: str | None = None, state_dict: object = None
-    ) -> dict[str, Tensor]:
+    def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: object = None) -> dict[str, Tensor]:
         """Raise a `ConfigError`: transformers' format is that of other adapters."""
         raise ConfigError(
             "A shadow's weights are model.adapter(name).state_dict(); save_pretrained() writes its folder."
@@ -290,9 +289,7 @@ class ShadowModel(PreTrainedModel):
 
     # -- the vocabulary --------------------------------------------------------------------------------------------
 
-    def resize_token_embeddings(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, new_num_tokens: int | None = None, *args: Any, **options: Any
-    ) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> nn.Module:
         """Resize the vocabulary as in transformers, for the base and its shadows.
 
         Rows beyond the base's own vocabulary are trained with the shadow while there is one adapter, and are saved in its
@@ -334,13 +331,7 @@ class ShadowModel(PreTrainedModel):
         """
         self.attachment.remove()
         self.vocabulary.restore()
-        kernels.unpatch_linears(self.base.modules())
-        if not self._was_checkpointing:
-            self.base.activation_checkpointing_disable()
-        architectures.restore_modes(self.base, self._modes)
-        for name in self._were_trainable:
-            self.base.get_parameter(name).requires_grad_(True)
-        quantized.allow_repacking(self._repacking)
+        self._base_state.restore()
         return self.base
 
     def detached(self) -> PreTrainedModel:
@@ -351,7 +342,7 @@ class ShadowModel(PreTrainedModel):
         """
         return detached(self.base, self.shadow)
 
-    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save_pretrained(
         self, save_directory: str | Path, *, adapter_name: str | None = None, push_to_hub: bool = False,
         repo_id: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
@@ -377,7 +368,7 @@ class ShadowModel(PreTrainedModel):
             saved = {name: options.get(name) for name in PROMPTING_ARGUMENTS}
             self.push_to_hub(repo_id or Path(save_directory).name, adapter_name=adapter_name, **saved, **hub_options)
 
-    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def push_to_hub(
         self, repo_id: str, *, adapter_name: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: bool | None = None, chat_template_kwargs: dict[str, Any] | None = None,
         commit_message: str = "Upload adapter", commit_description: str | None = None, private: bool | None = None,
@@ -411,7 +402,7 @@ class ShadowModel(PreTrainedModel):
         )  # fmt: skip
 
     @classmethod
-    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def from_pretrained(
         cls, path: str | Path, base: PreTrainedModel | str | None = None, *, trainable: bool = False,
         allow_other_base: bool = False, shadow: str | None = None, **base_options: Any,
     ) -> "ShadowModel":  # fmt: skip
@@ -447,17 +438,7 @@ class ShadowModel(PreTrainedModel):
             ConfigError: the table has another size.
             BaseModelError: the table would separate head and embeddings after tokens were added to both.
         """
-        before = self.base.get_input_embeddings()
-        check_replacement("input embeddings", before, value)
-        self._replace(self.base.set_input_embeddings, before, value)
-
-    def _replace(self, put: Callable[[nn.Module], None], before: nn.Module, after: nn.Module) -> None:
-        put(after)
-        try:
-            self.attachment.settle()
-        except BaseModelError:
-            put(before)
-            raise
+        self.vocabulary.replace_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the base's head."""
@@ -473,17 +454,8 @@ class ShadowModel(PreTrainedModel):
             ConfigError: an adapter has trained heads, or the head has another size.
             BaseModelError: as in `set_input_embeddings`.
         """
-        if new_embeddings is self.get_output_embeddings():
-            return
-        trained = [name for name in self.adapters if self.adapter(name).heads]
-        if trained:
-            raise ConfigError(
-                f"The adapter {trained[0]!r} has trained heads, which replace the base's: another head would have no "
-                "effect. Change model.shadow.heads, or attach with train_heads=False."
-            )
-        check_replacement("head", self.base_head, new_embeddings)
-        self._replace(self.base.set_output_embeddings, self.base_head, new_embeddings)
-        kernels.patch_linears([new_embeddings])
+        if new_embeddings is not self.get_output_embeddings():
+            self.vocabulary.replace_head(new_embeddings)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
         """Enable checkpointing as in transformers, but not in blocks below the first coupled one: they save no activations."""

@@ -1,5 +1,6 @@
 """The vocabulary of an attached base: its fingerprint, resizing, and the rows of added tokens that adapters carry."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from transformers import PreTrainedModel
 from umbra.base import architectures
 from umbra.base.added_tokens import AddedTokens, Tables, check_resizable
 from umbra.base.fingerprint import fingerprint
-from umbra.errors import BaseModelError
+from umbra.errors import BaseModelError, ConfigError
 from umbra.method import kernels
 from umbra.method.hooks import Attachment
 from umbra.model.adapter_set import AdapterSet
+from umbra.model.checks import check_replacement
 from umbra.shadow.network import Shadow
 
 
@@ -70,6 +72,49 @@ class Vocabulary:
             shadow.resize(located)
         self._carry(known)
         return table
+
+    def replace_embeddings(self, table: nn.Module) -> None:
+        """Replace the base's input embeddings.
+
+        Args:
+            table: of the same size.
+
+        Raises:
+            ConfigError: the table has another size.
+            BaseModelError: the table would separate head and embeddings after tokens were added to both.
+        """
+        before = self.base.get_input_embeddings()
+        check_replacement("input embeddings", before, table)
+        self._replace(self.base.set_input_embeddings, before, table)
+
+    def replace_head(self, head: nn.Module) -> None:
+        """Replace the base's head.
+
+        Args:
+            head: of the same size.
+
+        Raises:
+            ConfigError: an adapter has trained heads, or the head has another size.
+            BaseModelError: as in `replace_embeddings`.
+        """
+        trained = [name for name in self.adapters.names if self.adapters.get(name).heads]
+        if trained:
+            raise ConfigError(
+                f"The adapter {trained[0]!r} has trained heads, which replace the base's: another head would have no effect. "
+                "Change model.shadow.heads, or attach with train_heads=False."
+            )
+        before = self.attachment.task_head
+        check_replacement("head", before, head)
+        self._replace(self.base.set_output_embeddings, before, head)
+        kernels.patch_linears([head])
+
+    def _replace(self, put: Callable[[nn.Module], None], before: nn.Module, after: nn.Module) -> None:
+        put(after)
+        try:
+            self.attachment.settle()
+        except BaseModelError:
+            put(before)
+            raise
 
     def carry(self, first: int) -> None:
         """Let the adapters carry the rows from number ``first`` on, which the base has already.

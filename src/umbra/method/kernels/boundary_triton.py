@@ -100,8 +100,8 @@ class _UpdateAndInject(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: _BoundaryContext, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        h, s, state, buffer, *rest = ctx.saved_tensors
-        masks, weights = Masks(*map(_flat, rest[:3])), [w if w is None else w.contiguous() for w in rest[3:]]
+        h, s, state, buffer, *saved = ctx.saved_tensors
+        masks, weights = Masks(*map(_flat, saved[:3])), [w if w is None else w.contiguous() for w in saved[3:]]
         norm, _, g1, _, g2, g2_bias, t1, _, t2, t2_bias, down, up = weights
         x, y, new = map(_flat, (h, s, s if state is None else state))
         d_out, d_state = map(_flat, gradients)

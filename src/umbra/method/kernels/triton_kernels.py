@@ -130,11 +130,11 @@ def forward(
                 to_a = _tile(g1, gs, columns, G, D)
                 to_b = _tile(t1, gs, columns, G, D)
                 if norm is not None:
-                    own = tl.maximum(tl.minimum(D - begin - start, BD), 0).to(tl.float32)
-                    own_mean = tl.sum(x, 1) / tl.maximum(own, 1.0)
-                    deviation = tl.where(columns[None, :] < D, x - own_mean[:, None], 0.0)
-                    mean, square = _merge(count, mean, square, own, own_mean, tl.sum(deviation * deviation, 1))
-                    count += own
+                    part_size = tl.maximum(tl.minimum(D - begin - start, BD), 0).to(tl.float32)
+                    part_mean = tl.sum(x, 1) / tl.maximum(part_size, 1.0)
+                    deviation = tl.where(columns[None, :] < D, x - part_mean[:, None], 0.0)
+                    mean, square = _merge(count, mean, square, part_size, part_mean, tl.sum(deviation * deviation, 1))
+                    count += part_size
                     bias = _line(norm_bias, columns, D)[None, :]
                     a_shift += tl.sum(to_a * bias, 1)
                     b_shift += tl.sum(to_b * bias, 1)
@@ -160,13 +160,13 @@ def forward(
                 a += _tile(saved_a + other * N * G, rows, gs, N, G)
                 b += _tile(saved_b + other * N * G, rows, gs, N, G)
                 if norm is not None:
-                    own = tl.minimum(D - other * PART, PART).to(tl.float32)
-                    own_mean, own_square = (
+                    part_size = tl.minimum(D - other * PART, PART).to(tl.float32)
+                    part_mean, part_square = (
                         _line(buffer + 2 * other * N, rows, N),
                         _line(buffer + (2 * other + 1) * N, rows, N),
                     )
-                    mean, square = _merge(count, mean, square, own, own_mean, own_square)
-                    count += own
+                    mean, square = _merge(count, mean, square, part_size, part_mean, part_square)
+                    count += part_size
                     a_slope += _line(saved_sums + other * 4 * G, gs, G)
                     a_shift += _line(saved_sums + other * 4 * G + G, gs, G)
                     b_slope += _line(saved_sums + other * 4 * G + 2 * G, gs, G)
