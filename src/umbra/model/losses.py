@@ -109,6 +109,10 @@ class LanguageModelLosses:
         states: list[Tensor] = []
         losses: list[Losses] = []
 
+        def use_state(s0: Tensor) -> None:
+            # Flattened before the base runs: its place in the graph decides in which order gradients of s⁰ are summed.
+            states.append(s0.reshape(-1, s0.shape[-1]))
+
         def consume(rows: Tensor) -> None:
             sample = self.sample(labels.shadow_positions, training) if states else None
             extra = None if sample is None else self._head_rows(states[0], labels.shadow_positions[sample.indices])
@@ -116,7 +120,7 @@ class LanguageModelLosses:
             losses.append(self._losses(kernel, labels, counts, sample, training))
 
         inputs = HeadInputs((), flatten=True, positions=labels.positions, consume=consume)
-        out = self.runner.run(batch, route, inputs, states.append if self._reads_shadow(training) else None)
+        out = self.runner.run(batch, route, inputs, use_state if self._reads_shadow(training) else None)
         self._check_head_ran(inputs)
         return out, losses[0]
 
@@ -133,7 +137,7 @@ class LanguageModelLosses:
         )
 
         def use_state(s0: Tensor) -> None:
-            inputs.extra = self._head_rows(s0, labels.shadow_positions[sample.indices])
+            inputs.extra = self._head_rows(s0.reshape(-1, s0.shape[-1]), labels.shadow_positions[sample.indices])
 
         reads_shadow = self._reads_shadow(training)
         out = self.runner.run(batch, route, inputs, use_state if reads_shadow else None)
@@ -174,8 +178,8 @@ class LanguageModelLosses:
         return Sample(indices[(indices + torch.randint(k, (), device=indices.device)) % k == 0], k)
 
     def _head_rows(self, s0: Tensor, positions: Tensor) -> Tensor:
-        """Return the rows (n, D) of s⁰ (B, T, D) at flat positions (n,), as the head reads them."""
-        return architectures.head_input(self.base, s0.reshape(-1, s0.shape[-1])[positions.to(s0.device)])
+        """Return the rows (n, D) of s⁰ (B · T, D) at positions (n,), as the head reads them."""
+        return architectures.head_input(self.base, s0[positions.to(s0.device)])
 
     def _distils(self, training: bool) -> bool:
         return training and self.attachment.only is None and self.adapters.active.config.distillation_weight > 0
