@@ -1,7 +1,8 @@
 """`ShadowForCausalLM`: a language model and its shadow; `forward` dispatches to one of four ways to run them."""
 
-# pyright: reportIncompatibleMethodOverride=false
-# (Hooks of transformers' generation pass on arguments that they do not read.)
+# pyright: reportIncompatibleMethodOverride=false, reportAttributeAccessIssue=false
+# (Hooks of transformers' generation pass on arguments that they do not read; GenerationMixin types self by a protocol that no
+# PreTrainedModel satisfies.)
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -311,17 +312,22 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
                 raise BaseModelError(f"draft=… needs a cache; {type(self.base).__name__} has none. Leave draft out.")
             check_mode(mode, config, given)
 
+    @property
+    def _generator(self) -> Any:
+        """The base, whose generation hooks its type does not name."""
+        return self.base
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        self.base._validate_model_kwargs(decoding.arguments_of_base(self.forward, model_kwargs))
+        self._generator._validate_model_kwargs(decoding.arguments_of_base(self.forward, model_kwargs))
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        return self.base._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return self._generator._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
-        return self.base._maybe_prepare_encoder_kwargs_for_generation(*args, **options)
+        return self._generator._maybe_prepare_encoder_kwargs_for_generation(*args, **options)
 
     def _update_model_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
-        return self.base._update_model_kwargs_for_generation(*args, **options)
+        return self._generator._update_model_kwargs_for_generation(*args, **options)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **options: Any

@@ -18,7 +18,7 @@ class Share(NamedTuple):
     """What a sum over sampled rows is multiplied by, and divided by."""
 
     factor: int
-    count: Tensor | int
+    divisor: Tensor | int
 
 
 class HeadKernel(Protocol):
@@ -65,7 +65,7 @@ class LogitsKernel:
 
     def shadow(self, targets: Tensor, share: Share) -> Tensor:
         """Return factor · Σ CE / count: see `HeadKernel`."""
-        return share.factor * token_loss(self.shadow_logits, targets, share.count)
+        return share.factor * token_loss(self.shadow_logits, targets, share.divisor)
 
     def shadow_and_divergence(
         self, targets: Tensor, teachers: Tensor, has_all: bool, share: Share
@@ -103,7 +103,7 @@ class ChunkedKernel:
     def shadow(self, targets: Tensor, share: Share) -> Tensor:
         """Return factor · Σ CE / count: see `HeadKernel`."""
         assert self.states is not None
-        return share.factor * linear_loss(self.states, self.heads[1], targets.to(self.states.device))[0] / share.count
+        return share.factor * linear_loss(self.states, self.heads[1], targets.to(self.states.device))[0] / share.divisor
 
     def shadow_and_divergence(
         self, targets: Tensor, teachers: Tensor, has_all: bool, share: Share
@@ -118,4 +118,4 @@ class ChunkedKernel:
             taught = teachers >= 0
             states, targets, teachers = states[taught], targets[taught], teachers[taught]
         cross_entropy, divergence = linear_loss(states, head, targets, (self.rows.detach()[teachers], attached))
-        return share.factor * (cross_entropy + untaught) / share.count, divergence
+        return share.factor * (cross_entropy + untaught) / share.divisor, divergence

@@ -165,7 +165,7 @@ class LanguageModelLosses:
             return Losses(task, kernel.shadow(targets, share))
         teachers = sample.indices if labels.same is None else labels.same[sample.indices]
         shadow, divergence = kernel.shadow_and_divergence(targets, teachers, labels.same is None, share)
-        return Losses(task, shadow, share.factor * divergence / share.count)
+        return Losses(task, shadow, share.factor * divergence / share.divisor)
 
     def sample(self, positions: Tensor, training: bool) -> Sample:
         """Sample the labelled positions (N,) that the shadow's losses read: all, or in training every k-th."""

@@ -1,6 +1,6 @@
 """`ShadowModel`: a frozen base and its shadows as one transformers model, which holds its parts and delegates to them."""
 
-# pyright: reportIncompatibleMethodOverride=false
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # (Methods for adapters, saving and loading have other arguments than those of transformers: a base is given, not a class.)
 
 import inspect
