@@ -1,4 +1,4 @@
-"""Time one block boundary on a GPU: core.py's modules, the fused PyTorch form and the Triton kernels: ``python -m bench.kernels``.
+"""Time one block boundary on a GPU: core.py's modules, the fused PyTorch form and the Triton kernels. ``python -m bench.kernels``
 
 Microseconds, medians of interleaved runs: the forward without gradients, eager and replayed from a CUDA graph, and forward
 with backward, for a bf16 stream and an fp32 state. Each form's outputs are compared first.
@@ -13,30 +13,23 @@ import torch
 from torch import Tensor
 
 from umbra import ShadowConfig
-from umbra.method import kernels
 from umbra.method.core import Couplings
-from umbra.method.kernels import couple_triton
-from umbra.method.kernels.couple import NO_MASKS, _Couple, forward, weights_of
+from umbra.method.kernels import boundary_torch, boundary_triton
+from umbra.method.kernels.boundary import NO_MASKS, boundary_of
 
 
 def forms(made: Couplings) -> dict[str, Callable[[Tensor, Tensor], Any]]:
-    """Return the three forms of the boundary before block 1."""
-    seam = made._seam("0", "1")
-
-    def core(h: Tensor, s: Tensor) -> Any:
-        with kernels.reference():
-            return made.couple(1, h, s)
-
-    def plain(h: Tensor, s: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            return _Couple.apply(h, s, seam, NO_MASKS, *weights_of(seam))  # type: ignore[misc]
-        return forward(h, s, seam, NO_MASKS)[:2]
-
-    return {"core": core, "plain": plain, "triton": lambda h, s: couple_triton.couple(h, s, seam, NO_MASKS)}
+    """Return three forms of the boundary before block 1."""
+    boundary = boundary_of(made, 1)
+    return {
+        "core": lambda h, s: made.update_and_inject(1, h, s),
+        "plain": lambda h, s: boundary_torch.update_and_inject(h, s, boundary, NO_MASKS),
+        "triton": lambda h, s: boundary_triton.update_and_inject(h, s, boundary, NO_MASKS),
+    }
 
 
 def medians(runs: dict[str, Callable[[], Any]], repeats: int = 30) -> dict[str, float]:
-    """Return the median microseconds of each run, interleaved."""
+    """Microseconds of each, run in turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(repeats + 5):
         for name, run in runs.items():
@@ -51,7 +44,7 @@ def medians(runs: dict[str, Callable[[], Any]], repeats: int = 30) -> dict[str, 
 
 
 def graph(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Capture the kernels that ``run`` launches, and return their replay."""
+    """A replay of what ``run`` launches."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()
@@ -63,13 +56,13 @@ def graph(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def step(run: Callable[[Tensor, Tensor], Any], h: Tensor, s: Tensor) -> None:
-    """Run forward and backward."""
+    """Forward and backward."""
     out, state = run(h, s)
     (out.float().sum() + state.sum()).backward()
 
 
 def main() -> None:
-    """Print the table."""
+    """Prints a table."""
     print(torch.cuda.get_device_name(), torch.__version__)
     config = ShadowConfig(rank=16, gate_rank=10, first_layer=0).resolve()
     for D in (1024, 2560, 4096):
@@ -82,9 +75,9 @@ def main() -> None:
                 runs = {name: partial(f, h, s) for name, f in forms(made).items()}
                 expected = runs["core"]()
                 for name, run in runs.items():
-                    for actual, value in zip(run(), expected, strict=True):
+                    for found, value in zip(run(), expected, strict=True):
                         torch.testing.assert_close(
-                            actual,
+                            found,
                             value,
                             rtol=0,
                             atol=1e-2 * float(value.abs().max()),

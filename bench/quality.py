@@ -24,7 +24,7 @@ from umbra.files import folder
 from umbra.lab.bench.base import Base
 from umbra.lab.bench.methods import LORA, METHODS, Batch, build, fit, umbra
 from umbra.lab.study.statistics import mean_of_seeds
-from umbra.method.core import labelled_positions
+from umbra.method.losses import labelled_positions
 from umbra.options import EMBEDDED
 
 RESULTS = Path(__file__).parent / "results"

@@ -154,7 +154,7 @@ def test_no_import_circle():
     graph = {module: {target for target, _ in imports(module) if target != "__init__"} for module in MODULES}
     graph["__init__"] = set()
     circles = [circle for circle in strongly_connected(graph) if len(circle) > 1]
-    assert circles == [["method/kernels/couple", "method/kernels/couple_triton"]]  # TEMPORARY
+    assert circles == []
 
 
 def strongly_connected(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -284,12 +284,12 @@ LEFT: dict[str, dict[str, int]] = {
     "options": {"Any": 8, "broad": 1, "ignore": 1},
     "files": {"Any": 3, "banned": 2, "broad": 3},
     "base": {"Any": 18, "ignore": 1},
-    "method": {"Any": 26, "banned": 165, "ignore": 14},
+    "method": {"Any": 1, "ignore": 4},
     "data": {"Any": 39, "banned": 44, "broad": 3, "ignore": 2},
     "shadow": {"Any": 3},
     "generation": {"Any": 8, "ignore": 2},
     "adapters": {"Any": 15, "banned": 121, "broad": 3, "ignore": 1},
-    "model": {"Any": 88, "banned": 63, "ignore": 10, "long": 2, "self: Any": 16},
+    "model": {"Any": 40},
     "deploy": {"Any": 28, "banned": 94, "broad": 4, "ignore": 9},
     "training": {"Any": 132, "banned": 54, "broad": 2, "ignore": 28, "long": 2, "self: Any": 34},
     "evaluation": {"Any": 7, "banned": 16, "ignore": 6},
@@ -304,7 +304,7 @@ def count(module: str) -> Counter[str]:
     for node in ast.walk(MODULES[module]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1
-            counts["long"] += lines > 60 and not module.startswith("method/kernels/couple_kernels")
+            counts["long"] += lines > 60 and not module.startswith("method/kernels/triton_kernels")
         if isinstance(node, ast.ExceptHandler):
             caught = [n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)] if node.type else ["BaseException"]
             counts["broad"] += bool({"Exception", "BaseException"} & set(caught))

@@ -42,7 +42,7 @@ def ways(bare: Any, model: Any) -> dict[str, Way]:
 
     quick = copy.deepcopy(bare, {id(p): p for p in bare.parameters()})
     quick.generation_config = bare.generation_config
-    kernels.quicken(quick.modules())
+    kernels.patch_linears(quick.modules())
 
     def attached(**more: Any) -> Way:
         return Way(ATTACHED, lambda ids, **options: model.generate(ids, **more, **options))

@@ -17,8 +17,8 @@ from transformers import TrainingArguments
 import umbra
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, Collator, Record, encode_all
-from umbra.method.core import labelled_positions
 from umbra.method.kernels import Head, linear_loss
+from umbra.method.losses import labelled_positions
 from umbra.options import EMBEDDED
 from umbra.shadow.draft_vocabulary import frequent_tokens
 from umbra.training.runs import DEFAULTS

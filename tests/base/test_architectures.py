@@ -23,7 +23,7 @@ from support.tables import ELSEWHERE, FAMILIES, REFUSED
 from support.tiny import CONFIGS, DIALECTS, VOCAB, gradients, scramble
 from umbra.base import architectures
 from umbra.method import kernels
-from umbra.method.hooks import HeadPlan
+from umbra.method.head_inputs import HeadInputs
 
 MASK[1, :PADS] = 0
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -65,7 +65,7 @@ def check(column: str):
 
 def shadow_path(model: umbra.ShadowModel, ids: torch.Tensor) -> torch.Tensor:
     """(B, T, V): what training's one call of the head gives for s⁰."""
-    plan = HeadPlan([(None, model.shadow.heads)], flatten=True, keep=torch.arange(1))
+    plan = HeadInputs([(None, model.shadow.heads)], flatten=True, positions=torch.arange(1))
 
     def use_state(s0: torch.Tensor) -> None:
         plan.extra = architectures.head_input(model.base, s0.reshape(-1, s0.shape[-1]))
@@ -73,7 +73,7 @@ def shadow_path(model: umbra.ShadowModel, ids: torch.Tensor) -> torch.Tensor:
     batch = {"input_ids": ids, "inputs_embeds": None, "past_key_values": None}
     if architectures.takes_cache(model.base):
         batch["use_cache"] = False
-    out = model._run_base(batch, [(model.shadow, None)], plan, use_state)
+    out = model.runner.run(batch, [(model.shadow, None)], plan, use_state)
     return out["logits"][0, plan.rows :].view(*ids.shape, -1)
 
 

@@ -142,7 +142,7 @@ def test_gemma3n_updates_only_active_stream():
     blocks[1].register_forward_pre_hook(lambda _, args: seen.update(given=args[0]))
     model(IDS)
     assert torch.equal(seen["given"][1:], seen["left"][1:])
-    s = model._initial_state({"input_ids": IDS, "inputs_embeds": None})
+    s = model.runner.initial_state({"input_ids": IDS, "inputs_embeds": None})
     expected = model.shadow.couplings.inject(1, seen["left"][0], s)
     torch.testing.assert_close(seen["given"][0], expected)
     assert (expected - seen["left"][0]).abs().max() > 1e-2

@@ -20,7 +20,7 @@ from umbra.data.template import ChatTemplate
 from umbra.data.tokens import encode
 from umbra.data.turns import turn_by_turn
 from umbra.evaluation.scoring import score_generation
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # The end of an answer as it is learned, written by hand: {} is its text.

@@ -10,7 +10,7 @@ import pytest
 import umbra
 from support.tokenizer import begins, make_tokenizer
 from umbra.data import ChatFormatter, Collator, Labels, encode_all, read_records
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from umbra import DataError
 from umbra.data import ChatFormatter, Labels, describe_classes, encode_all, normalize
 from umbra.data.chat import needs_thinking
 from umbra.data.records import COLUMNS, FIELDS
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CHAT = [USER, ANSWER]

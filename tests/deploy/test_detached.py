@@ -183,7 +183,7 @@ def test_detached_left_padded_rows_equal_rows_alone(name):
     mask = (ids != 0).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     batch = {"attention_mask": mask, "position_ids": positions}
-    beside = model.base_head(model._initial_state({"input_ids": ids, "inputs_embeds": None, **batch}))
+    beside = model.base_head(model.runner.initial_state({"input_ids": ids, "inputs_embeds": None, **batch}))
     found = model.detached()(ids, **batch).logits
     torch.testing.assert_close(found[mask == 1], beside[mask == 1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[1, 4:], model.detached()(ids[1:, 4:]).logits[0], rtol=1e-4, atol=1e-4)

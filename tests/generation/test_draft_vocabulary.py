@@ -41,8 +41,8 @@ def test_draft_vocabulary_changes_no_token(name):
 def test_draft_head_equals_shadow_logits(name):
     """Scaled and capped as the base's own code does; of a part of the vocabulary, those of its tokens."""
     model, ids = cast(build(name)), tokens(1)
-    state = model._initial_state({"input_ids": ids, "inputs_embeds": None})[:, -1]
-    expected = model._logits_alone(state[:, None])
+    state = model.runner.initial_state({"input_ids": ids, "inputs_embeds": None})[:, -1]
+    expected = model.losses.logits_alone(state[:, None])
     for part in (None, [7, 3, 90]):
         model.set_draft_vocabulary(part)
         found = DraftHead(model, model.shadow, ids.device)(state)

@@ -18,13 +18,13 @@ from support.families import MASK, PADDED, build, cast
 from support.tables import FAMILIES
 from support.tiny import CONFIGS, LAYERS, VOCAB, tokens
 from support.tokenizer import make_tokenizer
-from umbra.method.hooks import _frames
+from umbra.method.hooks import open_contexts
 
 
 @pytest.fixture(autouse=True)
 def no_frame_stays_open():
     yield
-    assert _frames.stack == []
+    assert open_contexts() == []
 
 
 # -- greedy: the same tokens ---------------------------------------------------------------------------------------

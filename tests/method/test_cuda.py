@@ -1,4 +1,4 @@
-"""On a GPU: what the CPU computes in fp32, with the Triton kernels of the seams. Skipped where there is none."""
+"""On a GPU: what the CPU computes in fp32, with the Triton kernels of block boundaries. Skipped where there is none."""
 
 import copy
 
@@ -13,7 +13,7 @@ from support.tiny import DIALECTS, assert_same, gradients, make, make_base, part
 from support.tokenizer import make_tokenizer
 from umbra.evaluation.scoring import on_accelerator
 from umbra.method import kernels
-from umbra.method.kernels import couple_triton
+from umbra.method.kernels import boundary_triton
 from umbra.training.pretrain import pretrain
 from umbra.training.train import train
 
@@ -29,9 +29,9 @@ def settings(tmp_path, base_folder):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How often the Triton kernels of a seam were launched."""
-    counted, couple = [], couple_triton.couple
-    monkeypatch.setattr(couple_triton, "couple", lambda *given: counted.append(1) or couple(*given))
+    """How often the Triton kernels of a block boundary were launched."""
+    counted, run = [], boundary_triton.update_and_inject
+    monkeypatch.setattr(boundary_triton, "update_and_inject", lambda *given: counted.append(1) or run(*given))
     return counted
 
 

@@ -71,7 +71,7 @@ OTHERS = {
 def test_unsupported_matmuls_fall_back_to_pytorch(kind, calls):
     dtype, context, trainable = OTHERS[kind]
     layer, x = nn.Linear(K, N).to(dtype).requires_grad_(trainable), torch.randn(3, K, dtype=dtype)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     with context():
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     assert not calls
@@ -82,7 +82,7 @@ def test_unsupported_matmuls_fall_back_to_pytorch(kind, calls):
 
 def test_function_transforms_fall_back_to_pytorch(calls):
     layer = nn.Linear(K, N).requires_grad_(False)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     x = torch.randn(4, 3, K)
     torch.testing.assert_close(torch.func.vmap(layer)(x), F.linear(x, layer.weight, layer.bias))
     assert not calls
@@ -108,7 +108,7 @@ def test_training_and_generation_equal_plain(name, calls):
 
 
 def quick(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(vars(m).get("forward"), module.Quick)]
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), module.PatchedForward)]
 
 
 def test_unloading_leaves_nothing_behind():
@@ -128,8 +128,8 @@ def test_detached_model_is_unpatched():
 def test_foreign_patches_stay():
     layer = nn.Linear(K, N)
     theirs = layer.forward = lambda x: x
-    kernels.quicken([layer])
-    kernels.leave_alone([layer])
+    kernels.patch_linears([layer])
+    kernels.unpatch_linears([layer])
     assert layer.forward is theirs
 
 
@@ -149,7 +149,7 @@ def test_copies_use_their_weights(way, calls):
 def test_small_matrices_use_pytorch(monkeypatch):
     monkeypatch.setattr(module, "SMALLEST", N * K + 1)
     layer = nn.Linear(K, N)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     assert not quick(layer)
 
 
@@ -159,6 +159,6 @@ def test_intel_cpus_use_mkl(cpu, faster, monkeypatch, calls):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(module, "ONEDNN_IS_FASTER", module._onednn_is_faster())
     layer = nn.Linear(K, N).requires_grad_(False)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     kernels.product(torch.randn(3, K), layer.weight, layer.bias)
     assert bool(quick(layer)) == bool(calls) == faster

@@ -446,3 +446,12 @@ def test_additional_adapter_costs_only_its_weights():
     now = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
     new = model.adapter("d")
     assert now - held == sum(p.numel() for p in new.parameters()) + sum(b.numel() for b in new.buffers())
+
+
+def test_state_dict_with_old_prefix_of_inactive_adapters_loads():
+    model = make_three()
+    state = {k.replace("inactive_adapters.", "resting."): v.clone() for k, v in model.state_dict().items()}
+    assert any(k.startswith("resting.b.") for k in state)
+    scramble(model.adapter("b"), 9)
+    model.load_state_dict(state)
+    assert all(torch.equal(v, state[f"resting.b.{k}"]) for k, v in model.adapter("b").state_dict().items())

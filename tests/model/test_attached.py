@@ -406,9 +406,9 @@ def test_unloaded_model_raises_clear_error(classifier):
     model, ids = make("llama", classifier=classifier), tokens()
     expected = model.shadow.state_dict()
     base = model.unload()
-    with pytest.raises(umbra.StateError, match=r"unload\(\) has given the base back"):
+    with pytest.raises(umbra.StateError, match=r"unload\(\) has returned the base"):
         model(ids)
-    with pytest.raises(umbra.StateError, match=r"unload\(\) has given"), model.shadow_only():
+    with pytest.raises(umbra.StateError, match=r"unload\(\) has returned"), model.shadow_only():
         model(ids)
     again = umbra.attach(base, model.shadow_config)
     again.shadow.load_state_dict(expected)

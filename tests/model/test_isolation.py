@@ -13,7 +13,7 @@ import umbra
 from support.threads import generate, in_threads
 from support.tiny import ARCHITECTURES, DIALECTS, assert_same, gradients, make, make_base, partly_labelled, tokens
 from umbra.base.architectures import locate
-from umbra.method.hooks import _frames
+from umbra.method.hooks import open_contexts
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
@@ -23,7 +23,7 @@ kinds = pytest.mark.parametrize("classifier", [False, True], ids=["lm", "classif
 @pytest.fixture(autouse=True)
 def no_frame_stays_open():
     yield
-    assert _frames.stack == []
+    assert open_contexts() == []
 
 
 def train_step(model, ids) -> dict[str, torch.Tensor]:
@@ -227,7 +227,7 @@ def test_error_in_forward_leaves_no_state(name, classifier, place):
         with pytest.raises(Broken), model.disable_adapter():
             model(ids)
         handle.remove()
-        assert _frames.stack == []
+        assert open_contexts() == []
         assert torch.equal(model(ids).logits, expected)
 
 
@@ -244,7 +244,7 @@ def test_error_in_backward_leaves_no_state(name, reentrant):
         loss.backward()
     handle.remove()
     model.zero_grad()
-    assert _frames.stack == []
+    assert open_contexts() == []
     assert_same(train_step(model, ids), expected)
 
 

@@ -23,9 +23,9 @@ from support.tiny import (
     tokens,
 )
 from umbra.method import kernels
-from umbra.method.core import labelled_positions
 from umbra.method.hooks import _Hook
-from umbra.method.kernels import saved
+from umbra.method.kernels import recomputation
+from umbra.method.losses import labelled_positions
 
 problems = pytest.mark.parametrize("problem", CLASSIFIERS)
 
@@ -46,7 +46,7 @@ class HeadRows(_Hook):  # a hook of another class would keep the head from the f
     """Counts the rows that the base's output embeddings read."""
 
     def __init__(self, model):
-        super().__init__(model._attachment)
+        super().__init__(model.attachment)
         self.counts: list[int] = []
         model.base.get_output_embeddings().register_forward_hook(self)
 
@@ -255,7 +255,11 @@ def test_fast_forms_equal_plain_forms(name, fields):
 def test_activation_outputs_are_recomputed(name, monkeypatch):
     """Once in each block that gradients pass through, and not where the user has a hand in what is kept."""
     model, ids, again = make(name, first_layer=2).train(), tokens(3, 11), []
-    monkeypatch.setattr(saved.Again, "give_back", lambda self, was=saved.Again.give_back: again.append(1) or was(self))
+    monkeypatch.setattr(
+        recomputation.Recomputed,
+        "unpack",
+        lambda self, was=recomputation.Recomputed.unpack: again.append(1) or was(self),
+    )
     model(ids, labels=partly_labelled(ids)).loss.backward()
     assert len(again) == LAYERS - 2
     with torch.autograd.graph.save_on_cpu():
@@ -265,7 +269,7 @@ def test_activation_outputs_are_recomputed(name, monkeypatch):
 
 def test_modified_saved_tensor_raises():
     x = torch.randn(3, requires_grad=True)
-    with saved.sparing():
+    with recomputation.recompute_activations():
         y = x.exp()
         z = y.square()
     y.add_(1)

@@ -28,7 +28,7 @@ from support.tiny import (
     tokens,
 )  # fmt: skip
 from umbra.base.architectures import locate
-from umbra.method.hooks import _frames
+from umbra.method.hooks import open_contexts
 
 NAMES = ["llama", "gpt2", "gemma3_text", "qwen3_moe"]
 some = pytest.mark.parametrize("name", NAMES)
@@ -39,7 +39,7 @@ kinds = pytest.mark.parametrize("classifier", [False, True], ids=["lm", "classif
 @pytest.fixture(autouse=True)
 def no_frame_stays_open():
     yield
-    assert _frames.stack == []
+    assert open_contexts() == []
 
 
 # -- moved -------------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_interrupted_generation_leaves_no_state(name, mode):
     for n in (1, 2, 7):
         with pytest.raises(KeyboardInterrupt):
             generate(model, ids, logits_processor=LogitsProcessorList([Interrupt(n)]), **OPTIONS[mode])
-        assert _frames.stack == []
+        assert open_contexts() == []
         assert torch.equal(generate(model, ids, **OPTIONS[mode]), expected)
     with model.disable_adapter(), pytest.raises(KeyboardInterrupt):
         generate(model, ids, logits_processor=LogitsProcessorList([Interrupt(2)]), **OPTIONS[mode])
@@ -322,7 +322,7 @@ def test_forward_interrupted_anywhere_leaves_no_state(name, classifier):
             except KeyboardInterrupt:
                 reached += 1
             handle.remove()
-            assert _frames.stack == []
+            assert open_contexts() == []
     assert reached > 60
     model(ids, labels=labels).loss.backward()
     assert_same(gradients(model), expected)

@@ -54,7 +54,7 @@ def test_channel_scale_only_changes_coordinates():
     scaled, plain, ids = make(**MEASURED), make(**PLAIN), tokens()
     state = scaled.shadow.state_dict()
     for l, injection in scaled.shadow.couplings.injections.items():
-        state[f"couplings.injections.{l}.down.weight"] = injection.reader().detach()
+        state[f"couplings.injections.{l}.down.weight"] = injection.scaled_down().detach()
         del state[f"couplings.injections.{l}.channels"]
     plain.shadow.load_state_dict(state)
     for model in (scaled, plain):

@@ -101,7 +101,7 @@ def test_pruned_embedding_keeps_module_scale():
     states = []
     for embeddings in ("base", "own"):
         model = umbra.attach(base, umbra.ShadowConfig(**NARROW, embeddings=embeddings))
-        states.append(model._initial_state({"input_ids": tokens(), "inputs_embeds": None}))
+        states.append(model.runner.initial_state({"input_ids": tokens(), "inputs_embeds": None}))
         model.unload()
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 

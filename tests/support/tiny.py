@@ -149,7 +149,7 @@ def shadow_head(model):
 
 def shadow_logits(model, ids: torch.Tensor) -> torch.Tensor:
     """Return head(s⁰), (B, T, V) or (B, T, C)."""
-    s0 = model._initial_state({"input_ids": ids, "inputs_embeds": None})
+    s0 = model.runner.initial_state({"input_ids": ids, "inputs_embeds": None})
     return shadow_head(model)(s0.to(model.shadow.dtype if model.shadow.heads else model.base.dtype))
 
 

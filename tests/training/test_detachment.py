@@ -19,7 +19,7 @@ from umbra.data import ChatFormatter, Collator, encode_all
 from umbra.errors import ConfigError, DataError
 from umbra.evaluation.scores import Score
 from umbra.method import kernels
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 from umbra.training.train import train
 
 REMOTE = "[REMOTE]"

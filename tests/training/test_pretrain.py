@@ -18,7 +18,7 @@ from support.tokenizer import make_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter
 from umbra.method import divergences as divergence
-from umbra.method.divergences import KINDS, teach
+from umbra.method.divergences import KINDS, teacher_log_probs
 from umbra.training import pretrain, stages
 from umbra.training.train import train
 
@@ -106,7 +106,7 @@ def test_stage_loss_matches_formula(settings, form):
             "stages": "distillation",
             **FORMS[form],
         }
-        told = teach(t, chosen["temperature"], chosen["teacher_top_k"])
+        told = teacher_log_probs(t, chosen["temperature"], chosen["teacher_top_k"])
         loss = divergence.divergence(z, told, chosen["divergence"], chosen["temperature"])
         loss = loss + (F.cross_entropy(z, ids[0, 1:], reduction="sum") if "next_token" in chosen["stages"] else 0)
         losses.append(float(loss) / len(z))

@@ -15,7 +15,7 @@ from umbra.data.records import ESCALATION, MARK, Record
 from umbra.data.rows import Rows
 from umbra.data.tokens import encode_plain
 from umbra.errors import DataError
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 from umbra.options import speaks
 
 # "input_ids" and "labels", and with escalation "shadow_targets", each (T,) int32; labels of classifiers are numbers.

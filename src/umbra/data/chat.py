@@ -24,7 +24,7 @@ from umbra.data.template import ChatTemplate, reserved_arguments
 from umbra.data.tokens import Segments, cut_where_merged, encode, encode_segments, special_ends
 from umbra.data.turns import close_answers, render_turns, without_special_ends
 from umbra.errors import DataError
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from umbra.data.readers import read_records
 from umbra.data.sources import text_files
 from umbra.data.text_files import read_text
 from umbra.errors import DataError
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 from umbra.options import speaks
 
 SPACES = re.compile(r"\s+")

@@ -29,8 +29,9 @@ from umbra.errors import BaseModelError, CheckpointError, ConfigError, DataError
 from umbra.files import folder
 from umbra.files.locks import locked
 from umbra.method.divergences import KINDS
+from umbra.model.attach import attach
+from umbra.model.causal_lm import ShadowForCausalLM
 from umbra.model.loading import load
-from umbra.model.shadow_model import ShadowForCausalLM, attach
 from umbra.options import PretrainOptions, speaks
 from umbra.shadow.pretrained import check_vocabulary
 from umbra.training.checkpoints import last_checkpoint
@@ -187,7 +188,7 @@ def _attach(
         raise ConfigError(
             "The stage alignment trains the projection of a shadow whose width differs from the base's: this one has none."
         )
-    if model._heads() is None:
+    if model.losses.heads() is None:
         raise BaseModelError(f"{type(base).__name__} has a head that is not one plain linear layer: use another base.")
     model.detached()  # raises now what would otherwise be raised after all stages
     if not architectures.is_placed(base):

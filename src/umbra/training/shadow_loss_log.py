@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 
 
 @dataclass

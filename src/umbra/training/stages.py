@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from umbra.method.core import labelled_positions
-from umbra.method.divergences import Teacher, linear_divergence, teach
+from umbra.method.divergences import Teacher, linear_divergence, teacher_log_probs
 from umbra.method.kernels import Head, linear_loss
-from umbra.model.shadow_model import ShadowForCausalLM
+from umbra.method.losses import labelled_positions
+from umbra.model.causal_lm import ShadowForCausalLM
 from umbra.options import PretrainOptions, speaks
 from umbra.training.teacher_cache import TeacherCache
 from umbra.training.trainers import Inputs, Loss, ShadowTrainer
@@ -80,7 +80,7 @@ class StageLoss:
                 if base_rows is None:
                     assert self.cache is not None
                     return self.cache.read(places[0][part], places[1][part], rows.device)
-                return teach(attached.logits(base_rows[part]), options.temperature, options.teacher_top_k)
+                return teacher_log_probs(attached.logits(base_rows[part]), options.temperature, options.teacher_top_k)
 
             total = total + linear_divergence(rows, shadow, teacher_of, options.divergence, options.temperature)
         return total
@@ -105,7 +105,7 @@ class Pretrainer(ShadowTrainer):
 
     def _mean_loss(self, model: ShadowForCausalLM, inputs: Inputs, num_items: Tensor | int | None) -> Tensor:
         blocks, (positions, targets) = inputs.pop("block"), labelled_positions(inputs.pop("labels"))
-        chosen, factor = model._every(positions)
+        chosen, factor = model.losses.sample(positions, model.training)
         heads, flat = linear_heads(model), positions[chosen]
         rows = shadow_states(model, inputs)[flat]
         base_rows = base_states(model, inputs)[flat] if self.stage_loss.needs_base else None
@@ -124,7 +124,7 @@ def is_trained(name: str, losses: tuple[str, ...]) -> bool:
 
 def linear_heads(model: ShadowForCausalLM) -> tuple[Head, Head]:
     """Return the heads of the attached model and of the shadow; `pretrain` refuses a model without linear heads."""
-    heads = model._heads()
+    heads = model.losses.heads()
     assert heads is not None
     return heads
 
@@ -154,7 +154,9 @@ def base_teacher(model: ShadowForCausalLM, ids: Tensor, options: PretrainOptions
     positions, _ = labelled_positions(ids)
     rows = base_states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[positions]
     head, _ = linear_heads(model)
-    parts = [teach(head.logits(part), options.temperature, options.teacher_top_k) for part in rows.split(ROWS)]
+    parts = [
+        teacher_log_probs(head.logits(part), options.temperature, options.teacher_top_k) for part in rows.split(ROWS)
+    ]
     return Teacher(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 

@@ -35,7 +35,9 @@ from umbra.data import (
 from umbra.errors import BaseModelError, CheckpointError, ConfigError, DataError
 from umbra.files import manifest
 from umbra.files.locks import locked
-from umbra.model.shadow_model import ShadowForCausalLM, ShadowModel, attach
+from umbra.model.attach import attach
+from umbra.model.causal_lm import ShadowForCausalLM
+from umbra.model.shadow_model import ShadowModel
 from umbra.options import TrainOptions, listed, speaks
 from umbra.shadow.draft_vocabulary import frequent_tokens
 from umbra.shadow.pretrained import check_vocabulary
@@ -305,7 +307,7 @@ def freeze_attached_parts(model: ShadowModel) -> None:
     Raises:
         BaseModelError: a base that takes images.
     """
-    if model._merges_embeddings:
+    if model.runner.merges_embeddings:
         raise BaseModelError(
             "detached_only does not run a vision tower: train the attached model, or use a language model as the base."
         )

@@ -28,9 +28,9 @@ from umbra.adapters.files import PREFIX
 from umbra.adapters.reading import restore_checkpoint
 from umbra.base import private_transformers, sharded
 from umbra.errors import ConfigError
-from umbra.method.core import IGNORED
-from umbra.model.paths import NOTHING_TO_TRAIN
+from umbra.method.losses import IGNORED
 from umbra.model.shadow_model import ShadowModel
+from umbra.model.training_guard import NOTHING_TO_TRAIN
 from umbra.training.checkpoints import Sums
 from umbra.training.reference import base_as_reference
 from umbra.training.resuming import ResumableTrainer

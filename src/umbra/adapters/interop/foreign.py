@@ -214,7 +214,7 @@ def plain_state(shadow: Shadow) -> Tensors:
         name = f"couplings.injections.{l}."
         if state.pop(f"{name}channels", None) is not None:
             assert isinstance(injection, Injection)
-            state[f"{name}down.weight"] = injection.reader().detach()
+            state[f"{name}down.weight"] = injection.scaled_down().detach()
     return state
 
 

@@ -20,9 +20,10 @@ from umbra.config import ShadowConfig
 from umbra.errors import ConfigError
 from umbra.lab.bench.base import Base
 from umbra.method import kernels
-from umbra.method.core import IGNORED, labelled_positions
 from umbra.method.kernels import Head, linear_loss
-from umbra.model.shadow_model import ShadowModel, attach
+from umbra.method.losses import IGNORED, labelled_positions
+from umbra.model.attach import attach
+from umbra.model.shadow_model import ShadowModel
 
 Batch = dict[str, Tensor]
 Build = Callable[
@@ -92,7 +93,7 @@ def _with_fast_linears(build: Build) -> Build:
 
     def build_fast(base: PreTrainedModel, rank: int, width: int) -> nn.Module:
         model = build(base, rank, width)
-        kernels.quicken(model.modules())
+        kernels.patch_linears(model.modules())
         return model
 
     return build_fast

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from umbra.config import ShadowConfig
 from umbra.errors import ConfigError, shown
 from umbra.method import core
-from umbra.model.shadow_model import ShadowModel, attach
+from umbra.model.attach import attach
+from umbra.model.shadow_model import ShadowModel
 
 UPDATE = "update"  # the field of a method
 UPDATES = ("gated", "ungated", "none")
@@ -77,5 +78,5 @@ def attach_ablated(base: PreTrainedModel, fields: Mapping[str, Any]) -> ShadowMo
     if update == "none":
         couplings = model.shadow.couplings
         couplings.updates, couplings.norm = nn.ModuleDict(), nn.Identity()
-        couplings.seams = list(couplings.layers)
+        couplings.boundaries = list(couplings.layers)
     return model

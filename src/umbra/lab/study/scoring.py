@@ -16,7 +16,7 @@ from umbra.lab.study import lm_eval_tasks
 from umbra.lab.study.metrics import LOSS
 from umbra.lab.study.requests import Request
 from umbra.lab.study.tasks import Task, TaskOptions
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 from umbra.model.shadow_model import ShadowModel
 
 

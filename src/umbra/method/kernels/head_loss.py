@@ -1,18 +1,18 @@
-"""A head and its losses in one, a chunk of rows at a time: no (N, V) tensor is ever kept.
+"""A head and its losses in one operation, a chunk of rows at a time: no (N, V) tensor is ever stored.
 
     z = f · x · Wᵀ + b;  z ← c · tanh(z / c) where capped
     CE = Σ logsumexp(z) − z[target]          KL = Σ p_teacher · (log p_teacher − log p),  p = softmax(z)
 
-The gradients of x, and of W and b where they are trained, are computed on the way, so that the backward only scales them.
+The forward also computes the gradients of x, and of W and b if they are trained, so that the backward only scales them.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from umbra.method.kernels.once import first_order
+from umbra.method.kernels.first_order import Context, first_order
 from umbra.method.kernels.products import product
 
 CHUNK = 2**24  # logits at once: 64 MB in fp32
@@ -20,7 +20,14 @@ TINY = 1e-30  # a probability below it has lost digits that its logarithm would 
 
 
 class Head(NamedTuple):
-    """weight (V, D), bias (V,), and what a model does to its logits after them: times ``factor``, capped at ``cap``."""
+    """A language-model head as plain tensors.
+
+    Attributes:
+        weight: (V, D).
+        bias: (V,).
+        factor: multiplies the logits.
+        cap: bounds them by c · tanh(z / c); None for no cap.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -28,7 +35,7 @@ class Head(NamedTuple):
     cap: float | None = None
 
     def logits(self, x: Tensor) -> Tensor:
-        """(N, D) → (N, V), float32 unless float64."""
+        """(N, D) → (N, V), in float32 unless the weight is float64."""
         z = product(x.to(self.weight.dtype), self.weight, self.bias)
         z = z if z.dtype == torch.float64 else z.float()
         z = z if self.factor == 1 else z.mul_(self.factor)
@@ -38,22 +45,29 @@ class Head(NamedTuple):
 def linear_loss(
     x: Tensor, head: Head, targets: Tensor, teacher: tuple[Tensor, Head] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(CE, KL), sums over the rows; KL is 0 without a teacher.
+    """Return CE and KL, summed over the rows; KL is 0 without a teacher.
 
     Args:
-        x: (N, D), what the head reads.
+        x: (N, D), the input of the head.
+        head: the student's head.
         targets: (N,).
-        teacher: rows (N, D) and their head; no gradient goes there.
+        teacher: rows (N, D) and their head; no gradient reaches them.
     """
-    return _LinearLoss.apply(x, head, targets, teacher, head.weight, head.bias)  # type: ignore[return-value]
+    return _LinearLoss.apply(x, head, targets, teacher, head.weight, head.bias)
+
+
+class _LossContext(Context):
+    kinds: int  # 1 for CE alone, 2 for CE and KL
+    parts: tuple[bool, bool, bool]  # whether the gradients of x, W and b were computed
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, head: Head, targets: Tensor, teacher: Any, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Two sums, and with them the gradients of each: [of CE, of KL], of x (N, D), W (V, D) and b (V,)."""
+    def forward(
+        ctx: _LossContext, x: Tensor, head: Head, targets: Tensor, teacher: tuple[Tensor, Head] | None, weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Compute both sums, and the gradients [of CE, of KL] of x (N, D), W (V, D) and b (V,)."""
         needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         kinds = 1 if teacher is None else 2
         d_x = [torch.empty_like(x) for _ in range(kinds)] if needs_x else []
@@ -65,7 +79,7 @@ class _LinearLoss(torch.autograd.Function):
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             target = targets[part, None]
-            p, ce, slope, log_p = _softmax(x[part], head, target, keep_log=teacher is not None)
+            p, ce, slope, log_p = _softmax(x[part], head, target, needs_log=teacher is not None)
             sums[0] += ce
             toward = [p]
             if teacher is not None and log_p is not None:
@@ -91,28 +105,29 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, of_ce: Tensor, of_kl: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: _LossContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        of_ce, of_kl = gradients
         saved = iter(ctx.saved_tensors)
-        found: list[Tensor | None] = []
-        for there in ctx.parts:
-            mine = [next(saved) for _ in range(ctx.kinds)] if there else []
-            total = mine[0] * of_ce.to(mine[0].dtype) if mine else None
-            if total is not None and len(mine) > 1:
-                total = total.add_(mine[1] * of_kl.to(total.dtype))
-            found.append(total)
-        return found[0], None, None, None, found[1], found[2]
+        scaled: list[Tensor | None] = []
+        for is_computed in ctx.parts:
+            parts = [next(saved) for _ in range(ctx.kinds)] if is_computed else []
+            total = parts[0] * of_ce.to(parts[0].dtype) if parts else None
+            if total is not None and len(parts) > 1:
+                total = total.add_(parts[1] * of_kl.to(total.dtype))
+            scaled.append(total)
+        return scaled[0], None, None, None, scaled[1], scaled[2]
 
 
 def _softmax(
-    x: Tensor, head: Head, target: Tensor, keep_log: bool
+    x: Tensor, head: Head, target: Tensor, needs_log: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """p (N, V), Σ CE, the slope of the cap (N, V) if any, and log p if asked for."""
+    """Return p (N, V), Σ CE, the slope of the cap (N, V) if there is one, and log p if it is needed."""
     z = head.logits(x)
     slope = None if head.cap is None else (z / head.cap).square_().neg_().add_(1)
-    if keep_log or z.device.type != "cpu":
+    if needs_log or z.device.type != "cpu":
         log_p = F.log_softmax(z, -1)
         return log_p.exp(), -log_p.gather(-1, target).sum(), slope, log_p
-    p = torch.softmax(z, -1, out=z)  # in place: of these passes over memory, each one saved is a tenth of the whole
+    p = torch.softmax(z, -1, out=z)  # in place: each pass over memory costs a tenth of the whole
     at_target = p.gather(-1, target)
     loss = -at_target.log()
     tiny = (at_target < TINY).squeeze(-1).nonzero().squeeze(-1)

@@ -1,4 +1,4 @@
-"""The Triton kernels of `couple`: couple.py says what they compute, couple_triton.py launches them.
+"""The Triton kernels of a block boundary: boundary_torch.py states the equations, boundary_triton.py launches the kernels.
 
 Letters: N rows (tokens), D, G, R. A tile is (BN, BD) of (N, D); G and R fit one tile, padded to at least 16.
 All arithmetic is fp32; what is stored has the dtype of where it goes.
@@ -13,8 +13,8 @@ for them D is cut into parts, one program each, and the walks are three launches
 
 `rows_backward`: the gradients of h and s. The two sums over D in the backward of the norm are sums over G of what is
 at hand. `columns_backward`: the gradients of the weights; a program owns BD columns and walks over the rows, so that
-nothing of size (N, D) is stored in between and no atomics make the sums vary. Both read μ, ρ, a, b and r as the forward
-kept them: 2 + 2 G + R numbers a row.
+nothing of size (N, D) is stored in between and no atomics make the sums vary. Both read μ, ρ, a, b and r from the
+forward's buffer: 2 + 2 G + R numbers a row.
 """
 
 # pyright: reportUnboundVariable=false, reportPossiblyUnboundVariable=false
@@ -97,7 +97,7 @@ def _inner(a, b, factors, rows, gs, N, G: tl.constexpr, GELU: tl.constexpr):
 @triton.jit(do_not_specialize=["N"])
 def forward(
     h, s, out, state, norm, norm_bias, g1, g1_bias, g2, g2_bias, t1, t1_bias, t2, t2_bias, down, up,
-    in_transform, in_rank, in_delta, kept, N, epsilon, alpha,
+    in_transform, in_rank, in_delta, buffer, N, epsilon, alpha,
     D: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GELU: tl.constexpr, DOT: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, BR: tl.constexpr,
     PHASE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
@@ -107,11 +107,11 @@ def forward(
     part = tl.program_id(1)
     begin = part * PART
     # The buffer: (PARTS, 2, N) moments, (PARTS, N, G) a and b, (PARTS, 4, G) slopes and shifts, (PARTS, N, R).
-    if kept is not None:
-        kept_a = kept + 2 * PARTS * N
-        kept_b = kept_a + PARTS * N * G
-        kept_sums = kept_b + PARTS * N * G
-        kept_r = kept_sums + PARTS * 4 * G
+    if buffer is not None:
+        saved_a = buffer + 2 * PARTS * N
+        saved_b = saved_a + PARTS * N * G
+        saved_sums = saved_b + PARTS * N * G
+        saved_r = saved_sums + PARTS * 4 * G
 
     if G > 0 and PHASE < 3:
         count = 0.0
@@ -130,11 +130,11 @@ def forward(
                 to_a = _tile(g1, gs, columns, G, D)
                 to_b = _tile(t1, gs, columns, G, D)
                 if norm is not None:
-                    own = tl.maximum(tl.minimum(D - begin - start, BD), 0).to(tl.float32)
-                    own_mean = tl.sum(x, 1) / tl.maximum(own, 1.0)
-                    deviation = tl.where(columns[None, :] < D, x - own_mean[:, None], 0.0)
-                    mean, square = _merge(count, mean, square, own, own_mean, tl.sum(deviation * deviation, 1))
-                    count += own
+                    part_size = tl.maximum(tl.minimum(D - begin - start, BD), 0).to(tl.float32)
+                    part_mean = tl.sum(x, 1) / tl.maximum(part_size, 1.0)
+                    deviation = tl.where(columns[None, :] < D, x - part_mean[:, None], 0.0)
+                    mean, square = _merge(count, mean, square, part_size, part_mean, tl.sum(deviation * deviation, 1))
+                    count += part_size
                     bias = _line(norm_bias, columns, D)[None, :]
                     a_shift += tl.sum(to_a * bias, 1)
                     b_shift += tl.sum(to_b * bias, 1)
@@ -146,31 +146,31 @@ def forward(
                 a = tl.dot(x, tl.trans(to_a), a, input_precision=DOT)
                 b = tl.dot(x, tl.trans(to_b), b, input_precision=DOT)
         if PHASE == 1:
-            _put_line(kept + 2 * part * N, mean, rows, N)
-            _put_line(kept + (2 * part + 1) * N, square, rows, N)
-            _put(kept_a + part * N * G, a, rows, gs, N, G)
-            _put(kept_b + part * N * G, b, rows, gs, N, G)
+            _put_line(buffer + 2 * part * N, mean, rows, N)
+            _put_line(buffer + (2 * part + 1) * N, square, rows, N)
+            _put(saved_a + part * N * G, a, rows, gs, N, G)
+            _put(saved_b + part * N * G, b, rows, gs, N, G)
             if norm is not None:
-                _put_line(kept_sums + part * 4 * G, a_slope, gs, G)
-                _put_line(kept_sums + part * 4 * G + G, a_shift, gs, G)
-                _put_line(kept_sums + part * 4 * G + 2 * G, b_slope, gs, G)
-                _put_line(kept_sums + part * 4 * G + 3 * G, b_shift, gs, G)
+                _put_line(saved_sums + part * 4 * G, a_slope, gs, G)
+                _put_line(saved_sums + part * 4 * G + G, a_shift, gs, G)
+                _put_line(saved_sums + part * 4 * G + 2 * G, b_slope, gs, G)
+                _put_line(saved_sums + part * 4 * G + 3 * G, b_shift, gs, G)
         if PHASE == 2:
             for other in tl.static_range(PARTS):
-                a += _tile(kept_a + other * N * G, rows, gs, N, G)
-                b += _tile(kept_b + other * N * G, rows, gs, N, G)
+                a += _tile(saved_a + other * N * G, rows, gs, N, G)
+                b += _tile(saved_b + other * N * G, rows, gs, N, G)
                 if norm is not None:
-                    own = tl.minimum(D - other * PART, PART).to(tl.float32)
-                    own_mean, own_square = (
-                        _line(kept + 2 * other * N, rows, N),
-                        _line(kept + (2 * other + 1) * N, rows, N),
+                    part_size = tl.minimum(D - other * PART, PART).to(tl.float32)
+                    part_mean, part_square = (
+                        _line(buffer + 2 * other * N, rows, N),
+                        _line(buffer + (2 * other + 1) * N, rows, N),
                     )
-                    mean, square = _merge(count, mean, square, own, own_mean, own_square)
-                    count += own
-                    a_slope += _line(kept_sums + other * 4 * G, gs, G)
-                    a_shift += _line(kept_sums + other * 4 * G + G, gs, G)
-                    b_slope += _line(kept_sums + other * 4 * G + 2 * G, gs, G)
-                    b_shift += _line(kept_sums + other * 4 * G + 3 * G, gs, G)
+                    mean, square = _merge(count, mean, square, part_size, part_mean, part_square)
+                    count += part_size
+                    a_slope += _line(saved_sums + other * 4 * G, gs, G)
+                    a_shift += _line(saved_sums + other * 4 * G + G, gs, G)
+                    b_slope += _line(saved_sums + other * 4 * G + 2 * G, gs, G)
+                    b_shift += _line(saved_sums + other * 4 * G + 3 * G, gs, G)
         if PHASE % 2 == 0:
             if norm is not None:
                 scale = 1 / tl.sqrt(square / D + epsilon)
@@ -181,17 +181,17 @@ def forward(
                 b_shift += _line(t1_bias, gs, G)
                 a += _line(g1_bias, gs, G)[None, :]
                 b += _line(t1_bias, gs, G)[None, :]
-            if kept is not None and PHASE == 0:
+            if buffer is not None and PHASE == 0:
                 if norm is not None:
-                    _put_line(kept, mean, rows, N)
-                    _put_line(kept + N, scale, rows, N)
+                    _put_line(buffer, mean, rows, N)
+                    _put_line(buffer + N, scale, rows, N)
                     if tl.program_id(0) == 0:
-                        _put_line(kept_sums, a_slope, gs, G)
-                        _put_line(kept_sums + G, a_shift, gs, G)
-                        _put_line(kept_sums + 2 * G, b_slope, gs, G)
-                        _put_line(kept_sums + 3 * G, b_shift, gs, G)
-                _put(kept_a, a, rows, gs, N, G)
-                _put(kept_b, b, rows, gs, N, G)
+                        _put_line(saved_sums, a_slope, gs, G)
+                        _put_line(saved_sums + G, a_shift, gs, G)
+                        _put_line(saved_sums + 2 * G, b_slope, gs, G)
+                        _put_line(saved_sums + 3 * G, b_shift, gs, G)
+                _put(saved_a, a, rows, gs, N, G)
+                _put(saved_b, b, rows, gs, N, G)
             act_a, act_b = _inner(a, b, in_transform, rows, gs, N, G, GELU)
 
     if PHASE % 2 == 0:
@@ -210,17 +210,17 @@ def forward(
                     delta *= _tile(in_delta, rows, columns, N, D)
                 r = tl.dot(delta, tl.trans(_tile(down, rs, columns, R, D)), r, input_precision=DOT)
         if PHASE == 2 and R > 0:
-            _put(kept_r + part * N * R, r, rows, rs, N, R)
+            _put(saved_r + part * N * R, r, rows, rs, N, R)
 
     if R > 0 and PHASE % 3 == 0:
         if PHASE == 3:
             r = tl.zeros((BN, BR), tl.float32)
             for other in tl.static_range(PARTS):
-                r += _tile(kept_r + other * N * R, rows, rs, N, R)
+                r += _tile(saved_r + other * N * R, rows, rs, N, R)
         if in_rank is not None:
             r *= _tile(in_rank, rows, rs, N, R)
-        if kept is not None and PHASE == 0:
-            _put(kept_r, r, rows, rs, N, R)
+        if buffer is not None and PHASE == 0:
+            _put(saved_r, r, rows, rs, N, R)
         r *= alpha
         for start in range(0, PART, BD):
             columns = begin + start + tl.arange(0, BD)
@@ -234,14 +234,14 @@ def forward(
 @triton.jit(do_not_specialize=["N"])
 def rows_backward(
     h, s, d_out, d_state, d_h, d_s, norm, g1, g2, g2_bias, t1, t2, t2_bias, down, up,
-    in_transform, in_rank, in_delta, kept, d_small, N, alpha,
+    in_transform, in_rank, in_delta, buffer, d_small, N, alpha,
     D: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GELU: tl.constexpr, DOT: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The gradients of h, of s, and into ``d_small`` those of a, b and the injection's R, all (N, …)."""
     rows, gs, rs = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BG), tl.arange(0, BR)
-    kept_a = kept + 2 * N
-    kept_sums = kept_a + 2 * N * G
+    saved_a = buffer + 2 * N
+    saved_sums = saved_a + 2 * N * G
     if R > 0:
         d_r = tl.zeros((BN, BR), tl.float32)
         for start in range(0, D, BD):
@@ -253,8 +253,8 @@ def rows_backward(
             d_r *= _tile(in_rank, rows, rs, N, R)
         _put(d_small + 2 * N * G, d_r, rows, rs, N, R)
     if G > 0:
-        a = _tile(kept_a, rows, gs, N, G)
-        b = _tile(kept_a + N * G, rows, gs, N, G)
+        a = _tile(saved_a, rows, gs, N, G)
+        b = _tile(saved_a + N * G, rows, gs, N, G)
         act_a, act_b = _inner(a, b, in_transform, rows, gs, N, G, GELU)
         d_a = tl.zeros((BN, BG), tl.float32)
         d_b = tl.zeros((BN, BG), tl.float32)
@@ -286,10 +286,10 @@ def rows_backward(
         _put(d_small, d_a, rows, gs, N, G)
         _put(d_small + N * G, d_b, rows, gs, N, G)
         if norm is not None:
-            mean, scale = _line(kept, rows, N)[:, None], _line(kept + N, rows, N)[:, None]
-            by_mean = d_a * _line(kept_sums, gs, G)[None, :] + d_b * _line(kept_sums + 2 * G, gs, G)[None, :]
-            a -= _line(kept_sums + G, gs, G)[None, :]
-            b -= _line(kept_sums + 3 * G, gs, G)[None, :]
+            mean, scale = _line(buffer, rows, N)[:, None], _line(buffer + N, rows, N)[:, None]
+            by_mean = d_a * _line(saved_sums, gs, G)[None, :] + d_b * _line(saved_sums + 2 * G, gs, G)[None, :]
+            a -= _line(saved_sums + G, gs, G)[None, :]
+            b -= _line(saved_sums + 3 * G, gs, G)[None, :]
             by_mean = tl.sum(by_mean, 1)[:, None] / D
             by_scale = tl.sum(d_a * a + d_b * b, 1)[:, None] / D
     for start in range(0, D, BD):
@@ -312,15 +312,15 @@ def rows_backward(
 @triton.jit(do_not_specialize=["N", "SHARE"])
 def columns_backward(
     h, s, state, d_out, d_state, norm, g2, g2_bias, t2, t2_bias, down,
-    in_transform, in_delta, kept, d_small, d_weights, N, SHARE, alpha,
+    in_transform, in_delta, buffer, d_small, d_weights, N, SHARE, alpha,
     D: tl.constexpr, G: tl.constexpr, R: tl.constexpr, GELU: tl.constexpr, DOT: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the weights, summed over SHARE rows; those of the in-projections as if the norm had no weights."""
     columns, gs, rs = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BG), tl.arange(0, BR)
     begin = tl.program_id(1) * SHARE
-    kept_a = kept + 2 * N
-    kept_r = kept_a + 2 * N * G + 4 * G
+    saved_a = buffer + 2 * N
+    saved_r = saved_a + 2 * N * G + 4 * G
     d_weights += tl.program_id(1) * (
         4 * D * G + 2 * D + 2 * D * R
     )  # gate and transform: in, out; their biases; down, up
@@ -353,9 +353,9 @@ def columns_backward(
             d -= d_delta
             d_down = tl.dot(tl.trans(d_r), delta, d_down, input_precision=DOT)
             d_correction = tl.trans(_tile(d_out, rows, columns, N, D))
-            d_up = tl.dot(d_correction, _tile(kept_r, rows, rs, N, R), d_up, input_precision=DOT)
+            d_up = tl.dot(d_correction, _tile(saved_r, rows, rs, N, R), d_up, input_precision=DOT)
         if G > 0:
-            a, b = _tile(kept_a, rows, gs, N, G), _tile(kept_a + N * G, rows, gs, N, G)
+            a, b = _tile(saved_a, rows, gs, N, G), _tile(saved_a + N * G, rows, gs, N, G)
             act_a, act_b = _inner(a, b, in_transform, rows, gs, N, G, GELU)
             gate = tl.sigmoid(_out(act_a, w_gate, g2_bias, columns, D, DOT))
             t = _out(act_b, w_transform, t2_bias, columns, D, DOT)
@@ -366,7 +366,7 @@ def columns_backward(
             d_g2_bias += tl.sum(d_z, 0)
             d_t2_bias += tl.sum(d_t, 0)
             if norm is not None:
-                x = (x - _line(kept, rows, N)[:, None]) * _line(kept + N, rows, N)[:, None]
+                x = (x - _line(buffer, rows, N)[:, None]) * _line(buffer + N, rows, N)[:, None]
             d_g1 = tl.dot(tl.trans(_tile(d_small, rows, gs, N, G)), x, d_g1, input_precision=DOT)
             d_t1 = tl.dot(tl.trans(_tile(d_small + N * G, rows, gs, N, G)), x, d_t1, input_precision=DOT)
     if G > 0:
