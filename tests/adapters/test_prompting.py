@@ -331,7 +331,7 @@ def test_processor_with_tokenizer_is_saved(tmp_path, base_folder):
 
 
 def test_format_2_adapter_keeps_its_prompting(tmp_path):
-    model = umbra.load(FIXTURES / "causal", make_base())
+    model = umbra.load(FIXTURES / "format2" / "causal", make_base())
     assert model.shadow.prompting == FORMAT_2_PROMPTING == Prompting(None, True, {"enable_thinking": False})
     model.save_pretrained(tmp_path)
     assert umbra.load(tmp_path, make_base()).shadow.prompting == FORMAT_2_PROMPTING

@@ -10,7 +10,7 @@ from support.tiny import tokens
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FILES = {CONFIG, WEIGHTS, CARD}
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "format2"  # adapters that an earlier release saved
+FIXTURES = Path(__file__).parents[1] / "fixtures"  # adapters saved by earlier releases
 TENSOR = "shadow.couplings.injections.1.down.weight"
 
 

@@ -151,14 +151,14 @@ KINDS = [
     Kind(
         "aliases that multiply",
         "train {here}/x.yaml",
-        "aliases stand for more",
+        "aliases expand to more",
         "write values out",
         text("x.yaml", BOMB),
     ),
     Kind(
         "an alias to itself",
         "train {here}/x.yaml",
-        "aliases stand for more",
+        "aliases expand to more",
         "write values out",
         text("x.yaml", "a: &a [*a]\n"),
     ),
@@ -272,7 +272,7 @@ KINDS = [
         "--base",
         edited("copy/adapter_config.json", base_model_name_or_path="./\x1b[2J\nFROM evil"),
     ),
-    Kind("convert to nothing", "convert {out}", "Say what to write and where", "--to, --out"),
+    Kind("convert to nothing", "convert {out}", "The format and the folder are missing", "--to, --out"),
     Kind(
         "export to an unknown format",
         "export {out} --to tflite --out {here}/x",

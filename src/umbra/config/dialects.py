@@ -70,21 +70,25 @@ def option(default: object, text: str) -> Any:
 
 
 def check_switch(name: str, value: object) -> None:
+    """Raise a ConfigError unless a field is true, false or None."""
     if not isinstance(value, bool | None):
         raise ConfigError(f"{name} must be true, false or null, got {shown(value)}.")
 
 
 def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
+    """Raise a ConfigError unless a field has one of the allowed values."""
     if value not in allowed:
         words = ", ".join(choice for choice in allowed if choice is not None)
         raise ConfigError(f"{name} must be one of {words}; got {shown(value)}.")
 
 
 def is_int(value: object) -> TypeGuard[int]:
+    """Return whether a value is an integer and no boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_finite(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a finite number and no boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
 
 
