@@ -1001,17 +1001,26 @@ def read(path: Path) -> Result:
 
 
 def renamed(value: Any, mapping: Result, inside: str = "") -> Any:
-    """Return part of a record with the keys, tensor names and parts of texts that a mapping gives."""
+    """Return part of a record with the keys, tensor names and parts of texts that a mapping gives.
+
+    The new name of a key may be ``section.name``, which moves the entry into a section beside it, or null, which drops it.
+    """
     if isinstance(value, dict):
-        table = mapping.get("keys", {})
+        table = mapping.get("keys", {}) if mapping.get("beside", "") in ("", *value) else {}
         parts = mapping.get("tensors", {}) if inside == "names" else {}
-        found = {}
+        result: dict[str, Any] = {}
         for key, inner in value.items():
             name = table.get(key, key)
+            if name is None:
+                continue
             for old, new in parts.items():
                 name = name.replace(old, new)
-            found[name] = renamed(inner, mapping, key)
-        return found
+            section, _, last = name.rpartition(".") if key in table else ("", "", name)
+            (result.setdefault(section, {}) if section else result)[last] = renamed(inner, mapping, key)
+        for key, new in mapping.get("values", {}).get(inside, {}).items():
+            if key in result:
+                result[key] = new
+        return result
     if isinstance(value, list):
         return [renamed(v, mapping, inside) for v in value]
     if isinstance(value, str) and inside in ("text", "help"):
@@ -1062,7 +1071,9 @@ def compare(first: Path, second: Path, mapping_file: Path | None, ignore: list[s
     before = a["cases"]
     if mapping_file is not None:
         mapping = json.loads(mapping_file.read_text())
-        before, ignore = {name: renamed(case, mapping) for name, case in before.items()}, [*ignore, "bytes"]
+        ignore = [*ignore, "bytes"]
+        for table in (mapping, *mapping.get("further", ())):
+            before = {name: renamed(case, table) for name, case in before.items()}
         removed = set(mapping.get("removed", ()))  # cases of options that are no longer there
         before = {name: case for name, case in before.items() if name not in removed}
         b["cases"] = {name: case for name, case in b["cases"].items() if name not in removed}
