@@ -31,7 +31,7 @@ def start(place: Path, old: dict[str, str]) -> None:
 SWITCHES = """
 import os, shutil, signal, sys
 from pathlib import Path
-from umbra import folder
+from umbra.files import folder
 
 old, new, root = eval(sys.argv[1]), eval(sys.argv[2]), Path(sys.argv[3])
 if sys.argv[4] == "copies":
