@@ -23,7 +23,7 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u
 
 
 def plain(text: str) -> str:
-    """Return the text with control characters escaped as ``\\uXXXX``, except tabs and newlines."""
+    r"""Return the text with control characters escaped as ``\uXXXX``, except tabs and newlines."""
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

@@ -74,7 +74,7 @@ def shadow_path(model: umbra.ShadowModel, ids: torch.Tensor) -> torch.Tensor:
     if architectures.takes_cache(model.base):
         batch["use_cache"] = False
     out = model.runner.run(batch, [(model.shadow, None)], plan, use_state)
-    return out["logits"][0, plan.rows :].view(*ids.shape, -1)
+    return out["logits"][0, plan.num_rows :].view(*ids.shape, -1)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:

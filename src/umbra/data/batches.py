@@ -118,6 +118,7 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
+        """Return the batch of these examples."""
         ids = [e["input_ids"] for e in examples]
         batch = {
             "input_ids": _pad(ids, self.pad_token_id),

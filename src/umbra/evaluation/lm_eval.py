@@ -1,4 +1,4 @@
-"""Adapters in lm-eval: ``umbra lm_eval run --model umbra --model_args adapter=out --tasks …``
+"""Run adapters in lm-eval: ``umbra lm_eval run --model umbra --model_args adapter=out --tasks …``.
 
 lm-eval 0.4.13 discovers no models of other packages: the class below must be imported before its command line runs, which `main`
 does. In Python, ``import umbra.evaluation.lm_eval`` is enough.

@@ -7,8 +7,9 @@ from umbra.options import EMBEDDED, SEEDS, Options, argument, flag
 
 @dataclass(frozen=True)
 class StudyOptions(Options):
-    """``umbra study``: compare methods over tasks and seeds, as a YAML file declares, and write the report. Finished runs are
-    reused: running the same command again resumes a killed study and runs what has changed.
+    """``umbra study``: compare methods over tasks and seeds, as a YAML file declares, and write the report.
+
+    Finished runs are reused: running the same command again resumes a killed study and runs what has changed.
     """
 
     study: str = argument("YAML file with tasks, methods, seeds, training, search, … (docs/evaluate.md)")
@@ -28,8 +29,10 @@ class ReportOptions(Options):
 
 @dataclass(frozen=True)
 class BenchOptions(Options):
-    """``umbra bench``: time Umbra beside its peers, interleaved in one process, at equal trainable parameters; write
-    JSON, Markdown and a picture. Finished measurements are reused: running the same command again resumes a killed one.
+    """``umbra bench``: time Umbra beside its peers at equal trainable parameters; write JSON, Markdown and a figure.
+
+    The methods run interleaved in one process. Finished measurements are reused: running the same command again resumes a
+    killed one.
     """
 
     base: str = flag(

@@ -88,6 +88,8 @@ def draw_masks(couplings: Couplings, l: int, h: Tensor) -> Masks:
     """Draw the dropout masks of the boundary before block l, in the order in which its `nn.Dropout` modules would.
 
     Args:
+        couplings: the injections and updates of an adapter.
+        l: the block.
         h: (…, D), the output of block l − 1.
     """
     if not couplings.training:

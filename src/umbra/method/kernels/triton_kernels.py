@@ -102,7 +102,7 @@ def forward(
     BN: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, BR: tl.constexpr,
     PHASE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """h' into ``out``, s' into ``state``: all three walks in PHASE 0, one of them in PHASE 1, 2 or 3."""
+    """Write h' into ``out`` and s' into ``state``: all three walks in PHASE 0, one of them in PHASE 1, 2 or 3."""
     rows, gs, rs = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BG), tl.arange(0, BR)
     part = tl.program_id(1)
     begin = part * PART
