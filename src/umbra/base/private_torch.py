@@ -92,6 +92,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def limit_recompilations(limit: int) -> None:
+    """Set how often torch.compile compiles one function again before it runs it uncompiled."""
+    torch._dynamo.config.recompile_limit = limit
+
+
 def has_onednn_linear() -> bool:
     """Return whether this torch can multiply by oneDNN directly."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from umbra.base import private
 from umbra.base.private import PrivateName
@@ -77,6 +77,7 @@ NAMES = (
     PrivateName(CONFIG, "_attn_implementation"),
     PrivateName(CONFIG, "_experts_implementation"),
     PrivateName(CONFIG, "_name_or_path", on_instance=True),
+    PrivateName("transformers:CompileConfig", "_compile_all_devices", on_instance=True),
     PrivateName(GENERATION_CONFIG, "_from_model_config", on_instance=True),
     PrivateName(GENERATION_CONFIG, "_mask_length", on_instance=True),
     PrivateName(GENERATION_CONFIG, "_original_object_hash", on_instance=True),
@@ -153,6 +154,11 @@ def build_from_config(kind: type[PreTrainedModel], config: PretrainedConfig, dty
 def use_one_gpu(arguments: "TrainingArguments") -> None:
     """Prevent DataParallel in this process: it would copy hooks that refer to one device."""
     arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
+def compile_on_all_devices(config: CompileConfig) -> None:
+    """Let generation compile on a CPU too, where transformers does not compile automatically."""
+    config._compile_all_devices = True
 
 
 def mark_changed(generation: GenerationConfig, *, is_read_back: bool = True) -> None:

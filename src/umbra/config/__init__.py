@@ -182,7 +182,7 @@ class ShadowConfig:
             warnings.warn(
                 f"alpha={self.alpha:g} multiplies the injection directly; LoRA's alpha is divided by r. For the strength of "
                 f"LoRA's alpha={self.alpha:g} at rank {rank}, write alpha={self.alpha / rank:g}.",
-                stacklevel=2,
+                stacklevel=5,  # the caller of ShadowConfig(…)
             )
 
     @property

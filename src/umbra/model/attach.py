@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from umbra.base import architectures, private_transformers
+from umbra.base import architectures, private_torch, private_transformers
 from umbra.config import ShadowConfig, check_kind
 from umbra.model.causal_lm import ShadowForCausalLM
 from umbra.model.classifier import ShadowForSequenceClassification
@@ -34,4 +34,5 @@ def attach(
 
 ShadowModel._attach = attach  # for from_pretrained, which must not import its own subclasses
 private_transformers.check(private_transformers.GENERATION, private_transformers.MODEL)
+private_torch.check()
 architectures.announce(ShadowForCausalLM, ShadowForSequenceClassification)

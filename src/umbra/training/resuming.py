@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from umbra.base import private_transformers
 from umbra.errors import CheckpointError
 from umbra.files import folder
 from umbra.training.checkpoints import PROGRESS, SavedProgress, Sums, last_checkpoint, read_progress, rotate
@@ -82,6 +83,9 @@ class Progress:
         if not ended and (is_over or step % per_epoch == 0):
             return (step - 1) // per_epoch, per_epoch * trainer.args.gradient_accumulation_steps
         return None
+
+
+private_transformers.check(private_transformers.TRAINER)
 
 
 class ResumableTrainer(Trainer):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CompileConfig
 
+from umbra.base import private_torch, private_transformers
 from umbra.lab.bench.base import Base, LanguageModel
 from umbra.lab.bench.methods import BASE, LORA, REFERENCES, Batch, Method, naive_loss
 from umbra.model.shadow_model import ShadowModel
@@ -256,12 +257,12 @@ class Compiled(Decode):
         """See `Decode.options`."""
         mode = cast(Any, "reduce-overhead" if base.device.type == "cuda" else None)
         config: Any = CompileConfig(mode=mode)
-        config._compile_all_devices = True  # transformers compiles automatically on accelerators only
+        private_transformers.compile_on_all_devices(config)
         return {"cache_implementation": "static", "compile_config": config}
 
     def ready(self, method: Method, model: nn.Module, base: Base) -> Run:
         """See `Case.ready`."""
-        torch._dynamo.config.recompile_limit = 64  # every method compiles the code of the base again
+        private_torch.limit_recompilations(64)  # every method compiles the code of the base again
         return super().ready(method, model, base)
 
     def cost(self, forward: float, token: float) -> float:
