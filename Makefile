@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench tables check format clean
+.PHONY: demo test test-fast bench tables check format clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(VENV)/ready
 	$(PYTEST)
+
+# While editing: under two minutes; every room, without its slow tests and most parameter sets.
+test-fast: $(VENV)/ready
+	$(PYTEST) --fast
 
 bench: $(VENV)/ready
 	$(BIN)/umbra bench --out out/bench

@@ -1,4 +1,4 @@
-"""``python -m bench …`` is ``umbra bench --out bench/results …``."""
+"""``python -m bench …`` runs ``umbra bench --out bench/results …``."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""``python -m bench.channels --data ../shared/data``: where the energy of SmolLM2-135M's hidden states lies.
+"""The energy of SmolLM2-135M's hidden states by channel: ``python -m bench.channels --data ../shared/data``.
 
-Before every third block: the root mean square of a first token and of the others; then, of the others, the share of the energy
-that is in the three loudest channels, and the directions that they fill (e to the entropy of the spectrum of their covariance).
+Before every third block: the root mean square of the first token and of the other tokens; for the other tokens, the share of the
+energy in the three largest channels and the effective dimension (e to the entropy of their covariance's spectrum).
 """
 
 import argparse
@@ -20,24 +20,24 @@ TEXTS = 64
 
 @torch.no_grad()
 def main() -> None:
-    """Print a table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.channels", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     data = parser.parse_args().data
     base: Any = load_base(EMBEDDED, dtype="float32").eval()
     tokenizer: Any = load_tokenizer(EMBEDDED)
     texts = [f"{r['text']}\nWhat is the intent?\n" for r in rows(data, "intents", "train")[:TEXTS]]
-    told = [base(tokenizer(t, return_tensors="pt").input_ids, output_hidden_states=True).hidden_states for t in texts]
-    print("| block | first token | others | three loudest | directions |\n|---:|---:|---:|---:|---:|")
-    for l in range(0, len(told[0]) - 1, 3):
-        first, others = torch.stack([t[l][0, 0] for t in told]), torch.cat([t[l][0, 1:] for t in told])
+    states = [base(tokenizer(t, return_tensors="pt").input_ids, output_hidden_states=True).hidden_states for t in texts]
+    print("| block | first token | others | three largest | dimension |\n|---:|---:|---:|---:|---:|")
+    for l in range(0, len(states[0]) - 1, 3):
+        first, others = torch.stack([t[l][0, 0] for t in states]), torch.cat([t[l][0, 1:] for t in states])
         energy = others.square().mean(0).sort(descending=True).values
         share = torch.linalg.svdvals(others - others.mean(0)).square()
         share = share / share.sum()
-        directions = torch.special.entr(share).sum().exp()
+        dimension = torch.special.entr(share).sum().exp()
         print(
             f"| {l} | {first.square().mean().sqrt():.1f} | {others.square().mean().sqrt():.1f} "
-            f"| {100 * energy[:3].sum() / energy.sum():.0f} % | {directions:.0f} |"
+            f"| {100 * energy[:3].sum() / energy.sum():.0f} % | {dimension:.0f} |"
         )
 
 

@@ -1,4 +1,4 @@
-"""Times one seam on a GPU: core.py's modules, the plain fused form and the Triton kernels. ``python -m bench.kernels``
+"""Time one block boundary on a GPU: core.py's modules, the fused PyTorch form and the Triton kernels. ``python -m bench.kernels``
 
 Microseconds, medians of interleaved runs: the forward without gradients, eager and replayed from a CUDA graph, and forward
 with backward, for a bf16 stream and an fp32 state. Each form's outputs are compared first.
@@ -13,26 +13,19 @@ import torch
 from torch import Tensor
 
 from umbra import ShadowConfig
-from umbra.method import kernels
 from umbra.method.core import Couplings
-from umbra.method.kernels import couple_triton
-from umbra.method.kernels.couple import NO_MASKS, _Couple, forward, weights_of
+from umbra.method.kernels import boundary_torch, boundary_triton
+from umbra.method.kernels.boundary import NO_MASKS, boundary_of
 
 
 def forms(made: Couplings) -> dict[str, Callable[[Tensor, Tensor], Any]]:
-    """The seam before block 1, three times."""
-    seam = made._seam("0", "1")
-
-    def core(h: Tensor, s: Tensor) -> Any:
-        with kernels.reference():
-            return made.couple(1, h, s)
-
-    def plain(h: Tensor, s: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            return _Couple.apply(h, s, seam, NO_MASKS, *weights_of(seam))  # type: ignore[misc]
-        return forward(h, s, seam, NO_MASKS)[:2]
-
-    return {"core": core, "plain": plain, "triton": lambda h, s: couple_triton.couple(h, s, seam, NO_MASKS)}
+    """Return three forms of the boundary before block 1."""
+    boundary = boundary_of(made, 1)
+    return {
+        "core": lambda h, s: made.update_and_inject(1, h, s),
+        "plain": lambda h, s: boundary_torch.update_and_inject(h, s, boundary, NO_MASKS),
+        "triton": lambda h, s: boundary_triton.update_and_inject(h, s, boundary, NO_MASKS),
+    }
 
 
 def medians(runs: dict[str, Callable[[], Any]], repeats: int = 30) -> dict[str, float]:

@@ -1,12 +1,12 @@
-"""Kill every command at many points, run it again, and compare its end with that of an uninterrupted run: python -m bench.kills
+"""Kill every command at many points, repeat it, and compare the result with an uninterrupted run: ``python -m bench.kills``.
 
 One process imports everything and forks a child for each run. A child either kills itself (SIGKILL) at the n-th operation that
 changes the disk (open for writing, rename, replace, unlink, mkdir, rmdir, link, symlink, fsync, truncate), or is killed after a
-random time. The same command then runs again, at times killed once more, until it ends.
+random time. The same command then runs again, sometimes killed once more, until it ends.
 
-An end is equal if the command ended with 0, all .safetensors files are equal byte for byte, all metrics but times
-are equal, and the same files are there. A refusal is a rerun that ends with another status. After each kill of `detach --overwrite`
-the folder must be, file by file, the old model or the new one, and load as such; anything else is a mixture.
+A result is equal if the command exits with 0, all .safetensors files are equal byte for byte, all metrics but times are equal, and
+the same files exist. A refusal is a repetition with another exit status. After each kill of `detach --overwrite` the folder must
+hold exactly the old model or the new one, and load as such; anything else is a mixture.
 """
 
 import argparse
@@ -42,7 +42,7 @@ POINTS = {
 
 
 def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Callable[[Path], None] | None]]:
-    """By name: the command line for an output folder, and what prepares that folder."""
+    """Return by name the command line for an output folder, and the function that prepares that folder."""
     base, data = place / "base", place / "train.jsonl"
     train = [
         "train", "--base", base, "--train_data", data, "--eval_data", place / "eval.jsonl", "--rank", 4, "--gate_rank", 4,
@@ -53,13 +53,13 @@ def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Calla
         "pretrain", "--base", base, "--data", place / "text.txt", "--max_length", 16, "--held_out", 4,
         "--per_device_train_batch_size", 4, "--save_steps", 2, "--disable_tqdm", "true", "--use_cpu", "true",
     ]  # fmt: skip
-    own = ["--prompts", place / "prompts.txt", "--own_documents", 12, "--own_new_tokens", 8]
+    generated = ["--prompts", place / "prompts.txt", "--own_documents", 12, "--own_new_tokens", 8]
     cache = ["--teacher_cache", "true", "--teacher_top_k", 4]
     detach, few = ["detach", place / "adapter"], ["--prompts", place / "prompts.txt", "--max-new-tokens", 2]
 
     def old_model(out: Path) -> None:
         shutil.copytree(place / "old", out)
-        (out / "notes.txt").write_text("mine")
+        (out / "notes.txt").write_text("notes")
 
     def to(*words: Any) -> Callable[[Path], list[str]]:
         return lambda out: [str(w) for w in (*words, "--output_dir", out)]
@@ -77,13 +77,13 @@ def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Calla
         "train from an adapter": (to(*train[:1], "--adapter", place / "adapter", *train[1:7], *train[13:], "--max_steps", 5), None),
         "pretrain": (to(*pretrain, "--max_steps", 6), None),
         "pretrain two stages": (to(*pretrain, "--stages", "next_token,distillation", "--max_steps", 4), None),
-        "pretrain, teacher and own text": (to(*pretrain, *own, *cache, "--max_steps", 3), None),
+        "pretrain, teacher and own text": (to(*pretrain, *generated, *cache, "--max_steps", 3), None),
         "detach": (lambda out: [*map(str, detach), str(out)], None),
         "detach --overwrite": (lambda out: [*map(str, detach), str(out), "--overwrite"], old_model),
         "convert peft": (into("convert", place / "peft", "--to", "peft"), None),
         "convert umbra": (into("convert", place / "adapter", "--to", "umbra"), None),
         "export hf": (into("export", place / "adapter", "--to", "hf", *few), None),
-        "evaluate": (into("evaluate", place / "study.yaml"), None),
+        "study": (into("study", place / "study.yaml"), None),
         "bench": (into("bench", "--base", "random:tiny", "--rounds", 1, "--methods", "bare base,PEFT LoRA,Umbra", "--cases",
                        "prefill,latency"), None),
         "export onnx": (into("export", place / "adapter", "--to", "onnx", "--quantization", "fp32", *few), None),
@@ -93,16 +93,16 @@ def scenarios(place: Path) -> dict[str, tuple[Callable[[Path], list[str]], Calla
 
 
 def prepare(place: Path, gguf: bool) -> None:
-    """A tiny base, adapters, data and a study."""
+    """Write a tiny base, adapters, data and a study."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import torch
     import yaml
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import umbra
-    from conftest import make_tokenizer
     from support.studies import METHODS, SUMS, TRAINING, lines
     from support.tiny import LLAMA_LIKE, scramble
+    from support.tokenizer import make_tokenizer
     from umbra.base.loading import load_base, load_tokenizer
     from umbra.deploy.detach import write_detached
     from umbra.options import EMBEDDED
@@ -147,7 +147,7 @@ def prepare(place: Path, gguf: bool) -> None:
 
 
 def count_down(left: int, counted: Path | None) -> None:
-    """Kill this process at the ``left``-th operation that changes the disk; or note down how many there are."""
+    """Kill this process at the ``left``-th operation that changes the disk; or write their number to ``counted``."""
     state = [0]
 
     def hit() -> None:
@@ -207,7 +207,7 @@ def run(
 
 
 def end_of(out: Path) -> dict[str, Any]:
-    """Files, tensors and metrics of an output folder, without times."""
+    """Return files, tensors and metrics of an output folder, without times."""
     end: dict[str, Any] = {}
     for file in sorted(p for p in out.rglob("*") if p.is_file()):
         name = str(file.relative_to(out))
@@ -222,32 +222,32 @@ def end_of(out: Path) -> dict[str, Any]:
 
 
 def timeless(value: Any) -> Any:
-    """Without times, and without digests of files that hold some."""
+    """Return a value without times, and without digests of files that contain times."""
     if isinstance(value, dict):
-        rest = {
+        remaining = {
             k: v for k, v in value.items() if not any(t in k for t in TIMES) and k not in ("asked", "command", "files")
         }
-        return {k: timeless(v) for k, v in rest.items()}
+        return {k: timeless(v) for k, v in remaining.items()}
     if isinstance(value, list):
         return [timeless(v) for v in value]
     return value
 
 
 def visible(out: Path) -> dict[str, bytes]:
-    """The files of a model as any reader finds them."""
+    """Return the files of a model as a reader sees them."""
     return {p.name: p.read_bytes() for p in out.glob("[!.]*") if p.is_file() and p.name != "notes.txt"}
 
 
 def is_one_of(out: Path, allowed: list[dict[str, bytes]]) -> bool:
-    """Whether a folder holds one of these sets of files, which transformers loads, and the user's own file."""
+    """Return whether a folder holds one of these sets of files, loads in transformers, and still has the user's file."""
     from transformers import AutoModelForCausalLM
 
     loads = in_child(lambda: AutoModelForCausalLM.from_pretrained(out))
-    return loads and visible(out) in allowed and (out / "notes.txt").read_text() == "mine"
+    return loads and visible(out) in allowed and (out / "notes.txt").read_text() == "notes"
 
 
 def in_child(work: Callable[[], Any]) -> bool:
-    """Whether this works in a forked process: the parent starts no threads, which its children would lack."""
+    """Return whether a call succeeds in a forked process; the parent must not start threads, which children would lack."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -262,7 +262,7 @@ def in_child(work: Callable[[], Any]) -> bool:
 
 
 def main() -> None:
-    """Run all scenarios, print progress, write `RESULTS`."""
+    """Run all scenarios, print progress and write `RESULTS`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30, help="kills of each scenario")
     parser.add_argument("--only", default="", help="scenarios whose names contain one of these, by commas")
@@ -271,16 +271,16 @@ def main() -> None:
     given = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="kills-"))
     import umbra.deploy.export
-    import umbra.lab.study
+    import umbra.lab.study.sweep
     import umbra.training.pretrain
     import umbra.training.train  # noqa: F401
 
     if not in_child(lambda: prepare(place, "gguf" in given.only)):
-        raise SystemExit("The models could not be made.")
+        raise SystemExit("The models could not be created.")
     rows = {}
     for name, (command, begin) in scenarios(place).items():
         if any(part in name for part in given.only.split(",")) and (given.only or name not in HEAVY):
-            count = given.kills // 3 if name in (*HEAVY, "evaluate") else given.kills
+            count = given.kills // 3 if name in (*HEAVY, "study") else given.kills
             rows[name] = kill(name, command, begin, place, count, given.seed)
             print(name, rows[name], flush=True)
     total = {k: sum(r[k] for r in rows.values()) for k in ("kills", "unequal", "refused", "mixtures")}
@@ -292,7 +292,7 @@ def main() -> None:
 
 
 def about() -> dict[str, Any]:
-    """Date, machine and versions."""
+    """Return date, machine and versions."""
     from umbra.lab.bench.machine import Device, versions
 
     packages = versions(("umbra-peft", "torch", "transformers", "safetensors"))
@@ -307,8 +307,8 @@ def kill(
     kills: int,
     seed: int,
 ) -> dict[str, Any]:
-    """How many kills of one command ended unequal or refused."""
-    chance, scenario = random.Random(f"{seed} {name}"), place / "work"
+    """Return how many kills of one command led to an unequal result or a refusal."""
+    rng, scenario = random.Random(f"{seed} {name}"), place / "work"
     log, out, counted = place / "log.txt", scenario / "out", place / "count.txt"
 
     def fresh() -> None:
@@ -334,11 +334,11 @@ def kill(
     while done < kills:
         fresh()
         log.write_text("")
-        moments = [chance.randint(1, points) for _ in range(chance.choice([1, 2, 3]))]
-        by_time = chance.random() < 0.2
+        moments = [rng.randint(1, points) for _ in range(rng.choice([1, 2, 3]))]
+        by_time = rng.random() < 0.2
         killed = []
         for moment in moments:
-            after = chance.uniform(0, seconds) if by_time else None
+            after = rng.uniform(0, seconds) if by_time else None
             status = run(command(out), log, -1 if by_time else moment, after)
             killed.append(round(after, 3) if after is not None else moment)
             if status == -signal.SIGKILL:

@@ -1,8 +1,8 @@
-"""``python -m bench.quality --data ../shared/data``: what the cheaper ways of training cost in quality; results in bench/results.
+"""The quality of cheaper training methods: ``python -m bench.quality --data ../shared/data``; results in bench/results.
 
-The rows of the referee, at equal trainable parameters, on a slice of each task's training data that none of them sees:
-the loss at the answer, and how often every token of it is the likeliest one, which greedy decoding would give.
-One line of JSON per run is kept; the same command goes on where it was killed.
+Methods of `umbra bench` with equal trainable parameters, scored on held-out training data: the loss of the answer, and the share
+of answers whose tokens are all the most likely ones, as in greedy decoding. Every run is one line of JSON; the same command
+resumes after a kill.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from umbra.data import Collator, Record, encode_all
 from umbra.files import folder
 from umbra.lab.bench.base import Base
 from umbra.lab.bench.methods import LORA, METHODS, Batch, build, fit, umbra
-from umbra.method.core import labelled_positions
+from umbra.lab.study.statistics import mean_of_seeds
+from umbra.method.losses import labelled_positions
 from umbra.options import EMBEDDED
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,11 +37,10 @@ ROWS = [
     "Umbra upper third",
     "Umbra lean",
 ]  # of dialect="paper"
-KNOWN = (*METHODS, umbra("Umbra α=1", "ten times the strength of the injection in the paper", alpha=1.0))
+KNOWN = (*METHODS, umbra("Umbra α=1", "ten times the paper's α", alpha=1.0))
 RATES = {LORA: 1e-3}  # learning rate, where it is not `RATE`
 RATE = 3e-3
 BATCH = 8
-T95 = (math.nan, 12.706, 4.303, 3.182, 2.776)  # Student's t by degrees of freedom, two-sided
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def vitaminc(row: dict[str, Any]) -> Record:
 
 
 class Task(NamedTuple):
-    """How a row of its file becomes a prompt and an answer, optimizer steps, and how many rows are held out."""
+    """The conversion of a row to a prompt and an answer, the optimizer steps, and the number of held-out rows."""
 
     form: Callable[[dict[str, Any]], Record]
     steps: int
@@ -67,7 +67,7 @@ TASKS = {"intents": Task(intents, 150, 143), "vitaminc": Task(vitaminc, 150, 400
 
 
 def load(task: str, data: Path, tokenizer: Any) -> tuple[list, list]:
-    """Training and validation examples, both of the training file."""
+    """Return training and validation examples, both from the training file."""
     form, _, held_out = TASKS[task]
     with gzip.open(data / f"{task}.train.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
@@ -76,7 +76,7 @@ def load(task: str, data: Path, tokenizer: Any) -> tuple[list, list]:
 
 
 def batches(examples: list, steps: int, seed: int, pad: int) -> Any:
-    """The same for every method."""
+    """Yield the same batches for every method."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < steps * BATCH:
@@ -105,7 +105,7 @@ def train(
 
 @torch.no_grad()
 def score(model: Any, examples: list, pad: int) -> dict[str, float]:
-    """Mean loss of an answer's tokens, and the share of answers that are right in every token."""
+    """Return the mean loss of the answers' tokens, and the share of answers whose tokens are all correct."""
     model.eval()
     total, right = 0.0, 0
     examples = sorted(examples, key=lambda e: len(e["input_ids"]))
@@ -125,7 +125,7 @@ def score(model: Any, examples: list, pad: int) -> dict[str, float]:
 
 
 def run(data: Path, tasks: list[str], rows: list[str], seeds: list[int], out: Path) -> list[dict[str, Any]]:
-    """Every task, row and seed that ``out`` does not hold yet; all that it then holds."""
+    """Run every task, method and seed that is not in ``out`` yet, and return all runs."""
     done = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
     known = {(r["task"], r["method"], r["seed"]) for r in done}
     tokenizer: Any = load_tokenizer(EMBEDDED)
@@ -140,49 +140,43 @@ def run(data: Path, tasks: list[str], rows: list[str], seeds: list[int], out: Pa
         steps, rate = TASKS[task].steps, RATES.get(method.name, RATE)
         stream = batches(examples, steps, seed, tokenizer.pad_token_id)
         train(model, method.loss, stream, steps, rate, f"{task}, {method.name}, seed {seed}")
-        found = score(model, held_out, tokenizer.pad_token_id)
-        done.append({"task": task, "method": method.name, "seed": seed, "rate": rate, **found})
+        scores = score(model, held_out, tokenizer.pad_token_id)
+        done.append({"task": task, "method": method.name, "seed": seed, "rate": rate, **scores})
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(done[-1]) + "\n")
     return done
 
 
-# -- telling -------------------------------------------------------------------------------------------------------
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t)."""
-    mean = statistics.mean(values)
-    return mean, T95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+# -- report --------------------------------------------------------------------------------------------------------
 
 
 def text(runs: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Return the page."""
     rates = ", ".join(f"{name} {rate:g}" for name, rate in {"Umbra": RATE, **RATES}.items())
     lines = [
-        "# What the cheaper ways of training cost", "",
-        f"{EMBEDDED} in bf16, batches of {BATCH}, equal trainable parameters, no dropout; learning rates {rates}. Scored on a",
-        "slice of the training file that was not trained on. Mean of the seeds ± half the width of its 95 % interval; the",
-        "difference to *Umbra* is taken seed by seed. All of Umbra are of `dialect=\"paper\"`. `python -m bench.quality`.",
+        "# Quality of cheaper training methods", "",
+        f"{EMBEDDED} in bf16, batches of {BATCH}, equal trainable parameters, no dropout; learning rates {rates}. Scored on",
+        "held-out records of the training file. Mean over seeds ± half the 95 % confidence interval; the difference to *Umbra* is",
+        "paired by seed. All variants of Umbra use `dialect=\"paper\"`. `python -m bench.quality`.",
     ]  # fmt: skip
     for task in dict.fromkeys(r["task"] for r in runs):
         lines += [
             "", f"## {task}: {TASKS[task].steps} steps, {TASKS[task].held_out} held out", "",
-            "| row | seeds | loss of the answer | loss less Umbra's | right answers |", "|---|---:|---:|---:|---:|",
+            "| method | seeds | loss of the answer | minus Umbra's | accuracy |", "|---|---:|---:|---:|---:|",
         ]  # fmt: skip
         ours = {r["seed"]: r for r in runs if r["task"] == task and r["method"] == "Umbra"}
         for name in (n for n in ROWS if any(r["task"] == task and r["method"] == n for r in runs)):
-            mine = [r for r in runs if r["task"] == task and r["method"] == name]
-            apart = [r["loss"] - ours[r["seed"]]["loss"] for r in mine if r["seed"] in ours]
-            told = [f"{m:.3f} ± {h:.3f}" for m, h in (interval([r["loss"] for r in mine]), interval(apart))]
-            mean, half = interval([100 * r["accuracy"] for r in mine])
-            told[1] = "" if name == "Umbra" else told[1]
-            lines.append(f"| {name} | {len(mine)} | {told[0]} | {told[1]} | {mean:.1f} % ± {half:.1f} |")
+            selected = [r for r in runs if r["task"] == task and r["method"] == name]
+            differences = [r["loss"] - ours[r["seed"]]["loss"] for r in selected if r["seed"] in ours]
+            losses = [f"{m:.3f} ± {h:.3f}" for m, h in map(mean_of_seeds, ([r["loss"] for r in selected], differences))]
+            mean, half = mean_of_seeds([100 * r["accuracy"] for r in selected])
+            losses[1] = "" if name == "Umbra" else losses[1]
+            lines.append(f"| {name} | {len(selected)} | {losses[0]} | {losses[1]} | {mean:.1f} % ± {half:.1f} |")
     return "\n".join(lines) + "\n"
 
 
 def picture(runs: list[dict[str, Any]], path: Path) -> None:
-    """The loss of each row: every seed a dot, the mean a bar."""
+    """Draw the loss of each method: one dot per seed, a bar at the mean."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(r["task"] for r in runs))
@@ -204,7 +198,7 @@ def picture(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run what is lacking, write the table and the picture."""
+    """Run what is missing, and write the table and the figure."""
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of NAME.train.jsonl.gz")
     parser.add_argument("--tasks", nargs="+", default=["intents"], choices=list(TASKS))

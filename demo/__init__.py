@@ -1,1 +1,1 @@
-"""The main job: ``make demo``."""
+"""The demo: ``make demo``."""

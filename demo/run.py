@@ -1,6 +1,6 @@
-"""The main job, end to end on a real base: data, training, evaluation, detaching, a picture.
+"""The demo, end to end on a real base: data, training, evaluation, detaching, loss curve.
 
-Everything is written to ``out/demo``; what exists there is used again.
+Everything is written to ``out/demo``; existing results are reused.
 """
 
 import json
@@ -23,20 +23,21 @@ import umbra
 from umbra.adapters.prompting import open_formatter
 from umbra.data import ChatFormatter, Record
 from umbra.deploy.detach import write_detached
-from umbra.evaluation.scoring import MODES, Score, in_mode, score, table
+from umbra.evaluation.scores import Score, table
+from umbra.evaluation.scoring import MODES, in_mode, score
 from umbra.options import EvalOptions
 from umbra.training.train import train
 
 HERE, OUT = Path(__file__).parent, Path("out/demo")
 TASK = "family_relationships"
-# Records and seed of each split. A generator draws item i from seed + i, so the seeds lie far apart.
+# Number of records and seed of each split. A generator draws item i from seed + i, so the seeds are far apart.
 SPLITS = {"train": (1760, 0), "validation": (64, 1_000_000), "test": (300, 3_000_000)}
 SYSTEM = "Answer with one word."
 RELATIONS = (
     "mother-in-law|father-in-law|sister-in-law|brother-in-law|daughter-in-law|son-in-law|grandmother|grandfather|"
     "granddaughter|grandson|mother|father|daughter|son|sister|brother|wife|husband|aunt|uncle|niece|nephew|cousin"
 )
-# The last relation named anywhere in a reply counts, so that the base is not scored on its wordiness.
+# The last relation in a reply is its answer, so that the base may answer in a sentence.
 OPTIONS = EvalOptions(
     adapter=str(OUT / "adapter"),
     data=str(OUT / "test.jsonl"),
@@ -47,12 +48,12 @@ OPTIONS = EvalOptions(
 
 
 def make_data() -> None:
-    """Write the splits; no question of one is in another."""
+    """Write the splits, without common questions."""
     import reasoning_gym
 
     OUT.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
-    for split in reversed(SPLITS):  # the test set first, whole
+    for split in reversed(SPLITS):  # the test set first, so that it is complete
         size, seed = SPLITS[split]
         items = [x for x in reasoning_gym.create_dataset(TASK, size=size, seed=seed) if x["question"] not in seen]
         seen |= {x["question"] for x in items}
@@ -66,11 +67,12 @@ def _record(item: dict[str, Any]) -> Record:
 
 
 def read(split: str) -> list[Record]:
+    """Return the records of a split."""
     return [json.loads(line) for line in (OUT / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def decoding_speeds(model: umbra.ShadowModel, writer: ChatFormatter, record: Record, new: int = 64) -> dict[str, float]:
-    """Tokens per second of greedy decoding at batch 1, by mode: medians of five interleaved rounds."""
+    """Return tokens/s of greedy decoding at batch size 1 by mode: medians of five interleaved rounds."""
     ids = torch.tensor([writer.tokens(writer.prompt(record))])
     detached = model.detached()
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
@@ -87,7 +89,7 @@ def decoding_speeds(model: umbra.ShadowModel, writer: ChatFormatter, record: Rec
 
 
 def plot(history: list[dict[str, Any]], path: Path) -> None:
-    """The loss curves of the task and of the shadow."""
+    """Draw the loss curves of the pair and of the shadow alone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,7 +113,7 @@ def plot(history: list[dict[str, Any]], path: Path) -> None:
 def measure(
     model: umbra.ShadowModel, formatter: ChatFormatter, records: list[Record]
 ) -> tuple[list[Score], list[dict[str, Any]]]:
-    """Scores and replies of every mode; the speed is that of decoding at batch 1."""
+    """Return the scores and replies of every mode; the speed is that of decoding at batch size 1."""
     speeds = decoding_speeds(model, formatter, records[0])
     scores, samples = [], [{"prompt": r["prompt"][-1]["content"], "reference": r["completion"]} for r in records]
     for mode in MODES:
@@ -123,7 +125,7 @@ def measure(
 
 
 def main() -> None:
-    """Run, or show what a run before has left."""
+    """Run the demo, or show the results of an earlier run."""
     settings = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))
     if not all((OUT / f"{split}.jsonl").exists() for split in SPLITS):
         make_data()
@@ -165,7 +167,7 @@ def main() -> None:
     print(f"\n{results['trainable_parameters'] / 1e6:.1f} M trained parameters. Some answers:\n")
     for sample in results["samples"][:5]:
         print("  " + re.sub(r"\s+", " ", sample["prompt"]))
-        print("    right: " + sample["reference"] + "".join(f" · {mode}: {sample[mode]!r}" for mode in MODES) + "\n")
+        print("    answer: " + sample["reference"] + "".join(f" · {mode}: {sample[mode]!r}" for mode in MODES) + "\n")
     for name in ("adapter", "detached", "results.json", "loss.png"):
         print(f"  {OUT / name}")
     command = f"{Path(sys.executable).parent / 'umbra'} generate {OUT / 'adapter'} 'Who is the wife of my brother?'"

@@ -1,4 +1,4 @@
-"""A training loop of your own: two micro-batches a step, both losses normalised by the labels of the whole step."""
+"""A custom training loop: two micro-batches per step, with both losses normalised by the labels of the whole step."""
 
 import os
 
@@ -29,5 +29,5 @@ for step in range(5):
         out.loss.backward()  # task + λ · shadow
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step}: loss {out.loss:.3f}, of it the shadow's {0.1 * out.shadow_loss:.3f}")
+    print(f"step {step}: loss {out.loss:.3f}, including the shadow's {0.1 * out.shadow_loss:.3f}")
 model.save_pretrained("out/loop/adapter")

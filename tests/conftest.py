@@ -1,53 +1,29 @@
-"""A tiny base with a tokenizer, and an adapter, as folders on disk."""
+"""Fixtures for all tests: a tiny base with a tokenizer, an adapter folder, a finished study."""
 
 import gc
 import os
 
 import torch
 
-# Read when triton is first imported, as much of transformers does: without a GPU, test_kernels.py has kernels run in numpy.
+# Triton reads this when it is first imported (transformers imports it): without a GPU, kernels run in its interpreter.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from support.tables import pytest_addoption, pytest_configure  # noqa: F401 (hooks)
 from support.tiny import LLAMA_LIKE, make
+from support.tokenizer import make_tokenizer
 
+pytest_plugins = ["support.tables", "support.fast"]
 torch.set_num_threads(1)
-FROZEN: set[Path] = set()  # the files whose first test has begun
-CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;?!+-=/\n<>_|'[]"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, <eos> as the end, and a chat template."""
-    vocabulary = {t: i for i, t in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        chat_template=TEMPLATE, model_max_length=128,
-    )  # fmt: skip
-
-
-def begins(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same, putting <bos> before a plain text."""
-    begin = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    tokenizer.backend_tokenizer.post_processor = begin
-    return tokenizer
+FROZEN: set[Path] = set()  # modules whose first test has started
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What is there before a file's first test stays, and garbage need not be looked for in it, as trainers do after each run."""
+    """Freeze existing objects before a module's first test, so that the trainers' garbage collections skip them."""
     if item.path not in FROZEN:
         FROZEN.add(item.path)
         gc.collect()
@@ -56,7 +32,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
-    """A tiny random Llama with a character tokenizer, saved."""
+    """Save a tiny random Llama with a character tokenizer."""
     path = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **{**LLAMA_LIKE, "vocab_size": 99})
@@ -67,7 +43,7 @@ def base_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory, base_folder) -> Path:
-    """The folder of a study that was run: every kind of method on every kind of task."""
+    """Run a study of every kind of method on every kind of task, and return its folder."""
     from support.studies import run_study, study_of
 
     folder = tmp_path_factory.mktemp("study")
@@ -78,6 +54,6 @@ def done(tmp_path_factory, base_folder) -> Path:
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """An adapter folder of a tiny llama."""
+    """Save an adapter of a tiny Llama."""
     make().save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"

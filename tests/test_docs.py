@@ -1,4 +1,4 @@
-"""The documents name code that exists, and the README's examples run."""
+"""The documentation names existing code, and the README's examples run."""
 
 import ast
 import os
@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def defined(module: Path) -> set[str]:
-    """`name` and `Class.name` of everything defined in a module."""
+    """Return `name` and `Class.name` of every definition in a module."""
     found = set()
     for node in ast.parse(module.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -26,22 +26,22 @@ def defined(module: Path) -> set[str]:
     return found
 
 
-def test_the_paper_page_names_code_that_exists():
+def test_paper_page_names_existing_code():
     places = re.findall(r"`([\w/]+\.py): ([\w.]+)`", (ROOT / "docs/paper.md").read_text(encoding="utf-8"))
     assert len(places) > 10
     for file, name in places:
         assert name in defined(ROOT / "src/umbra" / file), f"{file} has no {name}"
 
 
-def test_the_readme_names_every_room():
+def test_readme_names_every_room():
     modules = {path.name for path in (ROOT / "src/umbra").glob("*.py")} - {"__init__.py", "__main__.py"}
     packages = {f"{path.parent.name}/" for path in (ROOT / "src/umbra").glob("*/__init__.py")}
     for name in modules | packages:
         assert f"  {name} " in README, f"README's tree lacks {name}"
 
 
-def test_the_page_of_modules_is_up_to_date(request):
-    """Each module with the first line of its docstring; ``make tables`` writes it."""
+def test_modules_page_is_up_to_date(request):
+    """The page lists each module with its docstring's first line; ``make tables`` writes it."""
     page, text = ROOT / "docs/modules.md", tables.list_modules(ROOT / "src/umbra")
     if request.config.getoption("--write-tables"):
         page.write_text(text, encoding="utf-8")
@@ -51,13 +51,13 @@ def test_the_page_of_modules_is_up_to_date(request):
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
 )
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / path).exists(), path
 
 
-def test_the_compatibility_page_lists_what_is_tested(request):
-    """Every line that a collected test is marked with stands there; where all are collected, nothing else does."""
+def test_compatibility_page_lists_tested_lines(request):
+    """The page has every line of a collected test's marks; if all tests are collected, it has no other."""
     if request.config.getoption("--write-tables"):
         return
     written = set(re.findall(r"^\| (.+?) \| \d+ \|", tables.PAGE.read_text(encoding="utf-8"), re.MULTILINE))
@@ -69,8 +69,8 @@ def test_the_compatibility_page_lists_what_is_tested(request):
 
 
 @pytest.mark.real
-def test_the_readmes_python_runs(tmp_path):
-    """All Python blocks in order, as one program, on the embedded base."""
+def test_readme_python_runs(tmp_path):
+    """Run all Python blocks in order, as one program, on the embedded base."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     assert "umbra.attach" in code
     (tmp_path / "data.jsonl").write_text('{"prompt": "2 + 2 =", "completion": "4"}\n' * 4)

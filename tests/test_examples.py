@@ -1,4 +1,4 @@
-"""Every script of examples/ runs, on a tiny base, and leaves a trained adapter where it says."""
+"""Every script of examples/ runs on a tiny base and saves a trained adapter."""
 
 import re
 import runpy
@@ -16,7 +16,7 @@ NEEDS = {"sft.py": "trl", "dpo.py": "trl", "grpo.py": "trl"}
 
 @pytest.fixture
 def at_home(tmp_path, monkeypatch, base_folder):
-    """A working folder of its own, and the tiny base."""
+    """Change to a temporary folder, and return the tiny base."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASE", base_folder)
     return tmp_path
@@ -25,7 +25,7 @@ def at_home(tmp_path, monkeypatch, base_folder):
 @pytest.mark.parametrize("script", SCRIPTS)
 # TRL 1.16's own use of old names of transformers; its Trainer pins memory where there is no accelerator, too
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*:FutureWarning", "ignore:'pin_memory':UserWarning")
-def test_an_example_runs(script, at_home):
+def test_example_runs(script, at_home):
     pytest.importorskip(NEEDS.get(script, "torch"))
     ran = runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     saved = re.findall(r'"(out/\w+/adapter)"', (EXAMPLES / script).read_text())
@@ -38,8 +38,8 @@ def test_an_example_runs(script, at_home):
         assert all(bool(up.abs().max() > 0) for up in ups)  # they start at 0: something was learned
 
 
-def test_the_lm_eval_example_runs(at_home, base_folder):
-    """The task beside the script, by the arguments in it, without the shell and lm-eval's thousands of own tasks."""
+def test_lm_eval_example_runs(at_home, base_folder):
+    """Run the task next to the script with the script's arguments, without a shell and without indexing lm-eval's tasks."""
     pytest.importorskip("lm_eval")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -57,7 +57,7 @@ def test_the_lm_eval_example_runs(at_home, base_folder):
     assert 0 <= found["results"]["sums"]["acc,none"] <= 1
 
 
-def test_the_table_of_examples_is_complete():
+def test_examples_table_is_complete():
     table = (EXAMPLES / "README.md").read_text()
     for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.sh")):
         assert f"[{path.name}]({path.name})" in table

@@ -1,19 +1,27 @@
-"""The shape of the code: its public names, which way imports flow, and what each room may know."""
+"""The structure of the code: public names, the direction of imports, and limits of each room."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import umbra
+from support.fast import SLOW
 
 SOURCE = Path(umbra.__file__).parent
 MODULES = {
     path.relative_to(SOURCE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for path in SOURCE.rglob("*.py")
+}
+
+TESTS = {
+    path.relative_to(Path(__file__).parent).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in Path(__file__).parent.rglob("*.py")
 }
 
 # From the ground up: a room imports only from itself and from rooms above it in this list.
@@ -55,37 +63,37 @@ PUBLIC_NAMES = {
 
 
 def run(code: str) -> str:
-    """What a fresh Python prints."""
+    """Return the output of a fresh Python process."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 # -- public names --------------------------------------------------------------------------------------------------
 
 
-def test_the_public_names_are_these():
+def test_public_names_are_stable():
     assert umbra.__all__ == sorted(PUBLIC_NAMES)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC_NAMES))
-def test_a_public_name_can_be_imported_and_comes_from_where_it_says(name):
+def test_public_name_is_importable(name):
     value = getattr(umbra, name)
     assert value.__name__ == name
     assert value.__module__.startswith("umbra.")
     assert name in dir(umbra)
 
 
-def test_another_name_is_an_attribute_error():
+def test_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="shadow_of_a_doubt"):
         _ = umbra.shadow_of_a_doubt
 
 
-def test_the_lazy_table_and_the_typing_imports_agree():
-    """`_ROOMS` is for Python, the block under TYPE_CHECKING for its readers: the same names from the same rooms."""
-    typed = {name: module.replace("/", ".") for module, name in imports("__init__")}
+def test_lazy_table_matches_typing_imports():
+    """`_ROOMS` and the imports under TYPE_CHECKING have the same names from the same rooms."""
+    typed = {name: module.removesuffix("/__init__").replace("/", ".") for module, name in imports("__init__")}
     assert typed == umbra._ROOMS
 
 
-def test_importing_umbra_imports_nothing_heavy_and_is_quick():
+def test_importing_umbra_is_light_and_fast():
     code = """
 import sys, time
 start = time.perf_counter()
@@ -98,7 +106,7 @@ print(time.perf_counter() - start, *[m for m in ("torch", "transformers", "numpy
 
 
 @pytest.mark.parametrize("room", ["errors", "config", "options", "cli"])
-def test_what_help_needs_imports_no_torch(room):
+def test_help_imports_no_torch(room):
     assert run(f"import sys, umbra.{room}; print('torch' in sys.modules)") == "False"
 
 
@@ -106,14 +114,14 @@ def test_what_help_needs_imports_no_torch(room):
 
 
 def module_of(dotted: str) -> str | None:
-    """The module that ``umbra.a.b`` names, as a key of `MODULES`; None where it is no module."""
+    """Return the key in `MODULES` of ``umbra.a.b``, or None if it is not a module."""
     path = dotted.removeprefix("umbra").lstrip(".").replace(".", "/")
     candidates = [path, f"{path}/__init__" if path else "__init__"]
     return next((name for name in candidates if name in MODULES), None)
 
 
 def imports(module: str) -> Iterator[tuple[str, str]]:
-    """(module, name) of each import within the package, those in functions and for type checkers included."""
+    """Yield (module, name) of each import within the package, including those in functions and for type checkers."""
     for node in ast.walk(MODULES[module]):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -127,7 +135,7 @@ def imports(module: str) -> Iterator[tuple[str, str]]:
                     yield target, alias.name
 
 
-def test_every_module_lies_in_a_room():
+def test_every_module_is_in_a_room():
     assert sorted(ROOMS) == sorted({module.partition("/")[0] for module in MODULES} - {"__init__", "__main__"})
     assert len([module for module in MODULES if "/" not in module]) <= 4
 
@@ -146,11 +154,11 @@ def test_no_import_circle():
     graph = {module: {target for target, _ in imports(module) if target != "__init__"} for module in MODULES}
     graph["__init__"] = set()
     circles = [circle for circle in strongly_connected(graph) if len(circle) > 1]
-    assert circles == [["method/kernels/couple", "method/kernels/couple_triton"]]  # TEMPORARY
+    assert circles == []
 
 
 def strongly_connected(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The sets of modules that reach each other."""
+    """Return the groups of modules that import each other."""
     sorter, reach = {}, {}
     for start in graph:
         seen, queue = set(), list(graph[start])
@@ -182,14 +190,14 @@ def own_definitions(tree: ast.Module) -> list[ast.FunctionDef | ast.ClassDef]:
 
 
 @pytest.mark.parametrize("room", MODULES)
-def test_a_public_module_class_or_function_has_a_docstring(room):
+def test_public_definitions_have_docstrings(room):
     tree = MODULES[room]
     assert ast.get_docstring(tree), f"{room}.py has no docstring"
     assert [node.name for node in own_definitions(tree) if not ast.get_docstring(node)] == []
 
 
 def foreign_lookups(tree: ast.Module) -> list[str]:
-    """Calls of getattr and hasattr on anything but ``self``."""
+    """Return the calls of getattr and hasattr on anything but ``self``."""
     return [
         ast.unparse(node)
         for node in ast.walk(tree)
@@ -201,13 +209,13 @@ def foreign_lookups(tree: ast.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("room", [room for room in MODULES if not room.startswith("base/architectures/")])
-def test_only_architectures_guess_at_attributes(room):
+def test_only_architectures_look_up_attributes(room):
     found = foreign_lookups(MODULES[room])
     assert len(found) <= 3, "\n".join(found)
 
 
 @pytest.mark.parametrize("room", MODULES)
-def test_nothing_is_unpickled_and_nothing_is_evaluated(room):
+def test_nothing_is_unpickled_or_evaluated(room):
     for node in ast.walk(MODULES[room]):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
@@ -225,30 +233,114 @@ def test_nothing_is_unpickled_and_nothing_is_evaluated(room):
             assert node.arg != "trust_remote_code" or ast.unparse(node.value) == "False"
 
 
-# -- limits: what is left to mend counts down, and nothing is added ------------------------------------------------
+# -- tests ---------------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("module", TESTS)
+def test_no_test_module_imports_another(module):
+    imported = set()
+    for node in ast.walk(TESTS[module]):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+    forbidden = {
+        part for name in imported for part in name.split(".") if part.startswith("test_") or part == "conftest"
+    }
+    assert not forbidden, f"move what {module} imports into tests/support"
+
+
+@pytest.mark.parametrize("module", TESTS)
+def test_names_of_tests_are_short(module):
+    names = [node.name for node in ast.walk(TESTS[module]) if isinstance(node, ast.FunctionDef)]
+    assert [name for name in names if name.startswith("test_") and len(name) >= 70] == []
+
+
+def test_fast_tier_lists_existing_tests():
+    for module, slow in SLOW.items():
+        assert module in TESTS, f"tests/support/fast.py lists {module}"
+        assert slow <= {node.name for node in ast.walk(TESTS[module]) if isinstance(node, ast.FunctionDef)}
+
+
+def test_test_modules_are_in_rooms():
+    at_top = {"conftest", "test_config", "test_docs", "test_examples", "test_structure"}
+    assert {module.partition("/")[0] for module in TESTS} - at_top <= {*ROOMS, "support"}
+    names = [module.rpartition("/")[2] for module in TESTS if "/test_" in module]
+    assert len(names) == len(set(names)), "two test modules have the same name"
+
+
+# -- limits --------------------------------------------------------------------------------------------------------
+
+# Names that say where a value came from, or that the field calls otherwise (see the glossary).
 BANNED = {
-    "told",
-    "found",
-    "mine",
-    "theirs",
-    "kept",
-    "own",
-    "sure",
-    "quicken",
-    "sparing",
-    "wake",
-    "rest",
-    "lane",
-    "seam",
+    "told", "found", "mine", "theirs", "kept", "own", "sure", "quicken", "sparing", "wake", "rest", "lane", "seam", "anatomy",
+}  # fmt: skip
+
+# How many of each a room still has, and never more. TEMPORARY: all but `Any`, "ignore" and "broad" go down to 0.
+LIMITS = {"Any": 120, "ignore": 25, "broad": 8}
+LEFT: dict[str, dict[str, int]] = {
+    "errors": {"Any": 1, "broad": 1},
+    "config": {"Any": 1},
+    "options": {"Any": 8, "broad": 1, "ignore": 1},
+    "files": {"Any": 3, "banned": 2, "broad": 3},
+    "base": {"Any": 18, "ignore": 1},
+    "method": {"Any": 1, "ignore": 4},
+    "data": {"Any": 39, "banned": 44, "broad": 3, "ignore": 2},
+    "shadow": {"Any": 3},
+    "generation": {"Any": 8, "ignore": 2},
+    "adapters": {"Any": 15, "banned": 121, "broad": 3, "ignore": 1},
+    "model": {"Any": 40},
+    "deploy": {"Any": 28, "banned": 94, "broad": 4, "ignore": 9},
+    "training": {"Any": 132, "banned": 54, "broad": 2, "ignore": 28, "long": 2, "self: Any": 34},
+    "evaluation": {"Any": 7, "banned": 16, "ignore": 6},
+    "lab": {"Any": 1, "banned": 1, "broad": 2},
+    "cli": {"Any": 10, "banned": 30, "broad": 1, "ignore": 2},
 }
 
 
-def longest_functions(limit: int) -> list[str]:
-    return [
-        f"{module}: {node.name}, {node.end_lineno - node.lineno + 1} lines"
-        for module, tree in MODULES.items()
-        if module != "method/kernels/couple_kernels"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > limit
-    ]
+def count(module: str) -> Counter[str]:
+    """Count banned names, long functions, broad excepts, `Any` and ``type: ignore`` in a module."""
+    counts: Counter[str] = Counter()
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            counts["long"] += lines > 60 and not module.startswith("method/kernels/triton_kernels")
+        if isinstance(node, ast.ExceptHandler):
+            caught = [n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)] if node.type else ["BaseException"]
+            counts["broad"] += bool({"Exception", "BaseException"} & set(caught))
+        counts["banned"] += names(node).strip("_") in BANNED
+    source = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
+    for what, pattern in (
+        ("Any", r": Any\b"),
+        ("self: Any", r"\bself: Any\b"),
+        ("ignore", r"#.*\b(?:type|pyright): ignore"),
+    ):
+        counts[what] += len(re.findall(pattern, source))
+    return counts
+
+
+def names(node: ast.AST) -> str:
+    """Return the identifier that a node introduces or reads, or an empty string."""
+    for field in ("id", "arg", "attr", "name"):
+        if isinstance(value := getattr(node, field, None), str):
+            return value
+    return ""
+
+
+COUNTS: dict[str, Counter[str]] = {room: Counter() for room in ROOMS}
+for _module in MODULES.keys() - {"__init__", "__main__"}:
+    COUNTS[_module.partition("/")[0]] += count(_module)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_is_within_its_limits(room):
+    over = {what: n for what, n in COUNTS[room].items() if n > LEFT.get(room, {}).get(what, 0)}
+    assert over == {}, f"{room} may have {LEFT.get(room, {})}"
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_limits_of_all_rooms_are_within_the_whole(what):
+    """TEMPORARY: today's sum where it is above the limit."""
+    total = sum(counts[what] for counts in COUNTS.values())
+    allowed = sum(left.get(what, 0) for left in LEFT.values())
+    assert total <= max(LIMITS[what], allowed)

@@ -22,13 +22,15 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def main() -> None:
-    """Train what is not trained yet, measure, write."""
+    """Train missing rounds, measure, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m bench.drafting", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/drafting"), help="where the trained shadow is kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is written")
-    rounds = "examples that the shadow learns by itself, in each round"
+    parser.add_argument("--out", type=Path, default=Path("out/drafting"), help="folder for the trained shadow")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
+    rounds = "examples per round of training the shadow alone"
     parser.add_argument("--alone", type=int, nargs="+", default=[8000], help=rounds)
-    parser.add_argument("--together", type=int, nargs="+", default=[600, 800, 2400], help="and beside the base")
+    parser.add_argument(
+        "--together", type=int, nargs="+", default=[600, 800, 2400], help="examples per round of training with the base"
+    )
     parser.add_argument("--questions", type=int, default=10, help="test questions to time")
     parser.add_argument("--split", default="test", choices=list(shadow.SEEDS), help="of the problems to time")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the base")
@@ -43,28 +45,30 @@ def main() -> None:
     rows, texts = measure.answers(bare, model, tokenizer.eos_token_id, prompts)
     expected = [r["completion"] for r in shadow.records(given.split, given.questions)]
     right = sum(_result(tokenizer.decode(t)) == _result(e) for t, e in zip(texts, expected, strict=True))
-    own = sum(p.numel() for n, p in model.shadow.named_parameters() if "embed" not in n)
+    shadow_parameters = sum(p.numel() for n, p in model.shadow.named_parameters() if "embed" not in n)
     blocks = sum(p.numel() for n, p in model.base.named_parameters() if "embed" not in n)
-    held = {
+    values = {
         "base": EMBEDDED, "dtype": given.dtype, "questions": given.questions, "split": given.split, "right": right,
         "machine": Device().describe(), "date": date.today().isoformat(),
         "versions": ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "reasoning_gym")),
         "training": f"{' + '.join(map(str, given.alone))} examples alone, {' + '.join(map(str, given.together))} beside the base",
-        "shadow_parameters": own, "share": own / blocks, "draft_vocabulary": len(model.shadow.draft_tokens),
+        "shadow_parameters": shadow_parameters, "share": shadow_parameters / blocks,
+        "draft_vocabulary": len(model.shadow.draft_tokens),
         **report.summary(rows, costs), "costs": costs, "rows": rows,
     }  # fmt: skip
     stem = "drafting" if given.dtype == "float32" else f"drafting-{given.dtype}"
     given.results.mkdir(parents=True, exist_ok=True)
-    text = report.text(held)
-    folder.write_text(given.results / f"{stem}.json", json.dumps(held, indent=1) + "\n")
+    text = report.text(values)
+    folder.write_text(given.results / f"{stem}.json", json.dumps(values, indent=1) + "\n")
     folder.write_text(given.results / f"{stem}.md", text)
-    report.picture(held, given.results / f"{stem}.png")
+    report.picture(values, given.results / f"{stem}.png")
     print(text)
 
 
 def _result(text: str) -> str:
-    """What stands after ####."""
+    """Return the text after ####."""
     return text.partition("####")[2].replace("<|im_end|>", "").strip()
 
 
-main()
+if __name__ == "__main__":
+    main()

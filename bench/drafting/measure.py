@@ -1,4 +1,4 @@
-"""Every way of writing an answer, question by question in shuffled order, at batch 1 and greedy."""
+"""Time all decoding methods, question by question in shuffled order, greedy at batch size 1."""
 
 import copy
 import math
@@ -15,24 +15,25 @@ from tqdm import tqdm
 from umbra.method import kernels
 
 DRAFTS = (1, 2, 4, 8, "auto")
-LOOKED_UP = 5  # tokens that a peer drafts at most, where it does not choose by itself
-LONGEST = 200  # tokens of an answer
+LOOKED_UP = 5  # draft tokens of other methods with a fixed number
+LONGEST = 200  # maximum length of an answer in tokens
 BASE, QUICK, ATTACHED = "bare base", "bare base +", "attached"
 
 
 class Way(NamedTuple):
-    """One way: whose tokens it must give, and how it is called: (ids, **options of generate)."""
+    """A decoding method: the model whose tokens it must reproduce, and its call (ids, **options of generate)."""
 
     of: str
     generate: Callable[..., Any]
 
 
 def ways(bare: Any, model: Any) -> dict[str, Way]:
-    """Base and attached model, each as transformers decodes it, and with drafts from wherever they can come.
+    """Return the decoding methods of the base and of the attached model, without and with drafts.
 
     Args:
-        bare: the base in modules of its own, which nothing is attached to; a copy of it with Umbra's products of matrices
-            (`QUICK`) tells what these bring without a shadow.
+        bare: The base in separate modules without a shadow. A copy of it with Umbra's matrix products (`QUICK`) shows their
+            contribution.
+        model: The attached model.
     """
     edges = {name: model.detached() for name in ("its defaults", f"{LOOKED_UP} tokens")}
     fixed = edges[f"{LOOKED_UP} tokens"].generation_config
@@ -41,7 +42,7 @@ def ways(bare: Any, model: Any) -> dict[str, Way]:
 
     quick = copy.deepcopy(bare, {id(p): p for p in bare.parameters()})
     quick.generation_config = bare.generation_config
-    kernels.quicken(quick.modules())
+    kernels.patch_linears(quick.modules())
 
     def attached(**more: Any) -> Way:
         return Way(ATTACHED, lambda ids, **options: model.generate(ids, **more, **options))
@@ -60,52 +61,53 @@ def ways(bare: Any, model: Any) -> dict[str, Way]:
 
 
 def answers(bare: Any, model: Any, end: int, prompts: list[Tensor]) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """A row for each question and way: seconds, tokens, what drafting counted, and whether they are its model's tokens.
-
-    All write as many tokens as the attached model's answer has.
+    """Time all methods on all questions; all generate as many tokens as the answer of the attached model has.
 
     Args:
-        bare: see `ways`.
-        end: the token that ends an answer.
-        prompts: (1, T) each.
+        bare: See `ways`.
+        model: The attached model.
+        end: The end token.
+        prompts: Token ids, (1, T) each.
 
     Returns:
-        The rows, and the attached model's answers.
+        A row for each question and method (seconds, tokens, draft counts, equality), and the answers of the attached model.
     """
-    found, chance = ways(bare, model), random.Random(0)
+    methods, rng = ways(bare, model), random.Random(0)
     for config in {id(c): c for c in (model.generation_config, bare.generation_config)}.values():
         config.eos_token_id, config.pad_token_id = None, end
     options = {"do_sample": False, "return_dict_in_generate": True}
-    for way in found.values():
+    for way in methods.values():
         way.generate(prompts[0], max_new_tokens=8, **options)
     rows, texts = [], []
     for number, ids in enumerate(tqdm(prompts, desc="answers", disable=None)):
         answer = model.generate(ids, max_new_tokens=LONGEST, do_sample=False, eos_token_id=end)[0, ids.shape[1] :]
-        order, written, mine = list(found), {}, []
-        chance.shuffle(order)
+        order, written, measured = list(methods), {}, []
+        rng.shuffle(order)
         for name in order:
             began = time.perf_counter()
-            out = found[name].generate(ids, max_new_tokens=len(answer), **options)
+            out = methods[name].generate(ids, max_new_tokens=len(answer), **options)
             seconds = time.perf_counter() - began
             written[name] = out.sequences[0, ids.shape[1] :].tolist()
             counted = {key: getattr(out, key, None) for key in ("drafted", "accepted", "verified")}
-            mine.append({"question": number, "way": name, "seconds": seconds, "tokens": len(written[name]), **counted})
+            measured.append(
+                {"question": number, "way": name, "seconds": seconds, "tokens": len(written[name]), **counted}
+            )
         for of in (BASE, ATTACHED):
-            others = [row for row in mine if found[row["way"]].of == of]
+            others = [row for row in measured if methods[row["way"]].of == of]
             logits = None
             if any(written[row["way"]] != written[of] for row in others):
-                logits = found[of].generate(ids, max_new_tokens=len(answer), output_logits=True, **options).logits
+                logits = methods[of].generate(ids, max_new_tokens=len(answer), output_logits=True, **options).logits
             for row in others:
                 row |= compare(written[row["way"]], written[of], logits, bare.dtype)
-        rows += mine
+        rows += measured
         texts.append(answer)
     return rows, texts
 
 
 def compare(
-    found: list[int], expected: list[int], logits: Sequence[Tensor] | None, dtype: torch.dtype
+    actual: list[int], expected: list[int], logits: Sequence[Tensor] | None, dtype: torch.dtype
 ) -> dict[str, Any]:  # fmt: skip
-    """Whether two answers are equal; if not, how far apart their first different tokens are for the model of the second.
+    """Compare two answers and, if they differ, the logits of their first different tokens.
 
     Args:
         logits: from which each token of ``expected`` was chosen, (1, V); not needed where the answers are equal.
@@ -114,11 +116,11 @@ def compare(
         equal; gap, in logits; and steps: the gap in steps from one number of ``dtype`` to the next where the largest logit
         is. Both are None where the answers are equal.
     """
-    at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
+    at = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b), None)
     if at is None or logits is None:
         return {"equal": at is None, "gap": None, "steps": None}
     row = logits[at][0].float()
-    gap = float(row[expected[at]] - row[found[at]])
+    gap = float(row[expected[at]] - row[actual[at]])
     return {
         "equal": False,
         "gap": gap,
@@ -128,16 +130,16 @@ def compare(
 
 @torch.no_grad()
 def costs(bare: Any, model: Any, ids: Tensor, most: int = 9, rounds: int = 15) -> dict[str, Any]:
-    """Seconds of the attached forward over 1 … ``most`` tokens after ``ids`` (1, T), and of the bare base over 1."""
+    """Return the seconds of the attached forward over 1 … ``most`` tokens after ``ids`` (1, T), and of the bare base over one."""
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     apart = bare(ids, use_cache=True, logits_to_keep=1).past_key_values
-    found: dict[int, list[float]] = {n: [] for n in range(most + 1)}
+    seconds: dict[int, list[float]] = {n: [] for n in range(most + 1)}
     for _ in range(rounds):
-        for n, times in found.items():
+        for n, times in seconds.items():
             batch = {"input_ids": ids[:, : max(n, 1)], "use_cache": True}
             began = time.perf_counter()
             model(**batch, past_key_values=cache) if n else bare(**batch, past_key_values=apart)
             times.append(time.perf_counter() - began)
             (cache if n else apart).crop(-max(n, 1))
-    medians = {n: statistics.median(times) for n, times in found.items()}
+    medians = {n: statistics.median(times) for n, times in seconds.items()}
     return {"base": medians.pop(0), "attached": medians}

@@ -1,4 +1,4 @@
-"""The table, and the cost model: what a cycle costs, what it brings, and what that predicts elsewhere."""
+"""The table of decoding speeds, and a cost model that predicts the speedup of speculative decoding."""
 
 import statistics
 from pathlib import Path
@@ -7,30 +7,32 @@ from typing import Any, NamedTuple
 from .measure import ATTACHED, BASE, DRAFTS, QUICK
 
 FIXED = [k for k in DRAFTS if isinstance(k, int)]
-# A guess for a base of 8B in bf16 on one GPU. More tokens are nearly free where weights are read more slowly than numbers
-# are multiplied; a shadow of 0.6B reads a thirteenth of them.
+# An assumption for a base of 8B in bf16 on one GPU. Further tokens are nearly free where memory bandwidth is the limit; a shadow
+# of 0.6B reads a thirteenth of the weights.
 ELSEWHERE = {"8B base on a GPU, shadow of 0.6B": {"draft": 0.08, "extra": 0.01, "attached": 1.03}}
 
 
 def summary(rows: list[dict[str, Any]], costs: dict[str, Any]) -> dict[str, Any]:
-    """By way: tokens per second, times the bare base's (median and quartiles over questions), and drafting's counts."""
+    """Return by method tokens/s, speedup over the bare base (median and quartiles over questions) and draft counts."""
     base = {r["question"]: r["seconds"] for r in rows if r["way"] == BASE}
     table = {}
     for way in dict.fromkeys(r["way"] for r in sorted(rows, key=lambda r: (r["question"], _order(r["way"])))):
-        mine = [r for r in rows if r["way"] == way]
-        ratios = [base[r["question"]] / r["seconds"] for r in mine]
+        selected = [r for r in rows if r["way"] == way]
+        ratios = [base[r["question"]] / r["seconds"] for r in selected]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        counts = {k: sum(r[k] for r in mine) for k in ("drafted", "accepted", "verified") if mine[0][k] is not None}
-        tokens = sum(r["tokens"] for r in mine)
+        counts = {
+            k: sum(r[k] for r in selected) for k in ("drafted", "accepted", "verified") if selected[0][k] is not None
+        }
+        tokens = sum(r["tokens"] for r in selected)
         table[way] = {
-            "tokens_per_second": tokens / sum(r["seconds"] for r in mine), "speedup": middle, "quartiles": [low, high],
-            "tokens": tokens, "equal": sum(r["equal"] for r in mine), **counts, **_widest(mine),
+            "tokens_per_second": tokens / sum(r["seconds"] for r in selected), "speedup": middle, "quartiles": [low, high],
+            "tokens": tokens, "equal": sum(r["equal"] for r in selected), **counts, **_widest(selected),
         }  # fmt: skip
     return {"ways": table, "model": cost_model(rows, costs)._asdict()}
 
 
 def _widest(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The widest gap between the first different tokens of unequal answers."""
+    """Return the widest gap between the first different tokens of unequal answers."""
     gaps = [(r["gap"], r["steps"]) for r in rows if not r["equal"]]
     return dict(zip(("gap", "steps"), max(gaps), strict=True)) if gaps else {}
 
@@ -41,13 +43,13 @@ def _order(way: str) -> int:
 
 
 class CostModel(NamedTuple):
-    """In forwards of the bare base over one token.
+    """Costs, in forwards of the bare base over one token.
 
     Args:
-        acceptance: a, how likely a drafted token is to stand if those before it do.
-        draft: one run of the shadow and its head.
-        extra: each further token of a verification.
-        attached: the attached forward over one token.
+        acceptance: a, the probability that a draft token is accepted if those before it are.
+        draft: One run of the shadow and its head.
+        extra: Each further token of a verification.
+        attached: The attached forward over one token.
     """
 
     acceptance: float
@@ -56,15 +58,15 @@ class CostModel(NamedTuple):
     attached: float
 
     def speedup(self, k: int) -> float:
-        """Tokens of a cycle of k drafted tokens over its cost: Σ aⁱ / (attached + k · extra + (k + 1) · draft).
+        """Return tokens over cost for a cycle of k draft tokens: Σ aⁱ / (attached + k · extra + (k + 1) · draft).
 
-        The shadow runs k + 1 times: the state of the last drafted token is the verification's, too.
+        The shadow runs k + 1 times, because the verification needs the state of the last draft token as well.
         """
         return sum(self.acceptance**i for i in range(k + 1)) / (self.attached + k * self.extra + (k + 1) * self.draft)
 
 
 def cost_model(rows: list[dict[str, Any]], costs: dict[str, Any]) -> CostModel:
-    """What explains the rows of a fixed k best."""
+    """Fit the cost model to the rows with a fixed k."""
     one, attached = costs["base"], {int(n): s for n, s in costs["attached"].items()}
     most = max(attached)
     extra = (attached[most] - attached[1]) / (most - 1)
@@ -78,19 +80,19 @@ def cost_model(rows: list[dict[str, Any]], costs: dict[str, Any]) -> CostModel:
     return CostModel(accepted / tried, drafting / runs / one, extra / one, attached[1] / one)
 
 
-def text(held: dict[str, Any]) -> str:
-    """Markdown."""
-    ways, model, machine = held["ways"], CostModel(**held["model"]), held["machine"]
+def text(data: dict[str, Any]) -> str:
+    """Return the page."""
+    ways, model, machine = data["ways"], CostModel(**data["model"]), data["machine"]
     lines = [
-        f"# Drafted decoding: {held['base']}, {held['dtype']}, batch 1, greedy", "",
-        f"{held['questions']} {held['split']} problems of gsm_symbolic with worked answers; every way writes as many tokens as the "
-        f"attached model's answer has.",
-        f"{machine['cpu']}, {machine['threads']} threads; {held['versions']}; {held['date']}.", "",
-        f"The shadow has {held['shadow_parameters']:,} parameters of its own, {held['share']:.1%} of the base's without its "
-        f"embeddings, and drafts from {held['draft_vocabulary']} tokens.",
-        f"Trained by `python -m bench.drafting` (seed 0): {held['training']}.",
-        f"Right answers of the attached model: {held['right']} of {held['questions']}.", "",
-        "| way | tokens/s | × bare base, median | quartiles | drafted | accepted | tokens per verification | equal answers |",
+        f"# Speculative decoding: {data['base']}, {data['dtype']}, batch 1, greedy", "",
+        f"{data['questions']} {data['split']} problems of gsm_symbolic with worked answers; every method generates as many tokens "
+        f"as the answer of the attached model has.",
+        f"{machine['cpu']}, {machine['threads']} threads; {data['versions']}; {data['date']}.", "",
+        f"The shadow has {data['shadow_parameters']:,} parameters, {data['share']:.1%} of the base without its embeddings, and a "
+        f"draft vocabulary of {data['draft_vocabulary']} tokens.",
+        f"Trained by `python -m bench.drafting` (seed 0): {data['training']}.",
+        f"Correct answers of the attached model: {data['right']} of {data['questions']}.", "",
+        "| method | tokens/s | × bare base, median | quartiles | draft tokens | accepted | tokens/verification | equal answers |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]  # fmt: skip
     for name, row in ways.items():
@@ -100,39 +102,40 @@ def text(held: dict[str, Any]) -> str:
             drafted = [str(row["drafted"]), f"{share:.0%}", f"{row['tokens'] / row['verified']:.2f}"]
         low, high = row["quartiles"]
         cells = [name, f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}", f"{low:.2f} – {high:.2f}", *drafted]
-        equal = f"{row['equal']} of {held['questions']}"
-        equal += f", else ≤ {row['gap']:.2f} = {row['steps']:.0f} of its steps" if "gap" in row else ""
+        equal = f"{row['equal']} of {data['questions']}"
+        equal += f", else ≤ {row['gap']:.2f} ({row['steps']:.0f} ulp)" if "gap" in row else ""
         lines.append(f"| {' | '.join(cells)} | {equal} |")
     lines += [
-        "", f"*{QUICK}*: with Umbra's products of matrices, and no shadow.",
-        "*Equal answers*: token for token those of the model that is decoded. Of an unequal one, how far below the likeliest token",
-        f"that model's logits have the first other one, and in steps of {held['dtype']} at the largest logit.",
-        "", "## What a cycle costs", "", "In forwards of the bare base over one token:", "",
+        "", f"*{QUICK}*: the bare base with Umbra's matrix products.",
+        "*Equal answers*: identical to greedy decoding with the same model, token for token. For an unequal answer: the gap",
+        f"between the logits of the first different tokens, also in units in the last place (ulp) of {data['dtype']} at the",
+        "largest logit.",
+        "", "## Cost of a cycle", "", "In forwards of the bare base over one token:", "",
         f"- the attached forward over one token: {model.attached:.2f}; each further token in it: {model.extra:.3f}",
-        f"- a drafted token: {model.draft:.3f}",
-        f"- a drafted token stands, if those before it do, with probability a = {model.acceptance:.2f}",
-        "", "tokens of a cycle / its cost = Σ aⁱ / (attached + k · extra + (k + 1) · draft), for a k that is always drafted.",
-        "What was measured stops earlier where the shadow is unsure, which is why it does not fall with k.",
+        f"- a draft token: {model.draft:.3f}",
+        f"- a draft token is accepted, if those before it are, with probability a = {model.acceptance:.2f}",
+        "", "tokens of a cycle / its cost = Σ aⁱ / (attached + k · extra + (k + 1) · draft), for a fixed number k of draft tokens.",
+        "The measured runs stop drafting early if the shadow's confidence is low; therefore their speed does not fall with k.",
         "", "| k | predicted | measured |", "|---:|---:|---:|",
     ]  # fmt: skip
     lines += [f"| {k} | {model.speedup(k):.2f} | {ways[f'drafted, {k}']['speedup']:.2f} |" for k in FIXED]
-    lines += ["", "Not measured, but predicted with the same acceptance and assumed costs:", ""]
+    lines += ["", "Not measured; predicted with the same acceptance and assumed costs:", ""]
     for name, costs in ELSEWHERE.items():
         there = model._replace(**costs)
         best = max(range(1, 17), key=there.speedup)
-        told = ", ".join(f"{k} {v}" for k, v in costs.items())
-        lines.append(f"- {name} ({told}): {there.speedup(best):.2f} × at k = {best}")
+        assumed = ", ".join(f"{k} {v}" for k, v in costs.items())
+        lines.append(f"- {name} ({assumed}): {there.speedup(best):.2f} × at k = {best}")
     return "\n".join(lines) + "\n"
 
 
-def picture(held: dict[str, Any], path: Path) -> None:
-    """Speed of every way beside the bare base; and the cost model's curve, with what was measured on it."""
+def picture(data: dict[str, Any], path: Path) -> None:
+    """Draw the speedup of every method over the bare base, and the cost model with the measured values."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     bars, curve = figure.subplots(1, 2)
-    _bars(bars, held["ways"])
-    _curve(curve, held["ways"], CostModel(**held["model"]))
+    _bars(bars, data["ways"])
+    _curve(curve, data["ways"], CostModel(**data["model"]))
     figure.legend(*curve.get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=8)
     for axes in (bars, curve):
         axes.spines[["top", "right"]].set_visible(False)
@@ -165,8 +168,8 @@ def _curve(axes: Any, ways: dict[str, Any], model: CostModel) -> None:
         [ways[f"drafted, {k}"]["speedup"] for k in FIXED],
         "o",
         color="black",
-        label="measured: k at most, less where unsure",
+        label="measured: at most k, fewer at low confidence",
     )
     axes.axhline(1, color="#333333", linewidth=1)
-    axes.set(xlabel="drafted tokens of a cycle, k", ylabel="× the bare base")
+    axes.set(xlabel="draft tokens per cycle, k", ylabel="× the bare base")
     axes.set_ylim(bottom=0)

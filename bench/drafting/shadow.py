@@ -1,10 +1,10 @@
-"""A shadow that drafts: copies of the base's first two blocks that learn the answers, first alone, then beside the base.
+"""A shadow for drafting: copies of the base's first two blocks, trained on answers first alone, then with the base.
 
     data      gsm_symbolic of reasoning-gym: worked answers to generated arithmetic problems
-    alone     the shadow's own cross-entropy over the draft vocabulary; the base does not run
+    alone     the cross-entropy of the shadow over the draft vocabulary; the base does not run
     together  CE of the attached model + λ · CE of the shadow + μ · KL(attached ‖ shadow)
 
-Each stage lies in a folder of its own and is resumed where it was killed.
+Each stage has a separate folder and resumes after a kill.
 """
 
 from pathlib import Path
@@ -17,17 +17,17 @@ from transformers import TrainingArguments
 import umbra
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, Collator, Record, encode_all
-from umbra.generation.drafting import frequent_tokens
-from umbra.method.core import labelled_positions
 from umbra.method.kernels import Head, linear_loss
+from umbra.method.losses import labelled_positions
 from umbra.options import EMBEDDED
-from umbra.training.train import DEFAULTS
+from umbra.shadow.draft_vocabulary import frequent_tokens
+from umbra.training.runs import DEFAULTS
 
 SEEDS = {"train": 0, "validation": 10_000_000, "test": 20_000_000}  # item i is drawn from seed + i
-LONGEST = 512  # tokens of an example
+LONGEST = 512  # maximum length of an example in tokens
 SHADOW = umbra.ShadowConfig(
     dialect="paper",
-    init="base",  # under a scaled norm: what the first blocks give would make the head far too sure
+    init="base",  # with a scaled norm: otherwise the logits would start out overconfident
     first_layer=0.5,
     shadow_num_hidden_layers=2,
     alpha=1.0,
@@ -38,7 +38,7 @@ SHADOW = umbra.ShadowConfig(
 
 
 def records(split: str, count: int, skip: int = 0) -> list[Record]:
-    """Problems and their worked answers."""
+    """Return problems and their worked answers."""
     import reasoning_gym
 
     items = reasoning_gym.create_dataset("gsm_symbolic", size=count, seed=SEEDS[split] + skip)
@@ -46,12 +46,12 @@ def records(split: str, count: int, skip: int = 0) -> list[Record]:
 
 
 class Alone(umbra.ShadowTrainer):
-    """Trains the shadow by its own loss over the draft vocabulary."""
+    """Train the shadow alone, by its loss over the draft vocabulary."""
 
     def compute_loss(
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """CE(shadow, y) at the labels in the draft vocabulary, over this vocabulary."""
+        """Return CE(shadow, y) over the draft vocabulary, at labels that are part of it."""
         inputs = dict(inputs)
         positions, targets = labelled_positions(inputs.pop("labels"))
         weight, tokens = model.base_head.weight, model.shadow.draft_tokens
@@ -73,11 +73,12 @@ STAGES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def train(out: Path, alone: list[int], together: list[int]) -> Path:
-    """The adapter's folder, trained in rounds of so many examples each; what is there already is used.
+    """Train the adapter and return its folder; finished rounds are loaded.
 
     Args:
-        alone: rounds in which the shadow learns by itself.
-        together: rounds in which it learns beside the base.
+        out: The folder for all rounds.
+        alone: The examples of each round in which the shadow is trained alone.
+        together: The examples of each round in which it is trained with the base.
     """
     rounds = [("alone", number, count) for number, count in enumerate(alone, 1)]
     rounds += [("together", number, count) for number, count in enumerate(together, 1)]
@@ -122,6 +123,6 @@ def _fit(trainer: Any, model: Any, tokenizer: Any, data: list, out: Path, **sett
 
 
 def prompts(tokenizer: Any, split: str, count: int) -> list[Tensor]:
-    """Token ids of as many problems, each (1, T)."""
+    """Return the token ids of ``count`` problems, (1, T) each."""
     writer = ChatFormatter(tokenizer)
     return [torch.tensor([writer.tokens(writer.prompt(r))]) for r in records(split, count)]

@@ -27,12 +27,12 @@ TABLES: dict[str, tuple[Table, Callable[[dict[str, Any], Path], None] | None]] =
 
 
 def main() -> None:
-    """Run the steps that are named, each on what those before it have left."""
+    """Run the given steps, each on the results of the previous ones."""
     parser = argparse.ArgumentParser(prog="python -m bench.shipping", description=__doc__)
     parser.add_argument("steps", nargs="*", default=STEPS, help=f"of {', '.join(STEPS)}; default all, in this order")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--out", type=Path, default=Path("out/shipping"), help="where runs are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the tables are written")
+    parser.add_argument("--out", type=Path, default=Path("out/shipping"), help="folder for runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--rows", nargs="+", default=list(tasks.ROWS), choices=list(tasks.ROWS))
@@ -49,29 +49,31 @@ def main() -> None:
         "edge": lambda: edge.run(given.data, given.out, adapter, EDGE_TASK),
     }
     for step in given.steps:
-        found = steps[step]()
-        for part in found if step == "tasks" else [found]:
-            _keep(given.results, step, part)
+        result = steps[step]()
+        for part in result if step == "tasks" else [result]:
+            _write(given.results, step, part)
 
 
-def _keep(results: Path, step: str, found: Any) -> None:
+def _write(results: Path, step: str, runs: Any) -> None:
+    """Write the records and the table of a step; runs of the tasks are added to earlier ones."""
     file = results / f"shipping-{step}.json"
     if step == "tasks" and file.exists():
         before = {tasks.key(r): r for r in json.loads(file.read_text(encoding="utf-8"))["runs"]}
-        found = [*{**before, **{tasks.key(r): r for r in found}}.values()]
-    held = {
+        runs = [*{**before, **{tasks.key(r): r for r in runs}}.values()]
+    values = {
         "machine": Device().describe(), "date": date.today().isoformat(), "task": EDGE_TASK,
         "versions": ", ".join(f"{p} {version(p)}" for p in ("umbra-peft", "torch", "transformers", "reasoning_gym")),
-        "runs": found,
+        "runs": runs,
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
-    folder.write_text(file, json.dumps(held, indent=1) + "\n")
+    folder.write_text(file, json.dumps(values, indent=1) + "\n")
     if step in TABLES:
         table, picture = TABLES[step]
-        folder.write_text(file.with_suffix(".md"), table(held))
+        folder.write_text(file.with_suffix(".md"), table(values))
         if picture is not None:
-            picture(held, file.with_suffix(".png"))
-        print(table(held))
+            picture(values, file.with_suffix(".png"))
+        print(table(values))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""The detached shadow at the edge: PyTorch, onnxruntime and llama.cpp, beside the pair and the bare base where they run.
+"""The detached shadow in PyTorch, onnxruntime and llama.cpp, and the pair and the bare base where they run.
 
-Every row is a process of its own, which loads one file; no Umbra and no transformers are in those of the two runtimes.
+Every row is a separate process that loads one file; the processes of the two runtimes import neither Umbra nor transformers.
 """
 
 import json
@@ -16,18 +16,19 @@ from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, Record, read_records
 from umbra.deploy.export import export
 from umbra.deploy.export.run import __file__ as RUN
-from umbra.evaluation.scoring import answer_of, reference_of, wilson
+from umbra.evaluation.scores import wilson
+from umbra.evaluation.scoring import answer_of, reference_of
 from umbra.options import EMBEDDED, ExportOptions
 
 from .text import TASKS, write_task
 
-QUESTIONS = 100  # whose answers are held to the test file
-TIMED, TOKENS = 5, 64  # questions and tokens of an answer that are timed
+QUESTIONS = 100  # whose answers are compared with the test file
+TIMED, TOKENS = 5, 64  # timed questions, and tokens of a timed answer
 THREADS = (1, 2)
 
 
 class Row(NamedTuple):
-    """A file, or a mode in PyTorch."""
+    """One exported file, or one mode in PyTorch."""
 
     who: str
     runtime: str
@@ -38,19 +39,19 @@ class Row(NamedTuple):
 
 
 def run(data: Path, out: Path, adapter: Path, task: str) -> list[dict[str, Any]]:
-    """Each row: bytes, peak_bytes, load_seconds; and by threads first_token_seconds and tokens_per_second; right of asked.
+    """Return for each row bytes, peak_bytes, load_seconds; by threads first_token_seconds and tokens_per_second; right of asked.
 
-    A row that was measured before is kept, in ``out``/edge/rows.
+    Measured rows are stored in ``out``/edge/rows and not repeated.
     """
     files = write_task(data, task, out / "tasks")
-    records, found = read_records(files["test"])[:QUESTIONS], []
+    records, measured = read_records(files["test"])[:QUESTIONS], []
     for row in tqdm(_rows(out / "edge", adapter, files["train"]), desc="edge"):
-        kept = out / "edge" / "rows" / f"{row.who}-{row.runtime}-{row.form}.json".replace(" ", "-")
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(_measured(row, records, task, out)), encoding="utf-8")
-        found.append(json.loads(kept.read_text(encoding="utf-8")))
-    return found
+        file = out / "edge" / "rows" / f"{row.who}-{row.runtime}-{row.form}.json".replace(" ", "-")
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(_measured(row, records, task, out)), encoding="utf-8")
+        measured.append(json.loads(file.read_text(encoding="utf-8")))
+    return measured
 
 
 def _measured(row: Row, records: list[Record], task: str, out: Path) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def _ask(out: Path, row: Row, request: dict[str, Any], threads: int) -> dict[str
 
 
 def _rows(out: Path, adapter: Path, train: str) -> list[Row]:
-    """All rows, exported where they are not there yet."""
+    """Return all rows; missing files are exported."""
     base, detached, trimmed = out / "base", out / "hf", out / "trimmed-hf"
     if not base.exists():
         load_base(EMBEDDED, dtype="bfloat16").save_pretrained(base)

@@ -1,4 +1,4 @@
-"""``python -m bench.shipping.edge_torch FOLDER MODE DTYPE THREADS REQUEST``: a request to run.py, answered in PyTorch."""
+"""Answer a request for run.py in PyTorch: ``python -m bench.shipping.edge_torch FOLDER MODE DTYPE THREADS REQUEST``."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from umbra.evaluation.scoring import in_mode
 
 @torch.no_grad()
 def measure(model: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Greedy answers by `generate`, and how long they took; with no token that ends them, all are of one length."""
+    """Return greedy answers of `generate` and their times; without an end token, all answers have the same length."""
     new, end = request["max_new_tokens"], request["end"]
     settings = {"do_sample": False, "eos_token_id": end or None, "pad_token_id": 0}
     answers, first, more, seconds = [], [], 0, 0.0
@@ -31,7 +31,7 @@ def measure(model: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     folder, mode, dtype, threads, file = sys.argv[1:]
     torch.set_num_threads(int(threads))
     request, began = json.loads(Path(file).read_text(encoding="utf-8")), time.perf_counter()
@@ -39,12 +39,13 @@ def main() -> None:
         from transformers import AutoModelForCausalLM
 
         edge = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-        found = {"load_seconds": time.perf_counter() - began, **measure(edge, request)}
+        result = {"load_seconds": time.perf_counter() - began, **measure(edge, request)}
     else:
         model = umbra.load(folder, dtype=getattr(torch, dtype)).eval()
         with in_mode(model, mode) as runner:
-            found = {"load_seconds": time.perf_counter() - began, **measure(runner, request)}
-    print(json.dumps({**found, "peak_bytes": peak_bytes()}))
+            result = {"load_seconds": time.perf_counter() - began, **measure(runner, request)}
+    print(json.dumps({**result, "peak_bytes": peak_bytes()}))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Initialisations of a shadow on one budget: steps of distillation from the frozen base, on the same blocks of text."""
+"""Initializations of a shadow with equal budgets: distillation from the frozen base on the same blocks of text."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from umbra.training.runs import RUN_FILE
 
 from .text import write_text
 
-DOCUMENTS = 120  # of each set
+DOCUMENTS = 120  # per data set
 BUDGET: dict[str, Any] = {
     "dialect": "paper",
     "dtype": "bfloat16", "stages": "distillation", "teacher_top_k": 64, "teacher_cache": True, "auxiliary_loss_every": 4,
@@ -25,8 +25,8 @@ COPIED = {**TWO, "init": "base"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "random": TWO,
     "blocks 0, 1": COPIED,
-    "blocks 0, 1, final norm × 1": {**COPIED, "init_scale": 1.0},
-    "blocks 0, 1, final norm × 0.1": {**COPIED, "init_scale": 0.1},
+    "blocks 0, 1, final norm × 1": {**COPIED, "constants": {"init_scale": 1.0}},
+    "blocks 0, 1, final norm × 0.1": {**COPIED, "constants": {"init_scale": 0.1}},
     "blocks 0, 15": {**COPIED, "init_layers": [0, 15]},
     "blocks 0, 29": {**COPIED, "init_layers": [0, 29]},
     "narrow, random": {**NARROW, "init": "random"},
@@ -36,34 +36,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def run(data: Path, out: Path, seeds: list[int]) -> list[dict[str, Any]]:
-    """Every run of every variant."""
+    """Return the metrics of every run of every variant."""
     files = write_text(data, out / "short text", DOCUMENTS)
     another = _another(files, out)
-    found = []
+    results = []
     for name, fields in VARIANTS.items():
         fields = {**fields, "shadow": another} if "shadow" in fields else fields
-        found += [{"variant": name, "seed": seed, **_one(files, out, name, fields, seed)} for seed in seeds]
-    return found
+        results += [{"variant": name, "seed": seed, **_one(files, out, name, fields, seed)} for seed in seeds]
+    return results
 
 
 def _one(files: list[str], out: Path, name: str, fields: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What is measured after a run, and before it."""
+    """Return the metrics of one run before and after distillation."""
     runs = out / "initialise"
     folder, teacher = runs / f"{name} {seed}".replace(" ", "_").replace(",", ""), runs / TEACHER
     if teacher.exists() and not (folder / RUN_FILE).exists():
-        shutil.copytree(teacher, folder / TEACHER, dirs_exist_ok=True)  # the base says the same of the same text
-    found = pretrain({**BUDGET, **fields, "data": ",".join(files), "output_dir": str(folder), "seed": seed})
+        shutil.copytree(
+            teacher, folder / TEACHER, dirs_exist_ok=True
+        )  # the base gives the same probabilities on the same text
+    results = pretrain({**BUDGET, **fields, "data": ",".join(files), "output_dir": str(folder), "seed": seed})
     if not teacher.exists():
         shutil.copytree(folder / TEACHER, runs / "copying", dirs_exist_ok=True)
         (runs / "copying").rename(teacher)
     for name in ("stages", TEACHER):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "model.safetensors").unlink(missing_ok=True)
-    return {**found["1-distillation"], "start": found["start"]["divergence"], "parameters": found["parameters"]}
+    return {**results["1-distillation"], "start": results["start"]["divergence"], "parameters": results["parameters"]}
 
 
 def _another(files: list[str], out: Path) -> str:
-    """A small checkpoint from elsewhere: trained on arithmetic alone, without the base."""
+    """Train another small checkpoint, on arithmetic alone and without the base, and return its folder."""
     folder = out / "another"
     arithmetic = next(f for f in files if "gsm" in f)
     given = {**BUDGET, **TWO, "teacher_cache": False, "stages": "next_token", "max_steps": 200, "learning_rate": 2e-3}

@@ -1,4 +1,4 @@
-"""The shadow that the tasks start from: two copied blocks that learn what the base says, of text and of its own."""
+"""The pretrained shadow of the tasks: two copied blocks, distilled from the base on given and on generated text."""
 
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,6 @@ SETTINGS: dict[str, Any] = {
 
 
 def run(data: Path, out: Path, folder: Path) -> dict[str, Any]:
-    """What is measured before and after."""
+    """Pretrain the shadow in ``folder``, and return its metrics before and after."""
     files, prompts = write_text(data, out / "text"), write_prompts(data, out)
     return pretrain({**SETTINGS, "data": ",".join(files), "prompts": prompts, "output_dir": str(folder)})

@@ -1,6 +1,6 @@
-"""Tasks: a shadow that starts at random, as copies or pretrained, beside the base; and the same architecture without it.
+"""Tasks: shadows initialized at random, with copied blocks or pretrained; and the same architecture trained without the base.
 
-All are scored on the test file: the pair, the detached shadow, and the rivals that were trained by themselves.
+The pair, the detached shadow and the models trained without the base are scored on the test file.
 """
 
 import itertools
@@ -27,12 +27,11 @@ COMMON: dict[str, Any] = {
     "max_length": 320, "bf16": True, "save_strategy": "no", "logging_steps": 10,
 }  # fmt: skip
 COPIED = {**SIZE, "init": "base"}
-# Better than 2 for the detached shadow on intents' choice slice, two seeds (85.9, 83.0 %).
+# Better than 2 for the detached shadow on held-out records of intents, two seeds (85.9, 83.0 %).
 DISTILLED = {"distillation_weight": 0.5}
 ALONE = {"detached_only": True}
 LONGER = FIRST, RIVAL = "pretrained, alone for longer", "random, alone for longer"
-# What each row is trained with; "pretrained" stands for the folder of the pretrained shadow, "alone" for what the row
-# `FIRST` has made of it.
+# The settings of each row; "pretrained" stands for the folder of the pretrained shadow, "alone" for the result of the row `FIRST`.
 ROWS: dict[str, dict[str, Any]] = {
     "random": SIZE,
     "copied": COPIED,
@@ -49,13 +48,13 @@ ROWS: dict[str, dict[str, Any]] = {
 def run(
     data: Path, out: Path, pretrained: Path, tasks: list[str], rows: list[str], seeds: list[int]
 ) -> Iterator[list[dict[str, Any]]]:
-    """The scores of each of these tasks, rows and seeds, as soon as they are there."""
+    """Yield the scores of each task, row and seed as soon as they are measured."""
     for seed, task, row in itertools.product(seeds, tasks, rows):
         yield [{"task": task, "row": row, "seed": seed, **s} for s in _one(data, out, pretrained, task, row, seed)]
 
 
 def key(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What a score is of."""
+    """Return the identity of a score."""
     return run["task"], run["row"], run["seed"], run["mode"]
 
 
@@ -79,14 +78,14 @@ def _one(data: Path, out: Path, pretrained: Path, task: str, row: str, seed: int
             str(folder), files["test"], dtype="bfloat16", modes=modes, batch_size=32, max_new_tokens=given.answer,
             answer_pattern=given.pattern, output=str(folder / "replies.jsonl"),
         )  # fmt: skip
-        found = score_adapter(options)
+        results = score_adapter(options)
         where = Device("cuda" if torch.cuda.is_available() else "cpu").describe()
-        scores.write_text(json.dumps([{**asdict(s), "machine": where} for s in found]) + "\n", encoding="utf-8")
+        scores.write_text(json.dumps([{**asdict(s), "machine": where} for s in results]) + "\n", encoding="utf-8")
     return json.loads(scores.read_text(encoding="utf-8"))
 
 
 def _alone(data: Path, out: Path, pretrained: Path, task: str, seed: int) -> str:
-    """A stock model, which has learned the task without the base."""
+    """Return the folder of a plain transformers model that was trained on the task without the base."""
     folder = out / "alone" / f"{task} {seed}".replace(" ", "_")
     if not folder.exists():
         _one(data, out, pretrained, task, FIRST, seed)

@@ -1,7 +1,7 @@
-"""A shadow pretrained for one base, beside a base of another width with the same tokenizer.
+"""A shadow pretrained for one base, attached to a base of another width with the same tokenizer.
 
-There is no second checkpoint here, so the other base is made: SmolLM2 with its channels shuffled and padded to `WIDTH`, which
-says the same by other weights. The shadow meets it with a projection that is solved for (see `backbone.aligned`).
+The other base is SmolLM2 with its channels shuffled and padded to `WIDTH`: the same logits from other weights. The projection of
+the shadow is solved for by least squares.
 """
 
 import copy
@@ -31,7 +31,7 @@ ALIGNMENT: dict[str, Any] = {
 
 @torch.no_grad()
 def widened(base: Any, width: int, seed: int = 0) -> Any:
-    """A Llama of another width with the same logits: its new channels are always 0, and its norms know."""
+    """Return a Llama of another width with the same logits: its new channels are 0, and its norms are rescaled."""
     config, old = copy.deepcopy(base.config), base.config.hidden_size
     config.head_dim, config.hidden_size = base.config.head_dim, width
     config.rms_norm_eps *= old / width
@@ -51,24 +51,29 @@ def widened(base: Any, width: int, seed: int = 0) -> Any:
 
 
 def run(data: Path, out: Path, folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
-    """What the shadow ``folder`` says of held-out text beside its own base, and beside the other, as it is and aligned.
+    """Return the divergence of a shadow on held-out text with its base and with the other base, before and after alignment.
 
     Args:
-        seeds: of projections at random, and of the training of what was solved for.
+        data: The folder of the data sets.
+        out: The folder for runs.
+        folder: The pretrained shadow.
+        seeds: The seeds of random projections and of the alignment.
     """
     files = write_text(data, out / "short text", 120)
     tokenizer: Any = load_tokenizer(EMBEDDED)
     writer = ChatFormatter(tokenizer)
     blocks = [pack(read_documents(f, "train", writer), writer, LENGTH, f) for f in files]
-    held = hold_out(blocks, BLOCKS)[1]
+    held_out = hold_out(blocks, BLOCKS)[1]
     base: Any = load_base(EMBEDDED, dtype=torch.float32)
-    wide, ids = widened(base, WIDTH), torch.as_tensor(held[:2, :64], dtype=torch.long)
+    wide, ids = widened(base, WIDTH), torch.as_tensor(held_out[:2, :64], dtype=torch.long)
     apart = float((wide(ids).logits - base(ids).logits).abs().max())
-    found = [{"beside": f"its own base, width {base.config.hidden_size}", **_measured(base, folder, held)}]
+    rows = [{"beside": f"its own base, width {base.config.hidden_size}", **_measured(base, folder, held_out)}]
     other = {"logits_apart": apart}
     place = f"a base of width {WIDTH}"
-    found += [{"beside": f"{place}, projection at random", **other, **_measured(wide, folder, held, s)} for s in seeds]
-    found.append({"beside": f"{place}, projection solved for", **other, **_measured(wide, folder, held)})
+    rows += [
+        {"beside": f"{place}, projection at random", **other, **_measured(wide, folder, held_out, s)} for s in seeds
+    ]
+    rows.append({"beside": f"{place}, projection solved for", **other, **_measured(wide, folder, held_out)})
     path = out / "wide base"
     if not path.exists():
         wide.save_pretrained(path)
@@ -77,18 +82,18 @@ def run(data: Path, out: Path, folder: Path, seeds: list[int]) -> list[dict[str,
     for seed in seeds:
         began = time.perf_counter()
         after = pretrain({**given, "output_dir": str(out / f"aligned {seed}"), "seed": seed})["1-alignment"]
-        found.append({"beside": f"{place}, then trained", "seconds": time.perf_counter() - began, **after})
-    return found
+        rows.append({"beside": f"{place}, then trained", "seconds": time.perf_counter() - began, **after})
+    return rows
 
 
-def _measured(base: Any, folder: Path, held: np.ndarray, seed: int | None = None) -> dict[str, float]:
-    """With the projection that is solved for; or one at random, by ``seed``."""
+def _measured(base: Any, folder: Path, held_out: np.ndarray, seed: int | None = None) -> dict[str, float]:
+    """Measure the solved projection, or a random one with ``seed``."""
     torch.manual_seed(seed or 0)
     began = time.perf_counter()
     model: Any = umbra.attach(base, umbra.ShadowConfig(shadow=str(folder)))
     seconds = time.perf_counter() - began
     if seed is not None:
         model.shadow.projection.reset_parameters()
-    found = measure(model, held, 8)
+    metrics = measure(model, held_out, 8)
     model.unload()
-    return {"seconds": seconds, **found}
+    return {"seconds": seconds, **metrics}

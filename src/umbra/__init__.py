@@ -18,7 +18,7 @@ _ROOMS = {
     "ShadowTrainer": "training.trainers",
     "StateError": "errors",
     "UmbraError": "errors",
-    "attach": "model.shadow_model",
+    "attach": "model.attach",
     "load": "model.loading",
     "with_shadow_loss": "training.trainers",
 }
@@ -52,8 +52,9 @@ if TYPE_CHECKING:
         StateError,
         UmbraError,
     )
+    from umbra.model.attach import attach
     from umbra.model.loading import load
-    from umbra.model.shadow_model import ShadowModel, attach
+    from umbra.model.shadow_model import ShadowModel
     from umbra.training.trainers import ShadowTrainer, with_shadow_loss
 
 

@@ -33,7 +33,7 @@ from umbra.adapters.files import TOKENIZER_PATTERNS
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("dialect", ["paper", "peft"])
-def test_a_language_model_comes_back_bit_for_bit(tmp_path, name, dialect):
+def test_language_model_round_trips_bit_for_bit(tmp_path, name, dialect):
     model = make(name, dialect=dialect)
     model.save_pretrained(tmp_path)
     loaded = umbra.load(tmp_path, base=make_base(name))
@@ -53,13 +53,13 @@ def test_a_language_model_comes_back_bit_for_bit(tmp_path, name, dialect):
     ],
     ids=str,
 )
-def test_every_form_of_shadow_comes_back(tmp_path, fields):
+def test_every_shadow_form_round_trips(tmp_path, fields):
     model = make(**fields)
     model.save_pretrained(tmp_path)
     assert_same_model(umbra.load(tmp_path, base=make_base()), model)
 
 
-def test_a_pretrained_shadow_comes_back_without_its_source(tmp_path):
+def test_pretrained_shadow_loads_without_its_source(tmp_path):
     make_base(seed=7, num_hidden_layers=2).save_pretrained(tmp_path / "source")
     model = make(shadow=str(tmp_path / "source"))
     model.save_pretrained(tmp_path / "adapter")
@@ -71,7 +71,7 @@ LABELS = {"id2label": {0: "sad", 1: "so so", 2: "glad"}, "label2id": {"sad": 0, 
 
 
 @pytest.mark.parametrize("problem", CLASSIFIERS)
-def test_a_classifier_comes_back_with_its_trained_heads(tmp_path, problem):
+def test_classifier_round_trips_with_trained_heads(tmp_path, problem):
     model = make(classifier=True, base_options=CLASSIFIERS[problem])
     assert set(model.shadow.heads) == {"attached", "shadow"}
     model.save_pretrained(tmp_path)
@@ -81,7 +81,7 @@ def test_a_classifier_comes_back_with_its_trained_heads(tmp_path, problem):
     assert torch.equal(loaded(x, labels=y).shadow_loss, model(x, labels=y).shadow_loss)
 
 
-def test_the_base_is_found_by_the_recorded_name(tmp_path):
+def test_base_is_loaded_by_recorded_name(tmp_path):
     make_base().save_pretrained(tmp_path / "base")
     model = umbra.attach(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), umbra.ShadowConfig(rank=4)).eval()
     model.save_pretrained(tmp_path / "adapter")
@@ -90,7 +90,7 @@ def test_the_base_is_found_by_the_recorded_name(tmp_path):
     assert_same_model(umbra.ShadowModel.from_pretrained(tmp_path / "adapter"), model)
 
 
-def test_a_base_that_moved_is_given_as_a_path(tmp_path, saved):
+def test_moved_base_can_be_given_as_path(tmp_path, saved):
     make_base().save_pretrained(tmp_path / "elsewhere")
     assert_same_weights(umbra.load(saved, base=str(tmp_path / "elsewhere")), make())
     with pytest.raises(CheckpointError, match=r"adapter_config\.json.*base="):
@@ -99,19 +99,19 @@ def test_a_base_that_moved_is_given_as_a_path(tmp_path, saved):
         umbra.load(saved, base=str(tmp_path / "nowhere"))
 
 
-def test_a_damaged_base_is_named(tmp_path, saved):
+def test_damaged_base_is_named_in_error(tmp_path, saved):
     make_base().save_pretrained(tmp_path / "base")
     os.truncate(tmp_path / "base" / "model.safetensors", 1000)
     with pytest.raises(BaseModelError, match="base"):
         umbra.load(saved, base=str(tmp_path / "base"))
 
 
-def test_options_for_the_base_reach_it(tmp_path, saved):
+def test_base_options_reach_from_pretrained(tmp_path, saved):
     make_base().save_pretrained(tmp_path / "base")
     assert umbra.load(saved, base=str(tmp_path / "base"), dtype=torch.bfloat16).base.dtype == torch.bfloat16
 
 
-def test_a_classifier_found_by_name_keeps_its_labels(tmp_path):
+def test_classifier_loaded_by_name_keeps_its_labels(tmp_path):
     base = make_base(classifier=True, **CLASSIFIERS["single"])
     base.save_pretrained(tmp_path / "base")
     base.config.id2label, base.config.label2id = LABELS["id2label"], LABELS["label2id"]
@@ -126,7 +126,7 @@ def test_a_classifier_found_by_name_keeps_its_labels(tmp_path):
         assert config.problem_type == "single_label_classification"
 
 
-def test_a_classifier_on_a_base_without_one_brings_its_heads(tmp_path):
+def test_classifier_adapter_brings_heads_to_headless_base(tmp_path):
     """The usual case: the recorded base is a language model, whose classification head is random at each loading."""
     make_base().save_pretrained(tmp_path / "base")
     options = {"num_labels": 3, "problem_type": "single_label_classification", "pad_token_id": 0}
@@ -137,7 +137,7 @@ def test_a_classifier_on_a_base_without_one_brings_its_heads(tmp_path):
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_a_loaded_adapter_is_trainable_only_on_request(saved, trainable):
+def test_loaded_adapter_is_trainable_only_on_request(saved, trainable):
     model = umbra.load(saved, base=make_base(), trainable=trainable)
     assert all(p.requires_grad is trainable for n, p in model.shadow.named_parameters() if not n.endswith(".channels"))
     assert not any(p.requires_grad for p in model.base.parameters())
@@ -147,7 +147,7 @@ def test_a_loaded_adapter_is_trainable_only_on_request(saved, trainable):
 
 
 @pytest.mark.parametrize("classifier", [False, True])
-def test_the_folder_holds_three_files_and_nothing_of_the_base(tmp_path, classifier):
+def test_adapter_folder_has_three_files_and_no_base_weights(tmp_path, classifier):
     model = make("qwen3", classifier=classifier, base_options={"num_labels": 3})
     model.save_pretrained(tmp_path)
     assert names(tmp_path) == FILES
@@ -161,9 +161,9 @@ def test_the_folder_holds_three_files_and_nothing_of_the_base(tmp_path, classifi
     assert not base & {(v.shape, v.double().sum().item()) for v in weights.values()}
 
 
-def test_the_configuration_is_plain_json(saved):
+def test_configuration_is_plain_json(saved):
     values = json.loads((saved / CONFIG).read_text(encoding="utf-8"))
-    assert (values["peft_type"], values["task_type"], values["format_version"]) == ("UMBRA", "CAUSAL_LM", 3)
+    assert (values["peft_type"], values["task_type"], values["format_version"]) == ("UMBRA", "CAUSAL_LM", 4)
     assert umbra.ShadowConfig.from_dict(values["shadow"]) == make().shadow_config
     assert values["shadow_model_config"]["model_type"] == "llama"
     assert "quantization_config" not in values["shadow_model_config"]
@@ -172,7 +172,7 @@ def test_the_configuration_is_plain_json(saved):
 @pytest.mark.parametrize(
     "name", ["base", "Qwen/Qwen3-0.6B", "a base: 50% #1 [x] {y}", "@home", "- 'quoted\" name", "Ünïcode 影"]
 )
-def test_the_card_has_front_matter_that_parses(tmp_path, name):
+def test_card_front_matter_parses(tmp_path, name):
     model = make()
     model.base.name_or_path = name
     model.save_pretrained(tmp_path)
@@ -186,7 +186,7 @@ def test_the_card_has_front_matter_that_parses(tmp_path, name):
     assert name in ModelCard(text).text
 
 
-def test_the_card_of_a_classifier_says_so(tmp_path):
+def test_classifier_card_names_its_task(tmp_path):
     make(classifier=True).save_pretrained(tmp_path)
     assert ModelCard.load(tmp_path / CARD).data.pipeline_tag == "text-classification"
 
@@ -196,7 +196,7 @@ def test_the_card_of_a_classifier_says_so(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_another_precision_is_the_same_base(tmp_path, name, dtype):
+def test_base_in_another_precision_is_accepted(tmp_path, name, dtype):
     make(name).save_pretrained(tmp_path / "of fp32")
     umbra.load(tmp_path / "of fp32", base=make_base(name).to(dtype))
     umbra.attach(make_base(name).to(dtype)).save_pretrained(tmp_path / "of half")
@@ -246,7 +246,7 @@ OTHER_SIZES = {
 
 
 @pytest.mark.parametrize("kind", OTHER_WEIGHTS)
-def test_a_base_with_other_weights_is_refused(saved, kind):
+def test_base_with_different_weights_is_refused(saved, kind):
     base = OTHER_WEIGHTS[kind]()
     with pytest.raises(BaseModelError, match=r"other weights.*allow_other_base=True"):
         umbra.load(saved, base=base)
@@ -258,7 +258,7 @@ def test_a_base_with_other_weights_is_refused(saved, kind):
 
 
 @pytest.mark.parametrize("kind", OTHER_SIZES)
-def test_a_base_of_other_sizes_is_refused(saved, kind):
+def test_base_with_different_sizes_is_refused(saved, kind):
     base = OTHER_SIZES[kind]()
     with pytest.raises(BaseModelError, match=kind):
         umbra.load(saved, base=base)
@@ -266,7 +266,7 @@ def test_a_base_of_other_sizes_is_refused(saved, kind):
 
 
 @pytest.mark.parametrize("kind", ["hidden_size", "num_hidden_layers"])
-def test_allowing_another_base_does_not_make_tensors_fit(saved, kind):
+def test_allowing_another_base_still_checks_tensor_shapes(saved, kind):
     base = OTHER_SIZES[kind]()
     with pytest.raises(CheckpointError, match=WEIGHTS):
         umbra.load(saved, base=base, allow_other_base=True)
@@ -274,7 +274,7 @@ def test_allowing_another_base_does_not_make_tensors_fit(saved, kind):
     assert all(p.requires_grad for p in base.parameters())
 
 
-def test_a_model_for_another_task_is_refused(saved):
+def test_model_for_another_task_is_refused(saved):
     base = make_base(classifier=True)
     with pytest.raises(CheckpointError, match=r"CAUSAL_LM.*SEQ_CLS"):
         umbra.load(saved, base=base)
@@ -284,7 +284,7 @@ def test_a_model_for_another_task_is_refused(saved):
 # -- the hub --------------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_loaded_from_the_hub_by_its_id(tmp_path, monkeypatch):
+def test_adapter_is_loaded_from_hub_by_id(tmp_path, monkeypatch):
     model = make("llama")
     model.save_pretrained(tmp_path / "hub")
     asked = []
@@ -301,7 +301,7 @@ def test_an_adapter_is_loaded_from_the_hub_by_its_id(tmp_path, monkeypatch):
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
-def test_pushing_uploads_the_adapter(tmp_path, monkeypatch):
+def test_push_to_hub_uploads_adapter(tmp_path, monkeypatch):
     """The one that was saved, with its card, to a repository as it was asked for."""
 
     class Hub:
@@ -339,7 +339,7 @@ def test_pushing_uploads_the_adapter(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [{"overwrit": True}, {"safe_serialization": False}, {"variant": "fp16"}])
-def test_arguments_that_would_mean_nothing_are_refused(tmp_path, wrong):
+def test_meaningless_load_arguments_are_refused(tmp_path, wrong):
     model = make("llama")
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         model.save_pretrained(tmp_path / "a", **wrong)
@@ -350,7 +350,7 @@ def test_arguments_that_would_mean_nothing_are_refused(tmp_path, wrong):
             umbra.load(tmp_path / "a", base=make_base("llama"), **options)
 
 
-def test_a_gathered_state_dict_is_that_of_the_adapter_that_is_named(tmp_path):
+def test_gathered_state_dict_belongs_to_named_adapter(tmp_path):
     model = make("llama")
     model.add_adapter(model.shadow_config, "second")
     scramble(model.adapter("second"), 9)
@@ -360,7 +360,7 @@ def test_a_gathered_state_dict_is_that_of_the_adapter_that_is_named(tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
 
 
-def test_label_names_and_the_kind_of_problem_survive_a_base_that_has_none(tmp_path):
+def test_label_names_and_problem_type_survive_headless_base(tmp_path):
     names = {0: "bad", 1: "ok", 2: "good"}
     told = {
         "id2label": names,
@@ -384,7 +384,7 @@ def test_label_names_and_the_kind_of_problem_survive_a_base_that_has_none(tmp_pa
         (torch.arange(4) % 3, "single_label_classification"),
     ],
 )  # fmt: skip
-def test_the_kind_of_problem_that_labels_show_is_written_down(tmp_path, labels, kind):
+def test_inferred_problem_type_is_saved(tmp_path, labels, kind):
     """As transformers' classifiers do it: pipelines ask for it."""
     model = make(classifier=True, base_options={"num_labels": 1 if kind == "regression" else 3})
     model(input_ids=tokens(4), labels=labels)

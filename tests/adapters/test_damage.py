@@ -39,22 +39,22 @@ def assert_refused(folder: Path, match: str) -> None:
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
-def test_a_missing_file_is_named(saved, file):
+def test_missing_file_is_named(saved, file):
     (saved / file).unlink()
     assert_refused(saved, file)
 
 
-def test_a_missing_card_is_no_harm(saved):
+def test_missing_card_is_allowed(saved):
     (saved / CARD).unlink()
     umbra.load(saved, base=make_base())
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./owner/name", "adapter/README.md"])
-def test_what_is_no_folder_is_named(saved, path):
+def test_path_that_is_not_a_folder_is_named(saved, path):
     assert_refused(saved.parent / path, str(Path(path)))
 
 
-def test_a_folder_in_place_of_a_file_is_refused(saved):
+def test_folder_in_place_of_file_is_refused(saved):
     for file in (WEIGHTS, CONFIG):
         (saved / file).unlink()
         (saved / file).mkdir()
@@ -109,13 +109,13 @@ OTHER_TENSORS = {
 
 
 @pytest.mark.parametrize("change", OTHER_TENSORS)
-def test_other_tensors_are_refused_by_name(saved, change):
+def test_unexpected_tensors_are_refused_by_name(saved, change):
     save_file(OTHER_TENSORS[change](load_file(saved / WEIGHTS)), saved / WEIGHTS)
     assert_refused(saved, rf"{WEIGHTS}.*{TENSOR}")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300], ids=str)
-def test_a_value_that_is_no_finite_number_is_refused_by_its_tensor(saved, value):
+def test_nonfinite_values_are_refused_by_tensor_name(saved, value):
     weights = load_file(saved / WEIGHTS)
     weights[TENSOR] = weights[TENSOR].double()
     weights[TENSOR][1, 2] = value
@@ -124,7 +124,7 @@ def test_a_value_that_is_no_finite_number_is_refused_by_its_tensor(saved, value)
     assert_refused(saved, rf"{WEIGHTS}.*{TENSOR}.*finite")
 
 
-def test_no_tensors_at_all_are_refused(saved):
+def test_empty_weights_file_is_refused(saved):
     save_file({}, saved / WEIGHTS)
     assert_refused(saved, WEIGHTS)
 
@@ -134,26 +134,26 @@ def test_no_tensors_at_all_are_refused(saved):
     ["", "{", "not json", "[]", "null", "3", '"UMBRA"', b"\xff\xfe\x00", '{"peft_type": "UMBRA"', "[" * 100_000],
     ids=lambda t: str(t)[:16],
 )
-def test_a_configuration_that_is_no_json_object_is_refused(saved, text):
+def test_configuration_must_be_json_object(saved, text):
     (saved / CONFIG).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert_refused(saved, CONFIG)
 
 
 @pytest.mark.parametrize("peft_type", ["LORA", None, 3, ...])
-def test_the_adapter_of_another_method_is_refused(saved, peft_type):
+def test_adapter_of_another_method_is_refused(saved, peft_type):
     edit_config(saved, peft_type=peft_type)
     assert_refused(saved, f"{CONFIG}.*not written by Umbra")
 
 
 @pytest.mark.parametrize("version", [0, 1, 99, "2", None, ...])
-def test_another_format_is_refused(saved, version):
+def test_unknown_format_version_is_refused(saved, version):
     edit_config(saved, format_version=version)
     assert_refused(saved, f"{CONFIG}.*format")
 
 
 @pytest.mark.parametrize("key", ["shadow", "shadow_model_config", "base", "task_type"])
 @pytest.mark.parametrize("value", [..., None, [], "x", 3], ids=str)
-def test_a_part_that_is_missing_or_of_another_kind_is_refused(saved, key, value):
+def test_missing_or_mistyped_entry_is_refused(saved, key, value):
     edit_config(saved, **{key: value})
     assert_refused(saved, CONFIG if key != "task_type" or value is ... else "adapter")
 
@@ -170,7 +170,7 @@ def test_a_part_that_is_missing_or_of_another_kind_is_refused(saved, key, value)
     ],
     ids=str,
 )
-def test_a_shadow_configuration_with_bad_values_is_refused(saved, changes):
+def test_invalid_shadow_configuration_is_refused(saved, changes):
     shadow = json.loads((saved / CONFIG).read_text())["shadow"]
     edit_config(saved, shadow={**shadow, **changes})
     assert_refused(saved, rf"{CONFIG}.*{next(iter(changes))}" if len(changes) == 1 else CONFIG)
@@ -194,7 +194,7 @@ def test_a_shadow_configuration_with_bad_values_is_refused(saved, changes):
     ],
     ids=str,
 )
-def test_a_shadow_model_that_cannot_be_built_is_refused(saved, changes):
+def test_unbuildable_shadow_model_is_refused(saved, changes):
     model = json.loads((saved / CONFIG).read_text())["shadow_model_config"]
     edit_config(saved, shadow_model_config={**model, **changes})
     base = make_base()
@@ -215,7 +215,7 @@ def test_a_shadow_model_that_cannot_be_built_is_refused(saved, changes):
     ],
     ids=str,
 )
-def test_a_damaged_fingerprint_is_refused(saved, changes):
+def test_damaged_fingerprint_is_refused(saved, changes):
     values = json.loads((saved / CONFIG).read_text())["base"]
     edit_config(saved, base={**values, **changes})
     base = make_base()
@@ -225,7 +225,7 @@ def test_a_damaged_fingerprint_is_refused(saved, changes):
 
 
 @pytest.mark.parametrize("value", [..., None, [], {}, {"id2label": None}, {"id2label": {"x": "y"}}], ids=str)
-def test_a_damaged_classifier_entry_is_refused(tmp_path, value):
+def test_damaged_classifier_entry_is_refused(tmp_path, value):
     make_base(classifier=True).save_pretrained(tmp_path / "base")
     make(classifier=True).save_pretrained(tmp_path / "adapter")
     edit_config(tmp_path / "adapter", classifier=value)
@@ -283,7 +283,7 @@ def link_to(saved: Path, outside: Path) -> dict[str, bytes]:
     return contents(outside)
 
 
-def test_links_are_followed_by_a_load_and_replaced_by_a_save(saved, tmp_path):
+def test_load_follows_links_and_save_replaces_them(saved, tmp_path):
     before = link_to(saved, tmp_path / "outside")
     model = umbra.load(saved, base=make_base())
     scramble(model.shadow, seed=5)
@@ -293,7 +293,7 @@ def test_links_are_followed_by_a_load_and_replaced_by_a_save(saved, tmp_path):
     assert_same_model(umbra.load(saved, base=make_base()), model)
 
 
-def test_nothing_is_moved_out_of_a_link_in_place_of_the_committed_folder(saved, tmp_path):
+def test_linked_commit_folder_is_not_moved(saved, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / CONFIG).write_text("precious")
     (saved / COMMITTED).symlink_to(tmp_path / "home")
@@ -303,7 +303,7 @@ def test_nothing_is_moved_out_of_a_link_in_place_of_the_committed_folder(saved, 
     assert contents(tmp_path / "home") == {CONFIG: b"precious"}
 
 
-def test_a_pipe_in_place_of_a_file_does_not_wait(saved):
+def test_pipe_in_place_of_file_does_not_block(saved):
     for file in (WEIGHTS, CONFIG):
         (saved / file).unlink()
         os.mkfifo(saved / file)
@@ -323,7 +323,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("part", "key", "size"), SIZES, ids=str)
-def test_absurd_sizes_are_refused_before_they_are_allocated(saved, part, key, size):
+def test_absurd_sizes_are_refused_before_allocation(saved, part, key, size):
     values = json.loads((saved / CONFIG).read_text())[part]
     edit_config(saved, **{part: {**values, key: size}}, sha256=None)
     with limits():
@@ -353,7 +353,7 @@ class Marker:
 
 
 @pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin", WEIGHTS])
-def test_a_pickle_is_never_opened(saved, file):
+def test_pickle_is_never_opened(saved, file):
     marker = saved.parent / "unpickled"
     (saved / WEIGHTS).unlink()
     (saved / file).write_bytes(pickle.dumps(Marker(marker)))
@@ -363,7 +363,7 @@ def test_a_pickle_is_never_opened(saved, file):
     assert marker.exists(), "the trap itself must work"
 
 
-def test_no_code_named_in_a_file_is_run(saved):
+def test_code_named_in_file_is_not_run(saved):
     marker = saved.parent / "imported"
     (saved / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
     model = json.loads((saved / CONFIG).read_text())["shadow_model_config"]

@@ -5,11 +5,11 @@ import random
 import warnings
 
 import pytest
-from test_train import RECORDS, write
 from transformers import TrainingArguments
 
 from support.fuzz import Failed, Fuzzer, limits
 from support.mutations_of_files import nested, weird
+from support.runs import RECORDS, write
 from umbra import ConfigError, ShadowConfig, UmbraError
 from umbra.adapters import reading
 from umbra.options import PretrainOptions, TrainOptions, names
@@ -26,7 +26,7 @@ def fuzzer(tmp_path_factory):
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))
-def test_a_damaged_adapter_is_refused_or_changed_in_nothing(fuzzer, first):
+def test_fuzzed_adapter_is_refused_or_loads_unchanged(fuzzer, first):
     outcomes = {fuzzer.attempt(seed)[0] for seed in range(first, first + CHUNK)}
     assert outcomes >= {"refused", "same"}
 
@@ -35,7 +35,7 @@ def test_a_damaged_adapter_is_refused_or_changed_in_nothing(fuzzer, first):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_shadow_configuration_of_any_values_is_valid_or_refused(seed):
+def test_random_shadow_configuration_is_valid_or_refused(seed):
     rng = random.Random(seed)
     for _ in range(250):
         values = {key: weird(rng) for key in rng.sample(ShadowConfig.keys(), rng.choice([1, 1, 2, 5]))}
@@ -85,7 +85,7 @@ WRONG = [None, True, -1, 10**30, 1.5, float("nan"), float("inf"), "", "x", "\0",
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("part", range(6))
-def test_a_run_of_any_settings_is_valid_or_refused_before_any_work(settings, run, part, tmp_path):
+def test_random_run_settings_are_valid_or_refused_early(settings, run, part, tmp_path):
     said: list[str] = []
     call, settings, own = settings_of(run, settings)
     for key in (*own, *ARGUMENTS)[part::6]:
@@ -115,7 +115,7 @@ def test_a_run_of_any_settings_is_valid_or_refused_before_any_work(settings, run
     ],
     ids=str,
 )  # fmt: skip
-def test_a_setting_of_the_wrong_type_is_named(settings, key, value):
+def test_mistyped_setting_is_named(settings, key, value):
     with pytest.raises(ConfigError, match=key):
         training.train({**settings, key: value})
 
@@ -143,14 +143,14 @@ NASTY = {
 
 
 @pytest.mark.parametrize("kind", NASTY)
-def test_a_file_that_is_no_plain_mapping_is_refused_by_name(tmp_path, kind):
+def test_settings_file_must_be_plain_mapping(tmp_path, kind):
     (tmp_path / "run.yaml").write_bytes(NASTY[kind])
     with limits(), pytest.raises(ConfigError, match=r"run\.yaml"):
         read_yaml(str(tmp_path / "run.yaml"))
 
 
 @pytest.mark.parametrize("kind", ["a loop", "a bomb"])
-def test_a_value_that_would_print_for_ever_is_shown_short(settings, kind):
+def test_endless_value_is_abbreviated_in_error(settings, kind):
     value: list = ["x"] * 9
     for _ in range(8):
         value = [value] * 9
@@ -161,7 +161,7 @@ def test_a_value_that_would_print_for_ever_is_shown_short(settings, kind):
     assert len(str(error.value)) < 500
 
 
-def test_random_bytes_in_a_file_of_settings(tmp_path):
+def test_random_bytes_in_settings_file_are_refused(tmp_path):
     plain = b"base: x\nrank: 8\nlearning_rate: 1e-3\nshadow: mirror # the default\nlabel_names: [a, 'b', \"c\"]\nbf16: true\n"
     rng, file, kept = random.Random(0), tmp_path / "run.yaml", 0
     for _ in range(600):
@@ -181,7 +181,7 @@ def test_random_bytes_in_a_file_of_settings(tmp_path):
     assert kept < 300
 
 
-def test_the_fuzzer_itself_can_fail(fuzzer, monkeypatch):
+def test_fuzzer_detects_planted_bug(fuzzer, monkeypatch):
     """Where the digest is not looked at, values that were changed in silence are found out."""
     monkeypatch.setattr(reading, "check_digest", lambda *_: None)
     found = []

@@ -203,7 +203,7 @@ EVERY = pytest.mark.parametrize("name", [*of("peft"), *of("shadow-peft")])
 
 
 @EVERY
-def test_logits_are_theirs(written, name):
+def test_logits_equal_peer_package(written, name):
     """Attached, and of the shadow alone as a stock model; then once more from Umbra's own folder."""
     theirs = written(name)
     model = theirs.package.umbra(theirs.folder)
@@ -220,7 +220,7 @@ def test_logits_are_theirs(written, name):
 
 
 @EVERY
-def test_written_back_it_is_what_it_was(written, name, tmp_path):
+def test_peer_checkpoint_round_trips(written, name, tmp_path):
     """The package loads what Umbra wrote: the same logits, and each tensor that feeds something bit for bit."""
     theirs = written(name)
     convert(theirs.package.umbra(theirs.folder), tmp_path / "back", theirs.package.case.package)
@@ -265,7 +265,7 @@ MADE = {
 @pytest.mark.parametrize("classifier", [False, True])
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.compat(SECTION, "umbra convert: adapters made by Umbra, loaded by the packages", "peft and shadow-peft")
-def test_what_umbra_made_they_load(name, classifier, shadows, tmp_path):
+def test_peer_package_loads_umbra_adapter(name, classifier, shadows, tmp_path):
     base, to, fields = MADE[name]
     chosen = fields.get("shadow")
     fields = {"dialect": "peft" if to == "peft" else "paper", "rank": 4, "alpha": 0.5, "dropout": 0.0, **fields}
@@ -292,7 +292,7 @@ def test_what_umbra_made_they_load(name, classifier, shadows, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.endswith(FOUR) and "classifier" not in n and "narrow" not in n])
 @pytest.mark.compat(SECTION, "cached generation: the packages' own tokens")
-def test_cached_generation_is_theirs(written, name):
+def test_cached_generation_equals_peer_package(written, name):
     """Greedy tokens with one cache here and two there, over a prompt longer than Gemma's window."""
     theirs = written(name)
     mine, peer = theirs.package.umbra(theirs.folder), theirs.package.load(theirs.folder)
@@ -304,7 +304,7 @@ def test_cached_generation_is_theirs(written, name):
     assert not torch.equal(found, bare)
 
 
-def test_a_loaded_one_trains(written):
+def test_imported_adapter_trains(written):
     theirs = written("peft explicit narrow")
     model = theirs.package.umbra(theirs.folder, trainable=True).train()
     model(tokens(), labels=tokens()).loss.backward()
@@ -315,7 +315,7 @@ def test_a_loaded_one_trains(written):
 
 
 @pytest.mark.compat(SECTION, "theirs and Umbra's beside one base, in one batch")
-def test_several_beside_one_base(written):
+def test_several_imported_adapters_share_one_base(written):
     """Theirs and ours in one batch."""
     peft, package = written("peft mirror llama"), written("shadow-peft smaller")
     model = make()
@@ -328,7 +328,7 @@ def test_several_beside_one_base(written):
     assert (found - wanted).abs().max() <= TOLERANCE
 
 
-def test_an_explicit_one_beside_another(written):
+def test_explicit_shadow_coexists_with_another_adapter(written):
     """shadow-peft's folders do not hold the shadow, which has to be named here too."""
     package = written("shadow-peft explicit narrow")
     model = make()
@@ -341,7 +341,7 @@ def test_an_explicit_one_beside_another(written):
 
 
 @pytest.mark.parametrize("classifier", [False, True])
-def test_the_base_is_found_by_its_name(classifier, tmp_path):
+def test_imported_adapter_loads_base_by_name(classifier, tmp_path):
     """PEFT notes it; how many labels a classifier has is told by its head."""
     make_base(classifier=classifier, **(CLASSES if classifier else {})).save_pretrained(tmp_path / "base")
     kind = type(make_base(classifier=classifier))
@@ -357,7 +357,7 @@ def test_the_base_is_found_by_its_name(classifier, tmp_path):
 
 
 @pytest.mark.compat(SECTION, "causal_lm_with_hidden_projection checkpoints as shadows to attach")
-def test_a_projected_checkpoint_is_a_shadow_to_attach(shadows):
+def test_projected_checkpoint_attaches_as_shadow(shadows):
     """Its backbone and its trained projection, and nothing random between them."""
     base = make_base()
     model = umbra.attach(base, umbra.ShadowConfig(shadow=str(shadows / "projected")))
@@ -373,7 +373,7 @@ def test_a_projected_checkpoint_is_a_shadow_to_attach(shadows):
 
 
 @pytest.mark.parametrize("package", ["peft", "shadow-peft"])
-def test_half_precision_is_read(written, package, tmp_path):
+def test_half_precision_checkpoint_is_read(written, package, tmp_path):
     """As the package reads it: into float32."""
     theirs = written("peft mirror llama" if package == "peft" else "shadow-peft implicit llama")
     for file in theirs.folder.iterdir():
@@ -386,7 +386,7 @@ def test_half_precision_is_read(written, package, tmp_path):
         assert difference(theirs.package.umbra(tmp_path), peer(input_ids=tokens()).logits) <= TOLERANCE
 
 
-def test_the_command(written, tmp_path, capsys):
+def test_convert_command_round_trips_checkpoint(written, tmp_path, capsys):
     """There and back again, by name of the base."""
     make_base().save_pretrained(tmp_path / "base")
     theirs = written("shadow-peft implicit llama")

@@ -79,7 +79,7 @@ def kinds(tensors: dict) -> list[str]:
 
 
 @PACKAGES
-def test_a_missing_tensor_is_named(theirs, package):
+def test_missing_tensor_is_named(theirs, package):
     """Each kind in turn; the dead weights too."""
     file = theirs / FILES[package][1]
     tensors = load_file(file)
@@ -91,7 +91,7 @@ def test_a_missing_tensor_is_named(theirs, package):
 
 
 @PACKAGES
-def test_a_misshapen_tensor_is_named(theirs, package):
+def test_misshapen_tensor_is_named(theirs, package):
     file = theirs / FILES[package][1]
     tensors = load_file(file)
     base = make_base()
@@ -103,7 +103,7 @@ def test_a_misshapen_tensor_is_named(theirs, package):
 
 @PACKAGES
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_is_none_is_named(theirs, package, value):
+def test_nonfinite_number_is_named(theirs, package, value):
     """In the dead weights too: the file is damaged."""
     file = theirs / FILES[package][1]
     tensors = load_file(file)
@@ -116,7 +116,7 @@ def test_a_number_that_is_none_is_named(theirs, package, value):
 
 
 @PACKAGES
-def test_a_left_over_tensor_is_named(theirs, package):
+def test_leftover_tensor_is_named(theirs, package):
     file = theirs / FILES[package][1]
     save_file({**load_file(file), "surplus.weight": torch.zeros(2)}, file)
     assert_refused(theirs, "surplus.weight", file.name, "unknown")
@@ -131,7 +131,7 @@ def test_truncated_weights_are_refused(theirs, package, share):
 
 
 @PACKAGES
-def test_a_missing_file_is_named(theirs, package):
+def test_missing_file_is_named(theirs, package):
     config, weights, _ = FILES[package]
     (theirs / weights).unlink()
     assert_refused(theirs, weights)
@@ -147,7 +147,7 @@ class Trap:
 
 
 @PACKAGES
-def test_a_pickle_is_never_opened(theirs, package):
+def test_pickle_is_never_opened(theirs, package):
     _, weights, pickled = FILES[package]
     (theirs / weights).unlink()
     (theirs / pickled).write_bytes(pickle.dumps(Trap()))
@@ -157,7 +157,7 @@ def test_a_pickle_is_never_opened(theirs, package):
 
 @PACKAGES
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"peft_type": "SHADOW", "r": "four"}', "[" * 100_000])
-def test_a_damaged_configuration_is_refused(theirs, package, text):
+def test_damaged_configuration_is_refused(theirs, package, text):
     (theirs / FILES[package][0]).write_text(text)
     assert_refused(theirs)
 
@@ -182,19 +182,19 @@ WRONG_VALUES = {
     ("package", "key", "value"),
     [(p, k, v) for p, keys in WRONG_VALUES.items() for k, values in keys.items() for v in values],
 )
-def test_a_wrong_value_is_named(theirs, package, key, value):
+def test_wrong_value_is_named(theirs, package, key, value):
     edit(theirs, **{key: value})
     assert_refused(theirs, "shadow_" if key == "modules_to_save" and package != "peft" else FILES[package][0])
 
 
 @PACKAGES
-def test_an_unknown_key_that_is_set_is_refused(theirs, package):
+def test_unknown_key_with_value_is_refused(theirs, package):
     umbra.load(edit(theirs, new_option=None), base=make_base()).unload()
     assert_refused(edit(theirs, new_option=0.5), "new_option", FILES[package][0])
 
 
 @PACKAGES
-def test_another_base_is_noticed_by_its_sizes(theirs, package):
+def test_another_base_is_detected_by_its_sizes(theirs, package):
     for base in (
         make_base(hidden_size=16),
         make_base(num_hidden_layers=3),
@@ -233,14 +233,14 @@ def with_code(trap: Path, folder: Path, model_type: str, **options) -> Path:
 
 
 @pytest.mark.parametrize("package", ["peft"])
-def test_classes_named_by_peft_are_ignored(theirs, trap):
+def test_classes_named_in_peft_config_are_ignored(theirs, trap):
     mapping = {"base_model_class": "Thing", "parent_library": "umbra_trap"}
     umbra.load(edit(theirs, auto_mapping=mapping, task_type=None), base=make_base()).unload()
 
 
 @pytest.mark.parametrize("kind", ["llama", "umbra_trap"])
 @pytest.mark.parametrize("package", ["peft"])
-def test_code_named_by_an_explicit_shadow_is_never_imported(theirs, trap, kind, tmp_path):
+def test_explicit_shadow_cannot_import_code(theirs, trap, kind, tmp_path):
     """Its model type is known, and the code ignored; or it is unknown, and refused."""
     shadow = with_code(trap, tmp_path / "shadow", kind, num_hidden_layers=1)
     tensors = load_file(theirs / FILES["peft"][1])
@@ -257,7 +257,7 @@ def test_code_named_by_an_explicit_shadow_is_never_imported(theirs, trap, kind, 
 
 
 @pytest.mark.parametrize("package", ["peft"])
-def test_code_named_by_the_base_is_never_imported(theirs, trap, tmp_path):
+def test_base_cannot_import_code(theirs, trap, tmp_path):
     base = with_code(trap, tmp_path / "base", "umbra_trap")
     edit(theirs, base_model_name_or_path=str(base))
     for options in ({}, {"trust_remote_code": True}):
@@ -276,13 +276,13 @@ def write_projected(folder: Path, rows: int = 32, lost: str | None = None) -> No
     (folder / "config.json").write_text(json.dumps(values))
 
 
-def test_classes_named_by_a_projected_shadow_are_never_imported(trap, tmp_path):
+def test_projected_shadow_cannot_import_classes(trap, tmp_path):
     write_projected(tmp_path)
     umbra.attach(make_base(), umbra.ShadowConfig(shadow=str(tmp_path)))
 
 
 @pytest.mark.parametrize("lost", ["shadow_hidden_projection.weight", "shadow_model.norm.weight", None])
-def test_a_damaged_projected_shadow_is_refused(trap, tmp_path, lost):
+def test_damaged_projected_shadow_is_refused(trap, tmp_path, lost):
     write_projected(tmp_path, 32 if lost else 30, lost)
     with pytest.raises(ConfigError, match=(lost or "projection").removeprefix("shadow_model.")):
         umbra.attach(make_base(), umbra.ShadowConfig(shadow=str(tmp_path)))
@@ -299,7 +299,7 @@ def test_a_damaged_projected_shadow_is_refused(trap, tmp_path, lost):
         ("shadow-peft", {"modules_to_save": ["lm_head"]}, "lm_head"),
     ],
 )
-def test_what_umbra_cannot_read_is_named(package, fields, named, tmp_path):
+def test_unsupported_checkpoint_is_named(package, fields, named, tmp_path):
     options = {"tie_word_embeddings": package == "shadow-peft"}
     build = peers.peft_model if package == "peft" else peers.shadow_peft_model
     build(make_base(**options), **fields).save_pretrained(tmp_path)
@@ -307,7 +307,7 @@ def test_what_umbra_cannot_read_is_named(package, fields, named, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["peft"])
-def test_a_run_of_blocks_with_a_gap_runs_neither_there_nor_here(theirs):
+def test_block_range_with_gap_is_refused_by_both_packages(theirs):
     names = [f"model.layers.{l}" for l in (1, 3)]
     with pytest.raises(AttributeError):
         peers.peft_model(make_base(), target_modules=names)(tokens())
@@ -321,7 +321,7 @@ def test_a_run_of_blocks_with_a_gap_runs_neither_there_nor_here(theirs):
         ("lfm2", {}, {}, "recurrent"),
     ],
 )
-def test_a_mirror_that_umbra_cannot_run_is_named(base, options, fields, named, tmp_path):
+def test_unsupported_mirror_is_named(base, options, fields, named, tmp_path):
     if base == "lfm2":
         config = AutoConfig.for_model(base, **LLAMA_LIKE, layer_types=["conv", "full_attention"] * 2)
         made = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
@@ -332,7 +332,7 @@ def test_a_mirror_that_umbra_cannot_run_is_named(base, options, fields, named, t
 
 
 @pytest.mark.parametrize("package", ["shadow-peft"])
-def test_an_explicit_shadow_must_be_named(theirs, tmp_path):
+def test_explicit_shadow_path_is_required(theirs, tmp_path):
     with pytest.raises(CheckpointError, match="base="):
         umbra.load(theirs)
     build = peers.shadow_peft_model(make_base(), shadow=make_base(hidden_size=16, num_hidden_layers=1))
@@ -342,12 +342,12 @@ def test_an_explicit_shadow_must_be_named(theirs, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["peft"])
-def test_a_shadow_is_not_told_twice(theirs, saved):
+def test_shadow_may_be_given_only_once(theirs, saved):
     assert_refused(theirs, "shadow=", shadow="x", error=ConfigError)
     assert_refused(saved, "shadow=", shadow="x", error=ConfigError)
 
 
 @PACKAGES
-def test_inspect_says_what_to_do(theirs, package, capsys):
+def test_inspect_suggests_next_step(theirs, package, capsys):
     assert main(["inspect", str(theirs)]) == 2
     assert "umbra convert" in capsys.readouterr().err

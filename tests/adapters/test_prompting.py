@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import RECORDS, settings, write  # noqa: F401 (fixture)
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import umbra
-from conftest import CHARACTERS, make_tokenizer
-from support.folders import CONFIG, names
-from support.tiny import make, tokens
+from support.folders import CONFIG, FIXTURES, names
+from support.runs import RECORDS, train_settings, write
+from support.tiny import make, make_base, tokens
+from support.tokenizer import CHARACTERS, make_tokenizer
 from umbra.adapters.prompting import FORMAT_2_PROMPTING, Prompting, open_formatter
 from umbra.base.loading import load_tokenizer
 from umbra.cli import main
@@ -30,6 +30,11 @@ THINKING = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ thoughts if m['role'] == 'assistant' }}{{ m['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{{ thoughts }}{% endif %}"
 )
+
+
+@pytest.fixture
+def settings(tmp_path, base_folder):
+    return train_settings(tmp_path, base_folder)
 
 
 def thinking_tokenizer(template: str = THINKING):
@@ -56,7 +61,7 @@ def prompts_of(folder, base_folder, *flags):
 # -- written by every way of saving ------------------------------------------------------------------------------------
 
 
-def test_an_adapter_trained_without_template_is_asked_without(settings, tmp_path, capsys):  # noqa: F811
+def test_adapter_trained_without_template_is_prompted_without(settings, tmp_path, capsys):
     train({**settings, "chat_template": False, "max_steps": 1})
     asked = prompts_of(tmp_path / "out", settings["base"])
     assert asked == [r["prompt"] for r in RECORDS[:2]]
@@ -69,7 +74,7 @@ def test_an_adapter_trained_without_template_is_asked_without(settings, tmp_path
     assert "without a chat template" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_templates_arguments_are_learned_and_asked_with(settings, tmp_path, base_folder, capsys):  # noqa: F811
+def test_template_arguments_apply_to_training_and_prompting(settings, tmp_path, base_folder, capsys):
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(base_folder).save_pretrained(base)
     thinking_tokenizer().save_pretrained(base)
@@ -101,7 +106,7 @@ def test_a_templates_arguments_are_learned_and_asked_with(settings, tmp_path, ba
         (["--chat_template_kwargs", "[1]"], "expected a JSON object"),
     ],
 )
-def test_unusable_template_arguments_are_refused(given, message, settings, capsys):  # noqa: F811
+def test_unusable_template_arguments_are_refused(given, message, settings, capsys):
     flags = [x for k, v in settings.items() for x in (f"--{k}", str(v))]
     try:
         code = main(["train", *flags, *given])
@@ -111,7 +116,7 @@ def test_unusable_template_arguments_are_refused(given, message, settings, capsy
 
 
 @pytest.mark.parametrize("value", ["no mapping", ["enable_thinking"], {"when": 2 + 1j}, {"messages": []}, {1: 2}])
-def test_template_arguments_in_a_file_are_a_mapping_of_json_values(value, settings):  # noqa: F811
+def test_template_arguments_must_map_to_json_values(value, settings):
     with pytest.raises(umbra.ConfigError, match="chat_template_kwargs"):
         train({**settings, "chat_template_kwargs": value})
 
@@ -152,7 +157,7 @@ def trained(kind: str, model, tokenizer, out) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Trainer", "ShadowTrainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer"])
-def test_each_trainer_writes_the_tokenizer(kind, tmp_path, base_folder, capsys):
+def test_each_trainer_saves_tokenizer(kind, tmp_path, base_folder, capsys):
     tokenizer = thinking_tokenizer()
     trained(kind, beside(base_folder), tokenizer, tmp_path)
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
@@ -162,7 +167,7 @@ def test_each_trainer_writes_the_tokenizer(kind, tmp_path, base_folder, capsys):
     assert "the adapter's tokenizer is used; the base's has another chat template" in capsys.readouterr().err
 
 
-def test_saved_again_and_uploaded_it_stays(tmp_path, base_folder):
+def test_tokenizer_survives_resave_and_upload(tmp_path, base_folder):
     model = beside(base_folder)
     model.save_pretrained(
         tmp_path / "a", tokenizer=thinking_tokenizer(), chat_template_kwargs={"enable_thinking": False}
@@ -179,7 +184,7 @@ def test_saved_again_and_uploaded_it_stays(tmp_path, base_folder):
     assert open_formatter(other).ask("q") == again.ask("q")
 
 
-def test_an_upload_brings_the_tokenizer_along(tmp_path, base_folder, monkeypatch):
+def test_upload_includes_tokenizer(tmp_path, base_folder, monkeypatch):
     uploaded = []
 
     class Hub:
@@ -202,14 +207,14 @@ def test_an_upload_brings_the_tokenizer_along(tmp_path, base_folder, monkeypatch
     assert uploaded == [(names(tmp_path / "a"), expected)] * 2 and expected["chat_template"] is False
 
 
-def test_written_for_another_package_the_tokenizer_lies_beside_it(tmp_path, base_folder):
+def test_export_for_peer_package_includes_tokenizer(tmp_path, base_folder):
     model = beside(base_folder, dialect="peft")
     model.save_pretrained(tmp_path / "a", tokenizer=thinking_tokenizer())
     convert(umbra.load(tmp_path / "a"), tmp_path / "b", "peft")
     assert open_formatter(umbra.load(tmp_path / "b")).tokenizer.chat_template == THINKING
 
 
-def test_a_tokenizer_of_the_adapter_before_is_not_the_next_ones(tmp_path, base_folder):
+def test_resave_drops_previous_adapters_tokenizer(tmp_path, base_folder):
     beside(base_folder).save_pretrained(tmp_path, tokenizer=thinking_tokenizer())
     (tmp_path / "notes.txt").write_text("mine")
     beside(base_folder).save_pretrained(tmp_path, overwrite=True)
@@ -218,7 +223,7 @@ def test_a_tokenizer_of_the_adapter_before_is_not_the_next_ones(tmp_path, base_f
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_a_tokenizer_saved_beside_the_adapter_is_its_own(order, tmp_path, base_folder):
+def test_tokenizer_in_adapter_folder_is_used(order, tmp_path, base_folder):
     if order == "before":
         thinking_tokenizer().save_pretrained(tmp_path)
     beside(base_folder).save_pretrained(tmp_path)
@@ -227,7 +232,7 @@ def test_a_tokenizer_saved_beside_the_adapter_is_its_own(order, tmp_path, base_f
     assert open_formatter(umbra.load(tmp_path)).tokenizer.chat_template == THINKING
 
 
-def test_without_a_tokenizer_the_bases_is_used(tmp_path, base_folder, capsys):
+def test_base_tokenizer_is_the_fallback(tmp_path, base_folder, capsys):
     beside(base_folder).save_pretrained(tmp_path)
     formatter = open_formatter(umbra.load(tmp_path))
     assert formatter.tokenizer.get_vocab() == load_tokenizer(base_folder).get_vocab()
@@ -235,7 +240,7 @@ def test_without_a_tokenizer_the_bases_is_used(tmp_path, base_folder, capsys):
 
 
 @pytest.mark.parametrize("name", ["processing_class", "tokeniser", "chat_templates"])
-def test_an_unknown_argument_of_saving_is_refused(name, tmp_path):
+def test_unknown_save_argument_is_refused(name, tmp_path):
     with pytest.raises(umbra.ConfigError, match=name):
         make().save_pretrained(tmp_path, **{name: make_tokenizer()})
 
@@ -263,7 +268,7 @@ def renamed_tokenizer():
         (renamed_tokenizer(), "token 2 is '<stop>', but '<eos>' in the base's"),
     ],
 )
-def test_a_tokenizer_that_does_not_fit_the_base_is_refused(tokenizer, message, tmp_path, base_folder):
+def test_tokenizer_larger_than_base_is_refused(tokenizer, message, tmp_path, base_folder):
     model = beside(base_folder)
     with pytest.raises(umbra.ConfigError, match=message):
         model.save_pretrained(tmp_path, tokenizer=tokenizer)
@@ -274,7 +279,7 @@ def test_a_tokenizer_that_does_not_fit_the_base_is_refused(tokenizer, message, t
         open_formatter(umbra.load(tmp_path))
 
 
-def test_a_changed_tokenizer_is_refused(tmp_path, base_folder):
+def test_changed_tokenizer_is_refused(tmp_path, base_folder):
     beside(base_folder).save_pretrained(tmp_path, tokenizer=make_tokenizer())
     file = tmp_path / "tokenizer.json"
     text = file.read_text()
@@ -294,7 +299,7 @@ def test_a_changed_tokenizer_is_refused(tmp_path, base_folder):
         {"tokenizer": {"\x1b[31m.json": None}}, {"chat_template_kwargs": {"tokenize": True}},
     ],
 )  # fmt: skip
-def test_a_damaged_entry_is_refused(change, tmp_path, base_folder):
+def test_damaged_prompting_entry_is_refused(change, tmp_path, base_folder):
     beside(base_folder).save_pretrained(tmp_path)
     values = json.loads((tmp_path / CONFIG).read_text())
     values["prompting"] |= change
@@ -304,7 +309,7 @@ def test_a_damaged_entry_is_refused(change, tmp_path, base_folder):
         umbra.load(tmp_path)
 
 
-def test_the_digest_covers_how_it_is_asked(tmp_path, base_folder):
+def test_digest_covers_prompting(tmp_path, base_folder):
     beside(base_folder).save_pretrained(tmp_path, chat_template=False)
     values = json.loads((tmp_path / CONFIG).read_text())
     values["prompting"]["chat_template"] = True
@@ -313,7 +318,7 @@ def test_the_digest_covers_how_it_is_asked(tmp_path, base_folder):
         umbra.load(tmp_path)
 
 
-def test_a_processor_around_a_tokenizer_is_carried(tmp_path, base_folder):
+def test_processor_with_tokenizer_is_saved(tmp_path, base_folder):
     tokenizer = thinking_tokenizer()
     processor = SimpleNamespace(
         tokenizer=tokenizer, chat_template=THINKING, save_pretrained=lambda out, **_: tokenizer.save_pretrained(out)
@@ -325,18 +330,14 @@ def test_a_processor_around_a_tokenizer_is_carried(tmp_path, base_folder):
 # -- adapters of format 2 ----------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_of_format_2_is_asked_as_before(tmp_path):
-    from test_format import FIXTURES
-
-    from support.tiny import make_base
-
-    model = umbra.load(FIXTURES / "causal", make_base())
+def test_format_2_adapter_keeps_its_prompting(tmp_path):
+    model = umbra.load(FIXTURES / "format2" / "causal", make_base())
     assert model.shadow.prompting == FORMAT_2_PROMPTING == Prompting(None, True, {"enable_thinking": False})
     model.save_pretrained(tmp_path)
     assert umbra.load(tmp_path, make_base()).shadow.prompting == FORMAT_2_PROMPTING
 
 
-def test_equal_tokenizers_are_held_once(tmp_path, base_folder):
+def test_equal_tokenizers_are_shared(tmp_path, base_folder):
     model = beside(base_folder)
     model.save_pretrained(tmp_path, tokenizer=make_tokenizer())
     model.load_adapter(tmp_path, "a")
@@ -345,7 +346,7 @@ def test_equal_tokenizers_are_held_once(tmp_path, base_folder):
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == make_tokenizer().get_vocab()
 
 
-def test_generate_asks_as_the_adapter_was_trained(tmp_path, base_folder, monkeypatch, capsys):
+def test_generate_prompts_as_in_training(tmp_path, base_folder, monkeypatch, capsys):
     model = beside(base_folder)
     model.save_pretrained(tmp_path, tokenizer=thinking_tokenizer(), chat_template_kwargs={"enable_thinking": False})
     asked = []

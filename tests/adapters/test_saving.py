@@ -16,16 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import umbra
-from conftest import make_tokenizer
 from support.folders import CARD, CONFIG, FILES, TENSOR, WEIGHTS, assert_same_model, contents, names
 from support.tiny import make, make_base
+from support.tokenizer import make_tokenizer
 from umbra import CheckpointError
 from umbra.deploy.detach import write_detached
 
 # -- overwriting ---------------------------------------------------------------------------------------------------
 
 
-def test_another_adapter_is_not_overwritten_without_leave(saved):
+def test_another_adapter_is_overwritten_only_on_request(saved):
     before, other = contents(saved), make(seed=5)
     with pytest.raises(CheckpointError, match=r"another adapter.*overwrite=True"):
         other.save_pretrained(saved)
@@ -36,14 +36,14 @@ def test_another_adapter_is_not_overwritten_without_leave(saved):
 
 
 @pytest.mark.parametrize("text", ['{"peft_type": "LORA"}', "damaged", "[]"])
-def test_an_adapter_without_an_id_is_another_adapter(tmp_path, text):
+def test_adapter_without_id_counts_as_another(tmp_path, text):
     (tmp_path / CONFIG).write_text(text)
     with pytest.raises(CheckpointError, match="another adapter"):
         make().save_pretrained(tmp_path)
     assert (tmp_path / CONFIG).read_text() == text
 
 
-def test_an_adapter_is_saved_over_itself_also_after_loading(saved):
+def test_loaded_adapter_can_be_saved_over_itself(saved):
     model = umbra.load(saved, base=make_base())
     with torch.no_grad():
         model.shadow.couplings.injections["1"].up.weight += 1
@@ -51,13 +51,13 @@ def test_an_adapter_is_saved_over_itself_also_after_loading(saved):
     assert_same_model(umbra.load(saved, base=make_base()), model)
 
 
-def test_a_trainer_owns_its_folders(saved):
+def test_trainer_may_overwrite_its_folders(saved):
     other = make(seed=5)
     other.save_pretrained(saved, is_main_process=True, state_dict=other.state_dict(), safe_serialization=True)
     assert_same_model(umbra.load(saved, base=make_base(seed=5)), other)
 
 
-def test_other_processes_write_nothing(tmp_path, saved):
+def test_only_main_process_writes(tmp_path, saved):
     before = contents(saved)
     make(seed=5).save_pretrained(saved, is_main_process=False)
     make().save_pretrained(tmp_path / "new", is_main_process=False)
@@ -65,13 +65,13 @@ def test_other_processes_write_nothing(tmp_path, saved):
     assert not (tmp_path / "new").exists()
 
 
-def test_other_files_of_the_folder_stay(saved):
+def test_unrelated_files_in_folder_stay(saved):
     (saved / "notes.txt").write_text("mine")
     make(seed=5).save_pretrained(saved, overwrite=True)
     assert names(saved) == {*FILES, "notes.txt"}
 
 
-def test_a_gathered_state_dict_is_what_is_saved(tmp_path):
+def test_gathered_state_dict_is_saved(tmp_path):
     model = make()
     doubled = {k: v * 2 for k, v in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=doubled)
@@ -82,7 +82,7 @@ def test_a_gathered_state_dict_is_what_is_saved(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["a file", "a file/below"])
-def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path, place):
+def test_impossible_output_folder_is_refused(tmp_path, place):
     (tmp_path / "a file").write_text("mine")
     with pytest.raises(CheckpointError, match="a file"):
         make().save_pretrained(tmp_path / place)
@@ -135,7 +135,7 @@ FULL_DISKS = {
 
 
 @pytest.mark.parametrize("moment", FULL_DISKS)
-def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch, moment):
+def test_full_disk_leaves_old_adapter(saved, monkeypatch, moment):
     before, model = contents(saved), umbra.load(saved, base=make_base())
     with torch.no_grad():
         model.shadow.couplings.injections["1"].up.weight += 1
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch, moment):
 @pytest.mark.parametrize(
     "error", [SafetensorError("I/O error: File too large"), Exception("File too large (os error 27)")]
 )
-def test_a_full_disk_under_a_stock_model_is_a_checkpoint_error(tmp_path, monkeypatch, error):
+def test_full_disk_for_stock_model_raises_checkpoint_error(tmp_path, monkeypatch, error):
     """As safetensors and tokenizers tell of it."""
 
     def fails(*_, **__):
@@ -167,7 +167,7 @@ def test_a_full_disk_under_a_stock_model_is_a_checkpoint_error(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-def test_a_disk_that_fails_after_the_commit_is_a_checkpoint_error_too(saved, monkeypatch, call):
+def test_disk_failure_after_commit_raises_checkpoint_error(saved, monkeypatch, call):
     """The new adapter is the folder's by then, and reads as a whole."""
     model, replace, calls = umbra.load(saved, base=make_base()), Path.replace, []
     with torch.no_grad():
@@ -284,7 +284,7 @@ def whole_value(folder: Path) -> int:
     return int(value)
 
 
-def test_a_killed_save_leaves_one_whole_adapter(saver, tmp_path):
+def test_killed_save_leaves_one_whole_adapter(saver, tmp_path):
     assert saver.crash(tmp_path, 10**9, 1) == 0
     chance, seen = random.Random(0), set()
     for _ in range(15):
@@ -302,7 +302,7 @@ def test_a_killed_save_leaves_one_whole_adapter(saver, tmp_path):
     assert whole_value(tmp_path) == 2
 
 
-def test_a_save_may_end_at_any_operation(saver, tmp_path):
+def test_save_interrupted_anywhere_leaves_whole_adapter(saver, tmp_path):
     """Over an old adapter: until the commit it is still the old one, from then on the new one."""
     found = []
     for call in range(1, 100):
@@ -319,7 +319,7 @@ def test_a_save_may_end_at_any_operation(saver, tmp_path):
     assert set(found) == {1, 2}
 
 
-def test_a_save_may_end_at_any_operation_after_one_that_did(saver, tmp_path):
+def test_second_interrupted_save_leaves_whole_adapter(saver, tmp_path):
     """A save first finishes what a killed one had committed, and may itself end there."""
     killed_after_commit = 0
     for first in range(1, 100):
@@ -337,7 +337,7 @@ def test_a_save_may_end_at_any_operation_after_one_that_did(saver, tmp_path):
     assert killed_after_commit >= 4
 
 
-def test_a_first_save_that_ends_early_leaves_no_half_adapter(saver, tmp_path):
+def test_interrupted_first_save_leaves_no_partial_adapter(saver, tmp_path):
     whole = []
     for call in range(1, 100):
         folder = tmp_path / str(call)
@@ -353,7 +353,7 @@ def test_a_first_save_that_ends_early_leaves_no_half_adapter(saver, tmp_path):
     assert set(whole) == {0, 2}
 
 
-def test_files_can_be_read_by_whom_the_users_umask_says(tmp_path):
+def test_saved_files_follow_umask(tmp_path):
     before = os.umask(0o027)
     try:
         make().save_pretrained(tmp_path)

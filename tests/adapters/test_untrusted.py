@@ -15,9 +15,9 @@ import yaml
 from transformers import AutoConfig
 
 import umbra
-from conftest import make_tokenizer
 from support.folders import edit_config
 from support.tiny import make, scramble, tokens
+from support.tokenizer import make_tokenizer
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.cli import main
 from umbra.cli.terminal import PlainStream
@@ -53,7 +53,7 @@ NEEDED = ("argparse", "json", "dataclasses", "sitecustomize", "usercustomize")  
 
 
 @pytest.mark.parametrize("start", ["module", "script"])
-def test_no_file_of_the_working_folder_is_imported(start, planted):
+def test_working_folder_is_never_imported(start, planted):
     """By ``python -m umbra``, and by the installed script, though PYTHONPATH names the working folder."""
     if start == "script":
         for name in NEEDED:
@@ -68,14 +68,14 @@ def test_no_file_of_the_working_folder_is_imported(start, planted):
     assert not (planted / "mark").exists(), (planted / "mark").read_text()
 
 
-def test_child_processes_import_nothing_from_it(planted, monkeypatch):
+def test_child_processes_do_not_import_working_folder(planted, monkeypatch):
     monkeypatch.chdir(planted)
     (planted / "script.py").write_text("import json, os; print(json.dumps([os.getcwd(), 1]))\n")
     done = run_python(str(planted / "script.py"))
     assert json.loads(done.stdout)[0] != str(planted) and not (planted / "mark").exists()
 
 
-def test_a_weighed_step_imports_nothing_from_it(planted, monkeypatch):
+def test_memory_measurement_does_not_import_working_folder(planted, monkeypatch):
     from umbra.lab.bench.base import SHAPES, Base
     from umbra.lab.bench.cases import Memory
     from umbra.lab.bench.machine import Device
@@ -122,7 +122,7 @@ def edit(file: Path, **values) -> None:
 
 @pytest.mark.parametrize("key", FOREIGN)
 @pytest.mark.parametrize("value", ["plain", "by part"])
-def test_a_bases_configuration_names_no_kernel(key, value, base_folder, tmp_path, no_kernels):
+def test_base_configuration_cannot_name_kernel(key, value, base_folder, tmp_path, no_kernels):
     shutil.copytree(base_folder, tmp_path / "base")
     found = FOREIGN[key] if value == "plain" else {"": FOREIGN[key], "text_config": KERNEL}
     edit(tmp_path / "base/config.json", **{key: found})
@@ -133,7 +133,7 @@ def test_a_bases_configuration_names_no_kernel(key, value, base_folder, tmp_path
     assert torch.equal(model.eval()(tokens()).logits, reference.eval()(tokens()).logits)
 
 
-def test_a_nested_configuration_names_no_kernel():
+def test_nested_configuration_cannot_name_kernel():
     from umbra.base.loading import tamed
 
     values = {part: {"attn_implementation": KERNEL} for part in ("text_config", "vision_config")}
@@ -144,7 +144,7 @@ def test_a_nested_configuration_names_no_kernel():
 
 
 @pytest.mark.parametrize("key", FOREIGN)
-def test_an_adapters_configuration_names_no_kernel(key, tmp_path, no_kernels):
+def test_adapter_configuration_cannot_name_kernel(key, tmp_path, no_kernels):
     model = make()
     model.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -156,14 +156,14 @@ def test_an_adapters_configuration_names_no_kernel(key, tmp_path, no_kernels):
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
-def test_a_pretrained_shadows_configuration_names_no_kernel(base_folder, tmp_path, no_kernels):
+def test_pretrained_shadow_configuration_cannot_name_kernel(base_folder, tmp_path, no_kernels):
     shutil.copytree(base_folder, tmp_path / "shadow")
     edit(tmp_path / "shadow/config.json", attn_implementation=KERNEL)
     umbra.attach(load_base(base_folder), umbra.ShadowConfig(shadow=str(tmp_path / "shadow")))
 
 
 @pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
-def test_code_beside_a_base_is_not_run(place, base_folder, tmp_path):
+def test_code_in_base_folder_is_not_run(place, base_folder, tmp_path):
     shutil.copytree(base_folder, tmp_path / "base")
     mark = tmp_path / "mark"
     code = f"open({str(mark)!r}, 'w')\nfrom transformers import *\nOwn = LlamaConfig\n"
@@ -177,7 +177,7 @@ def test_code_beside_a_base_is_not_run(place, base_folder, tmp_path):
     assert not mark.exists()
 
 
-def test_a_pickle_of_a_base_is_not_opened(base_folder, tmp_path):
+def test_base_pickle_is_not_opened(base_folder, tmp_path):
     shutil.copytree(base_folder, tmp_path / "base")
     (tmp_path / "base/model.safetensors").unlink()
     torch.save(load_base(base_folder).state_dict(), tmp_path / "base/pytorch_model.bin")
@@ -194,12 +194,12 @@ def is_plain(text: str) -> bool:
     return plain(text) == text and "\r" not in text
 
 
-def test_escapes_are_those_of_unicode():
+def test_control_characters_are_escaped():
     assert plain("a\tb\nc\x1b\x9b\u202e\ud800é影👍\u200d") == "a\tb\nc\\u001b\\u009b\\u202e\\ud800é影👍\u200d"
     assert one_line(" a\n\n b\x07 ") == "a b\\u0007"
 
 
-def test_every_error_is_plain():
+def test_error_messages_contain_no_control_characters():
     assert is_plain(str(umbra.ConfigError(EVIL))) and is_plain(str(umbra.StateError(EVIL)))
 
 
@@ -207,7 +207,7 @@ def test_every_error_is_plain():
 @pytest.mark.parametrize(
     "command", [["inspect"], ["inspect", "--json"], ["generate", "x"], ["detach", "{here}/o"]], ids=" ".join
 )
-def test_names_of_an_adapter_are_shown_escaped(key, command, saved, tmp_path, capsys):
+def test_adapter_names_are_escaped(key, command, saved, tmp_path, capsys):
     edit_config(saved, **{key: EVIL.replace("\ud800", "")})
     verb, *rest = command
     main([verb, str(saved), *(part.format(here=tmp_path) for part in rest)])
@@ -216,7 +216,7 @@ def test_names_of_an_adapter_are_shown_escaped(key, command, saved, tmp_path, ca
     assert "\nFROM" not in captured.out + captured.err
 
 
-def test_a_card_holds_no_markup_of_a_name(tmp_path):
+def test_card_escapes_markup_in_names(tmp_path):
     model = make()
     model.base.name_or_path = EVIL.replace("\ud800", "").replace("\x00", "")
     model.save_pretrained(tmp_path)
@@ -226,7 +226,7 @@ def test_a_card_holds_no_markup_of_a_name(tmp_path):
 
 
 @pytest.mark.parametrize("system", ["\x1b[2J", '"""\nFROM evil', 'ends in "', "{{ .Prompt }}\x00"])
-def test_a_modelfile_takes_no_instructions_from_a_template(system):
+def test_modelfile_escapes_template_instructions(system):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' if messages[0].role != 'system' else '' }}"
@@ -248,7 +248,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_an_answer_is_raw_only_where_nobody_watches(is_terminal, base_folder, tmp_path, monkeypatch):
+def test_answers_are_escaped_on_terminals_only(is_terminal, base_folder, tmp_path, monkeypatch):
     """With a model that says ESC."""
     model = umbra.attach(load_base(base_folder), umbra.ShadowConfig(rank=2))
     model.save_pretrained(tmp_path)
@@ -261,16 +261,16 @@ def test_an_answer_is_raw_only_where_nobody_watches(is_terminal, base_folder, tm
     assert ("\x1b" in text) != is_terminal and "[2Jb" in text
 
 
-def test_progress_bars_still_move():
+def test_progress_bars_still_use_control_characters():
     stream = io.StringIO()
     PlainStream(stream, shows_progress=True).write("\r50 %\x1b[A\x1b[2J")
     assert stream.getvalue() == "\r50 %\x1b[A\\u001b[2J"
 
 
-def test_a_report_holds_no_markup_of_a_record():
-    from umbra.lab.study.page import Section, markdown, page
+def test_report_escapes_markup_in_records():
+    from umbra.lab.study.report.page import Section, html, markdown
 
     sections = [Section(EVIL, [EVIL], ["name", "x"], [[EVIL, EVIL]])]
-    for text in (markdown(EVIL, [EVIL], sections, {}), page(EVIL, [EVIL], sections, {})):
+    for text in (markdown(EVIL, [EVIL], sections, {}), html(EVIL, [EVIL], sections, {})):
         assert is_plain(text) and "<script>alert" not in text
         assert "| \\u001b" in text or "<td>" in text

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import umbra
-from conftest import make_tokenizer
 from support.folders import CONFIG, WEIGHTS
 from support.tiny import VOCAB, gradients, make, make_base, scramble, tokens
+from support.tokenizer import make_tokenizer
 from umbra.adapters.prompting import open_formatter
 from umbra.base.architectures import locate
 from umbra.cli import main
@@ -102,7 +102,7 @@ def rows_of(base) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_their_gradients_are_those_of_the_bases_own_rows(base):
+def test_added_row_gradients_equal_base_row_gradients(base):
     """Beside a base whose tables are trained as a whole, of which no other row has one here."""
     model, ids = resized(base), with_tokens()
     model.train()(ids, labels=ids).loss.backward()
@@ -122,7 +122,7 @@ def test_their_gradients_are_those_of_the_bases_own_rows(base):
 
 
 @torch.no_grad()
-def test_a_classifier_reads_added_tokens_too(tmp_path):
+def test_classifier_reads_added_tokens(tmp_path):
     model = make(classifier=True, base_options={"num_labels": 3})
     model.resize_token_embeddings(VOCAB + NEW)
     ids, labels = with_tokens(), torch.tensor([0, 2])
@@ -136,7 +136,7 @@ def test_a_classifier_reads_added_tokens_too(tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_a_trainer_saves_resumes_and_loads_them(tmp_path):
+def test_trainer_saves_resumes_and_loads_added_tokens(tmp_path):
     ids = [{"input_ids": r.tolist(), "labels": r.tolist()} for s in range(4) for r in with_tokens(s)]
     options = {
         "output_dir": str(tmp_path), "max_steps": 4, "save_steps": 2, "report_to": "none", "use_cpu": True,
@@ -152,7 +152,7 @@ def test_a_trainer_saves_resumes_and_loads_them(tmp_path):
     assert found.shadow.added_tokens.equals(model.shadow.added_tokens)
 
 
-def test_transformers_own_trainer_trains_them_too(tmp_path):
+def test_transformers_trainer_trains_added_tokens(tmp_path):
     ids = [{"input_ids": r.tolist(), "labels": r.tolist()} for r in with_tokens()]
     model = resized()
     before = copy.deepcopy(model.shadow.added_tokens)
@@ -162,7 +162,7 @@ def test_transformers_own_trainer_trains_them_too(tmp_path):
     assert umbra.load(tmp_path / "checkpoint-1", make_base()).shadow.added_tokens.equals(model.shadow.added_tokens)
 
 
-def test_states_that_would_leave_the_heads_rows_untrained_are_refused():
+def test_states_leaving_head_rows_untrained_are_refused():
     model = resized(auxiliary_loss_weight=0.0).train()
     with pytest.raises(umbra.StateError, match="added tokens"):
         model.base_model(with_tokens())
@@ -170,7 +170,7 @@ def test_states_that_would_leave_the_heads_rows_untrained_are_refused():
     model.base_model(with_tokens())
 
 
-def test_a_frozen_adapters_rows_are_frozen(tmp_path):
+def test_frozen_adapter_freezes_added_rows(tmp_path):
     trained(resized()).save_pretrained(tmp_path / "a")
     assert not any(p.requires_grad for p in umbra.load(tmp_path / "a", make_base()).parameters())
     found = umbra.load(tmp_path / "a", make_base(), trainable=True)
@@ -185,7 +185,7 @@ def test_a_frozen_adapters_rows_are_frozen(tmp_path):
 
 @pytest.mark.parametrize("base", ["untied", "tied"])
 @torch.no_grad()
-def test_a_base_with_other_rows_gets_the_adapters(base, tmp_path):
+def test_adapter_rows_replace_base_rows_on_load(base, tmp_path):
     model = resized(base)
     scramble(model.shadow, 3)
     model.save_pretrained(tmp_path / "a")
@@ -204,7 +204,7 @@ def test_a_base_with_other_rows_gets_the_adapters(base, tmp_path):
 
 @pytest.mark.parametrize("base", BASES)
 @torch.no_grad()
-def test_unload_gives_the_base_without_them(base, tmp_path):
+def test_unload_removes_added_rows(base, tmp_path):
     name, options = BASES[base]
     model = resized(base)
     scramble(model.shadow, 3)
@@ -221,7 +221,7 @@ def test_unload_gives_the_base_without_them(base, tmp_path):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
 
 
-def test_a_base_of_another_size_is_refused(tmp_path):
+def test_base_with_another_vocabulary_size_is_refused(tmp_path):
     resized().save_pretrained(tmp_path / "a")
     other = make_base()
     other.resize_token_embeddings(VOCAB + 7)
@@ -232,7 +232,7 @@ def test_a_base_of_another_size_is_refused(tmp_path):
 
 
 @torch.no_grad()
-def test_a_base_resized_before_the_shadow_came_is_refused_when_resized_anew(tmp_path):
+def test_second_resize_of_resized_base_is_refused(tmp_path):
     """Case 52: the rows are the base's, which has to be the same one."""
 
     def base(seed):
@@ -251,7 +251,7 @@ def test_a_base_resized_before_the_shadow_came_is_refused_when_resized_anew(tmp_
 
 
 @pytest.mark.parametrize("change", ["lacks", "misshapen", "more"])
-def test_damaged_rows_are_refused_and_the_base_stays(change, tmp_path):
+def test_damaged_rows_are_refused_and_base_is_unchanged(change, tmp_path):
     from safetensors.torch import save_file
 
     resized().save_pretrained(tmp_path / "a")
@@ -270,7 +270,7 @@ def test_damaged_rows_are_refused_and_the_base_stays(change, tmp_path):
     assert base.config.vocab_size == VOCAB == len(base.get_input_embeddings().weight)
 
 
-def test_the_digest_covers_them(tmp_path):
+def test_digest_covers_added_rows(tmp_path):
     from safetensors.torch import save_file
 
     resized().save_pretrained(tmp_path / "a")
@@ -284,7 +284,7 @@ def test_the_digest_covers_them(tmp_path):
 # -- several adapters --------------------------------------------------------------------------------------------------
 
 
-def test_adapters_of_one_base_have_the_same_rows(tmp_path):
+def test_adapters_on_one_base_share_added_rows(tmp_path):
     trained(resized()).save_pretrained(tmp_path / "a")
     other = resized()
     trained(other, 1)
@@ -306,7 +306,7 @@ def test_adapters_of_one_base_have_the_same_rows(tmp_path):
     assert torch.equal(alone(ids).logits, umbra.load(tmp_path / "b", make_base())(ids).logits)
 
 
-def test_beside_another_adapter_they_are_frozen_and_saved_with_each(tmp_path):
+def test_shared_added_rows_are_frozen_and_saved_with_each_adapter(tmp_path):
     model = trained(resized())
     model.add_adapter(umbra.ShadowConfig(rank=2), "second")
     scramble(model.adapter("second"), 8)
@@ -323,7 +323,7 @@ def test_beside_another_adapter_they_are_frozen_and_saved_with_each(tmp_path):
 # -- more and fewer ----------------------------------------------------------------------------------------------------
 
 
-def test_resized_again_the_trained_rows_stay():
+def test_trained_rows_survive_second_resize():
     model = trained(resized())
     rows = {n: p.detach().clone() for n, p in model.shadow.added_tokens.named_parameters()}
     model.resize_token_embeddings(VOCAB + 5)
@@ -335,7 +335,7 @@ def test_resized_again_the_trained_rows_stay():
 
 
 @torch.no_grad()
-def test_a_base_that_had_rows_gets_them_back_after_a_resizing(tmp_path):
+def test_unload_restores_original_rows_after_resize(tmp_path):
     resized().save_pretrained(tmp_path / "a")
     other = make_base()
     other.resize_token_embeddings(VOCAB + NEW, mean_resizing=False)
@@ -359,7 +359,7 @@ def another(part: str, before: torch.nn.Module, rows: int) -> torch.nn.Module:
 
 @pytest.mark.parametrize("way", ["set", "assigned"])
 @pytest.mark.parametrize("part", ["embeddings", "head"])
-def test_they_move_to_embeddings_and_heads_that_replace_others(part, way, tmp_path):
+def test_added_rows_move_to_replaced_embeddings_and_heads(part, way, tmp_path):
     model, ids = trained(resized()), with_tokens()
     expected, known = model(ids).logits, model.base_fingerprint
     before = locate(model.base).embeddings if part == "embeddings" else locate(model.base).head
@@ -378,7 +378,7 @@ def test_they_move_to_embeddings_and_heads_that_replace_others(part, way, tmp_pa
     assert plain.config.vocab_size == VOCAB and not after._forward_hooks and not after._forward_pre_hooks
 
 
-def test_a_table_that_was_tied_is_not_replaced_alone():
+def test_tied_table_is_not_replaced_alone():
     model = trained(resized("tied"))
     before = model.get_input_embeddings()
     with pytest.raises(umbra.BaseModelError, match="tied"):
@@ -390,7 +390,7 @@ def test_a_table_that_was_tied_is_not_replaced_alone():
 
 
 @pytest.mark.parametrize("base", ["untied", "tied"])
-def test_the_fingerprint_is_of_the_embeddings_and_head_of_now(base, tmp_path):
+def test_fingerprint_uses_current_embeddings_and_head(base, tmp_path):
     name, options = BASES[base]
     model = make(name, base_options=options)
     known = model.base_fingerprint
@@ -406,7 +406,7 @@ def test_the_fingerprint_is_of_the_embeddings_and_head_of_now(base, tmp_path):
         umbra.load(tmp_path / "a", make_base(name, **options))
 
 
-def test_a_base_in_half_precision_trains_them_in_single(tmp_path):
+def test_half_precision_base_trains_added_rows_in_float32(tmp_path):
     model = make()
     model.base.bfloat16()
     model.resize_token_embeddings(VOCAB + NEW)
@@ -417,7 +417,7 @@ def test_a_base_in_half_precision_trains_them_in_single(tmp_path):
         assert torch.equal(found(ids).logits, model(ids).logits)
 
 
-def test_a_copy_of_the_model_has_rows_of_its_own():
+def test_copied_model_has_separate_added_rows():
     model, ids = trained(resized()), with_tokens()
     twin = copy.deepcopy(model)
     before = twin(ids).logits
@@ -425,7 +425,7 @@ def test_a_copy_of_the_model_has_rows_of_its_own():
     assert torch.equal(twin(ids).logits, before) and not torch.equal(model(ids).logits, before)
 
 
-def test_compiled_it_reads_the_rows_of_now():
+def test_compiled_model_reads_current_rows():
     model, ids = resized(), with_tokens()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
@@ -437,7 +437,7 @@ def test_compiled_it_reads_the_rows_of_now():
 # -- with a tokenizer --------------------------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_with_added_tokens_goes_from_training_to_the_device(tmp_path, base_folder, capsys):
+def test_extended_tokenizer_survives_train_detach_export(tmp_path, base_folder, capsys):
     from umbra.base.loading import load_base
 
     tokenizer = make_tokenizer()
@@ -464,7 +464,7 @@ def test_a_tokenizer_with_added_tokens_goes_from_training_to_the_device(tmp_path
 
 
 @pytest.mark.parametrize("form", ["peft", "shadow-peft"])
-def test_formats_without_room_for_them_are_refused(form, tmp_path):
+def test_formats_without_added_rows_are_refused(form, tmp_path):
     model = resized(dialect={"peft": "peft", "shadow-peft": "paper"}[form], alpha=0.1)
     with pytest.raises(umbra.CheckpointError, match="added"):
         convert(model, tmp_path / "a", form)

@@ -18,31 +18,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import umbra
 from support import tables
+from support.families import IDS, MASK, PADDED, PADS, build, cast
 from support.tables import ELSEWHERE, FAMILIES, REFUSED
-from support.tiny import CONFIGS, DIALECTS, VOCAB, gradients, randomise, scramble, tokens
+from support.tiny import CONFIGS, DIALECTS, VOCAB, gradients, scramble
 from umbra.base import architectures
 from umbra.method import kernels
-from umbra.method.hooks import HeadPlan
+from umbra.method.head_inputs import HeadInputs
 
-IDS, PADS = tokens(2, 9), 4
-MASK = torch.ones_like(IDS)
 MASK[1, :PADS] = 0
-PADDED = IDS * MASK
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-
-
-def build(name: str, classifier: bool = False, **options):
-    """A tiny random base of a family, frozen, in eval mode."""
-    family = FAMILIES[name]
-    config = AutoConfig.for_model(family.model_type or name, **{**family.config, **options})
-    return randomise(config, classifier=classifier).requires_grad_(False)
-
-
-def cast(base, **fields) -> umbra.ShadowModel:
-    """A shadow beside the base, every weight of it randomised."""
-    model = umbra.attach(base, umbra.ShadowConfig(**{"rank": 4, "alpha": 0.5, "dropout": 0.0, **fields}))
-    scramble(model.shadow)
-    return model.eval()
 
 
 @dataclass
@@ -81,7 +65,7 @@ def check(column: str):
 
 def shadow_path(model: umbra.ShadowModel, ids: torch.Tensor) -> torch.Tensor:
     """(B, T, V): what training's one call of the head gives for s⁰."""
-    plan = HeadPlan([(None, model.shadow.heads)], flatten=True, keep=torch.arange(1))
+    plan = HeadInputs([(None, model.shadow.heads)], flatten=True, positions=torch.arange(1))
 
     def use_state(s0: torch.Tensor) -> None:
         plan.extra = architectures.head_input(model.base, s0.reshape(-1, s0.shape[-1]))
@@ -89,7 +73,7 @@ def shadow_path(model: umbra.ShadowModel, ids: torch.Tensor) -> torch.Tensor:
     batch = {"input_ids": ids, "inputs_embeds": None, "past_key_values": None}
     if architectures.takes_cache(model.base):
         batch["use_cache"] = False
-    out = model._run_base(batch, [(model.shadow, None)], plan, use_state)
+    out = model.runner.run(batch, [(model.shadow, None)], plan, use_state)
     return out["logits"][0, plan.rows :].view(*ids.shape, -1)
 
 
@@ -106,7 +90,7 @@ def umbra_hooks(model) -> list:
 
 
 @check("attaches")
-def test_attached_is_the_base_at_first(pair):
+def test_attached_equals_base_at_initialisation(pair):
     """In the form that the page names, without the base's embedding table among the shadow's weights."""
     assert torch.equal(pair.at_first, pair.logits)
     located, backbone = architectures.locate(pair.model.base), pair.model.shadow.backbone
@@ -119,7 +103,7 @@ def test_attached_is_the_base_at_first(pair):
 
 @check("trains")
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_one_training_step(pair, dialect):
+def test_training_step_gives_every_trainable_weight_a_gradient(pair, dialect):
     """No dead weight: every parameter of the shadow has a gradient other than 0, none of the base has one."""
     model = pair.model if dialect == "paper" else cast(build(pair.name), dialect=dialect)
     loss = model.train()(IDS, labels=IDS).loss
@@ -131,7 +115,7 @@ def test_one_training_step(pair, dialect):
 
 
 @check("generates")
-def test_cached_generation_is_uncached_generation(pair):
+def test_cached_generation_equals_uncached(pair):
     """Greedy, a left-padded batch."""
     cached = pair.model.generate(PADDED, attention_mask=MASK, **GREEDY)
     assert torch.equal(cached, pair.model.generate(PADDED, attention_mask=MASK, **GREEDY, use_cache=False))
@@ -139,7 +123,7 @@ def test_cached_generation_is_uncached_generation(pair):
 
 
 @check("left padding")
-def test_a_left_padded_row_is_the_row_alone(pair):
+def test_left_padded_row_equals_row_alone(pair):
     batch = pair.model.generate(PADDED, attention_mask=MASK, **GREEDY)[1, PADS:]
     alone = pair.model.generate(IDS[1:, PADS:], **GREEDY)[0]
     assert torch.equal(batch[: len(alone)], alone[: len(batch)])
@@ -147,7 +131,7 @@ def test_a_left_padded_row_is_the_row_alone(pair):
 
 @check("hidden states")
 @torch.no_grad()
-def test_hidden_states_are_those_of_a_base(pair):
+def test_hidden_states_have_base_shapes(pair):
     """Plain tensors, as many and as wide as without a shadow."""
     states = pair.model(IDS, output_hidden_states=True).hidden_states
     assert all(type(h) is torch.Tensor for h in states)
@@ -157,7 +141,7 @@ def test_hidden_states_are_those_of_a_base(pair):
 
 @check("saves")
 @torch.no_grad()
-def test_loaded_is_what_was_saved(pair, tmp_path):
+def test_loaded_adapter_equals_saved_one(pair, tmp_path):
     pair.model.save_pretrained(tmp_path / "adapter")
     loaded = umbra.load(tmp_path / "adapter", base=build(pair.name))
     torch.testing.assert_close(loaded(IDS).logits, pair.model(IDS).logits, rtol=0, atol=1e-5)
@@ -165,7 +149,7 @@ def test_loaded_is_what_was_saved(pair, tmp_path):
 
 @check("detaches")
 @torch.no_grad()
-def test_detached_is_the_shadow_path(pair):
+def test_detached_model_equals_shadow_path(pair):
     """The stock model's logits are those that the auxiliary loss is computed from, scaled and capped alike."""
     stock = pair.model.detached()
     assert all(not type(m).__module__.startswith("umbra") for m in stock.modules())
@@ -178,7 +162,7 @@ def test_detached_is_the_shadow_path(pair):
 
 @check("unloads")
 @torch.no_grad()
-def test_unload_gives_the_base_back(pair):
+def test_unload_restores_base(pair):
     base = pair.model.unload()
     assert torch.equal(base(IDS).logits, pair.logits)
     assert umbra_hooks(base) == []
@@ -187,7 +171,7 @@ def test_unload_gives_the_base_back(pair):
 @pytest.mark.architecture("dense shadow")
 @pytest.mark.parametrize("name", [n for n in names("dense shadow") if FAMILIES[n].shadow == "mirror"])
 @torch.no_grad()
-def test_a_dense_shadow_detached(name):
+def test_dense_shadow_detaches_exactly(name):
     """Constant scaling of the logits is folded into a Llama's head; a cap needs a class that has one."""
     model = cast(build(name), shadow="dense")
     assert_close(model.detached()(IDS).logits, shadow_path(model, IDS))
@@ -228,20 +212,20 @@ def elsewhere(request, tmp_path_factory) -> dict[str, tuple[torch.Tensor, torch.
 
 @pytest.mark.architecture("without Umbra")
 @pytest.mark.parametrize("name", names("without Umbra"))
-def test_read_where_there_is_no_umbra(name, elsewhere):
+def test_detached_model_loads_without_umbra(name, elsewhere):
     found, expected = elsewhere[name]
     assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_its_channels_can_be_measured(name):
-    model = umbra.attach(build(name), umbra.ShadowConfig(rank=4, channel_scale="measured"))
+def test_channel_scale_can_be_measured(name):
+    model = umbra.attach(build(name), umbra.ShadowConfig(rank=4, input_scale="measured"))
     for injection in model.shadow.couplings.injections.values():
         assert torch.isfinite(injection.channels).all() and float(injection.channels.std()) > 0
 
 
 @pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.shadow == "mirror"])
-def test_its_first_block_is_copied(name):
+def test_first_block_can_be_copied(name):
     """By default, without a word where that cannot be; so which those are is held here."""
     model = umbra.attach(build(name), umbra.ShadowConfig(rank=4))
     only_the_last_has_a_bias = name == "gpt_neox_japanese"
@@ -252,7 +236,7 @@ def test_its_first_block_is_copied(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_family_that_cannot_carry_a_shadow_says_why(name):
+def test_unsupported_family_explains_why(name):
     options, reason = REFUSED[name]
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options))
@@ -261,7 +245,7 @@ def test_a_family_that_cannot_carry_a_shadow_says_why(name):
     assert umbra_hooks(base) == []
 
 
-def test_every_causal_family_is_accounted_for():
+def test_every_causal_family_is_listed():
     """Those of AutoModelForCausalLM: tested, refused, or tested elsewhere."""
     known = {family.model_type or name for name, family in tables.LISTED.items()} | REFUSED.keys() | ELSEWHERE.keys()
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - known - {"umbra"} == set()
@@ -269,7 +253,7 @@ def test_every_causal_family_is_accounted_for():
 
 
 @torch.no_grad()
-def test_a_pretrained_shadow_cannot_cap_its_logits(tmp_path):
+def test_pretrained_shadow_cannot_cap_logits(tmp_path):
     """Nor can it transform its states as ModernBERT does before its head."""
     AutoModel.from_config(AutoConfig.for_model("llama", **CONFIGS["llama"])).save_pretrained(tmp_path)
     for name, problem in (("gemma2", "caps its logits"), ("modernbert-decoder", "differently before the head")):
@@ -285,7 +269,7 @@ def test_a_pretrained_shadow_cannot_cap_its_logits(tmp_path):
     ("name", "width"),
     [("opt-350m", None), ("opt-350m", 16), ("minicpm3", None), ("minicpm3", 16), ("modernbert-decoder", None)],
 )
-def test_classifiers(name, width):
+def test_classifier_equals_base_at_initialisation_and_trains(name, width):
     """The shadow's own loss is that of its detached form."""
     labels = torch.tensor([0, 1])
     options = {} if width is None else {"shadow_hidden_size": width}
@@ -296,7 +280,7 @@ def test_classifiers(name, width):
         assert_close(model(IDS, labels=labels).shadow_loss, F.cross_entropy(model.detached()(IDS).logits, labels))
 
 
-def test_a_shadow_narrower_than_embeddings_of_another_width():
+def test_narrow_shadow_reads_projected_embeddings():
     """OPT-350m's blocks are wider than its table and its head: both are bridged."""
     model = cast(build("opt-350m"), shadow_hidden_size=24, shadow_num_attention_heads=2)
     with torch.no_grad():
@@ -306,7 +290,7 @@ def test_a_shadow_narrower_than_embeddings_of_another_width():
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_lists_what_is_tested(request):
+def test_architectures_page_lists_tested_families(request):
     if request.config.getoption("--write-tables"):
         return
     page = tables.ARCHITECTURES.read_text(encoding="utf-8")

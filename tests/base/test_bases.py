@@ -31,22 +31,22 @@ def umask() -> int:
 
 UNPACK = """
 import sys, time, pathlib
-from umbra import bases
+from umbra.base import loading
 def unpack(source, staging):
     staging.mkdir()
     (staging / "one").write_text("1")
     print("half", flush=True)
     time.sleep(float(sys.argv[2]))
     (staging / "two").write_text("2")
-bases._unpack = unpack
+loading._unpack = unpack
 from huggingface_hub import constants
 constants.HF_HOME = sys.argv[1]
 source = pathlib.Path(sys.argv[1]) / "source"
-print(bases._unpacked(source), flush=True)
+print(loading._unpacked(source), flush=True)
 """
 
 
-def test_unpacking_is_done_once_and_leaves_nothing_of_a_kill(tmp_path):
+def test_killed_unpacking_leaves_no_partial_base(tmp_path):
     """A killed process leaves half; of two others one unpacks, the other waits, and nothing but the whole is there then."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / EMBEDDED_FILE).write_text("gguf")
@@ -68,7 +68,7 @@ def test_unpacking_is_done_once_and_leaves_nothing_of_a_kill(tmp_path):
 
 
 @pytest.mark.real
-def test_the_embedded_base_is_its_gguf_and_is_unpacked_once(tmp_path, monkeypatch):
+def test_embedded_base_equals_its_gguf_and_is_unpacked_once(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     model, weights = load_base(EMBEDDED, dtype="bfloat16"), load_base(EMBEDDED).state_dict()
     assert model.dtype == torch.bfloat16 and model.name_or_path == EMBEDDED
@@ -89,7 +89,7 @@ def test_the_embedded_base_is_its_gguf_and_is_unpacked_once(tmp_path, monkeypatc
     assert written.stat().st_mtime_ns == before
 
 
-def test_no_place_to_unpack_it(tmp_path, monkeypatch):
+def test_unwritable_cache_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
     with pytest.raises(BaseModelError, match="HF_HOME"):

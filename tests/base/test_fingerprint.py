@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from test_architectures import build
 from torch import nn
 from transformers import GgufConfig
 
 import umbra
+from support.families import build
 from support.folders import CONFIG
 from support.tiny import LAYERS, make_base, tokens
 from umbra.base.architectures import locate
@@ -44,7 +44,7 @@ OUTSIDE = [(name, n) for name in BASES for n in parameters_outside(make_base(nam
 
 @pytest.mark.parametrize(("name", "parameter"), OUTSIDE, ids=[f"{a}-{b}" for a, b in OUTSIDE])
 @torch.no_grad()
-def test_each_tensor_outside_the_blocks_tells_a_base_from_another(name, parameter, tmp_path):
+def test_every_tensor_outside_blocks_is_fingerprinted(name, parameter, tmp_path):
     folder = saved_beside(make_base(name), tmp_path / "a")
     umbra.load(folder, make_base(name)).unload()
     other = make_base(name)
@@ -54,7 +54,7 @@ def test_each_tensor_outside_the_blocks_tells_a_base_from_another(name, paramete
 
 
 @torch.no_grad()
-def test_a_tied_head_and_one_of_its_own_with_the_same_values_are_one(tmp_path):
+def test_tied_and_equal_untied_heads_have_one_fingerprint(tmp_path):
     folder = saved_beside(make_base("llama", tie_word_embeddings=True), tmp_path / "a")
     other = make_base("llama", tie_word_embeddings=True)
     other.lm_head.weight = nn.Parameter(other.lm_head.weight.clone())
@@ -87,7 +87,7 @@ FIELDS = [
 
 @pytest.mark.parametrize(("name", "field", "value"), FIELDS)
 @torch.no_grad()
-def test_each_setting_that_decides_logits_tells_a_base_from_another(name, field, value, tmp_path):
+def test_every_setting_that_affects_logits_is_fingerprinted(name, field, value, tmp_path):
     first = make_base(name)
     folder, other = saved_beside(first, tmp_path / "a"), make_base(name, **{field: value})
     weights = first.state_dict()
@@ -103,14 +103,14 @@ INDIFFERENT = {
 
 
 @pytest.mark.parametrize("field", INDIFFERENT)
-def test_a_setting_that_decides_no_logits_is_not_compared(field):
+def test_settings_without_effect_on_logits_are_ignored(field):
     base = make_base()
     before = deciding_fields(base.config)
     setattr(base.config, field, INDIFFERENT[field])
     assert deciding_fields(base.config) == before and {"rms_norm_eps", "rope_parameters", "hidden_act"} <= before.keys()
 
 
-def test_fields_that_only_one_version_of_transformers_has_are_not_compared(tmp_path):
+def test_version_specific_fields_are_ignored(tmp_path):
     folder = saved_beside(make_base(), tmp_path / "a")
     values = json.loads((folder / CONFIG).read_text())
     values["base"]["config"] |= {"of_another_version": 3}
@@ -122,7 +122,7 @@ def test_fields_that_only_one_version_of_transformers_has_are_not_compared(tmp_p
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_copy_in_another_precision_is_the_same_base(name, dtype, tmp_path):
+def test_copy_in_another_precision_is_the_same_base(name, dtype, tmp_path):
     first = make_base(name)
     folder = saved_beside(first, tmp_path / "a")
     umbra.load(folder, copy.deepcopy(first).to(dtype)).unload()
@@ -131,7 +131,7 @@ def test_a_copy_in_another_precision_is_the_same_base(name, dtype, tmp_path):
 
 
 @torch.no_grad()
-def test_heads_of_the_adapters_own_leave_the_bases_out(tmp_path):
+def test_base_head_is_ignored_where_adapter_trains_heads(tmp_path):
     folder = saved_beside(make_base(classifier=True), tmp_path / "a")
     other = make_base(classifier=True)
     other.score.weight.normal_()
@@ -142,7 +142,7 @@ def test_heads_of_the_adapters_own_leave_the_bases_out(tmp_path):
 
 @pytest.mark.parametrize("untied", [False, True])
 @torch.no_grad()
-def test_each_of_the_last_rows_tells_a_base_from_another(untied, tmp_path):
+def test_last_vocabulary_rows_are_fingerprinted(untied, tmp_path):
     """Where a base was resized before a shadow was put beside it, tokens of its own lie there."""
     folder = saved_beside(make_base(tie_word_embeddings=not untied), tmp_path / "a")
     for row in (-1, -2, -9):
@@ -151,12 +151,12 @@ def test_each_of_the_last_rows_tells_a_base_from_another(untied, tmp_path):
         refused(folder, other, "last rows")
 
 
-def test_it_costs_little():
+def test_fingerprint_reads_few_values():
     size = len(json.dumps(fingerprint(locate(make_base()))))
     assert size < 9000
 
 
-def test_a_base_of_several_kinds_of_blocks_is_compared_too(tmp_path):
+def test_hybrid_base_is_fingerprinted(tmp_path):
     first = build("mamba")
     folder = saved_beside(first, tmp_path / "a", shadow="dense")
     umbra.load(folder, build("mamba")).unload()
@@ -166,7 +166,7 @@ def test_a_base_of_several_kinds_of_blocks_is_compared_too(tmp_path):
 
 
 @torch.no_grad()
-def test_a_copy_from_a_gguf_file_is_the_same_base_and_a_stranger_is_not(tmp_path):
+def test_gguf_copy_is_accepted_and_another_model_refused(tmp_path):
     """Where there is no kernel for its blocks, transformers unpacks them into plain weights, which have lost digits."""
 
     def unpacked(seed):

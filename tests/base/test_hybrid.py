@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from test_architectures import build, cast
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import umbra
 from support.architectures_hybrid import FAMILIES
+from support.families import build, cast
 from support.tiny import assert_same, gradients, scramble, tokens
 from umbra.base import architectures
 
@@ -27,7 +27,7 @@ def model(name):
 
 @families
 @pytest.mark.parametrize("form", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_cached_generation_is_uncached_generation(name, model, form):
+def test_cached_generation_equals_uncached(name, model, form):
     """With the base's own kinds of cache layers, and one of keys behind them that the shadow has filled."""
     if name == "recurrent_gemma" and form:  # whose own state does not follow its beams
         base = build(name)
@@ -47,7 +47,7 @@ def test_cached_generation_is_uncached_generation(name, model, form):
 
 
 @families
-def test_static_cache(name, model):
+def test_static_cache_equals_uncached(name, model):
     if name == "minimax":
         with pytest.raises(umbra.StateError, match="cache class of its own"):
             model.generate(IDS, **GREEDY, cache_implementation="static")
@@ -58,7 +58,7 @@ def test_static_cache(name, model):
 
 @families
 @torch.no_grad()
-def test_logits_one_by_one_are_those_at_once(name, model):
+def test_stepwise_logits_equal_full_forward(name, model):
     """Positions are given: without them Bamba itself counts wrongly."""
     cache, found, places = None, [], torch.arange(IDS.shape[1])[None]
     for part, at in zip(IDS.split([5, 1, 1, 1, 1], dim=1), places.split([5, 1, 1, 1, 1], dim=1), strict=True):
@@ -69,7 +69,7 @@ def test_logits_one_by_one_are_those_at_once(name, model):
 
 
 @families
-def test_gradients_of_a_second_step_are_those_of_the_first(name, model):
+def test_second_step_gradients_equal_first(name, model):
     """No step leaves anything behind in the base."""
     losses, steps = [], []
     for _ in range(2):
@@ -81,7 +81,7 @@ def test_gradients_of_a_second_step_are_those_of_the_first(name, model):
 
 
 @families
-def test_the_disabled_adapter_generates_like_the_bare_base(name, model):
+def test_disabled_adapter_generates_like_base(name, model):
     with model.disable_adapter():
         found = model.generate(IDS, **GREEDY)
     assert torch.equal(found, build(name).generate(IDS, **GREEDY))
@@ -89,7 +89,7 @@ def test_the_disabled_adapter_generates_like_the_bare_base(name, model):
 
 @pytest.mark.parametrize("name", HIDDEN_ATTENTION, scope="module")
 @torch.no_grad()
-def test_a_static_cache_that_would_be_measured_wrongly_is_refused(name, model):
+def test_unmeasurable_static_cache_is_refused(name, model):
     """transformers would read the length of the base's past from the shadow's layer; `generate` prepares its masks before."""
     cache = StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(umbra.StateError, match="DynamicCache"):
@@ -97,7 +97,7 @@ def test_a_static_cache_that_would_be_measured_wrongly_is_refused(name, model):
 
 
 @families
-def test_the_configuration_of_all_layers(name, model):
+def test_shadow_configuration_keeps_all_layer_types(name, model):
     """It holds those of several shadows, is copied and pickled, and leaves the base's alone."""
     blocks = len(architectures.locate(model.base).blocks)
     model.add_adapter(umbra.ShadowConfig(rank=4, shadow_num_hidden_layers=2), "second")
@@ -115,7 +115,7 @@ def test_the_configuration_of_all_layers(name, model):
 
 @pytest.mark.parametrize("name", ["qwen3_next", "mamba", "falcon_h1", "gemma3n_text", "gemma4_text"])
 @torch.no_grad()
-def test_a_mixed_batch_is_each_row_with_its_own_adapter(name):
+def test_mixed_batch_equals_each_row_with_its_adapter(name):
     model = cast(build(name))
     model.add_adapter(umbra.ShadowConfig(rank=4, alpha=0.5), "second")
     scramble(model.adapter("second"), 5)
@@ -134,7 +134,7 @@ def test_a_mixed_batch_is_each_row_with_its_own_adapter(name):
 
 
 @torch.no_grad()
-def test_only_the_active_stream_of_gemma3n_is_corrected():
+def test_gemma3n_updates_only_active_stream():
     """AltUp runs on: block 1 is given the first stream corrected, and the others as block 0 left them."""
     model, seen = cast(build("gemma3n_text")), {}
     blocks = architectures.locate(model.base).blocks
@@ -142,14 +142,14 @@ def test_only_the_active_stream_of_gemma3n_is_corrected():
     blocks[1].register_forward_pre_hook(lambda _, args: seen.update(given=args[0]))
     model(IDS)
     assert torch.equal(seen["given"][1:], seen["left"][1:])
-    s = model._initial_state({"input_ids": IDS, "inputs_embeds": None})
+    s = model.runner.initial_state({"input_ids": IDS, "inputs_embeds": None})
     expected = model.shadow.couplings.inject(1, seen["left"][0], s)
     torch.testing.assert_close(seen["given"][0], expected)
     assert (expected - seen["left"][0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["lfm2", "gemma4_text"])
-def test_a_narrow_shadow(name):
+def test_narrow_shadow_trains_and_detaches(name):
     """Of several layers and another width, with the projections that bridge them."""
     sizes = {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2, "shadow_num_key_value_heads": 1}
     model = cast(build(name), shadow_num_hidden_layers=2, shadow_head_dim=8, **sizes)
@@ -158,7 +158,7 @@ def test_a_narrow_shadow(name):
     assert all(p.grad is not None for p in model.shadow.parameters() if p.requires_grad)
 
 
-def test_what_cannot_be_taken_back_is_refused_as_the_bare_base_refuses_it():
+def test_irreversible_cache_is_refused_as_by_base():
     ids = torch.tensor([[5, 6, 7, 8] * 3])
     for model in (build("qwen3_5_text"), umbra.attach(build("qwen3_5_text"), umbra.ShadowConfig(rank=4))):
         with pytest.raises(ValueError, match="not supported with stateful models"):

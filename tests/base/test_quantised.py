@@ -199,7 +199,7 @@ def step(model, ids, **options) -> dict[str, torch.Tensor]:
 
 
 @cases
-def test_gradients_are_those_beside_the_dequantised_base(way, name):
+def test_gradients_equal_dequantised_base(way, name):
     """Before and after an evaluation and a look at the state dict."""
     base, ids = quantised(way, name), tokens()
     expected = step(attach(dequantised(base, name)), ids)
@@ -213,7 +213,7 @@ def test_gradients_are_those_beside_the_dequantised_base(way, name):
 
 @cases
 @torch.no_grad()
-def test_logits_are_those_beside_the_dequantised_base(way, name):
+def test_logits_equal_dequantised_base(way, name):
     base, ids = quantised(way, name), tokens()
     expected = attach(dequantised(base, name))(ids).logits
     difference = attach(base)(ids).logits - expected
@@ -221,7 +221,7 @@ def test_logits_are_those_beside_the_dequantised_base(way, name):
 
 
 @cases
-def test_training_changes_no_bit_of_the_base_and_unload_gives_it_back(way, name):
+def test_training_and_unload_leave_base_bits_unchanged(way, name):
     """A base that has run before, as in a comparison with what it will become."""
     base, ids = quantised(way, name), tokens()
     trainable = {n for n, p in base.named_parameters() if p.requires_grad}
@@ -244,7 +244,7 @@ def test_training_changes_no_bit_of_the_base_and_unload_gives_it_back(way, name)
 
 @pytest.mark.parametrize("way", ["bnb_int8", "bnb_nf4", "torchao_int8", "torchao_int4", "hqq_int4"])
 @pytest.mark.parametrize("kind", [Trainer, umbra.ShadowTrainer])
-def test_trainers_train_beside_a_quantised_base(way, kind, tmp_path):
+def test_trainers_train_on_quantised_base(way, kind, tmp_path):
     """transformers refuses to train a model that says it is quantised; this one's trained part is not."""
     model = attach(quantised(way, "llama"))
     before = {n: p.detach().clone() for n, p in model.shadow.named_parameters()}
@@ -261,7 +261,7 @@ def test_trainers_train_beside_a_quantised_base(way, kind, tmp_path):
 
 
 @cases
-def test_cached_is_uncached(way, name):
+def test_cached_generation_equals_uncached(way, name):
     model, ids = attach(quantised(way, name)), tokens(2, 6)
     model.generation_config.eos_token_id = None
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -272,7 +272,7 @@ def test_cached_is_uncached(way, name):
 
 @cases
 @torch.no_grad()
-def test_moved_and_cast(way, name):
+def test_model_can_be_moved_and_cast(way, name):
     """To a device nothing changes; another dtype casts the shadow, and packed weights stay packed."""
     base, ids = quantised(way, name), tokens()
     model = attach(base)
@@ -289,7 +289,7 @@ def test_moved_and_cast(way, name):
 
 @cases
 @torch.no_grad()
-def test_loaded_onto_the_base_quantised_again(way, name, tmp_path):
+def test_adapter_loads_onto_requantised_base(way, name, tmp_path):
     ids, model = tokens(), attach(quantised(way, name))
     model.save_pretrained(tmp_path)
     assert "quant_method" not in (tmp_path / "adapter_config.json").read_text()
@@ -298,7 +298,7 @@ def test_loaded_onto_the_base_quantised_again(way, name, tmp_path):
 
 
 @cases
-def test_the_same_base_is_known_in_any_precision_and_another_is_not(way, name, tmp_path):
+def test_base_is_recognised_in_any_precision(way, name, tmp_path):
     """An adapter that was trained beside a quantised base serves beside the plain one, and the other way round."""
     attach(quantised(way, name)).save_pretrained(tmp_path / "quantised")
     attach(plain_base(name)).save_pretrained(tmp_path / "plain")
@@ -314,7 +314,7 @@ def test_the_same_base_is_known_in_any_precision_and_another_is_not(way, name, t
 
 @cases
 @torch.no_grad()
-def test_another_base_with_the_same_embeddings_and_norms_is_refused(way, name, tmp_path):
+def test_base_differing_only_in_blocks_is_refused(way, name, tmp_path):
     """All that can still be read as it lies is equal: only the packed weights differ."""
     attach(quantised(way, name)).save_pretrained(tmp_path)
     other = quantised(way, name, seed=1)
@@ -333,7 +333,7 @@ def test_another_base_with_the_same_embeddings_and_norms_is_refused(way, name, t
 
 @cases
 @torch.no_grad()
-def test_nothing_says_that_the_shadow_is_quantised(way, name):
+def test_shadow_is_not_marked_as_quantised(way, name):
     model = attach(quantised(way, name))
     for config in (model.config, model.shadow.backbone.config, model.detached().config):
         assert not {"quantization_config", "_is_quantized"} & config.__dict__.keys()
@@ -344,7 +344,7 @@ def test_nothing_says_that_the_shadow_is_quantised(way, name):
 @cases
 @pytest.mark.parametrize("fields", [{}, {"shadow_hidden_size": 32}], ids=["mirror", "narrow"])
 @torch.no_grad()
-def test_detached_is_stock(way, name, fields, tmp_path):
+def test_detached_model_is_stock(way, name, fields, tmp_path):
     model, ids = attach(quantised(way, name), **fields), tokens()
     write_detached(model, tmp_path / "edge")
     assert "quantization_config" not in json.loads((tmp_path / "edge" / "config.json").read_text())
@@ -370,7 +370,7 @@ def test_copied_blocks_are_dequantised(way, name):
 @pytest.mark.compat("Bases", "torchao int4 weight-only")
 @pytest.mark.parametrize("classifier", [False, True], ids=["lm", "classifier"])
 @pytest.mark.parametrize("train_heads", [False, True], ids=["frozen_head", "trained_heads"])
-def test_a_quantised_head(classifier, train_heads):
+def test_quantised_head_is_supported(classifier, train_heads):
     """Trained copies of it are plain; a frozen one passes gradients on; detached it is plain."""
     options = CLASSIFIERS["single"] if classifier else {}
     base, ids = torchao_everywhere("llama", 0, classifier=classifier, **options), tokens()
@@ -387,7 +387,7 @@ def test_a_quantised_head(classifier, train_heads):
     assert torch.equal(architectures.locate(model.eval().detached()).head.weight, weight)
 
 
-def test_a_quantised_pretrained_shadow_is_refused(tmp_path):
+def test_quantised_pretrained_shadow_is_refused(tmp_path):
     quantised("bnb_nf4", "llama").save_pretrained(tmp_path)
     with pytest.raises(umbra.BaseModelError, match="quantised"):
         umbra.attach(plain_base("llama"), umbra.ShadowConfig(shadow=str(tmp_path)))
@@ -411,7 +411,7 @@ def direction(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     "half",
     [pytest.param(h, marks=pytest.mark.compat("Bases", f"{h} base, float32 shadow")) for h in HALVES],
 )
-def test_half_precision_bases(name, half, tmp_path):
+def test_half_precision_base_is_supported(name, half, tmp_path):
     ids, dtype = tokens(), HALVES[half]
     expected = step(attach(plain_base(name)), ids)
     model = attach(plain_base(name).to(dtype))
@@ -429,7 +429,7 @@ def test_half_precision_bases(name, half, tmp_path):
 @pytest.mark.parametrize(
     "half", [pytest.param(h, marks=pytest.mark.compat("Bases", f"autocast to {h}")) for h in HALVES]
 )
-def test_autocast(name, half):
+def test_autocast_trains_in_half_precision(name, half):
     """In training and in cached decoding, over a float32 base and over one of that type."""
     ids, dtype = tokens(), HALVES[half]
     expected = step(attach(plain_base(name)), ids)
@@ -451,7 +451,7 @@ def test_autocast(name, half):
 )
 @pytest.mark.parametrize("half_base", [False, True], ids=["autocast", "fp16_base"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_grad_scaler(name, half_base):
+def test_grad_scaler_trains(name, half_base):
     ids = tokens()
     model = attach(plain_base(name).to(torch.float16 if half_base else torch.float32))
     trained = [p for p in model.parameters() if p.requires_grad]

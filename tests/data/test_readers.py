@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import umbra
-from conftest import make_tokenizer
+from support.tokenizer import make_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter, Rows, local_files, read_records, read_rows, text_files
-from umbra.data.corpus import read_documents, read_prompts
+from umbra.data.corpus import read_documents
+from umbra.data.generated_text import read_prompts
 from umbra.data.splits import parse_split, read_split
 from umbra.deploy.export.vocabulary import read_texts
 
@@ -52,7 +53,7 @@ def refused(source, *says: str, split: str = "train") -> str:
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.ndjson", "d.JSONL"])
-def test_json_lines_are_read_and_placed_by_line(tmp_path, name):
+def test_json_lines_are_read_with_line_numbers(tmp_path, name):
     rows = read_rows(put(tmp_path / name, '\ufeff\n{"text": "a"}\r\n  \n\n{"text": "b\\u2028"}\n'))
     assert rows == [{"text": "a"}, {"text": "b\u2028"}]
     assert list(rows.places()) == [f"{tmp_path / name}:2", f"{tmp_path / name}:5"]
@@ -60,13 +61,13 @@ def test_json_lines_are_read_and_placed_by_line(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_array_is_read_and_placed_by_record_and_line(tmp_path, name, indent):
+def test_json_array_is_read_with_record_and_line_numbers(tmp_path, name, indent):
     rows = read_rows(put(tmp_path / name, "\n" + json.dumps(ROWS[:3], indent=indent) + "\n"))
     assert rows == ROWS[:3]
     assert rows.where(2) == f"{tmp_path / name}, record 3 (line {11 if indent else 2})"
 
 
-def test_a_json_array_larger_than_its_window_is_read_in_pieces(tmp_path, monkeypatch):
+def test_large_json_array_is_read_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "PIECE", 7)
     rows = [{"text": "é\n" * i, "n": [{"a": 10**i}] * i} for i in range(30)]
     read = read_rows(put(tmp_path / "d.json", json.dumps(rows, indent=1, ensure_ascii=False)))
@@ -96,9 +97,9 @@ def test_a_json_array_larger_than_its_window_is_read_in_pieces(tmp_path, monkeyp
         ('{"data": [{"text": "a"}]}\n', ["d.json:1 is one object around the records", "'data' has 1 objects", "jq -c '.data[]'"]),
         ('{\n "data": [\n  {"text": "a"}\n ]\n}', ["d.json:1 is one object around the records", "jq -c '.data[]'"]),
         ('{\n "text": "a"\n}\n{\n "text": "b"\n}', ["d.json:1 begins an object over several lines", "jq -c ."]),
-        ("[]", ["holds no record"]),
-        (" \n\n", ["holds no record"]),
-        ("", ["holds no record"]),
+        ("[]", ["contains no record"]),
+        (" \n\n", ["contains no record"]),
+        ("", ["contains no record"]),
         ('[{"a": 1},\n {"a": \n ]', ["d.json:3 is not JSON", "near"]),
         ('[{"a": 1},\n 3]', ["record 2 (line 2) is a JSON int, 3"]),
         ('[{"a": 1},\n null]', ["record 2 (line 2) is null"]),
@@ -110,22 +111,22 @@ def test_a_json_array_larger_than_its_window_is_read_in_pieces(tmp_path, monkeyp
         ('[{"a": 1},\n{"a": 1, "a": 2}]', ["d.json:2 has the key 'a' twice"]),
     ],
 )  # fmt: skip
-def test_json_that_would_be_misread_is_refused_with_its_line(tmp_path, text, says):
+def test_ambiguous_json_is_refused_with_its_line(tmp_path, text, says):
     refused(put(tmp_path / "d.json", text), *says)
 
 
-def test_numbers_of_json_keep_their_digits(tmp_path):
+def test_json_numbers_keep_their_digits(tmp_path):
     rows = read_rows(put(tmp_path / "d.jsonl", '{"a": 9223372036854775809, "b": 0.1, "c": 1e300}\n'))
     assert rows == [{"a": 2**63 + 1, "b": 0.1, "c": 1e300}]
 
 
-def test_one_record_with_messages_is_no_wrapper(tmp_path):
+def test_single_messages_record_is_not_a_wrapper(tmp_path):
     record = {"messages": [{"role": "user", "content": "a"}], "data": [{"x": 1}]}
     assert read_rows(put(tmp_path / "d.json", [record])) == [record]
     assert read_rows(put(tmp_path / "e.json", [{"messages": record["messages"]}])) == [{"messages": record["messages"]}]
 
 
-def test_a_line_of_gigabytes_is_refused(tmp_path, monkeypatch):
+def test_gigabyte_line_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "LONGEST", 1000)
     refused(put(tmp_path / "d.jsonl", '{"a": 1}\n{"a": "' + "x" * 2000), "d.jsonl:2 is longer than 1,000 bytes")
 
@@ -156,7 +157,7 @@ WORDS = [
 @pytest.mark.parametrize(
     ("name", "delimiter"), [("d.csv", ","), ("d.tsv", "\t"), ("d.csv", ";"), ("d.csv", "\t"), ("d.tab", "\t")]
 )
-def test_cells_are_text_as_written(tmp_path, name, delimiter):
+def test_cells_stay_text_as_written(tmp_path, name, delimiter):
     """Cases 10 and 11."""
     lines = [
         f'q{i}{delimiter}"{word}"' if delimiter in word else f"q{i}{delimiter}{word}" for i, word in enumerate(WORDS)
@@ -166,14 +167,14 @@ def test_cells_are_text_as_written(tmp_path, name, delimiter):
     assert rows.where(3) == f"{tmp_path / name}:5"
 
 
-def test_quoted_line_ends_blank_lines_and_a_mark_are_read(tmp_path):
+def test_quoted_newlines_blank_lines_and_bom_are_read(tmp_path):
     text = '\ufefftext,label\r\n"a\r\nb\u2028""c"", d",x\r\n\r\n   \r\n' + f'"{"long " * 40000}",y\r\n'
     rows = read_rows(put(tmp_path / "d.csv", text))
     assert [row["text"] for row in rows] == ['a\r\nb\u2028"c", d', "long " * 40000]
     assert list(rows.places()) == [f"{tmp_path / 'd.csv'}:2", f"{tmp_path / 'd.csv'}:6"]
 
 
-def test_the_cells_of_a_single_column_may_be_blank(tmp_path):
+def test_single_column_may_have_blank_cells(tmp_path):
     assert read_rows(put(tmp_path / "d.csv", 'text\na;b\n""\n\n c\n')) == [
         {"text": "a;b"},
         {"text": ""},
@@ -192,11 +193,11 @@ def test_the_cells_of_a_single_column_may_be_blank(tmp_path):
         ('a,b\n1,2\n"x,2\n3,4\n', ["d.csv:3 is not CSV", "does not end by line 4"]),
         ('a,b\n"x"y,2\n', ["d.csv:2 is not CSV", "closing double quote"]),
         ("a,b\r1,2\r", ["d.csv:1 is not CSV", "carriage return"]),
-        ("a,b\n", ["holds no record"]),
-        ("", ["holds no record"]),
+        ("a,b\n", ["contains no record"]),
+        ("", ["contains no record"]),
     ],
 )
-def test_a_table_that_does_not_fit_is_refused_with_its_line(tmp_path, text, says):
+def test_ragged_table_is_refused_with_its_line(tmp_path, text, says):
     refused(put(tmp_path / "d.csv", text), *says)
 
 
@@ -205,7 +206,7 @@ def test_a_table_that_does_not_fit_is_refused_with_its_line(tmp_path, text, says
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.txt"])
-def test_utf_8_and_utf_16_with_a_mark_are_read(tmp_path, name, encoding):
+def test_utf_8_and_utf_16_with_bom_are_read(tmp_path, name, encoding):
     words = ["café 😀", "日本\u0a0a語"]
     form = {"d.jsonl": [json.dumps({"text": w}, ensure_ascii=False) for w in words], "d.csv": ["text", *words], "d.txt": words,
             "d.json": [json.dumps([{"text": w} for w in words], ensure_ascii=False)]}[name]  # fmt: skip
@@ -230,7 +231,7 @@ def test_utf_8_and_utf_16_with_a_mark_are_read(tmp_path, name, encoding):
     ],
 )
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
-def test_other_encodings_are_named_with_the_line_and_the_way_out(tmp_path, name, encoding, text, suspected):
+def test_other_encodings_are_refused_with_line_and_fix(tmp_path, name, encoding, text, suspected):
     lines = {
         "d.jsonl": ['{"text": "a"}', '{"text": "%s"}'],
         "d.json": ['[{"text": "a"},', '{"text": "%s"}]'],
@@ -245,14 +246,14 @@ def test_other_encodings_are_named_with_the_line_and_the_way_out(tmp_path, name,
     )
 
 
-def test_the_way_out_of_an_encoding_works(tmp_path):
+def test_suggested_encoding_fix_works(tmp_path):
     path = put(tmp_path / "my d.csv.gz", gzip.compress("text\ncafé\n".encode("cp1252")))
     command = refused(path, "my d.csv.gz:2").partition("`")[2].partition("`")[0]
     subprocess.run(command, shell=True, check=True, cwd=tmp_path)
     assert read_rows(str(tmp_path / "utf8-my d.csv.gz")) == [{"text": "café"}]
 
 
-def test_damaged_utf_8_is_not_taken_for_another_encoding(tmp_path):
+def test_damaged_utf_8_is_not_mistaken_for_another_encoding(tmp_path):
     path = put(tmp_path / "d.jsonl", '{"text": "日本語 "}\n'.encode() + '{"text": "日本語'.encode()[:-1] + b'"}\n')
     refused(path, "d.jsonl:2 is damaged UTF-8 (byte 0xe8")
 
@@ -269,7 +270,7 @@ COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.txt"])
-def test_text_is_decompressed(tmp_path, name, suffix):
+def test_compressed_text_is_read(tmp_path, name, suffix):
     text = {"d.jsonl": '{"text": "a"}\n{"text": "b"}\n', "d.json": '[{"text": "a"}, {"text": "b"}]', "d.csv": "text\na\nb\n",
             "d.txt": "a\nb\n"}[name]  # fmt: skip
     half = len(text) // 2
@@ -279,7 +280,7 @@ def test_text_is_decompressed(tmp_path, name, suffix):
     refused(put(tmp_path / ("cut" + name + suffix).replace("txt", "csv"), damaged), "cannot be read")
 
 
-def test_a_name_that_contradicts_the_content_is_refused(tmp_path):
+def test_extension_contradicting_content_is_refused(tmp_path):
     refused(put(tmp_path / "d.jsonl.gz", ROWS), "is not a .gz file, though its name ends so")
     assert read_rows(put(tmp_path / "d.jsonl", gzip.compress(b'{"a": 1}'))) == [{"a": 1}]
     pq.write_table(pa.table({"a": [1]}), tmp_path / "d.parquet")
@@ -291,12 +292,12 @@ def test_a_name_that_contradicts_the_content_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["kaggle.zip", "d.csv", "sheet.xlsx", "d.jsonl.zip"])
-def test_archives_are_refused_with_the_way_out(tmp_path, name):
+def test_archives_are_refused_with_fix(tmp_path, name):
     refused(put(tmp_path / name, b"PK\x03\x04" + bytes(100)), "is a zip archive (or an Excel file): unpack it")
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_bomb_is_refused_within_bounded_memory(tmp_path, suffix, monkeypatch):
+def test_decompression_bomb_is_refused_in_bounded_memory(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr(text_files, "EXPANDS", 2**20)
     line = b'{"text": "' + b"a" * 100 + b'"}\n'
     bombs = {"zeros": bytes(2**24), "lines": line * (2**24 // len(line))}
@@ -310,7 +311,7 @@ def test_a_bomb_is_refused_within_bounded_memory(tmp_path, suffix, monkeypatch):
         assert peak < 2**24  # of which the dictionary of xz takes half
 
 
-def test_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
+def test_well_compressed_text_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "EXPANDS", 2**10)
     rows = [{"text": f"{random.Random(i).random()} " + "the same words again and again " * 30} for i in range(1000)]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -319,7 +320,7 @@ def test_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
     assert read_rows(put(tmp_path / "d.jsonl.gz", packed)) == rows
 
 
-def test_a_parquet_bomb_is_refused(tmp_path, monkeypatch):
+def test_parquet_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("umbra.data.from_arrow.EXPANDS", 2**20)
     pq.write_table(pa.table({"text": ["a" * 1000] * 20000}), tmp_path / "d.parquet")
     refused(str(tmp_path / "d.parquet"), "more than 120 times the bytes of the file")
@@ -333,22 +334,22 @@ def test_a_parquet_bomb_is_refused(tmp_path, monkeypatch):
     ["x.csv", "x.jsonl", "/nowhere/x.jsonl.gz", "~/nowhere-x.parquet", "data/x.csv", "./x", "/x/y", "../x/y.json", "here/missing",
      "imdb", "a/b/c", "a/b.zip", "x y", "https://example.com/x.jsonl", "C:\\\\x.csv", "nobody~/x"],
 )  # fmt: skip
-def test_a_missing_file_is_refused_without_a_look_at_the_hub(tmp_path, monkeypatch, name):
+def test_missing_file_is_refused_without_hub_lookup(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     started = time.perf_counter()
-    refused(name, f"{name} cannot be read: ", "address" if "://" in name else "no such file")
+    refused(name, f"{name} cannot be read: ", "URL" if "://" in name else "no such file")
     assert time.perf_counter() - started < 1
 
 
 @pytest.mark.parametrize("name", ["", "  ", [], ["a", ""], [3], 3, None, {}, "a\0b", "x" * 5000])
-def test_a_source_that_is_no_name_is_refused(name):
+def test_invalid_source_name_is_refused(name):
     refused(name)
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet", "d.arrow", "d.txt", "d.json.gz"])
-def test_pipes_sockets_devices_and_folders_are_refused_at_once(tmp_path, name):
+def test_pipes_and_folders_are_refused_immediately(tmp_path, name):
     os.mkfifo(tmp_path / name)
     (tmp_path / f"link.{name}").symlink_to(tmp_path / name)
     for path in (name, f"link.{name}"):
@@ -377,7 +378,7 @@ def test_devices_and_sockets_are_refused(tmp_path, monkeypatch):
     os.close(writer)
 
 
-def test_unknown_ends_are_read_by_content_or_refused(tmp_path):
+def test_unknown_extension_is_read_by_content_or_refused(tmp_path):
     assert read_rows(put(tmp_path / "data", ROWS)) == ROWS
     assert read_rows(put(tmp_path / "data.jsonl.bak", json.dumps(ROWS))) == ROWS
     refused(put(tmp_path / "d.txt", "a\nb\n"), "d.txt cannot be read as records: its name ends in .txt", ".csv")
@@ -420,11 +421,11 @@ def test_lists_globs_home_and_folders_are_read_in_order(files, source, expected,
         place.rsplit(":", 1)[0].split(",")[0] for place in rows.places())]  # fmt: skip
 
 
-def test_a_file_whose_name_looks_like_a_glob_is_read(files):
+def test_file_named_like_glob_is_read(files):
     assert read_rows(put(files / "x[1].jsonl", ROWS[:1])) == ROWS[:1]
 
 
-def test_a_list_is_refused_where_its_rows_would_be_wrong(files):
+def test_list_with_incompatible_rows_is_refused(files):
     refused("*.tsv", "*.tsv matches no file")
     for twice in (["a.jsonl", "./a.jsonl"], ["*.jsonl", "~/a.jsonl"], ["a.jsonl", "a.jsonl"]):
         refused(twice, "is named twice")
@@ -434,7 +435,7 @@ def test_a_list_is_refused_where_its_rows_would_be_wrong(files):
     refused(["a.jsonl", "missing.jsonl"], "missing.jsonl cannot be read: no such file")
 
 
-def test_the_splits_of_a_folder_are_words_of_its_paths(tmp_path):
+def test_folder_splits_are_words_in_paths(tmp_path):
     for name in (
         "data/train-00000-of-00002.jsonl",
         "data/train-00001-of-00002.jsonl.gz",
@@ -455,7 +456,7 @@ def test_the_splits_of_a_folder_are_words_of_its_paths(tmp_path):
     refused(str(tmp_path / "empty"), "holds no data")
 
 
-def test_a_copied_hub_data_set_of_several_configurations_is_refused(tmp_path):
+def test_copied_hub_set_with_configurations_is_refused(tmp_path):
     put(
         tmp_path / "README.md",
         "---\nconfigs:\n- config_name: main\n  data_files: m/*\n- config_name: other\n---\n# Set\n",
@@ -468,7 +469,7 @@ def test_a_copied_hub_data_set_of_several_configurations_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet", "saved", "dict", "folder", "list", "arrow"])
-def test_a_slice_of_a_split_is_those_rows(tmp_path, form):
+def test_split_slice_selects_its_rows(tmp_path, form):
     """Case 61."""
     rows = datasets.Dataset.from_list(ROWS)
     path = tmp_path / f"d.{form}"
@@ -511,7 +512,7 @@ def test_a_slice_of_a_split_is_those_rows(tmp_path, form):
         refused(source, "is not a split", split=malformed)
 
 
-def test_slices_are_those_of_datasets():
+def test_slices_equal_datasets_slices():
     """Bounds, percents, negative ones and roundings, drawn at random."""
     rng = random.Random(0)
 
@@ -531,14 +532,14 @@ def test_slices_are_those_of_datasets():
         assert list(range(count))[parse_split(spec)[0].of(count)] == expected, (spec, count)
 
 
-def test_a_plain_file_belongs_to_any_split_but_is_not_read_twice(tmp_path):
+def test_plain_file_serves_any_split_but_once(tmp_path):
     path = put(tmp_path / "d.jsonl", ROWS)
     assert read_rows(path, "test") == read_rows(path, "validation") == ROWS
     assert read_rows(path, "validation[:3]") == ROWS[:3]
     refused(path, "has no splits", split="train+test")
 
 
-def test_a_saved_split_must_exist(tmp_path):
+def test_saved_split_must_exist(tmp_path):
     rows = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": rows.select([1]), "eval": rows.select([2])}).save_to_disk(tmp_path / "d")
     assert read_rows(str(tmp_path / "d"), "eval + train") == [ROWS[2], ROWS[1]]
@@ -560,7 +561,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize("form", ["parquet", "saved", "hub", "shuffled"])
-def test_each_call_has_its_own_arguments_again(tmp_path, form, monkeypatch):
+def test_tool_calls_keep_their_arguments(tmp_path, form, monkeypatch):
     """Case 05: what Arrow adds is dropped below the top level."""
     rows = datasets.Dataset.from_list(CALLS)
     assert rows[1]["messages"][0]["tool_calls"][0]["function"]["arguments"]["city"] is None  # which Arrow has added
@@ -581,7 +582,7 @@ def test_each_call_has_its_own_arguments_again(tmp_path, form, monkeypatch):
     )
 
 
-def test_json_columns_keep_their_own_nulls(tmp_path):
+def test_json_columns_keep_explicit_nulls(tmp_path):
     values = [{"a": None, "b": [None, {"c": None}]}, {"z": 1}, [1], "5 apples", None]
     features = datasets.Features({"x": datasets.Json(), "y": datasets.List(datasets.Json())})
     rows = datasets.Dataset.from_dict({"x": values, "y": [[v] for v in values]}, features=features)
@@ -593,7 +594,7 @@ def test_json_columns_keep_their_own_nulls(tmp_path):
         assert [row["y"][0] for row in read] == values
 
 
-def test_classes_are_their_names(tmp_path):
+def test_class_labels_are_read_as_names(tmp_path):
     """Case 42."""
     kind = datasets.ClassLabel(names=["neg", "pos"])
     within = {"c": kind, "d": datasets.List(kind)}
@@ -627,7 +628,7 @@ def test_classes_are_their_names(tmp_path):
     )
 
 
-def test_tables_of_pandas_have_no_index_column_and_text_categories(tmp_path):
+def test_pandas_index_is_dropped_and_categories_are_text(tmp_path):
     import pandas as pd
 
     frame = pd.DataFrame({"text": ["a", "b", "c"], "label": pd.Categorical(["x", None, "y"])})
@@ -658,7 +659,7 @@ def test_damaged_tables_are_refused_by_name(tmp_path, damage):
     refused(str(tmp_path / "d"), "cannot be read")
 
 
-def test_cells_of_a_csv_file_on_the_hub_are_text(tmp_path, monkeypatch):
+def test_hub_csv_cells_are_text(tmp_path, monkeypatch):
     put(tmp_path / "hub" / "train.csv", "prompt,completion\na,None\nb,007\nc,1.0\n")
     load = datasets.load_dataset
     monkeypatch.setattr(
@@ -672,7 +673,7 @@ def test_cells_of_a_csv_file_on_the_hub_are_text(tmp_path, monkeypatch):
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_ends_at_a_line_feed_alone(tmp_path):
+def test_prompt_lines_end_at_line_feed_only(tmp_path):
     """Case 24."""
     prompts = ["a\u2028b", "c\x0cd", "e\x85f", "g\x0bh", "i\x1cj\x1d", "k\u2029l", "m\rn"]
     assert read_prompts(put(tmp_path / "p.txt", "\r\n\n".join(prompts) + "\r\n \t\n")) == prompts
@@ -681,13 +682,13 @@ def test_a_prompt_ends_at_a_line_feed_alone(tmp_path):
     assert read_prompts([str(tmp_path / "p.txt"), put(tmp_path / "q.txt", "last")]) == [*prompts, "last"]
 
 
-def test_a_record_without_a_prompt_is_named(tmp_path):
+def test_record_without_prompt_is_named(tmp_path):
     for record in ({"completion": "a"}, {"prompt": None}, {"prompt": 3}, {"prompt": [{"role": "user"}]}, {"text": " "}):
         with pytest.raises(umbra.DataError, match=r"p\.jsonl:2 has no prompt"):
             read_prompts(put(tmp_path / "p.jsonl", [{"prompt": "a"}, record]))
 
 
-def test_texts_of_every_kind_go_through_the_same_reader(tmp_path, monkeypatch):
+def test_all_text_sources_use_one_reader(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     writer = ChatFormatter(make_tokenizer())
     put(tmp_path / "t" / "a.txt", "\ufeffone\r\n\r\ntwo".encode("utf-16-le"))
@@ -698,7 +699,7 @@ def test_texts_of_every_kind_go_through_the_same_reader(tmp_path, monkeypatch):
         assert read_documents(source, "train", writer).texts == words
     assert read_documents("~/c.csv", "train", writer).texts[0].startswith("None")
     assert read_texts("~/t/*, ~/c.csv", writer)[:2] == ["one\n\ntwo", "three\u2028four\n\nfive"]
-    with pytest.raises(umbra.DataError, match=r"is text, and .* holds records"):
+    with pytest.raises(umbra.DataError, match=r"is text, and .* contains records"):
         read_prompts(["~/t/a.txt", "~/c.csv"])
     with pytest.raises(umbra.DataError, match=r"l\.txt:2 is not UTF-8"):
         read_documents(put(tmp_path / "l.txt", b"a\ncaf\xe9 b\n"), "train", writer)
@@ -707,7 +708,7 @@ def test_texts_of_every_kind_go_through_the_same_reader(tmp_path, monkeypatch):
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def test_places_stay_with_rows_through_slices_and_choices(tmp_path):
+def test_row_locations_survive_slicing_and_selection(tmp_path):
     path = put(tmp_path / "d.jsonl", ROWS)
     rows = read_rows([path, put(tmp_path / "e.csv", "text,label\nx,y\n")])
     assert isinstance(rows[2:], Rows) and rows[2:].where(0) == f"{path}:3"
@@ -727,7 +728,7 @@ def test_places_stay_with_rows_through_slices_and_choices(tmp_path):
         rows.where(0)
 
 
-def test_places_cost_little(tmp_path):
+def test_row_locations_use_little_memory(tmp_path):
     path = put(tmp_path / "d.jsonl", "".join(f'{{"text": "t{i}"}}\n' for i in range(4000)))
     tracemalloc.start()
     rows = read_rows(path)
@@ -745,7 +746,7 @@ def test_places_cost_little(tmp_path):
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def test_several_files_are_named_on_the_command_line(files, base_folder, capsys):
+def test_command_line_accepts_several_files(files, base_folder, capsys):
     command = ["train", "--base", base_folder, "--max_steps", "1", "--use_cpu", "--rank", "2"]
     assert (
         main([*command, "--output_dir", "out", "--train_data", "a.jsonl", "b.csv", "--train_data", "~/c.parquet"]) == 0

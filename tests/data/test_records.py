@@ -10,7 +10,7 @@ from umbra import DataError
 from umbra.data import ChatFormatter, Labels, describe_classes, encode_all, normalize
 from umbra.data.chat import needs_thinking
 from umbra.data.records import COLUMNS, FIELDS
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CHAT = [USER, ANSWER]
@@ -89,17 +89,17 @@ def test_each_spelling_of_a_message_is_read(message, becomes):
         ({"messages": "no json"}, "must be a list, or JSON text of one"),
     ],
 )  # fmt: skip
-def test_what_is_not_understood_is_refused_by_name(record, says):
+def test_unknown_fields_are_refused_by_name(record, says):
     with pytest.raises(DataError, match="data.jsonl:8.*" + re.escape(says).replace(r"\.\*", ".*")):
         normalize(record, "data.jsonl:8")
 
 
-def test_ignored_columns_and_fields_are_left_out():
+def test_ignored_columns_and_fields_are_dropped():
     record = {"id": 7, "messages": [{**USER, "id": 1}, {**ANSWER, "id": 2}]}
     assert normalize(record, "here", ("id",)) == {"messages": CHAT}
 
 
-def test_the_documented_table_is_the_contract():
+def test_documented_table_matches_code():
     page = Path(__file__).parents[2].joinpath("docs/data.md").read_text(encoding="utf-8")
     for form, columns in COLUMNS.items():
         for column, meaning in columns.items():
@@ -111,7 +111,7 @@ def test_the_documented_table_is_the_contract():
 # -- what is learned ---------------------------------------------------------------------------------------------------
 
 
-def test_only_the_completion_and_turns_of_weight_one_are_learned():
+def test_only_completion_and_weighted_turns_are_learned():
     tokenizer = make_tokenizer(FAMILIES[0], CHATML)
     wrong = {"role": "assistant", "content": "WRONG"}
     record = {"prompt": [USER, wrong, USER], "completion": [{"role": "assistant", "content": "six"}]}
@@ -125,7 +125,7 @@ def test_only_the_completion_and_turns_of_weight_one_are_learned():
         ChatFormatter(tokenizer).encode({"messages": [USER, {**wrong, "weight": 0}]})
 
 
-def test_the_escalated_turn_is_the_last_that_is_learned():
+def test_escalated_turn_is_last_learned_turn():
     tokenizer = make_tokenizer(FAMILIES[0], CHATML)
     record = {"messages": [USER, ANSWER, USER, {"role": "assistant", "content": "WRONG", "weight": 0}]}
     _, escalated = ChatFormatter(tokenizer).encode_escalated(record, "pass")
@@ -135,19 +135,19 @@ def test_the_escalated_turn_is_the_last_that_is_learned():
 
 
 @pytest.mark.parametrize("name", ["tokenize", "messages", "chat_template", "add_generation_prompt"])
-def test_a_record_sets_variables_of_the_template_alone(name):
+def test_record_sets_only_template_variables(name):
     tokenizer = make_tokenizer(FAMILIES[0], CHATML)
     with pytest.raises(DataError, match=f"'chat_template_kwargs' holds '{name}'"):
         ChatFormatter(tokenizer).encode({"messages": CHAT, "chat_template_kwargs": {name: True}})
 
 
-def test_the_end_is_known_where_the_prompt_opens_a_thought():
+def test_answer_end_is_known_after_open_thought():
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     tokenizer = make_tokenizer(FAMILIES[0], template)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ChatFormatter(tokenizer).ends
 
 
-def test_an_end_that_the_text_brings_is_not_doubled():
+def test_existing_end_token_is_not_doubled():
     tokenizer = make_tokenizer(FAMILIES[0], CHATML)
     for end in ("<|im_end|>", "<|endoftext|>"):
         example = ChatFormatter(tokenizer).encode({"prompt": "a", "completion": "yes" + end})
@@ -155,7 +155,7 @@ def test_an_end_that_the_text_brings_is_not_doubled():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_texts_begin_once_and_end_once(family):
+def test_plain_text_gets_one_bos_and_one_eos(family):
     tokenizer = make_tokenizer(family)
     formatter, begin = ChatFormatter(tokenizer), tokenizer("x")["input_ids"][0]
     begins = begin in tokenizer.all_special_ids
@@ -184,7 +184,7 @@ def test_plain_texts_begin_once_and_end_once(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES[1:4])
-def test_two_turns_without_special_tokens_are_tokenised_as_by_transformers(family):
+def test_turns_without_special_tokens_match_transformers(family):
     """As in Llama 2's template, after whose brackets some tokenizers would put a blank of their own."""
     template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
@@ -200,7 +200,7 @@ def test_two_turns_without_special_tokens_are_tokenised_as_by_transformers(famil
     assert learned(tokenizer, example).replace(" ", "") == "four</s>six</s>"
 
 
-def test_records_reason_where_the_prompt_would_not():
+def test_record_may_enable_reasoning():
     closing = CHATML.replace(
         "assistant\n{% endif %}",
         "assistant\n<think>\n{% if enable_thinking is not defined or not enable_thinking %}\n</think>\n\n{% endif %}{% endif %}",
@@ -211,14 +211,14 @@ def test_records_reason_where_the_prompt_would_not():
     assert not needs_thinking(ChatFormatter(tokenizer), [{"prompt": "a", "completion": "b"}])
     assert not needs_thinking(ChatFormatter(make_tokenizer(FAMILIES[0], CHATML)), [thoughts])
     assert learned(tokenizer, ChatFormatter(tokenizer).encode(thoughts)) == "c\n</think>\n\nb<|im_end|>\n"
-    with pytest.raises(DataError, match="after which the answer's reasoning cannot follow"):
+    with pytest.raises(DataError, match="which the answer's reasoning cannot follow"):
         ChatFormatter(tokenizer, chat_template_kwargs={"enable_thinking": False}).encode(thoughts)
 
 
 # -- classes -----------------------------------------------------------------------------------------------------------
 
 
-def test_classes_are_text_and_regression_is_asked_for():
+def test_text_classes_need_no_option_and_regression_does():
     assert Labels.of(["007", "7"]).names == ("007", "7")
     assert Labels.of([1.0, 0.0]).problem_type == "single_label_classification"
     assert Labels.of(["5.50", "4"], "regression").encode("5.50") == 5.5
@@ -231,7 +231,7 @@ def test_classes_are_text_and_regression_is_asked_for():
         Labels.of(["a", " "], None, lambda i: f"line {i + 2}")
 
 
-def test_one_class_and_lists_of_classes_are_not_confused():
+def test_single_and_multi_label_records_are_distinguished():
     with pytest.raises(DataError, match="needs one class as a label"):
         Labels.of([["a"], ["b"]], "single_label_classification")
     with pytest.raises(DataError, match="All labels are empty lists"):
@@ -250,7 +250,7 @@ def test_classes_are_shown_with_counts_and_near_duplicates():
     ]
 
 
-def test_an_error_of_a_late_record_names_it():
+def test_error_names_late_record():
     tokenizer, labels = make_tokenizer(FAMILIES[0], CHATML), Labels.of("xy")
     records = [{"text": text, "label": "y "} for text in ("a", "")]
     with pytest.raises(DataError, match="d, record 2: 'text' is empty"):

@@ -16,7 +16,6 @@ from transformers import (
 )  # fmt: skip
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import (
     ARCHITECTURES,
     CLASSIFIERS,
@@ -29,6 +28,7 @@ from support.tiny import (
     shadow_logits,
     tokens,
 )
+from support.tokenizer import make_tokenizer
 from umbra.deploy.detach import write_detached
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -72,7 +72,7 @@ def assert_stock(stock) -> None:
 @kinds
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_detached_is_the_shadow_path(name, shape, classifier):
+def test_detached_model_equals_shadow_path(name, shape, classifier):
     model, ids = make(name, classifier=classifier, **fields_of(name, shape)), tokens()
     stock = model.detached()
     assert_stock(stock)
@@ -84,10 +84,10 @@ def test_detached_is_the_shadow_path(name, shape, classifier):
 @architectures
 @kinds
 @torch.no_grad()
-def test_detached_copied_blocks(name, classifier):
+def test_copied_blocks_detach_exactly(name, classifier):
     """init="base": the base's first block under its own norm and head; not for a mixture of experts, whose shadow is dense."""
     base = make_base(name, classifier=classifier)
-    config = umbra.ShadowConfig(init="base", init_scale=1.0)
+    config = umbra.ShadowConfig(init="base", constants={"init_scale": 1.0})
     if name == "qwen3_moe":
         with pytest.raises(umbra.ConfigError, match="init"):
             umbra.attach(base, config)
@@ -103,9 +103,11 @@ def test_detached_copied_blocks(name, classifier):
 
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "qwen3_moe"])
 @torch.no_grad()
-def test_detached_copies_of_chosen_blocks_under_a_scaled_norm(name):
+def test_chosen_blocks_with_scaled_norm_detach_exactly(name):
     base, ids = make_base(name), tokens()
-    config = umbra.ShadowConfig(init="base", shadow_num_hidden_layers=2, init_layers=(1, 2), init_scale=0.4)
+    config = umbra.ShadowConfig(
+        init="base", shadow_num_hidden_layers=2, init_layers=(1, 2), constants={"init_scale": 0.4}
+    )
     found = umbra.attach(base, config).detached()(ids).logits
     two = make_base(name)
     blocks = umbra.base.architectures.locate(two).blocks
@@ -121,7 +123,7 @@ def test_detached_copies_of_chosen_blocks_under_a_scaled_norm(name):
 @kinds
 @pytest.mark.parametrize("form", ["llama", "gpt2", "gemma3_text"])
 @torch.no_grad()
-def test_detached_pretrained_shadow(name, classifier, form, tmp_path):
+def test_pretrained_shadow_detaches_exactly(name, classifier, form, tmp_path):
     """A folder's model of another width, with its own embeddings, under the base's head."""
     sizes = {"n_embd": 16, "n_head": 2} if form == "gpt2" else {"hidden_size": 16, "num_attention_heads": 2}
     small = AutoModel.from_config(AutoConfig.for_model(form, **{**CONFIGS[form], **sizes}))
@@ -133,7 +135,7 @@ def test_detached_pretrained_shadow(name, classifier, form, tmp_path):
     torch.testing.assert_close(stock(ids).logits, shadow_path(model, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_bases_as_they_are_published_can_be_detached(tmp_path):
+def test_published_base_configurations_can_be_detached(tmp_path):
     """With settings of generation that are not all consistent, and several chat templates."""
     model, tokenizer = make(escalation="[REMOTE]"), make_tokenizer()
     model.base.generation_config.temperature, model.base.generation_config.top_p = 0.9, 0.6
@@ -146,7 +148,7 @@ def test_bases_as_they_are_published_can_be_detached(tmp_path):
 
 @architectures
 @torch.no_grad()
-def test_a_pretrained_shadow_starts_from_its_weights(name, tmp_path):
+def test_pretrained_shadow_starts_from_its_weights(name, tmp_path):
     small = scramble(AutoModel.from_config(AutoConfig.for_model("llama", **CONFIGS["llama"])))
     small.save_pretrained(tmp_path)
     ids = tokens()
@@ -159,7 +161,7 @@ def test_a_pretrained_shadow_starts_from_its_weights(name, tmp_path):
 @kinds
 @pytest.mark.parametrize("shape", ["mirror", "narrow", "own", "heads"])
 @torch.no_grad()
-def test_detached_shares_nothing(name, shape, classifier):
+def test_detached_model_shares_no_storage(name, shape, classifier):
     """Training or unloading the one does not move the other."""
     model, ids = make(name, classifier=classifier, **fields_of(name, shape)), tokens()
     attached, stock = model(ids).logits, model.detached()
@@ -174,14 +176,14 @@ def test_detached_shares_nothing(name, shape, classifier):
 
 @architectures
 @torch.no_grad()
-def test_detached_left_padded_rows_are_each_row_alone(name):
+def test_detached_left_padded_rows_equal_rows_alone(name):
     """It reads a padded batch as the shadow beside the base does."""
     model, ids = make(name, **fields_of(name, "narrow")), tokens(2, 10)
     ids[1, :4] = 0
     mask = (ids != 0).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     batch = {"attention_mask": mask, "position_ids": positions}
-    beside = model.base_head(model._initial_state({"input_ids": ids, "inputs_embeds": None, **batch}))
+    beside = model.base_head(model.runner.initial_state({"input_ids": ids, "inputs_embeds": None, **batch}))
     found = model.detached()(ids, **batch).logits
     torch.testing.assert_close(found[mask == 1], beside[mask == 1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[1, 4:], model.detached()(ids[1:, 4:]).logits[0], rtol=1e-4, atol=1e-4)
@@ -189,7 +191,7 @@ def test_detached_left_padded_rows_are_each_row_alone(name):
 
 @architectures
 @pytest.mark.parametrize("shape", ["mirror", "narrow", "own"])
-def test_detached_generates(name, shape):
+def test_detached_model_generates(name, shape):
     """With a cache of its own, past the sliding windows; the tokens that the shadow path prefers."""
     model, ids = make(name, **fields_of(name, shape)), tokens()
     stock = model.detached()
@@ -206,7 +208,7 @@ def test_detached_generates(name, shape):
 @kinds
 @pytest.mark.parametrize("shape", ["mirror", "narrow", "own", "heads", "dense"])
 @torch.no_grad()
-def test_written_and_read_again(name, shape, classifier, tmp_path):
+def test_detached_folder_round_trips(name, shape, classifier, tmp_path):
     """The stock folder reads without a missing or surplus tensor, and answers bit for bit."""
     model, ids = make(name, classifier=classifier, **fields_of(name, shape)), tokens()
     write_detached(model, tmp_path / "edge")
@@ -221,7 +223,7 @@ def test_written_and_read_again(name, shape, classifier, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @architectures
 @torch.no_grad()
-def test_written_in_half_precision(name, dtype, tmp_path):
+def test_detached_model_can_be_written_in_half_precision(name, dtype, tmp_path):
     model, ids = make(name), tokens()
     write_detached(model, tmp_path / "edge", dtype=dtype)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "edge")
@@ -232,7 +234,7 @@ def test_written_in_half_precision(name, dtype, tmp_path):
 @architectures
 @pytest.mark.parametrize("problem", CLASSIFIERS)
 @torch.no_grad()
-def test_detached_classifiers_keep_their_labels(name, problem):
+def test_detached_classifier_keeps_its_labels(name, problem):
     model, ids = make(name, classifier=True, base_options=CLASSIFIERS[problem]), tokens()
     stock = model.detached()
     for key in ("num_labels", "problem_type", "id2label", "label2id"):
@@ -262,7 +264,7 @@ save_file(logits, sys.argv[3])
 
 
 @torch.no_grad()
-def test_read_where_there_is_no_umbra(tmp_path):
+def test_detached_model_loads_without_umbra(tmp_path):
     """Every architecture, both tasks, equal and narrow widths, dialects alternating; one process that cannot import Umbra."""
     ids, expected = tokens(), {}
     for place, name in enumerate(ARCHITECTURES):
@@ -286,7 +288,7 @@ def test_read_where_there_is_no_umbra(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_tying_does_not_depend_on_the_precision_of_the_base(dtype, tmp_path):
+def test_tying_is_independent_of_base_precision(dtype, tmp_path):
     """Gemma multiplies its embeddings by √D, which is another number in bf16; √40 and √640 are rounded alike."""
     model = make("gemma3_text", base_options={"hidden_size": 40})
     model.base.to(dtype)
@@ -307,7 +309,7 @@ def test_tying_does_not_depend_on_the_precision_of_the_base(dtype, tmp_path):
 
 
 @torch.no_grad()
-def test_a_head_of_its_own_stays_so_even_where_it_is_equal():
+def test_separate_head_stays_untied_even_if_equal():
     model = make("llama")
     model.base.lm_head.weight.copy_(model.base.get_input_embeddings().weight)
     edge = model.detached()
@@ -318,7 +320,7 @@ def test_a_head_of_its_own_stays_so_even_where_it_is_equal():
 @pytest.mark.parametrize(
     "fields", [{"train_heads": True}, {"embeddings": "own"}, {**NARROW, "shadow_num_key_value_heads": 1}]
 )
-def test_a_shadow_with_a_table_or_head_of_its_own_is_not_tied(fields):
+def test_shadow_with_separate_table_or_head_is_untied(fields):
     model = make("llama", base_options={"tie_word_embeddings": True}, **fields)
     edge = model.detached()
     assert edge.lm_head.weight is not edge.get_input_embeddings().weight

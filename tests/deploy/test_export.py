@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, OPTConfig
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import LLAMA_LIKE, SLIDING, make_base, randomise, scramble
+from support.tokenizer import make_tokenizer
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter
@@ -101,7 +101,7 @@ def gguf(made, tmp_path_factory):
 # -- every format says what PyTorch says -------------------------------------------------------------------------------
 
 
-def test_onnx(onnx):
+def test_onnx_export_matches_model(onnx):
     out, rows = onnx
     quantised = {f"model-{kind}.onnx{end}" for kind in ("int8", "int4") for end in ("", ".data")}
     assert {p.name for p in out.glob("[!.]*")} == FILES["onnx"] | quantised
@@ -112,7 +112,7 @@ def test_onnx(onnx):
     assert table < rows[2].bytes < rows[1].bytes < 1.5 * table, "quantised too"
 
 
-def test_gguf(gguf):
+def test_gguf_export_matches_model(gguf):
     out, rows = gguf
     assert {p.name for p in out.glob("[!.]*")} == FILES["gguf"] | {
         f"model-{k}.gguf" for k in ("q8_0", "q4_0", "q4_k_m")
@@ -124,7 +124,7 @@ def test_gguf(gguf):
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("auto", 1e-4), ("float16", 0.1)])
-def test_hf(made, tmp_path, dtype, most):
+def test_hf_export_matches_model(made, tmp_path, dtype, most):
     [row] = run(made, "adapter", tmp_path / "out", to="hf", dtype=dtype)
     assert_same(row, most)
     detached = umbra.load(made / "adapter").detached()
@@ -135,7 +135,7 @@ def test_hf(made, tmp_path, dtype, most):
 
 
 @pytest.mark.parametrize(("to", "name"), [("onnx", "qwen3"), ("gguf", "qwen3"), ("gguf", "narrow")])
-def test_other_shapes(made, tmp_path, to, name):
+def test_other_model_shapes_export(made, tmp_path, to, name):
     """Another architecture, as a stock folder; embeddings and head apart, both folded with a projection."""
     first, second = {"onnx": ("fp32", "int8"), "gguf": ("f16", "q8_0")}[to]
     rows = run(made, name, tmp_path / "out", to=to, quantization=f"{second},{first}")
@@ -144,7 +144,7 @@ def test_other_shapes(made, tmp_path, to, name):
     assert rows[1].same_next > 0.5
 
 
-def test_a_tokenizer_of_sentencepiece(tmp_path):
+def test_sentencepiece_tokenizer_exports(tmp_path):
     """Whose file transformers does not save, and GGML's converter reads nothing else; also from a detached folder."""
     import sentencepiece
 
@@ -169,7 +169,7 @@ def test_a_tokenizer_of_sentencepiece(tmp_path):
         assert row.same_next == 1 and row.prompts_tokenised_alike == 8
 
 
-def test_sliding_windows(tmp_path):
+def test_sliding_window_model_exports(tmp_path):
     """And scaled embeddings, before norms of their own."""
     make_base("gemma3_text", num_hidden_layers=1, layer_types=SLIDING[:1]).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
@@ -187,7 +187,7 @@ FLATTENED = {
 
 
 @pytest.mark.parametrize("kind", FLATTENED)
-def test_products_of_flattened_states_are_quantised_too(tmp_path, kind):
+def test_flattened_matmuls_are_quantised(tmp_path, kind):
     """Which the exporter writes as Gemm; and embeddings of ids that the model reshapes."""
     files = to_onnx.write_onnx(randomise(FLATTENED[kind]), tmp_path, ["fp32", "int8"])
     plain, quantised = (onnx_format.load(f).graph for f in files)
@@ -211,7 +211,7 @@ def test_products_of_flattened_states_are_quantised_too(tmp_path, kind):
 
 
 @pytest.mark.parametrize("to", ["hf", "onnx"])
-def test_tokens_that_the_generation_config_penalises_are_compared(small, tmp_path, to):
+def test_parity_ignores_generation_penalties(small, tmp_path, to):
     """A reference that avoids repetitions would differ from what a file says next."""
     model = AutoModelForCausalLM.from_pretrained(small)
     model.generation_config.repetition_penalty = 1.5
@@ -223,7 +223,7 @@ def test_tokens_that_the_generation_config_penalises_are_compared(small, tmp_pat
     assert_same(run(tmp_path, "base", tmp_path / "out", to=to, **options)[0], 1e-3)
 
 
-def test_a_shadow_that_passes_requests_on_can_still_do_so(made, tmp_path, tokenizer):
+def test_escalation_token_survives_trimming(made, tmp_path, tokenizer):
     """Its words stay in a trimmed vocabulary, and the runner is told them."""
     model = AutoModelForCausalLM.from_pretrained(made / "qwen3")
     model.generation_config.escalation = "[REMOTE]"
@@ -241,34 +241,34 @@ def test_a_shadow_that_passes_requests_on_can_still_do_so(made, tmp_path, tokeni
     assert len(less) < 1000
 
 
-def test_prompts_without_the_chat_template(made, tmp_path):
+def test_parity_prompts_may_skip_chat_template(made, tmp_path):
     run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32", chat_template=False)
     told = json.loads((tmp_path / "out/prompt.json").read_text())
     assert (told["prefix"], told["suffix"]) == ("", "")
 
 
-def test_what_an_export_before_has_left_goes(made, tmp_path):
-    run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32,int8")
+def test_previous_export_files_are_removed(made, onnx, tmp_path):
+    shutil.copytree(onnx[0], tmp_path / "out")
     (tmp_path / "text.txt").write_text("hello")
     again = {"overwrite": True, "vocabulary": str(tmp_path / "text.txt"), "quantization": "int8"}
-    run(made, "qwen3", tmp_path / "out", to="onnx", **again)
+    run(made, "adapter", tmp_path / "out", to="onnx", **again)
     assert {p.name for p in (tmp_path / "out").glob("model*")} == {"model-int8.onnx", "model-int8.onnx.data"}
 
 
-def test_an_export_leaves_alone_what_is_not_its_own(made, tmp_path):
-    run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32")
+def test_export_leaves_unrelated_files(made, onnx, tmp_path):
+    shutil.copytree(onnx[0], tmp_path / "out")
     (tmp_path / "out" / "model-notes.txt").write_text("mine")
-    run(made, "qwen3", tmp_path / "out", to="gguf", quantization="f16", overwrite=True)
+    run(made, "adapter", tmp_path / "out", to="gguf", quantization="f16", overwrite=True)
     assert {p.name for p in (tmp_path / "out").glob("model*")} == {"model-notes.txt", "model-f16.gguf"}
-    run(made, "qwen3", tmp_path / "out", to="hf", overwrite=True)
+    run(made, "adapter", tmp_path / "out", to="hf", overwrite=True)
     assert {p.name for p in (tmp_path / "out").glob("model-*")} == {"model-notes.txt", "model-f16.gguf"}
-    run(made, "qwen3", tmp_path / "out", to="onnx", quantization="fp32", overwrite=True)
+    run(made, "adapter", tmp_path / "out", to="onnx", quantization="fp32", overwrite=True)
     kept = {p.name for p in (tmp_path / "out").glob("[mM]odel*")}
     assert kept == {"model-notes.txt", "model-fp32.onnx", "model-fp32.onnx.data", "model.safetensors"}
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])
-def test_a_generation_configuration_that_is_not_all_consistent(made, tmp_path, to):
+def test_inconsistent_generation_config_is_exported(made, tmp_path, to):
     """As published ones are; transformers saves them unchanged, and so it must be with what we add."""
     shutil.copytree(made / "qwen3", tmp_path / "odd")
     odd = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}
@@ -283,7 +283,7 @@ def test_a_generation_configuration_that_is_not_all_consistent(made, tmp_path, t
     assert (tmp_path / "out").exists()
 
 
-def test_one_graph_takes_batches_of_any_length(made, onnx):
+def test_one_onnx_graph_accepts_any_batch_and_length(made, onnx):
     """Left-padded prompts at once, then what follows token by token."""
     import onnxruntime
 
@@ -320,7 +320,7 @@ def call(out: Path, *arguments, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("to", ["onnx", "gguf"])
-def test_a_user_runs_it(made, request, tokenizer, to):
+def test_exported_model_runs_in_its_runtime(made, request, tokenizer, to):
     """Streamed, the answer is the detached model's, and nothing heavy is imported for it."""
     out, _ = request.getfixturevalue(to)
     asked = ["--model", f"model-{PLAIN[to]}.{to}", "--max-new-tokens", 6, "--threads", 1]
@@ -337,7 +337,7 @@ def test_a_user_runs_it(made, request, tokenizer, to):
 
 
 @pytest.mark.parametrize("to", ["onnx", "gguf"])
-def test_a_program_asks_it(request, tokenizer, to):
+def test_exported_model_answers_through_python_api(request, tokenizer, to):
     out, _ = request.getfixturevalue(to)
     asked = {"prompts": [[20, 30, 40], [50]], "max_new_tokens": 5, "end": [], "texts": ["<|im_start|>user\nZoë"]}
     told = [*("--model", f"model-{PLAIN[to]}.{to}"), *("--threads", 1), *("--request", "-")]
@@ -356,7 +356,7 @@ def test_a_program_asks_it(request, tokenizer, to):
 
 
 @torch.no_grad()
-def test_a_prompt_longer_than_llama_takes_at_once(made, gguf):
+def test_prompt_longer_than_llama_batch_is_evaluated(made, gguf):
     """It is read in parts, and the next tokens are PyTorch's."""
     prompt, given = [7, 8, 9] * 180, [1, 2, 3]
     asked = {"prompts": [prompt], "answers": [given], "max_new_tokens": 1}
@@ -375,7 +375,7 @@ def test_a_prompt_longer_than_llama_takes_at_once(made, gguf):
         ("{{ raise_exception('no system turn') }}", ["FROM ./x.gguf"]),
     ],
 )
-def test_a_template_that_is_no_chatml_is_left_to_the_gguf(template, expected):
+def test_non_chatml_template_is_left_to_gguf(template, expected):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     lines = room.modelfile(ChatFormatter(tokenizer), "x.gguf", 8192).splitlines()
@@ -383,14 +383,14 @@ def test_a_template_that_is_no_chatml_is_left_to_the_gguf(template, expected):
     assert not any(line.startswith(("TEMPLATE", "SYSTEM")) for line in lines)
 
 
-def test_prompts_without_a_template_are_left_as_they_are():
+def test_prompts_without_template_are_unchanged():
     """Ollama would take one that it knows from the GGUF file, punish repetitions, and sample."""
     text = room.modelfile(ChatFormatter(make_tokenizer(), False), "x.gguf", 8192)
     parameters = "PARAMETER num_ctx 4096\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
     assert text == f'FROM ./x.gguf\nTEMPLATE """{{{{ .Prompt }}}}"""\n{parameters}'
 
 
-def test_chatml_and_its_system_prompt(tokenizer):
+def test_chatml_template_and_system_prompt_are_rendered(tokenizer):
     text = room.modelfile(ChatFormatter(tokenizer), "x.gguf", 512)
     assert (
         '{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"""'
@@ -415,7 +415,7 @@ def trimmed(made, tokenizer):
     return kept, vocabulary.trim_model(stock, kept), vocabulary.trim_tokenizer(tokenizer, kept)
 
 
-def test_the_named_texts_are_tokenised_as_before(trimmed, tokenizer):
+def test_trimmed_tokenizer_preserves_listed_texts(trimmed, tokenizer):
     kept, _, small = trimmed
     assert 256 < len(kept) == len(small) < 500
     before = tokenizer(TEXT)["input_ids"]
@@ -433,12 +433,12 @@ def test_the_named_texts_are_tokenised_as_before(trimmed, tokenizer):
 @pytest.mark.parametrize(
     "text", ["Entirely different words: quixotic zebras.", "żółw\x00\u200b𝄞", " \n\n  ", "<|im_end|>"]
 )
-def test_any_other_text_can_still_be_tokenised(trimmed, text):
+def test_trimmed_tokenizer_encodes_any_text(trimmed, text):
     small = trimmed[2]
     assert small.decode(small(text)["input_ids"]) == text
 
 
-def test_logits_of_kept_tokens_are_the_models_own(made, trimmed):
+def test_trimmed_logits_equal_full_logits(made, trimmed):
     kept, small, _ = trimmed
     stock = load_base(str(made / "qwen3")).eval()
     ids = torch.randint(0, len(kept), (2, 9), generator=torch.Generator().manual_seed(1))
@@ -455,7 +455,7 @@ def test_logits_of_kept_tokens_are_the_models_own(made, trimmed):
 
 
 @pytest.mark.parametrize("to", ["onnx", "gguf", "hf"])
-def test_a_trimmed_export(made, tmp_path, tokenizer, to):
+def test_trimmed_export_matches_model(made, tmp_path, tokenizer, to):
     (tmp_path / "text.txt").write_text(TEXT + PROMPTS)
     records = [{"prompt": "Where is the lighthouse?", "completion": "By the sea."}]
     (tmp_path / "more.jsonl").write_text(json.dumps(records[0]) + "\n")
@@ -501,13 +501,13 @@ def test_refused_before_any_work(small, tmp_path, form):
 
 
 @pytest.mark.parametrize(("to", "command"), [("onnx", "umbra-peft[onnx]"), ("gguf", "umbra-peft[gguf]")])
-def test_what_is_not_installed_is_named(small, tmp_path, monkeypatch, to, command):
+def test_missing_package_is_named(small, tmp_path, monkeypatch, to, command):
     monkeypatch.setattr(room, "find_spec", lambda name: None)
     with pytest.raises(umbra.ConfigError, match=re.escape(f"pip install '{command}'")):
         export(ExportOptions(adapter=small, to=to, out=str(tmp_path / "out")))
 
 
-def test_a_converter_without_its_own_gguf(made, tmp_path, monkeypatch):
+def test_converter_without_bundled_gguf_is_named(made, tmp_path, monkeypatch):
     def converter(model):
         raise AttributeError("DFLASH")
 
@@ -516,7 +516,7 @@ def test_a_converter_without_its_own_gguf(made, tmp_path, monkeypatch):
         run(made, "adapter", tmp_path / "out", to="gguf")
 
 
-def test_a_full_folder_is_refused(small, tmp_path):
+def test_nonempty_folder_is_refused(small, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(umbra.CheckpointError, match="--overwrite"):
         export(ExportOptions(adapter=small, to="onnx", out=str(tmp_path)))
@@ -532,7 +532,7 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("form", CANNOT)
-def test_what_a_format_cannot_hold(tmp_path, form):
+def test_unsupported_model_for_format_is_named(tmp_path, form):
     to, options, kind, message = CANNOT[form]
     small = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "intermediate_size": 64}
     config = AutoConfig.for_model(kind or "llama", **(small if kind == "mamba" else LLAMA_LIKE))
@@ -544,7 +544,7 @@ def test_what_a_format_cannot_hold(tmp_path, form):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vocabulary_that_is_no_byte_level_bpe(small, tmp_path):
+def test_trimming_needs_byte_level_bpe(small, tmp_path):
     (tmp_path / "text.txt").write_text("one")
     asked = ExportOptions(adapter=small, to="onnx", out=str(tmp_path / "out"), vocabulary=str(tmp_path / "text.txt"))
     with pytest.raises(umbra.ExportError, match="this tokenizer is a WordLevel"):
@@ -552,7 +552,7 @@ def test_a_vocabulary_that_is_no_byte_level_bpe(small, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["hf", "onnx"])
-def test_an_export_that_says_something_else_is_not_kept(small, tmp_path, monkeypatch, capsys, to):
+def test_export_failing_parity_is_removed(small, tmp_path, monkeypatch, capsys, to):
     monkeypatch.setattr(parity, "LEAST_AGREEMENT", 1.01)
     (tmp_path / "prompts.txt").write_text("one\n")
     asked = ["--to", to, "--prompts", f"{tmp_path}/prompts.txt", "--max-new-tokens", "3"]
@@ -561,7 +561,7 @@ def test_an_export_that_says_something_else_is_not_kept(small, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_one_that_cannot_be_run_is_not_kept(made, tmp_path, monkeypatch):
+def test_export_that_cannot_run_is_removed(made, tmp_path, monkeypatch):
     """What was in the folder stays."""
     (tmp_path / "mine").write_text("mine")
     monkeypatch.setattr(parity.sys, "executable", shutil.which("false"))
@@ -573,7 +573,7 @@ def test_one_that_cannot_be_run_is_not_kept(made, tmp_path, monkeypatch):
 # -- the command and the README ----------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_a_table_json_and_the_answer(small, made, tmp_path, capsys):
+def test_export_command_prints_table_json_and_answer(small, made, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     quick = ["--prompts", f"{tmp_path}/prompts.txt", "--max-new-tokens", "4", "--prompt", "who"]
     asked = ["export", small, "--to", "hf", "--out", str(tmp_path / "out"), *quick]
@@ -591,7 +591,7 @@ def test_the_command_prints_a_table_json_and_the_answer(small, made, tmp_path, c
     assert not (tmp_path / "gguf" / "model-f16.gguf").exists(), "it was compared, but not asked for"
 
 
-def test_the_default_questions_make_a_thousand_tokens(made, tokenizer):
+def test_parity_compares_thousand_tokens_by_default(made, tokenizer):
     """What would come after the end of an answer is compared too."""
     assert len(set(parity.QUESTIONS)) * ExportOptions(adapter="").max_new_tokens > 1500
     model = AutoModelForCausalLM.from_pretrained(made / "qwen3")
@@ -607,7 +607,7 @@ def test_the_default_questions_make_a_thousand_tokens(made, tokenizer):
     assert (row.tokens, row.same_next, row.same_answers) == (12, 1, 2)
 
 
-def test_what_would_come_after_an_end_stops_where_positions_do(small):
+def test_parity_stops_at_position_limit(small):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(small), make_tokenizer()
     room = model.config.max_position_embeddings
     found = parity.answer(model, ChatFormatter(tokenizer), ["one"], 10 * room)
@@ -615,7 +615,7 @@ def test_what_would_come_after_an_end_stops_where_positions_do(small):
 
 
 @pytest.mark.parametrize("to", ["hf", "onnx"])
-def test_a_model_of_few_positions_is_compared_within_them(small, tmp_path, to):
+def test_model_with_few_positions_is_compared_within_them(small, tmp_path, to):
     """The default questions are up to 98 of its 128 tokens long."""
     rows = export(ExportOptions(small, to=to, out=str(tmp_path / "out"), max_new_tokens=64))[0]
     writer = ChatFormatter(make_tokenizer())
@@ -628,7 +628,7 @@ def test_a_model_of_few_positions_is_compared_within_them(small, tmp_path, to):
     assert not (tmp_path / "no").exists()
 
 
-def test_a_model_is_compared_with_what_it_was_before_trimming(made, tokenizer):
+def test_trimmed_model_is_compared_with_full_model(made, tokenizer):
     """Along the answers of the trimmed one the whole one says the same but where it would take a token that is gone."""
     model = AutoModelForCausalLM.from_pretrained(made / "qwen3").eval()
     writer, texts = ChatFormatter(tokenizer), ["one and two", "three"]
@@ -646,7 +646,7 @@ def test_a_model_is_compared_with_what_it_was_before_trimming(made, tokenizer):
     assert "| – | – |" in parity.table([found])
 
 
-def test_what_a_killed_export_has_left_is_in_nobodys_way(small, tmp_path):
+def test_killed_export_does_not_block_next_one(small, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n")
     (tmp_path / "out" / ".umbra-staged-x").mkdir(parents=True)
     export(
@@ -655,7 +655,7 @@ def test_what_a_killed_export_has_left_is_in_nobodys_way(small, tmp_path):
     assert not (tmp_path / "out" / ".umbra-staged-x").exists()
 
 
-def test_the_readmes_commands_run(made, tmp_path, monkeypatch, capsys):
+def test_commands_in_readme_run(made, tmp_path, monkeypatch, capsys):
     section = README.partition("## Ship the shadow")[2].partition("\n## ")[0]
     [block] = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     (tmp_path / "README.md").write_text(TEXT)

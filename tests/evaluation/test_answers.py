@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_architectures import FAMILIES, build, cast
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import umbra
-from conftest import make_tokenizer
+from support.families import build, cast
+from support.tables import FAMILIES
 from support.tiny import make, make_base
+from support.tokenizer import make_tokenizer
 from umbra.adapters.card import model_card
 from umbra.cli import main
 from umbra.data import ChatFormatter, end_tokens, read_records
@@ -65,7 +66,7 @@ def learned_ends(tokenizer) -> list[int]:
 # -- where an answer ends ----------------------------------------------------------------------------------------------
 
 
-def test_the_end_is_what_training_puts_after_an_answer():
+def test_generation_ends_at_training_end_token():
     tokenizer, plain = chat_tokenizer(), make_tokenizer()
     assert ChatFormatter(tokenizer).ends == learned_ends(tokenizer)
     assert ChatFormatter(plain).ends == [plain.eos_token_id]
@@ -74,7 +75,7 @@ def test_the_end_is_what_training_puts_after_an_answer():
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in learned and tokenizer.eos_token_id not in learned
 
 
-def test_scores_end_there(monkeypatch):
+def test_scored_reply_ends_at_training_end_token(monkeypatch):
     tokenizer = chat_tokenizer()
     model, asked = make_base(vocab_size=len(tokenizer)), {}
 
@@ -91,7 +92,7 @@ def test_scores_end_there(monkeypatch):
     assert asked["repetition_penalty"] == 1.0 and not asked["do_sample"]
 
 
-def test_a_detached_model_ends_there_by_itself(chat_adapter, tmp_path):
+def test_detached_model_stops_at_training_end_token(chat_adapter, tmp_path):
     tokenizer = chat_tokenizer()
     main(["detach", str(chat_adapter), str(tmp_path / "edge")])
     edge = AutoModelForCausalLM.from_pretrained(tmp_path / "edge")
@@ -99,7 +100,7 @@ def test_a_detached_model_ends_there_by_itself(chat_adapter, tmp_path):
     assert end_tokens(edge, ChatFormatter(tokenizer)) == learned_ends(tokenizer)
 
 
-def test_an_export_ends_there_and_reads_a_line_as_a_prompt(chat_adapter, tmp_path):
+def test_exported_model_stops_at_end_token_and_reads_lines(chat_adapter, tmp_path):
     pytest.importorskip("onnxruntime")
     out = tmp_path / "phone"
     main(
@@ -127,14 +128,14 @@ def test_an_export_ends_there_and_reads_a_line_as_a_prompt(chat_adapter, tmp_pat
     assert "made for 128" in ask("ab" * 70).stderr
 
 
-def test_ollama_is_given_the_empty_thoughts_that_training_puts_before_an_answer():
+def test_ollama_template_includes_empty_thoughts():
     writer = ChatFormatter(chat_tokenizer(), chat_template_kwargs={"enable_thinking": False})
     assert f'<|im_start|>assistant\n{THOUGHTS}"""' in modelfile(writer, "x.gguf", 512)
     bare = modelfile(ChatFormatter(chat_tokenizer(CHATML.replace(THOUGHTS, ""))), "x.gguf", 512)
     assert '<|im_start|>assistant\n"""' in bare
 
 
-def test_a_template_that_refuses_a_conversation_is_told_of():
+def test_template_refusing_conversation_is_named():
     system, user, answer = ({"role": r, "content": "a"} for r in ("system", "user", "assistant"))
     with pytest.raises(DataError, match="no system role"):
         ChatFormatter(chat_tokenizer(REFUSING)).segments({"messages": [system, user, answer]})
@@ -142,7 +143,7 @@ def test_a_template_that_refuses_a_conversation_is_told_of():
         ChatFormatter(chat_tokenizer()).segments({"messages": [{**user, "content": None}, answer]})
 
 
-def test_a_conversation_may_begin_with_the_assistant():
+def test_conversation_may_begin_with_assistant():
     said = [
         {"role": "assistant", "content": "hi"},
         {"role": "user", "content": "a"},
@@ -167,16 +168,16 @@ def short(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["attached", "detached"])
-def test_an_answer_stops_where_positions_do(short, tmp_path, mode, capsys):
+def test_answer_stops_at_position_limit(short, tmp_path, mode, capsys):
     main(["generate", short, "hello", "--mode", mode, "--json"])
     assert json.loads(capsys.readouterr().out)["tokens"] <= 128
     long = write(tmp_path / "long.jsonl", [{"prompt": "a" * 90, "completion": "b"}])
     assert main(["eval", short, long, "--modes", mode]) == 0
     assert main(["generate", short, "a" * 200, "--mode", mode]) == 2
-    assert "made for 128" in capsys.readouterr().err
+    assert "has positions for 128" in capsys.readouterr().err
 
 
-def test_a_text_is_classified_up_to_there(tmp_path):
+def test_classified_text_is_cut_at_position_limit(tmp_path):
     make_base("gpt2", classifier=True).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
@@ -189,7 +190,7 @@ def test_a_text_is_classified_up_to_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gptj", "phi"])
-def test_a_bias_that_the_stock_class_would_not_read_back_is_refused(name, tmp_path):
+def test_unreadable_head_bias_is_refused(name, tmp_path):
     model = cast(build(name), shadow="dense")
     assert FAMILIES[name] and model.detached().get_output_embeddings().bias is not None
     with pytest.raises(DetachError, match=r"lm_head\.bias"):
@@ -199,7 +200,7 @@ def test_a_bias_that_the_stock_class_would_not_read_back_is_refused(name, tmp_pa
     write_detached(model, tmp_path / "edge")
 
 
-def test_another_tokenizer_leaves_nothing_of_the_one_before(tmp_path):
+def test_new_tokenizer_replaces_old_tokenizer_files(tmp_path):
     model, plain = make(base_options={"vocab_size": 101}), make_tokenizer()
     plain.chat_template = None
     write_detached(model, tmp_path / "edge", chat_tokenizer())
@@ -209,7 +210,7 @@ def test_another_tokenizer_leaves_nothing_of_the_one_before(tmp_path):
     assert (tmp_path / "edge" / "notes.txt").exists()
 
 
-def test_a_card_names_the_base_to_the_hub_by_its_id_alone(tmp_path):
+def test_card_names_base_only_by_hub_id(tmp_path):
     model = make()
 
     def front(name: str) -> str:
@@ -223,7 +224,7 @@ def test_a_card_names_the_base_to_the_hub_by_its_id_alone(tmp_path):
         assert "base_model" not in front(path)
 
 
-def test_a_readme_of_the_users_own_stays(tmp_path):
+def test_user_written_readme_stays(tmp_path):
     (tmp_path / "README.md").write_text("# My project\n")
     make().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "# My project\n"
@@ -231,7 +232,7 @@ def test_a_readme_of_the_users_own_stays(tmp_path):
     assert "library_name: umbra" in (tmp_path / "adapter" / "README.md").read_text()
 
 
-def test_replies_are_not_written_over_the_data(short, tmp_path):
+def test_replies_do_not_overwrite_data(short, tmp_path):
     data = write(tmp_path / "data.jsonl", [RECORD])
     (tmp_path / "link.jsonl").symlink_to(data)
     for name in (data, str(tmp_path / "link.jsonl")):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import make, scramble
+from support.tokenizer import make_tokenizer
 from umbra.cli import main
 
 pytest.importorskip("lm_eval")
@@ -111,7 +111,7 @@ def test_lm_eval_scores_the_attached_model(tasks, adapter, tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "folder"), [("detached", "edge"), ("base", "base")])
-def test_the_other_modes_equal_lm_evals_own_model(tasks, adapter, mode, folder):
+def test_base_and_detached_modes_equal_lm_eval_model(tasks, adapter, mode, folder):
     import umbra.evaluation.lm_eval  # noqa: F401 (registers the model)
 
     ours = evaluated(tasks, "umbra", adapter=adapter, mode=mode)
@@ -129,14 +129,14 @@ def test_the_other_modes_equal_lm_evals_own_model(tasks, adapter, mode, folder):
         ({"load_in_4bit": True}, "Unknown key 'load_in_4bit'"),
     ],
 )
-def test_bad_model_arguments_are_named(adapter, arguments, says):
+def test_invalid_model_arguments_are_named(adapter, arguments, says):
     from umbra.evaluation.lm_eval import UmbraLM
 
     with pytest.raises(umbra.ConfigError, match=says):
         UmbraLM(adapter=adapter, **arguments)
 
 
-def test_a_classifier_is_no_language_model(tmp_path):
+def test_classifier_is_refused(tmp_path):
     from umbra.evaluation.lm_eval import UmbraLM
 
     model = make("llama", classifier=True, base_options={"num_labels": 3})
@@ -147,14 +147,14 @@ def test_a_classifier_is_no_language_model(tmp_path):
         UmbraLM(adapter=str(tmp_path / "adapter"), base=str(tmp_path / "base"), device="cpu")
 
 
-def test_without_lm_eval_the_command_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("umbra.cli.find_spec", lambda name: None)
+def test_missing_lm_eval_names_its_extra(monkeypatch, capsys):
+    monkeypatch.setattr("umbra.cli.results.find_spec", lambda name: None)
     assert main(["lm_eval", "run"]) == 2
     assert "pip install 'umbra-peft[lm-eval]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chats", [True, False])
-def test_it_asks_as_the_adapter_does_or_says_that_it_does_not(adapter, chats, tmp_path, capsys):
+def test_prompting_follows_adapter_or_warns(adapter, chats, tmp_path, capsys):
     from umbra.evaluation.lm_eval import UmbraLM
 
     tokenizer = make_tokenizer()

@@ -90,14 +90,14 @@ assert len(seen) > 20 and seen == sorted(seen) and set(seen) == {True, False}, s
 
 @pytest.mark.parametrize("old", [OLD, {}], ids=["a model", "nothing"])
 @pytest.mark.parametrize("links", ["links", "copies"])
-def test_a_kill_leaves_the_old_files_or_the_new_ones(tmp_path, old, links):
+def test_kill_leaves_old_files_or_new_files(tmp_path, old, links):
     """And so does a kill while the next writer tidies; a file system without hard links copies."""
     command = [sys.executable, "-c", SWITCHES, repr(old), repr(NEW), str(tmp_path), links]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_full_disk_leaves_the_old_model(tmp_path):
+def test_full_disk_leaves_old_model(tmp_path):
     start(tmp_path / "out", OLD)
 
     def full(staging: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path):
     assert visible(tmp_path / "out") == OLD
 
 
-def test_a_users_links_are_followed_and_not_written_through(tmp_path):
+def test_links_are_followed_but_not_written_through(tmp_path):
     start(tmp_path / "out", OLD)
     (tmp_path / "elsewhere").write_text("elsewhere")
     (tmp_path / "out" / "config.json").unlink()

@@ -61,7 +61,7 @@ def alone(model, said: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.compat("Caches", "continuous batching (`generate_batch`)", "shadows whose attention has the base's sizes")
-def test_each_request_is_answered_as_if_alone(name, attention):
+def test_batched_request_equals_request_alone(name, attention):
     """Prompts longer than a forward, a window and a page; the attention implementation is put back afterwards."""
     model = make(name, base_options={"attn_implementation": attention})
     parts = model, model.base, model.shadow.backbone
@@ -71,7 +71,7 @@ def test_each_request_is_answered_as_if_alone(name, attention):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_prefix_that_was_paged_before_is_shared(name):
+def test_paged_prefix_is_shared(name):
     """By requests of the same manager, one after the other."""
     model = make_once(name)
     model.generation_config.eos_token_id = None
@@ -91,7 +91,7 @@ def test_a_prefix_that_was_paged_before_is_shared(name):
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("form", ["llama", "mistral"])
-def test_a_shadow_of_another_kind(name, form, tmp_path):
+def test_dense_shadow_is_batched(name, form, tmp_path):
     """With a window where the base has none, and the other way round: each path reads its own masks."""
     sizes = {**CONFIGS[form], "num_hidden_layers": 2, "num_key_value_heads": 4 if name == "gpt2" else 2, "head_dim": 8}
     AutoModel.from_config(AutoConfig.for_model(form, **sizes)).save_pretrained(tmp_path)
@@ -100,7 +100,7 @@ def test_a_shadow_of_another_kind(name, form, tmp_path):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_pages_of_another_dtype_than_the_shadow_s(name):
+def test_pages_may_have_another_dtype_than_shadow(name):
     """The pages have the base's dtype. Casting up and back loses nothing; down, as beside a bf16 base, it rounds."""
     model = make(name)
     model.shadow.backbone.to(torch.float32)
@@ -112,7 +112,7 @@ def test_pages_of_another_dtype_than_the_shadow_s(name):
     assert [len(said) for said in batch(half, prompts()[:2])] == [NEW, NEW]
 
 
-def test_the_way_by_generate():
+def test_generate_with_paged_cache_equals_plain():
     """``cache_implementation="paged"``; transformers warns of its options, and answers with all rows in one more dimension."""
     model, ids = make_once("llama"), tokens(2)
     model.generation_config.eos_token_id = None
@@ -124,7 +124,7 @@ def test_the_way_by_generate():
     assert found[0].tolist() == [a + b for a, b in zip(ids.tolist(), alone(model, ids.tolist()), strict=True)]
 
 
-def test_what_pages_cannot_hold_is_refused(tmp_path):
+def test_states_that_pages_cannot_hold_are_refused(tmp_path):
     """Before a thread is started, whose errors would only be logged."""
     heads = make("llama", shadow_num_key_value_heads=1)
     width = make("llama", shadow_head_dim=4)
@@ -141,12 +141,12 @@ def test_what_pages_cannot_hold_is_refused(tmp_path):
         model.generate(tokens(), max_new_tokens=2)
 
 
-def test_mixed_requests_are_refused():
+def test_mixed_adapter_requests_are_refused():
     with pytest.raises(umbra.ConfigError, match="one adapter"):
         make_once("llama").generate_batch(prompts(), adapter_names=["default"] * 4)
 
 
-def test_a_disabled_adapter_is_refused():
+def test_disabled_adapter_is_refused():
     """Its context is this thread's; the batching's own would answer with the adapter."""
     model = make_once("llama")
     with model.disable_adapter(), pytest.raises(umbra.StateError, match="unload"):

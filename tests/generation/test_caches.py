@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-import test_generation
 import torch
-from test_generation import repetitive
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 
 import umbra
+from support import generating
+from support.generating import repetitive
 from support.tiny import LAYERS, make, make_base, tokens
 
 BASES = ["llama", "gpt2", "mistral", "gemma3_text"]
@@ -23,7 +23,7 @@ model_of = functools.cache(make)
 base_of = functools.cache(make_base)
 
 
-generate = functools.partial(test_generation.generate, max_new_tokens=7)
+generate = functools.partial(generating.generate, max_new_tokens=7)
 
 
 class Stream(AbstractContextManager):
@@ -99,7 +99,7 @@ def outcome(model, ids: torch.Tensor, **options: Any) -> Any:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.compat("Caches", "dynamic, static, offloaded and one's own cache × beams, padding, chunks, assistants")
-def test_every_cache_in_every_mode(name, cache, mode, streams):
+def test_every_cache_equals_uncached_in_every_mode(name, cache, mode, streams):
     """As the uncached run; where transformers refuses the bare base, it refuses the pair in the same words."""
     base, model = base_of(name, seed=0), model_of(name)
     base.generation_config.eos_token_id = None
@@ -113,7 +113,7 @@ def test_every_cache_in_every_mode(name, cache, mode, streams):
     assert torch.equal(found, uncached(model, mode))
 
 
-def test_offloading_asks_for_streams_of_cuda_whatever_the_device():
+def test_offloaded_cache_needs_cuda_streams():
     """Hence the stand-ins above: without them transformers 5.23 fails on a CPU, with or without a shadow."""
     if torch.cuda.is_available():
         return
@@ -126,7 +126,7 @@ def test_offloading_asks_for_streams_of_cuda_whatever_the_device():
 
 
 @bases
-def test_offloading_covers_the_shadow(name, streams, monkeypatch):
+def test_offloading_covers_shadow_cache(name, streams, monkeypatch):
     """Each layer, the shadow's last, is taken off the device after use, and the one that is used next is fetched."""
     model, moved = model_of(name), []
     cache = DynamicCache(config=model.config, offloading=True)
@@ -142,7 +142,7 @@ def test_offloading_covers_the_shadow(name, streams, monkeypatch):
 @pytest.mark.parametrize("cache", ["dynamic", "static", "own_without_config"])
 @pytest.mark.parametrize("length", [1, 5, 6, 7])
 @pytest.mark.compat("Caches", "sliding windows, up to and across their edge")
-def test_the_edge_of_a_window(name, cache, length):
+def test_window_edges_are_handled(name, cache, length):
     """Prompts and ends one before, at and behind a multiple of the window of 6."""
     model, ids = model_of(name), tokens(2, length)
     expected = generate(model, ids, max_new_tokens=14 - length, use_cache=False)
@@ -177,7 +177,7 @@ def powerless(name: str):
 @backends
 @pytest.mark.parametrize("mode", sorted(MODES.keys() - NEEDS_CROP))
 @pytest.mark.compat("Caches", "quantised (quanto, HQQ, fp8) × beams, padding, chunks", "bases without sliding windows")
-def test_a_quantised_cache_is_the_base_s(name, backend, mode):
+def test_quantised_cache_equals_base(name, backend, mode):
     options = {**MODES[mode], "cache_implementation": "quantized", "cache_config": BACKENDS[backend]}
     expected = generate(base_of(name, seed=0), tokens(), **options)
     assert torch.equal(generate(powerless(name), tokens(), **options), expected)
@@ -186,7 +186,7 @@ def test_a_quantised_cache_is_the_base_s(name, backend, mode):
 @pytest.mark.parametrize("name", FULL)
 @backends
 @torch.no_grad()
-def test_a_quantised_cache_errs_as_much_as_the_base_s(name, backend):
+def test_quantised_cache_error_equals_base_error(name, backend):
     """By a quantisation that is felt, and no more than in the base alone."""
     ids, errors = tokens(2, 24), []
     for model in (base_of(name, seed=0), model_of(name)):
@@ -199,7 +199,7 @@ def test_a_quantised_cache_errs_as_much_as_the_base_s(name, backend):
 
 @pytest.mark.parametrize("name", SLIDING)
 @backends
-def test_quantised_sliding_windows_are_refused_by_transformers(name, backend):
+def test_transformers_refuses_quantised_sliding_windows(name, backend):
     options = {"cache_implementation": "quantized", "cache_config": BACKENDS[backend]}
     bare, found = (outcome(m, tokens(), **options) for m in (base_of(name, seed=0), model_of(name)))
     assert found == bare
@@ -214,7 +214,7 @@ KEPT = ["own_dynamic", "own_without_config", "own_static"]
 @bases
 @pytest.mark.parametrize(("cache", "chunks"), [*((kept, None) for kept in KEPT[:2]), (KEPT[0], 3), (KEPT[2], 3)])
 @pytest.mark.compat("Caches", "one's own cache over several turns")
-def test_several_turns(name, cache, chunks):
+def test_cache_continues_over_several_turns(name, cache, chunks):
     """What the user adds each time is all that is computed; a static cache is then reset and used again."""
     model, kept = model_of(name), CACHES[cache](model_of(name))["past_key_values"]
     for again in range(1 + (cache == "own_static")):
@@ -244,7 +244,7 @@ class counting(AbstractContextManager):
 @pytest.mark.parametrize("cache", KEPT)
 @torch.no_grad()
 @pytest.mark.compat("Caches", "a prefix shared by several continuations, as copies or as rows")
-def test_a_shared_prefix(name, cache):
+def test_shared_prefix_cache_can_be_copied(name, cache):
     """Deep copies go on apart, and leave the prefix as it was; a dynamic one is also repeated into rows, and picked from."""
     model, prefix = model_of(name), tokens(1, 8)
     kept = CACHES[cache](model)["past_key_values"]
@@ -263,7 +263,7 @@ def test_a_shared_prefix(name, cache):
 
 @bases
 @pytest.mark.compat("Caches", "as the assistant of another model, attached or detached")
-def test_what_an_assistant_drafts_is_what_it_would_say_uncached(name, monkeypatch):
+def test_assistant_drafts_equal_uncached_output(name, monkeypatch):
     """The target would hide a wrong draft by refusing it: each draft is compared with the assistant's own greedy run."""
     target, ids = base_of(name, seed=7), tokens(1)
     for assistant in (model_of(name), model_of(name).detached()):
@@ -304,7 +304,7 @@ def foreign(base) -> dict[str, Any]:
 
 
 @bases
-def test_a_cache_of_the_base_is_refused(name):
+def test_base_cache_is_refused(name):
     model = model_of(name)
     for kind, cache in foreign(model.base).items():
         with pytest.raises(umbra.StateError, match=r"has \d layers, base and shadow need 5"):
@@ -317,7 +317,7 @@ def test_a_cache_of_the_base_is_refused(name):
 @bases
 @pytest.mark.parametrize("cache", KEPT)
 @torch.no_grad()
-def test_a_cache_that_only_one_of_both_has_filled_is_refused(name, cache):
+def test_cache_filled_by_only_one_stream_is_refused(name, cache):
     """Base and shadow would attend to different tokens, at different positions."""
     model, build = model_of(name), lambda: CACHES[cache](model_of(name))["past_key_values"]
     bare, pair, broken = build(), build(), build()
@@ -348,7 +348,7 @@ def test_a_cache_that_only_one_of_both_has_filled_is_refused(name, cache):
     "form", [{"shadow_num_key_value_heads": 1}, {"shadow_hidden_size": 16, "shadow_head_dim": 4}], ids=str
 )
 @pytest.mark.parametrize("cache", ["static", "own_static"])
-def test_a_static_cache_in_chunks_for_a_shadow_of_other_heads(form, cache):
+def test_static_cache_chunks_with_other_head_count(form, cache):
     """For chunks transformers makes all layers of its static cache at once, in one shape and dtype."""
     model = make("llama", **form)
     expected = generate(model, tokens(), use_cache=False)
@@ -357,13 +357,13 @@ def test_a_static_cache_in_chunks_for_a_shadow_of_other_heads(form, cache):
     assert torch.equal(generate(model, tokens(), prefill_chunk_size=4, **CACHES[cache](model)), expected)
 
 
-def test_leaving_early_is_refused():
+def test_early_exit_is_refused():
     with pytest.raises(umbra.BaseModelError, match="blocks that the shadow corrects"):
         generate(model_of("llama"), tokens(1), assistant_early_exit=2)
 
 
 @torch.no_grad()
-def test_a_static_cache_that_was_made_before_it_was_filled():
+def test_preallocated_static_cache_is_accepted():
     """Prefilled in chunks, all its layers exist from the beginning, those of shadows without a part too."""
     model, ids = make(), tokens()
     static = {"cache_implementation": "static", "max_cache_len": 64, "prefill_chunk_size": 4, "max_new_tokens": 3}

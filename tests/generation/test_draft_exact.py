@@ -35,7 +35,7 @@ def longer(kind: str, name: str = "llama") -> dict:
     [*((k, "llama") for k in ROPES), ("longrope", "phi3"), ("longrope", "gemma3_text"), ("dynamic", "mistral")],
 )
 @pytest.mark.parametrize("length", [5, 15, 20])
-def test_positions_that_depend_on_the_length(kind, name, length):
+def test_length_dependent_positions_stay_exact(kind, name, length):
     """Within, across and beyond the limit; one row, and two with padding."""
     model, ids = agreeing(name, base_options=longer(kind, name), shadow_num_hidden_layers=2), tokens(2, length)
     mask = torch.ones_like(ids)
@@ -51,7 +51,7 @@ def test_positions_that_depend_on_the_length(kind, name, length):
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_positions_of_the_shadow_that_depend_on_the_length(kind, tmp_path):
+def test_length_dependent_shadow_positions_stay_exact(kind, tmp_path):
     small = {**CONFIGS["llama"], "hidden_size": 32, "head_dim": 8, **longer(kind)}
     AutoModel.from_config(AutoConfig.for_model("llama", **small)).save_pretrained(tmp_path)
     model, ids = agreeing(shadow=str(tmp_path)), tokens(1, 12)
@@ -60,9 +60,11 @@ def test_positions_of_the_shadow_that_depend_on_the_length(kind, tmp_path):
         assert torch.equal(drafted(model, ids, k).sequences, expected)
 
 
-def test_the_reported_case_of_longrope():
+def test_longrope_regression_stays_exact():
     """A shadow that agrees often, and a text that crosses the limit."""
-    model = make(base_options=longer("longrope"), shadow_num_hidden_layers=LAYERS, init="base", init_scale=1.0)
+    model = make(
+        base_options=longer("longrope"), shadow_num_hidden_layers=LAYERS, init="base", constants={"init_scale": 1.0}
+    )
     with torch.no_grad():
         for injection in model.shadow.couplings.injections.values():
             injection.up.weight.zero_()
@@ -72,7 +74,7 @@ def test_the_reported_case_of_longrope():
         assert torch.equal(drafted(model, ids, k).sequences, expected)
 
 
-def test_an_unknown_kind_of_positions_is_refused_before_any_work():
+def test_unknown_position_kind_is_refused_early():
     model, forwards = agreeing(), []
     model.base.config.rope_parameters["rope_type"] = "of-somebody"
     model.base.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -112,7 +114,7 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("form", FEATURES)
-def test_each_feature_of_generation_is_kept_or_refused(form):
+def test_every_generation_feature_is_exact_or_refused(form):
     model, ids, options = agreeing(), tokens(2), FEATURES[form]
     try:
         found = drafted(model, ids, 3, **options).sequences

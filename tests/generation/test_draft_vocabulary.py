@@ -5,20 +5,21 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_architectures import build, cast
 from transformers import TrainingArguments
 
 import umbra
 from support.drafts import agreeing, drafted, each_architecture, plain
+from support.families import build, cast
 from support.tables import FAMILIES
 from support.tiny import VOCAB, make, tokens
 from umbra.adapters.files import read_config
-from umbra.generation import drafting
+from umbra.generation.draft_model import DraftHead
+from umbra.shadow.draft_vocabulary import frequent_tokens
 
 
 @each_architecture
 @pytest.mark.compat("Drafting", "a trimmed draft vocabulary")
-def test_a_draft_vocabulary_changes_no_token(name):
+def test_draft_vocabulary_changes_no_token(name):
     """One of the tokens to come, one of all others, one of a few."""
     model, ids = agreeing(name), tokens(1)
     expected, whole = plain(model, ids), drafted(model, ids)
@@ -37,18 +38,18 @@ def test_a_draft_vocabulary_changes_no_token(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_the_draft_head_gives_the_logits_of_the_shadow_alone(name):
+def test_draft_head_equals_shadow_logits(name):
     """Scaled and capped as the base's own code does; of a part of the vocabulary, those of its tokens."""
     model, ids = cast(build(name)), tokens(1)
-    state = model._initial_state({"input_ids": ids, "inputs_embeds": None})[:, -1]
-    expected = model._logits_alone(state[:, None])
+    state = model.runner.initial_state({"input_ids": ids, "inputs_embeds": None})[:, -1]
+    expected = model.losses.logits_alone(state[:, None])
     for part in (None, [7, 3, 90]):
         model.set_draft_vocabulary(part)
-        found = drafting.DraftHead(model, model.shadow, ids.device)(state)
+        found = DraftHead(model, model.shadow, ids.device)(state)
         torch.testing.assert_close(found, expected if part is None else expected[:, part], rtol=1e-4, atol=1e-4)
 
 
-def test_a_draft_vocabulary_of_numpy():
+def test_draft_vocabulary_accepts_numpy():
     model = make()
     for given in (np.array([5, 90, 5]), [np.int64(5), torch.tensor(90)]):
         model.set_draft_vocabulary(given)
@@ -56,19 +57,19 @@ def test_a_draft_vocabulary_of_numpy():
 
 
 @pytest.mark.parametrize("wrong", [[], [VOCAB], [-1], [1.5], ["a"], [True]], ids=str)
-def test_a_wrong_draft_vocabulary(wrong):
+def test_invalid_draft_vocabulary_is_refused(wrong):
     with pytest.raises(umbra.ConfigError, match="draft vocabulary"):
         make().set_draft_vocabulary(wrong)
 
 
-def test_frequent_tokens():
+def test_frequent_tokens_are_counted():
     labels = [torch.tensor([-100, 5, 6, 6]), [7, 7, 7, -100, 9]]
-    assert drafting.frequent_tokens(labels) == [7, 6, 5, 9]
-    assert drafting.frequent_tokens(labels, also=[2, 7], most=3) == [2, 7, 6]
-    assert drafting.frequent_tokens([], also=[2]) == [2]
+    assert frequent_tokens(labels) == [7, 6, 5, 9]
+    assert frequent_tokens(labels, also=[2, 7], most=3) == [2, 7, 6]
+    assert frequent_tokens([], also=[2]) == [2]
 
 
-def test_it_is_saved_with_its_adapter(tmp_path):
+def test_draft_vocabulary_is_saved_with_adapter(tmp_path):
     model = make()
     model.set_draft_vocabulary([7, 3, 90])
     model.save_pretrained(tmp_path / "one")
@@ -85,14 +86,14 @@ def test_it_is_saved_with_its_adapter(tmp_path):
     assert loaded.adapter("second").draft_tokens is None
 
 
-def test_an_adapter_without_one_is_as_it_was(tmp_path):
+def test_adapter_without_draft_vocabulary_is_unchanged(tmp_path):
     """Its folder has no such entry, and its digest does not know of it."""
     make().save_pretrained(tmp_path)
     assert "draft_tokens" not in read_config(tmp_path)
     assert umbra.load(tmp_path, make().unload()).shadow.draft_tokens is None
 
 
-def test_a_trainers_checkpoint_brings_it_back(tmp_path):
+def test_trainer_checkpoint_restores_draft_vocabulary(tmp_path):
     def trainer(model):
         data = [{"input_ids": row, "labels": row} for row in tokens(4, 8)]
         arguments = TrainingArguments(
@@ -109,7 +110,7 @@ def test_a_trainers_checkpoint_brings_it_back(tmp_path):
 
 
 @pytest.mark.parametrize("value", [[], [7, 7], [VOCAB], [-1], ["a"], [[1]], "7", {"7": 3}, [8, 3], None], ids=str)
-def test_a_damaged_one_is_refused(tmp_path, value):
+def test_damaged_draft_vocabulary_is_refused(tmp_path, value):
     """Other tokens, or none, do not match the digest."""
     model = make()
     model.set_draft_vocabulary([7, 3])

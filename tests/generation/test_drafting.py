@@ -6,25 +6,25 @@ from collections import Counter
 
 import accelerate
 import pytest
-import test_vision
 import torch
-from test_architectures import MASK, PADDED, build, cast
 from transformers import AutoConfig, AutoModel, LogitsProcessor, StoppingCriteria
 
 import umbra
-from conftest import make_tokenizer
 from support.architectures_hybrid import FAMILIES as HYBRIDS
-from support.architectures_vision import batch_of
+from support.architectures_vision import SPECIAL, batch_of
+from support.architectures_vision import build as build_vision
 from support.drafts import NEW, agreeing, assert_some_of_both, drafted, each_architecture, plain
+from support.families import MASK, PADDED, build, cast
 from support.tables import FAMILIES
 from support.tiny import CONFIGS, LAYERS, VOCAB, tokens
-from umbra.method.hooks import _frames
+from support.tokenizer import make_tokenizer
+from umbra.method.hooks import open_contexts
 
 
 @pytest.fixture(autouse=True)
 def no_frame_stays_open():
     yield
-    assert _frames.stack == []
+    assert open_contexts() == []
 
 
 # -- greedy: the same tokens ---------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def no_frame_stays_open():
 
 @each_architecture
 @pytest.mark.compat("Drafting", "greedy: the tokens of decoding without drafts")
-def test_greedy_is_decoding_without_drafts(name):
+def test_greedy_drafting_equals_plain_decoding(name):
     model, ids = agreeing(name), tokens(1)
     expected = plain(model, ids)
     found = {k: drafted(model, ids, k) for k in (1, 2, 3, 5, 8)}
@@ -47,7 +47,7 @@ def test_greedy_is_decoding_without_drafts(name):
 
 @each_architecture
 @pytest.mark.compat("Drafting", "batches with left padding, some rows finished before others")
-def test_left_padded_rows(name):
+def test_left_padded_rows_equal_plain_decoding(name):
     model, ids, pads = agreeing(name), tokens(3, 12), (0, 4, 9)
     mask = torch.ones_like(ids)
     for row, pad in enumerate(pads):
@@ -64,19 +64,19 @@ FORMS = {
     "own embeddings": {"embeddings": "own"},
     "peft": {"dialect": "peft"},
     "upper blocks": {"layers": (2, 3)},
-    "measured channels": {"channel_scale": "measured"},
+    "measured channels": {"input_scale": "measured"},
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_other_shadows(name, form):
+def test_other_shadow_forms_equal_plain_decoding(name, form):
     model, ids = agreeing(name, **FORMS[form]), tokens(2)
     assert torch.equal(drafted(model, ids).sequences, plain(model, ids))
 
 
 @pytest.mark.parametrize(("name", "form"), [("gpt2", "llama"), ("llama", "mistral"), ("mistral", "gemma3_text")])
-def test_pretrained_shadows_of_another_kind(name, form, tmp_path):
+def test_other_pretrained_shadows_equal_plain_decoding(name, form, tmp_path):
     """With embeddings and a window of their own."""
     window = {} if form == "llama" else {"sliding_window": 10}
     small = {**CONFIGS[form], **window, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -100,7 +100,7 @@ def test_trained_heads_draft_and_verify():
 
 
 @torch.no_grad()
-def test_a_bf16_base():
+def test_bf16_base_drafts():
     """The same tokens, or another one of two between which bf16 cannot tell."""
     model, ids = agreeing(), tokens(1)
     model.base.bfloat16()
@@ -114,7 +114,7 @@ def test_a_bf16_base():
         assert abs(one - other) <= 2**-6 * abs(one)
 
 
-def test_of_several_adapters_the_active_one_drafts():
+def test_active_adapter_drafts():
     model, ids = agreeing(), tokens(2)
     model.add_adapter(umbra.ShadowConfig(rank=2, shadow_num_hidden_layers=2), "second")
     model.set_adapter("second")
@@ -124,7 +124,7 @@ def test_of_several_adapters_the_active_one_drafts():
     assert torch.equal(drafted(model, ids).sequences, plain(model, ids))
 
 
-def test_inputs_embeds():
+def test_inputs_embeds_equal_plain_decoding():
     model, ids = agreeing(), tokens(2)
     embedded = model.get_input_embeddings()(ids)
     assert torch.equal(
@@ -135,7 +135,7 @@ def test_inputs_embeds():
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str)
 @pytest.mark.compat("Drafting", "static caches and chunked prefill")
-def test_other_caches(name, options):
+def test_other_caches_equal_plain_decoding(name, options):
     model, ids = agreeing(name), tokens(2)
     assert torch.equal(drafted(model, ids, **options).sequences, plain(model, ids))
 
@@ -152,7 +152,7 @@ REFUSING = RECURRENT | {
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.compat("Drafting", "every family of docs/architectures.md: right, or refused with a reason")
-def test_every_family_is_right_or_refused(name):
+def test_every_family_is_exact_or_refused(name):
     """Short convolutions and shared keys can be rolled back, a recurrence cannot."""
     model, ids, mask = cast(build(name)), PADDED, MASK
     options = {"attention_mask": mask, "max_new_tokens": 8, "eos_token_id": None}
@@ -165,9 +165,9 @@ def test_every_family_is_right_or_refused(name):
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "paligemma", "llava", "lfm2_vl"])
 @pytest.mark.compat("Drafting", "after an image")
-def test_after_an_image(name):
-    model, batch = test_vision.cast(test_vision.build(name)), batch_of(name, 4)
-    options = {**batch.told, "eos_token_id": None, "suppress_tokens": test_vision.SPECIAL, "max_new_tokens": 8}
+def test_drafting_after_image_equals_plain_decoding(name):
+    model, batch = cast(build_vision(name)), batch_of(name, 4)
+    options = {**batch.told, "eos_token_id": None, "suppress_tokens": SPECIAL, "max_new_tokens": 8}
     assert torch.equal(drafted(model, batch.ids, 3, **options).sequences, plain(model, batch.ids, **options))
 
 
@@ -178,7 +178,7 @@ def test_after_an_image(name):
 @pytest.mark.compat(
     "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
 )
-def test_end_of_text_wherever_it_falls(rows):
+def test_end_of_text_stops_at_any_position(rows):
     """Every token that the rows say ends them once, two at a time."""
     model, ids = agreeing(), tokens(rows)
     said = sorted({int(t) for t in plain(model, ids)[:, 9:].flatten()} - {0})
@@ -195,7 +195,7 @@ def test_end_of_text_wherever_it_falls(rows):
 @pytest.mark.compat(
     "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
 )
-def test_the_last_token_wherever_it_falls(new):
+def test_length_limit_stops_at_any_position(new):
     model, ids = agreeing(), tokens(1)
     expected = plain(model, ids, max_new_tokens=new)
     out = drafted(model, ids, max_new_tokens=new)
@@ -208,7 +208,7 @@ def test_the_last_token_wherever_it_falls(new):
 @pytest.mark.compat(
     "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
 )
-def test_the_time_is_up():
+def test_time_limit_stops_generation():
     model, ids = agreeing(), tokens(2)
     assert drafted(model, ids, max_time=1e-9).sequences.shape == (2, 10)
 
@@ -216,7 +216,7 @@ def test_the_time_is_up():
 @pytest.mark.compat(
     "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
 )
-def test_stop_strings():
+def test_stop_strings_equal_plain_decoding():
     model, ids, tokenizer = agreeing(), tokens(1), make_tokenizer()
     options = {"tokenizer": tokenizer, "suppress_tokens": [*range(4), *range(len(tokenizer), VOCAB)]}
     whole = plain(model, ids, **options)
@@ -242,7 +242,7 @@ class EndsWith(StoppingCriteria):
 @pytest.mark.compat(
     "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
 )
-def test_criteria_of_ones_own_are_asked_as_without_drafts(eos):
+def test_custom_stopping_criteria_see_same_inputs(eos):
     """Without an end-of-text token a row that has finished goes on until all have, with it it is padded."""
     model, ids = agreeing(), tokens(3)
     without, with_drafts = EndsWith(), EndsWith()
@@ -267,7 +267,7 @@ PROCESSORS = {
 @pytest.mark.parametrize("trimmed", [False, True], ids=["whole", "part"])
 @pytest.mark.parametrize("form", PROCESSORS)
 @pytest.mark.compat("Drafting", "logits processors, transformers' and one's own")
-def test_processors(form, trimmed):
+def test_logits_processors_equal_plain_decoding(form, trimmed):
     model, ids = agreeing(), tokens(2)
     model.set_draft_vocabulary(range(2, 70) if trimmed else None)
     expected = plain(model, ids, **PROCESSORS[form])
@@ -291,7 +291,7 @@ class Remembering(LogitsProcessor):
 
 
 @pytest.mark.compat("Drafting", "logits processors, transformers' and one's own")
-def test_a_processor_that_remembers_sees_the_text_alone():
+def test_stateful_processor_sees_accepted_text_only():
     model, ids = agreeing(), tokens(1)
     without, with_drafts = Remembering(), Remembering()
     expected = plain(model, ids, logits_processor=[without])
@@ -312,7 +312,7 @@ class Streamer:
 
 
 @pytest.mark.compat("Drafting", "streaming")
-def test_a_streamer_is_given_accepted_tokens_in_order():
+def test_streamer_receives_accepted_tokens_in_order():
     model, ids = agreeing(), tokens(1)
     without, with_drafts = Streamer(), Streamer()
     plain(model, ids, streamer=without)
@@ -322,7 +322,7 @@ def test_a_streamer_is_given_accepted_tokens_in_order():
     assert with_drafts.has_ended
 
 
-def test_scores_and_logits_are_those_of_decoding_without_drafts():
+def test_scores_and_logits_equal_plain_decoding():
     """Also of a row that has finished, which reads padding from there on."""
     model, ids = agreeing(), tokens(2)
     end = plain(model, ids, repetition_penalty=1.5)[0, 9 + 3]
@@ -339,7 +339,7 @@ def test_scores_and_logits_are_those_of_decoding_without_drafts():
         torch.testing.assert_close(found.keys, layer.keys, rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_by_a_second_prompt():
+def test_classifier_free_guidance_equals_plain_decoding():
     """A processor of transformers that runs the model itself, with a cache of its own."""
     model, ids = agreeing(), tokens(1)
     options = {"guidance_scale": 1.5, "negative_prompt_ids": tokens(1, 5, seed=9)}
@@ -349,7 +349,7 @@ def test_guidance_by_a_second_prompt():
 
 
 @each_architecture
-def test_the_cache_is_that_of_decoding_without_drafts_and_goes_on(name):
+def test_returned_cache_equals_plain_decoding_and_continues(name):
     model, ids = agreeing(name), tokens(2)
     expected = plain(model, ids, max_new_tokens=12, return_dict_in_generate=True)
     out = drafted(model, ids, max_new_tokens=12)
@@ -365,7 +365,7 @@ def test_the_cache_is_that_of_decoding_without_drafts_and_goes_on(name):
     assert torch.equal(further, whole)
 
 
-def test_without_a_dictionary_it_gives_the_tokens():
+def test_without_return_dict_tokens_are_returned():
     model, ids = agreeing(), tokens(2)
     assert torch.equal(drafted(model, ids, return_dict_in_generate=False), plain(model, ids))
 
@@ -373,7 +373,7 @@ def test_without_a_dictionary_it_gives_the_tokens():
 # -- what runs how often -------------------------------------------------------------------------------------------
 
 
-def test_the_state_of_an_accepted_token_is_computed_once_and_the_base_runs_once_a_cycle():
+def test_each_cycle_runs_base_once_and_reuses_accepted_states():
     model, ids, states, forwards = agreeing(), tokens(1), Counter(), []
 
     def note(shadow, args, told):
@@ -393,14 +393,14 @@ def test_the_state_of_an_accepted_token_is_computed_once_and_the_base_runs_once_
     assert sum(states.values()) == len(ids[0]) + out.drafted + out.verified
 
 
-def test_nothing_of_it_stays_on_the_model():
+def test_drafting_leaves_no_state_on_model():
     model, ids = agreeing(), tokens(1)
     before = {name: set(vars(part)) for name, part in model.named_modules()}
     drafted(model, ids)
     assert {name: set(vars(part)) for name, part in model.named_modules()} == before
 
 
-def test_two_threads_at_once():
+def test_two_threads_draft_concurrently():
     model, prompts = agreeing(), [tokens(1, 6, seed=1), tokens(2, 9, seed=2)]
     expected, found = [plain(model, ids) for ids in prompts], [None, None]
 
@@ -416,12 +416,12 @@ def test_two_threads_at_once():
         assert all(torch.equal(one, other) for other in each)
 
 
-def test_a_seed_gives_one_text_however_fast_the_machine_is(monkeypatch):
+def test_seeded_text_is_independent_of_timing(monkeypatch):
     """What is drafted is drawn: how far to draft must not depend on measured seconds."""
     model, ids, clock = agreeing(), tokens(2, 6), itertools.count()
 
     def sampled(pace):
-        monkeypatch.setattr(umbra.generation.drafting.time, "perf_counter", lambda: float(next(clock)) ** pace)
+        monkeypatch.setattr(umbra.generation.speculative.time, "perf_counter", lambda: float(next(clock)) ** pace)
         torch.manual_seed(3)
         return drafted(model, ids, draft="auto", do_sample=True, temperature=2.0, max_new_tokens=24).sequences
 
@@ -429,7 +429,7 @@ def test_a_seed_gives_one_text_however_fast_the_machine_is(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens_kept", [None, [5, 6, 7, 9, 11, 40]])
-def test_an_offloaded_base(tokens_kept):
+def test_offloaded_base_drafts(tokens_kept):
     """Its head has no weights between calls."""
     model, ids = agreeing(), tokens(1, 6)
     if tokens_kept is not None:
@@ -467,7 +467,7 @@ REFUSED = {
     "Drafting",
     "refused before any work: beams and other searches, hidden states, `adapter_names`, paged caches",
 )
-def test_refused_before_any_work(form):
+def test_unsupported_drafting_options_are_refused_early(form):
     error, options = REFUSED[form]
     model, forwards = agreeing(), []
     model.base.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -476,31 +476,31 @@ def test_refused_before_any_work(form):
     assert not forwards
 
 
-def test_refused_with_an_assistant():
+def test_assistant_model_with_draft_is_refused():
     model = agreeing()
     with pytest.raises(umbra.ConfigError, match="draft"):
         drafted(model, tokens(1), assistant_model=model.detached())
 
 
-def test_refused_where_the_shadow_or_the_base_is_left_out():
+def test_drafting_needs_both_shadow_and_base():
     model = agreeing()
     for context in (model.disable_adapter, model.shadow_only):
         with context(), pytest.raises(umbra.StateError, match="draft"):
             drafted(model, tokens(1))
 
 
-def test_refused_in_continuous_batching():
+def test_continuous_batching_refuses_drafting():
     with pytest.raises(umbra.ConfigError, match="draft"):
         agreeing().generate_batch([[5, 6, 7]], draft=2)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
-def test_a_static_cache_with_windows_is_refused(name):
+def test_static_cache_with_windows_is_refused(name):
     with pytest.raises(umbra.BaseModelError, match="draft"):
         drafted(agreeing(name), tokens(1), cache_implementation="static")
 
 
-def test_a_function_of_allowed_tokens_sees_the_text_alone():
+def test_prefix_allowed_tokens_fn_sees_accepted_text_only():
     """One that knows nothing after the end, and is asked about each text once."""
     model, ids = agreeing("llama"), tokens(1)
     end, told = 2, {"eos_token_id": 2, "max_new_tokens": 10, "do_sample": False}

@@ -5,12 +5,12 @@ import torch
 from transformers import AutoConfig, AutoModel, DynamicCache, StaticCache
 
 import umbra
+from support.generating import generate, repetitive
 from support.tiny import ARCHITECTURES, CONFIGS, DIALECTS, LAYERS, VOCAB, make, make_base, tokens
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
 
-NEW = 14  # with a prompt of 9, well past the sliding windows of 6
 SEARCHES = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
@@ -21,33 +21,17 @@ SEARCHES = {
 CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}, "chunked_prefill": {"prefill_chunk_size": 4}}
 
 
-def generate(model, ids, **options):
-    """`NEW` tokens (or as many as asked for) from a fixed seed; the model's end-of-text token does not stop it."""
-    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options}
-    model.generation_config.eos_token_id = None
-    torch.manual_seed(11)
-    found = model.generate(ids, **options)
-    assert found.shape[1] == options["max_new_tokens"] + (0 if ids is None else ids.shape[1])
-    return found
-
-
 def assert_bare_base_can(name: str, ids, **options):
     """The mode works with the bare base, so that a difference further on is ours."""
     bare = make_base(name)
     assert torch.equal(generate(bare, ids, **options), generate(bare, ids, use_cache=False))
 
 
-def repetitive(rows: int = 1) -> torch.Tensor:
-    """A prompt whose n-grams come back, so that looking them up finds something."""
-    part = tokens(rows, 4)
-    return torch.cat([part, part, part[:, :1]], dim=1)
-
-
 @architectures
 @pytest.mark.parametrize(
     ("dialect", "search"), [*(("paper", s) for s in SEARCHES), ("peft", "greedy"), ("peft", "beams")]
 )
-def test_cached_is_uncached(name, dialect, search):
+def test_cached_generation_equals_uncached(name, dialect, search):
     model, ids = make(name, dialect=dialect), tokens()
     found = generate(model, ids, **SEARCHES[search])
     assert torch.equal(found, generate(model, ids, **SEARCHES[search], use_cache=False))
@@ -59,7 +43,7 @@ def test_cached_is_uncached(name, dialect, search):
 @architectures
 @pytest.mark.parametrize("search", ["greedy", "beams"])
 @pytest.mark.parametrize("cache", ["static", "chunked_prefill"])
-def test_other_caches_are_uncached(name, cache, search):
+def test_other_caches_equal_uncached(name, cache, search):
     ids = tokens()
     if cache == "chunked_prefill":
         assert_bare_base_can(name, ids, **CACHES[cache])
@@ -71,7 +55,7 @@ def test_other_caches_are_uncached(name, cache, search):
 @architectures
 @pytest.mark.parametrize("form", [{"shadow_num_hidden_layers": 3}, {"shadow": "dense"}, {"embeddings": "own"}], ids=str)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_other_shadows_cached_is_uncached(name, cache, form):
+def test_other_shadow_forms_cached_equal_uncached(name, cache, form):
     model, ids = make(name, **form), tokens()
     assert torch.equal(generate(model, ids, **CACHES[cache]), generate(model, ids, use_cache=False))
 
@@ -79,7 +63,7 @@ def test_other_shadows_cached_is_uncached(name, cache, form):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3_text"])
 @pytest.mark.parametrize("form", ["llama", "mistral", "gemma3_text"])
 @torch.no_grad()
-def test_pretrained_shadows_of_another_kind_cached_is_uncached(name, form, tmp_path):
+def test_other_pretrained_shadows_cached_equal_uncached(name, form, tmp_path):
     """A shadow whose attention is of another kind than the base's, a sliding window of another width included."""
     window = {} if form == "llama" else {"sliding_window": 10}
     small = {**CONFIGS[form], **window, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -98,7 +82,7 @@ def test_pretrained_shadows_of_another_kind_cached_is_uncached(name, form, tmp_p
 @dialects
 @pytest.mark.parametrize("parts", [[1] * 24, [9, *[1] * 15], [4, 1, 7, 3, 1, 8]], ids=["tokens", "decode", "chunks"])
 @torch.no_grad()
-def test_logits_in_parts_are_those_at_once(name, dialect, parts):
+def test_chunked_logits_equal_full_forward(name, dialect, parts):
     model, ids, cache = make(name, dialect=dialect), tokens(2, 24), None
     found = []
     for part in ids.split(parts, dim=1):
@@ -111,7 +95,7 @@ def test_logits_in_parts_are_those_at_once(name, dialect, parts):
 
 @architectures
 @torch.no_grad()
-def test_a_cropped_cache_goes_on_rightly(name):
+def test_cropped_cache_continues_correctly(name):
     """What drafting does after a rejection; at most what a window still holds."""
     model, ids, other = make(name), tokens(1, 16), tokens(1, 16, seed=8)
     start = 5 if name in ("gemma3_text", "mistral") else 9
@@ -123,7 +107,7 @@ def test_a_cropped_cache_goes_on_rightly(name):
 
 
 @architectures
-def test_prompt_lookup(name):
+def test_prompt_lookup_equals_plain_decoding(name):
     ids = repetitive()
     assert_bare_base_can(name, ids, prompt_lookup_num_tokens=3)
     model = make(name)
@@ -132,7 +116,7 @@ def test_prompt_lookup(name):
 
 
 @architectures
-def test_the_detached_shadow_assists(name):
+def test_detached_shadow_can_assist(name):
     """A draft model that agrees sometimes and fails sometimes: first the detached shadow, then the bare base."""
     ids = tokens(1)
     model = make(name)
@@ -145,7 +129,7 @@ def test_the_detached_shadow_assists(name):
 
 @architectures
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_inputs_embeds(name, cache):
+def test_inputs_embeds_equal_plain_decoding(name, cache):
     ids = tokens()
     embedded = make_base(name).get_input_embeddings()(ids)
     model = make(name)
@@ -156,7 +140,7 @@ def test_inputs_embeds(name, cache):
 @architectures
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("search", ["greedy", "beams"])
-def test_left_padded_rows_are_each_row_alone(name, search, cache):
+def test_left_padded_rows_equal_rows_alone(name, search, cache):
     model, ids, pads = make(name), tokens(3, 12), (0, 4, 9)
     mask = torch.ones_like(ids)
     for row, pad in enumerate(pads):
@@ -168,7 +152,7 @@ def test_left_padded_rows_are_each_row_alone(name, search, cache):
 
 
 @architectures
-def test_eval_then_generate_then_eval(name):
+def test_generation_between_evaluations_leaves_no_state(name):
     """Generating leaves nothing behind, and answers the same twice."""
     model, ids = make(name), tokens()
     before, first = model(ids).logits, generate(model, ids)
@@ -179,7 +163,7 @@ def test_eval_then_generate_then_eval(name):
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
 @pytest.mark.parametrize("mode", ["prompt_lookup", "assisted"])
-def test_what_is_drafted_can_be_taken_back_beside_shadows_that_have_no_part(name, mode):
+def test_dropped_drafts_roll_back_with_inactive_shadows(name, mode):
     """Windows of theirs are empty, which transformers cannot cut."""
     model, ids = make(name), repetitive()[:1]
     model.add_adapter(umbra.ShadowConfig(rank=4), "second")

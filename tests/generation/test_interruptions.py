@@ -4,11 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_architectures import build, cast
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 
 import umbra
 from support.drafts import ALWAYS, agreeing, plain
+from support.families import build, cast
 from support.tiny import tokens
 from umbra.base import architectures
 
@@ -107,7 +107,7 @@ FORMS = [("llama", "dynamic"), ("llama", "static"), ("gemma3_text", "dynamic"), 
 @pytest.mark.parametrize("draft", [None, 5], ids=["plain", "drafted"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("name", "cache"), FORMS)
-def test_a_held_cache_goes_on_or_is_refused(name, cache, way, draft):
+def test_interrupted_cache_continues_or_is_refused(name, cache, way, draft):
     model, taken = agreeing(name, shadow_num_hidden_layers=2), []
     for at in TIMES.get(way, (0, 1, 6, 13)):
         held = CACHES[cache](model)
@@ -122,7 +122,7 @@ def test_a_held_cache_goes_on_or_is_refused(name, cache, way, draft):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_short_convolutions_go_on_or_are_refused(way):
+def test_interrupted_short_convolutions_continue_or_are_refused(way):
     """Which a draft can be taken out of, and whose layers do not count tokens."""
     model = cast(build("lfm2"))
     for draft in (None, 3):
@@ -143,7 +143,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("way", ["streamer", "processor", "criterion"])
 @pytest.mark.parametrize("mode", OTHERS)
-def test_other_searches_go_on_or_are_refused(mode, way):
+def test_interrupted_other_searches_continue_or_are_refused(mode, way):
     model = agreeing()
     options = {"assistant_model": model.detached()} if mode == "assisted" else OTHERS[mode]
     for at in (1, 2) if way != "streamer" or mode != "beams" else ():
@@ -152,7 +152,7 @@ def test_other_searches_go_on_or_are_refused(mode, way):
         assert goes_on(model, held, text) is (mode == "sampling")
 
 
-def test_another_adapter_and_the_bare_base_notice_it_too():
+def test_interrupted_cache_is_detected_by_other_adapter_and_base():
     model = agreeing()
     model.add_adapter(umbra.ShadowConfig(rank=2), "second")
     held = DynamicCache(config=model.config)
@@ -170,7 +170,7 @@ def test_another_adapter_and_the_bare_base_notice_it_too():
 
 
 @pytest.mark.parametrize("length", [5, 9, 12])
-def test_a_text_that_the_cache_holds_already_goes_on_from_its_last_token(length):
+def test_cached_text_continues_from_last_token(length):
     """transformers would feed the whole text again, behind what the cache holds."""
     model, text = agreeing(), tokens(1, 9)
     held = model(text, use_cache=True).past_key_values
@@ -183,7 +183,7 @@ def test_a_text_that_the_cache_holds_already_goes_on_from_its_last_token(length)
     assert torch.equal(plain(model, longer, past_key_values=held), plain(model, longer, use_cache=False))
 
 
-def test_a_keyboard_interrupt_of_a_draft_leaves_no_rejected_tokens():
+def test_keyboard_interrupt_leaves_no_rejected_tokens():
     """The case that was reported."""
     model, streamer = agreeing(shadow_num_hidden_layers=2), Streamer(3)
     held, options = DynamicCache(config=model.config), {"max_new_tokens": 14}

@@ -2,56 +2,62 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
+import umbra
 from support.drafts import NEW, agreeing, assert_some_of_both, drafted, plain
 from support.tiny import tokens
-from umbra.generation import speculation
-from umbra.generation.speculation import Drafted, Pace
+from umbra.generation import batch
+from umbra.generation.batch import DraftTokens
+from umbra.generation.scheduler import DraftScheduler
+from umbra.generation.speculative import AUTO, SpeculativeDecoder
 
 # -- how far -------------------------------------------------------------------------------------------------------
 
 
-def test_drafting_stops_where_a_token_is_not_worth_its_cost():
-    pace = Pace(draft=0.05, extra=0.08)
-    assert pace.goes_on([0.99])
-    assert not pace.goes_on([0.1])
-    pace.cycle(1, 2, 0.0, 0.0)
-    assert pace.goes_on([0.6])
-    assert not pace.goes_on([0.3]), "the odds of all tokens so far are multiplied"
-    assert not Pace(draft=0.05, extra=0.08).goes_on([0.6, 0.6, 0.6]), "of a batch, every row must agree"
-    assert not Pace(draft=0.5, extra=0.08).goes_on([0.8]), "what costs much must be likely"
+def test_drafting_stops_when_token_is_not_worth_its_cost():
+    scheduler = DraftScheduler(draft_cost=0.05, verify_cost=0.08)
+    assert scheduler.should_draft([0.99])
+    assert not scheduler.should_draft([0.1])
+    scheduler.record_cycle(1, 2, 0.0, 0.0)
+    assert scheduler.should_draft([0.6])
+    assert not scheduler.should_draft([0.3]), "the odds of all tokens so far are multiplied"
+    assert not DraftScheduler(draft_cost=0.05, verify_cost=0.08).should_draft([0.6, 0.6, 0.6]), (
+        "of a batch, every row must agree"
+    )
+    assert not DraftScheduler(draft_cost=0.5, verify_cost=0.08).should_draft([0.8]), "what costs much must be likely"
 
 
-def test_what_is_often_rejected_is_trusted_less_until_it_is_tried_again():
-    pace = Pace(draft=0.05, extra=0.08)
+def test_rejections_lower_confidence_until_retried():
+    scheduler = DraftScheduler(draft_cost=0.05, verify_cost=0.08)
     for _ in range(30):
-        pace.learn([0.9], [False])
-        pace.cycle(1, 1, 0.0, 0.0)
-    assert not pace.goes_on([0.9])
-    assert not pace.may_go_on(1), "not even the drafter's head needs to run"
+        scheduler.record_token([0.9], [False])
+        scheduler.record_cycle(1, 1, 0.0, 0.0)
+    assert not scheduler.should_draft([0.9])
+    assert not scheduler.could_draft(1), "not even the drafter's head needs to run"
     waited = 0
-    while not pace.goes_on([0.9]):
-        pace.cycle(0, 1, 0.0, 0.0)
+    while not scheduler.should_draft([0.9]):
+        scheduler.record_cycle(0, 1, 0.0, 0.0)
         waited += 1
     assert 5 < waited < 200
     for _ in range(30):
-        pace.learn([0.9], [True])
-        pace.cycle(1, 2, 0.0, 0.0)
-    assert pace.goes_on([0.5])
+        scheduler.record_token([0.9], [True])
+        scheduler.record_cycle(1, 2, 0.0, 0.0)
+    assert scheduler.should_draft([0.5])
 
 
-def test_costs_are_measured():
-    pace = Pace(draft=0.05, extra=0.08, timed=True)
+def test_forward_costs_are_measured():
+    scheduler = DraftScheduler(draft_cost=0.05, verify_cost=0.08, timed=True)
     for _ in range(30):
-        pace.cycle(3, 4, 4 * 0.5, 1.24)
-    assert pace.draft == pytest.approx(0.5)
-    assert Pace(draft=0.05, extra=0.08).draft == 0.05
+        scheduler.record_cycle(3, 4, 4 * 0.5, 1.24)
+    assert scheduler.draft_cost == pytest.approx(0.5)
+    assert DraftScheduler(draft_cost=0.05, verify_cost=0.08).draft_cost == 0.05
 
 
-def test_a_threshold_in_place_of_costs():
-    pace = Pace(draft=0.05, extra=0.08, threshold=0.4)
-    assert pace.goes_on([0.5, 0.4])
-    assert not pace.goes_on([0.5, 0.3])
+def test_threshold_replaces_cost_model():
+    scheduler = DraftScheduler(draft_cost=0.05, verify_cost=0.08, threshold=0.4)
+    assert scheduler.should_draft([0.5, 0.4])
+    assert not scheduler.should_draft([0.5, 0.3])
     model, ids = agreeing(), tokens(1)
     expected = plain(model, ids)
     outputs = [drafted(model, ids, 8, assistant_confidence_threshold=t) for t in (0.0, 0.08, 0.2, 1.1)]
@@ -59,6 +65,23 @@ def test_a_threshold_in_place_of_costs():
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[1] > counts[-1] == 0
     assert all(torch.equal(out.sequences, expected) for out in outputs)
+
+
+def test_auto_drafts_num_assistant_tokens_where_it_is_set():
+    shadow = agreeing().shadow
+
+    def number(draft, options=None, **config):
+        return SpeculativeDecoder.from_call(
+            shadow, draft, (), options or {}, GenerationConfig(**config)
+        ).num_draft_tokens
+
+    assert number("auto") == AUTO
+    assert number("auto", num_assistant_tokens=3) == 3
+    assert number("auto", {"num_assistant_tokens": 5}, num_assistant_tokens=3) == 5
+    assert number("auto", {"generation_config": GenerationConfig(num_assistant_tokens=2)}, num_assistant_tokens=3) == 2
+    assert number(4, {"num_assistant_tokens": 5}) == 4
+    with pytest.raises(umbra.ConfigError, match="draft must be an integer of at least 1"):
+        number("auto", num_assistant_tokens=0)
 
 
 # -- sampling: the same distribution -------------------------------------------------------------------------------
@@ -121,7 +144,7 @@ def sample(model, ids, rows: int, times: int, **options):
 @pytest.mark.parametrize(("rows", "times"), [(4000, 1), (4, 250)], ids=["many rows", "few rows"])
 @pytest.mark.parametrize("form", SAMPLING)
 @pytest.mark.compat("Drafting", "sampling: the distribution of decoding without drafts (chi-squared tests)")
-def test_sampling_has_the_distribution_of_decoding_without_drafts(form, rows, times):
+def test_sampling_distribution_equals_plain_decoding(form, rows, times):
     options, part = SAMPLING[form]
     model, ids = small_model(), torch.tensor([[3, 4, 2, 5, 1]])
     model.set_draft_vocabulary(part)
@@ -131,36 +154,36 @@ def test_sampling_has_the_distribution_of_decoding_without_drafts(form, rows, ti
         assert_some_of_both(*outputs)
 
 
-def test_several_samples_of_one_prompt():
+def test_several_samples_per_prompt_are_drawn():
     out = drafted(small_model(), torch.tensor([[3, 4, 5]]), do_sample=True, num_return_sequences=5)
     assert out.sequences.shape == (5, 3 + NEW)
     assert len({tuple(row) for row in out.sequences.tolist()}) == 5
 
 
-def test_the_statistics_would_notice_another_rule(monkeypatch):
+def test_distribution_test_detects_wrong_rule(monkeypatch):
     model, ids = small_model(), torch.tensor([[3, 4, 2, 5, 1]])
     odds = joint(model, ids)
 
-    def always(p, one: Drafted):
+    def always(p, one: DraftTokens):
         return one.tokens, torch.ones(len(p), dtype=torch.bool)
 
-    def without_the_rest(p, one: Drafted):
+    def without_the_rest(p, one: DraftTokens):
         accepted = (
             torch.rand(len(p)) * one.q.gather(1, one.tokens[:, None])[:, 0] < p.gather(1, one.tokens[:, None])[:, 0]
         )
         return torch.where(accepted, one.tokens, torch.multinomial(p, 1)[:, 0]), accepted
 
     for rule in (always, without_the_rest):
-        monkeypatch.setattr(speculation, "accept", rule)
+        monkeypatch.setattr(batch, "accept", rule)
         assert surprise(sample(model, ids, 4000, 1)[0], odds) > 8
 
 
-def test_accepting_gives_p_whatever_q_is():
+def test_acceptance_rule_recovers_target_distribution():
     torch.manual_seed(0)
     rows, p = 20_000, torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0])
     for q in ([0.2] * 5, [0.0, 0.0, 0.0, 0.5, 0.5], [0.5, 0.2, 0.2, 0.1, 0.0]):
         q = torch.tensor(q).expand(rows, -1)
-        tokens, accepted = speculation.accept(p.expand(rows, -1), Drafted(torch.multinomial(q, 1)[:, 0], q, []))
+        tokens, accepted = batch.accept(p.expand(rows, -1), DraftTokens(torch.multinomial(q, 1)[:, 0], q, []))
         assert surprise(torch.bincount(tokens, minlength=5).float(), p) < 4
         share = torch.minimum(p, q[0]).sum()
         assert float(accepted.float().mean()) == pytest.approx(float(share), abs=0.02)

@@ -1,4 +1,4 @@
-"""The referee on a tiny random base: what it measures, what it refuses, what it keeps."""
+"""The benchmark on a tiny random base: measurements, refusals and stored rows."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from umbra.lab.bench.cases import CASES, Decode, Detached, Disagreement, Drafted
 from umbra.lab.bench.machine import Device
 from umbra.lab.bench.methods import BASE, LORA, METHODS
 from umbra.lab.bench.timing import interleave, prepare
-from umbra.options import BenchOptions
+from umbra.lab.options import BenchOptions
 
 QUICK = "step,step-masked,batch-1,prefill,decode,latency,decode-detached"
 ROWS = {m.name: m for m in METHODS}
@@ -68,7 +68,7 @@ def tamper(model: torch.nn.Module) -> torch.nn.Module:
 # -- the whole of it -----------------------------------------------------------------------------------------------
 
 
-def test_every_row_of_every_case_is_measured(whole):
+def test_every_method_and_case_is_measured(whole):
     held = json.loads((whole / "t.json").read_text())
     assert set(held["cases"]) == set(QUICK.split(","))
     for case in CASES:
@@ -88,7 +88,7 @@ def test_every_row_of_every_case_is_measured(whole):
     assert held["header"]["machine"]["threads"] == 1
 
 
-def test_the_tables_and_the_picture(whole):
+def test_report_has_tables_and_picture(whole):
     text = (whole / "t.md").read_text()
     for name in NAMES:
         assert f"| {name} | 1.00 [1.00 – 1.00]" in text or name != LORA
@@ -100,7 +100,7 @@ def test_the_tables_and_the_picture(whole):
     assert (whole / "t.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_growth(tmp_path, monkeypatch):
+def test_cache_growth_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "POINTS", tuple(scaling.Point(axis, 4) for axis in scaling.AXES))
     monkeypatch.setattr(scaling, "CENTRE", {"layers": 2, "batch": 1, "context": 16, "rank": 8})
     monkeypatch.setattr(scaling, "SHAPE", {**scaling.SHAPE, "hidden_size": 64, "vocab_size": 64})
@@ -111,11 +111,11 @@ def test_growth(tmp_path, monkeypatch):
     assert (tmp_path / "t.png").exists()
 
 
-def test_help_names_every_row_column_and_shape():
-    told = {f.name: f.metadata["help"] for f in dataclasses.fields(BenchOptions)}
-    assert all(m.name in told["methods"] for m in METHODS)
-    assert all(c.name in told["cases"] for c in CASES)
-    assert all(f"random:{shape}" in told["base"] for shape in bench.base.SHAPES)
+def test_help_lists_every_method_case_and_shape():
+    output = {f.name: f.metadata["help"] for f in dataclasses.fields(BenchOptions)}
+    assert all(m.name in output["methods"] for m in METHODS)
+    assert all(c.name in output["cases"] for c in CASES)
+    assert all(f"random:{shape}" in output["base"] for shape in bench.base.SHAPES)
 
 
 # -- equal before timed --------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_help_names_every_row_column_and_shape():
 
 @pytest.mark.parametrize("case", SMALL)
 @pytest.mark.parametrize("name", ["Umbra", LORA, "PEFT Shadow", "shadow-peft"])
-def test_an_adapter_with_an_effect_is_refused(base, name, case):
+def test_adapter_with_initial_effect_is_refused(base, name, case):
     model = built(base, name)[name]
     assert callable(prepare(SMALL[case], ROWS[name], model, base))
     tamper(model)
@@ -132,12 +132,12 @@ def test_an_adapter_with_an_effect_is_refused(base, name, case):
         SMALL[case].ready(ROWS[name], model, base)
 
 
-def test_a_loss_that_is_not_the_task_is_refused(base):
+def test_wrong_task_loss_is_refused(base):
     twice = dataclasses.replace(ROWS[LORA], loss=lambda model, batch: 2 * methods.total_loss(model, batch))
     assert "task losses" in prepare(SMALL["masked"], twice, built(base, LORA)[LORA], base)["refused"]
 
 
-def test_a_detached_shadow_that_answers_otherwise_is_refused(base, monkeypatch):
+def test_mismatching_detached_shadow_is_refused(base, monkeypatch):
     model = built(base, "Umbra")["Umbra"]
     case = Detached("d", "", 1, 6, new=4)
     assert case.ready(ROWS["Umbra"], model, base)().shape == (1, 10)
@@ -147,7 +147,7 @@ def test_a_detached_shadow_that_answers_otherwise_is_refused(base, monkeypatch):
         case.ready(ROWS["Umbra"], model, base)
 
 
-def test_a_refusal_is_written_and_the_command_says_so(tmp_path, monkeypatch, capsys):
+def test_refusal_is_recorded_and_reported(tmp_path, monkeypatch, capsys):
     def tampered(base, rank, width):
         return tamper(methods._lora(base, rank, width))
 
@@ -160,19 +160,19 @@ def test_a_refusal_is_written_and_the_command_says_so(tmp_path, monkeypatch, cap
     assert "seconds" not in rows["PEFT DoRA"] and "seconds" in rows[LORA]
 
 
-def test_a_method_that_cannot_is_noted(base):
+def test_unsupported_method_is_noted(base):
     def unable(model, batch):
         raise NotImplementedError("not on  this\nmachine")
 
     row = dataclasses.replace(ROWS[LORA], loss=unable)
-    found = prepare(SMALL["step"], row, built(base, LORA)[LORA], base)
-    assert found == {"failed": "NotImplementedError: not on this machine"}
+    result = prepare(SMALL["step"], row, built(base, LORA)[LORA], base)
+    assert result == {"failed": "NotImplementedError: not on this machine"}
 
 
 # -- equal sizes, one base -----------------------------------------------------------------------------------------
 
 
-def test_shadows_are_as_large_as_lora(base):
+def test_shadow_sizes_match_lora(base):
     models = built(base, *NAMES)
     target = methods.trainable(models[LORA])
     assert target == methods.lora_size(base, 8)
@@ -181,12 +181,12 @@ def test_shadows_are_as_large_as_lora(base):
             assert abs(methods.trainable(models[method.name]) - target) <= methods.FIT * target
 
 
-def test_a_width_that_misses_is_an_error(base):
+def test_unmatched_width_raises(base):
     with pytest.raises(ConfigError, match="Umbra has"):
         methods.build(base, [ROWS["Umbra"]], 8, {"Umbra": 16}, 0)
 
 
-def test_lora_grows_where_a_shadows_attention_alone_is_larger():
+def test_lora_grows_to_match_large_shadow_attention():
     wide = Base.random(random_config(num_attention_heads=16, head_dim=32), torch.float32, torch.device("cpu"))
     wanted = [ROWS[LORA], ROWS["Umbra"]]
     rank, widths = methods.fit(wide, wanted, 1)
@@ -195,7 +195,7 @@ def test_lora_grows_where_a_shadows_attention_alone_is_larger():
     assert methods.trainable(models[LORA]) == methods.lora_size(wide, rank)
 
 
-def test_all_methods_share_the_bases_weights_and_none_changes_them(base):
+def test_methods_share_unchanged_base_weights(base):
     before = {n: p.clone() for n, p in base.model.named_parameters()}
     models = built(base, *NAMES)
     shared = {p.data_ptr() for p in base.model.parameters()}
@@ -207,7 +207,7 @@ def test_all_methods_share_the_bases_weights_and_none_changes_them(base):
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in base.model.named_parameters())
 
 
-def test_the_label_only_row_has_loras_own_gradients(base):
+def test_label_only_row_has_lora_gradients(base):
     model = tamper(built(base, LORA)[LORA]).train()
     batch = cases.make_batch(base, 3, 12, 1 / 3)
     full = methods.total_loss(model, batch)
@@ -222,19 +222,19 @@ def test_the_label_only_row_has_loras_own_gradients(base):
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
-def test_the_peak_of_a_step_in_a_process_of_its_own(base):
+def test_peak_memory_is_measured_in_subprocess(base):
     sizes = [cases.Memory("large", "", 16, 256), cases.Memory("small", "", 2, 16)]
     rank, widths = methods.fit(base, [ROWS["Umbra"]], 8)
-    found = memory.weigh(sizes, ROWS["Umbra"], base, Device("cpu"), rank=rank, width=widths["Umbra"], seed=0)
-    rise = {name: row["peak"] - row["before"] for name, row in found.items()}
+    result = memory.weigh(sizes, ROWS["Umbra"], base, Device("cpu"), rank=rank, width=widths["Umbra"], seed=0)
+    rise = {name: row["peak"] - row["before"] for name, row in result.items()}
     assert rise["large"] > 16 * 256 * 99 * 4 > rise["small"]
-    assert found["large"]["before"] > 2**26
+    assert result["large"]["before"] > 2**26
 
 
-def test_a_process_that_fails_is_noted(base, monkeypatch):
+def test_failed_subprocess_is_noted(base, monkeypatch):
     broken = dataclasses.replace(ROWS["Umbra"], name="no such row")
-    found = memory.weigh([cases.Memory("m", "", 1, 16)], broken, base, Device("cpu"), rank=8, width=16, seed=0)
-    assert "StopIteration" in found["m"]["failed"]
+    result = memory.weigh([cases.Memory("m", "", 1, 16)], broken, base, Device("cpu"), rank=8, width=16, seed=0)
+    assert "StopIteration" in result["m"]["failed"]
 
 
 # -- kept ----------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_turns_are_interleaved_and_shuffled():
     assert {len(times) for times in seconds.values()} == {6}
 
 
-def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+def test_killed_run_resumes(tmp_path, monkeypatch):
     measured, measure = [], bench.measure
 
     def killed(case, *args, **options):
@@ -273,7 +273,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert measured[4:] == ["prefill", "latency"]
 
 
-def test_one_row_is_measured_again_beside_the_references(tmp_path):
+def test_single_row_is_remeasured_with_references(tmp_path):
     first = run(tmp_path, cases="prefill", methods="umbra,peft dora")["cases"]["prefill"]
     second = run(tmp_path, cases="prefill", methods="Umbra", anew=True)
     rows = second["cases"]["prefill"]
@@ -283,7 +283,7 @@ def test_one_row_is_measured_again_beside_the_references(tmp_path):
     assert "PEFT DoRA in prefill" in (tmp_path / "t.md").read_text()
 
 
-def test_another_measurement_is_not_mixed_in(tmp_path):
+def test_other_measurements_are_not_mixed_in(tmp_path):
     options = {"cases": "prefill", "methods": BASE}
     run(tmp_path, **options)
     given = BenchOptions(
@@ -295,7 +295,7 @@ def test_another_measurement_is_not_mixed_in(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"header": 1}', "no json"])
-def test_a_damaged_file_is_named(tmp_path, text):
+def test_damaged_results_file_is_named(tmp_path, text):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"t\.json is damaged"):
         bench.bench(BenchOptions(base="random:tiny", out=str(tmp_path), name="t"))
@@ -320,25 +320,25 @@ def test_a_damaged_file_is_named(tmp_path, text):
         ({"base": "random:qwen"}, "Did you mean 'qwen3-"),
     ],
 )
-def test_what_cannot_be_done_is_said(tmp_path, options, message):
+def test_invalid_requests_are_explained(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         bench.bench(BenchOptions(**{"base": "random:tiny", "out": str(tmp_path / "new"), **options}))
     assert not (tmp_path / "new").exists()
 
 
-def test_patterns_choose_rows_in_their_own_order():
+def test_patterns_select_rows_in_given_order():
     assert methods.chosen("umbra*, PEFT LoRA", NAMES, "methods") == [LORA, *(n for n in NAMES if n.startswith("Umbra"))]
 
 
-def test_a_peer_that_is_not_installed_is_left_out(tmp_path, monkeypatch, capsys):
+def test_missing_peer_package_is_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
     held = run(tmp_path, cases="prefill")
     assert set(held["cases"]["prefill"]) == {n for n in NAMES if ROWS[n].package is None}
-    assert "shadow-peft: left out, shadow_peft is not installed" in capsys.readouterr().err
+    assert "shadow-peft: skipped, shadow_peft is not installed" in capsys.readouterr().err
     assert "ratios to bare base" in (tmp_path / "t.md").read_text()
 
 
-def test_what_nothing_can_do_is_not_measured(tmp_path, monkeypatch):
+def test_case_without_methods_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     held = run(tmp_path, cases="decode-compiled")
     assert all("C++ compiler" in row["absent"] for row in held["cases"]["decode-compiled"].values())
@@ -355,6 +355,6 @@ def test_drafting_is_measured_for_umbra(base, monkeypatch):
     model = built(base, "Umbra")["Umbra"]
     generate = type(model).generate
     monkeypatch.setattr(type(model), "generate", lambda *args, **o: drafted.append(o["draft"]) or generate(*args, **o))
-    found = case.ready(ROWS["Umbra"], model, base)()
+    result = case.ready(ROWS["Umbra"], model, base)()
     assert drafted == [cases.DRAFT] * 2
-    assert torch.equal(found, case.ready(ROWS[BASE], base.copy(), base)())
+    assert torch.equal(result, case.ready(ROWS[BASE], base.copy(), base)())

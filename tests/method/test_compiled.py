@@ -63,7 +63,7 @@ def step(call, model, ids) -> dict[str, torch.Tensor]:
 @pytest.mark.compat("Compiled", "forward, `torch.compile(fullgraph=True)`")
 @architectures
 @torch.no_grad()
-def test_forward(name):
+def test_compiled_forward_equals_eager(name):
     model, ids = small(name), tokens()
     call = compiled(model)
     assert torch.equal(call(ids).logits, model(ids).logits)
@@ -72,7 +72,7 @@ def test_forward(name):
 
 @pytest.mark.compat("Compiled", "training step, `torch.compile(fullgraph=True)`", "every gradient as without")
 @architectures
-def test_training_step(name):
+def test_compiled_training_step_equals_eager(name):
     model, ids = small(name).train(), tokens()
     call = compiled(model, "aot_eager")
     assert_same(step(call, model, ids), step(model, model, ids))
@@ -80,7 +80,7 @@ def test_training_step(name):
 
 
 @pytest.mark.compat("Compiled", "training step, `torch.compile(fullgraph=True)`", "every gradient as without")
-def test_batches_of_many_shapes_share_graphs():
+def test_batch_shapes_share_graphs():
     """Another length, another number of rows, then any: the third graph serves all, whatever their labels."""
     model = small("llama").train()
     call = compiled(model)
@@ -91,7 +91,7 @@ def test_batches_of_many_shapes_share_graphs():
 
 
 @pytest.mark.compat("Compiled", "training step, `torch.compile(fullgraph=True)`", "every gradient as without")
-def test_with_gradient_checkpointing():
+def test_compiled_checkpointed_step_equals_eager():
     model, ids = small("llama").train(), tokens()
     expected = step(model, model, ids)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -101,7 +101,7 @@ def test_with_gradient_checkpointing():
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
 @pytest.mark.compat("Compiled", "inductor, the default backend")
 @torch.no_grad()
-def test_inductor():
+def test_inductor_equals_eager():
     model, ids = small("gpt2"), tokens()
     torch.testing.assert_close(compiled(model, "inductor")(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -137,7 +137,7 @@ def test_static_decoding_compiles_once(name):
     assert found == ([2, 3] if name in ("gemma3_text", "mistral") else [1, 1])
 
 
-def test_sliding_windows_compile_as_often_as_beside_no_shadow():
+def test_sliding_windows_compile_as_often_as_base():
     assert graphs_of_decodes(make_base("mistral", **shallow("mistral"))) == [2, 3]
 
 
@@ -145,7 +145,7 @@ def test_sliding_windows_compile_as_often_as_beside_no_shadow():
 
 
 @torch.no_grad()
-def test_a_compiled_call_sees_which_adapter_is_on():
+def test_compiled_call_follows_active_adapter():
     """A graph that was traced with one adapter does not answer for another, for none, or for other rows."""
     model, bare, ids = small("llama"), make_base("llama", **shallow("llama")), tokens()
     model.add_adapter(umbra.ShadowConfig(rank=4, dropout=0.0), "second")
@@ -167,13 +167,13 @@ def test_a_compiled_call_sees_which_adapter_is_on():
 
 
 @torch.no_grad()
-def test_a_compiled_base_called_directly_raises():
+def test_compiled_base_called_directly_raises():
     model = small("llama")
     with pytest.raises(umbra.StateError, match="ShadowModel"):
         torch.compile(model.base, backend="eager")(tokens())
 
 
-def test_compiled_calls_of_four_threads():
+def test_four_threads_call_compiled_model():
     model = small("llama")
     call, batches = compiled(model), [tokens(seed=seed) for seed in range(4)]
     with torch.no_grad():
@@ -232,7 +232,7 @@ def assert_same_logits(program, model) -> None:
     ("name", "strict"), [*((name, False) for name in ("llama", "gemma3_text", "gpt2")), ("llama", True)]
 )
 @torch.no_grad()
-def test_attached_forward_is_exported(name, strict):
+def test_attached_forward_exports(name, strict):
     model = small(name)
     assert_same_logits(exported(model, strict), model)
 
@@ -240,7 +240,7 @@ def test_attached_forward_is_exported(name, strict):
 @pytest.mark.compat("Compiled", "`torch.export` of the detached model", "any number of rows and tokens")
 @architectures
 @torch.no_grad()
-def test_detached_model_is_exported(name):
+def test_detached_model_exports(name):
     stock = small(
         name,
         shadow_hidden_size=16,

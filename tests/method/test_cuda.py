@@ -1,23 +1,19 @@
-"""On a GPU: what the CPU computes in fp32, with the Triton kernels of the seams. Skipped where there is none."""
-
-# ruff: noqa: F811 (fixtures of other files)
+"""On a GPU: what the CPU computes in fp32, with the Triton kernels of block boundaries. Skipped where there is none."""
 
 import copy
 
 import pytest
 import torch
-from test_pretrain import NARROW, text  # noqa: F401
-from test_pretrain import settings as pretrain_settings  # noqa: F401
-from test_train import RECORDS, losses, settings, write  # noqa: F401
 from transformers import CompileConfig
 
 import umbra
-from conftest import make_tokenizer
 from support.drafts import agreeing, assert_some_of_both, drafted, each_architecture, plain
+from support.runs import NARROW, RECORDS, losses, pretrain_settings, train_settings, write
 from support.tiny import DIALECTS, assert_same, gradients, make, make_base, partly_labelled, tokens
+from support.tokenizer import make_tokenizer
 from umbra.evaluation.scoring import on_accelerator
 from umbra.method import kernels
-from umbra.method.kernels import couple_triton
+from umbra.method.kernels import boundary_triton
 from umbra.training.pretrain import pretrain
 from umbra.training.train import train
 
@@ -27,10 +23,15 @@ DEVICE = "cuda"
 
 
 @pytest.fixture
+def settings(tmp_path, base_folder):
+    return train_settings(tmp_path, base_folder)
+
+
+@pytest.fixture
 def launches(monkeypatch):
-    """How often the Triton kernels of a seam were launched."""
-    counted, couple = [], couple_triton.couple
-    monkeypatch.setattr(couple_triton, "couple", lambda *given: counted.append(1) or couple(*given))
+    """How often the Triton kernels of a block boundary were launched."""
+    counted, run = [], boundary_triton.update_and_inject
+    monkeypatch.setattr(boundary_triton, "update_and_inject", lambda *given: counted.append(1) or run(*given))
     return counted
 
 
@@ -51,7 +52,7 @@ def step(model, ids):
 
 @each_architecture
 @dialects
-def test_a_step_is_the_cpu_s(name, dialect, launches):
+def test_training_step_equals_cpu(name, dialect, launches):
     model, ids = make(name, dialect=dialect, auxiliary_loss_weight=0.5), tokens(3, 17)
     there = on_gpu(model)
     expected, found = step(model, ids), step(there, ids)
@@ -62,7 +63,7 @@ def test_a_step_is_the_cpu_s(name, dialect, launches):
 
 @dialects
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near_single(dialect, dtype, launches):
+def test_half_precision_is_close_to_float32(dialect, dtype, launches):
     single = make(dialect=dialect).to(DEVICE)
     half = copy.deepcopy(single)
     half.base.to(dtype)
@@ -74,7 +75,7 @@ def test_half_precision_is_near_single(dialect, dtype, launches):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast_step_is_close_to_float32(dtype):
     model, ids = make().to(DEVICE), tokens(3, 17)
     expected, _ = step(model, ids)
     model.zero_grad()
@@ -85,7 +86,7 @@ def test_autocast(dtype):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_what_is_recomputed_drops_the_same(reentrant):
+def test_recomputed_dropout_masks_are_equal(reentrant):
     model, ids = make(dropout=0.3).to(DEVICE), tokens(3, 17)
     torch.manual_seed(5)
     expected = step(model, ids)
@@ -99,7 +100,7 @@ def test_what_is_recomputed_drops_the_same(reentrant):
     assert abs(step(model, ids)[0] - expected[0]) > 1e-4
 
 
-def test_a_compiled_step():
+def test_compiled_step_equals_eager():
     torch._dynamo.reset()
     model, ids = make().to(DEVICE), tokens(3, 17).to(DEVICE)
     expected = step(model, ids)
@@ -111,7 +112,7 @@ def test_a_compiled_step():
     assert_same({k: g.cpu() for k, g in gradients(model).items()}, expected[1], 2e-3)
 
 
-def test_umbra_train_learns_there_what_it_learns_here(settings, tmp_path):
+def test_umbra_train_equals_cpu(settings, tmp_path):
     given = {**settings, "num_train_epochs": 2, "learning_rate": 3e-3, "dropout": 0.0}
     train(given)
     train({**given, "use_cpu": False, "output_dir": str(tmp_path / "gpu")})
@@ -121,7 +122,7 @@ def test_umbra_train_learns_there_what_it_learns_here(settings, tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_umbra_train_alone_distilled_and_scored(settings, tmp_path, bf16, capsys):
+def test_umbra_train_detached_distilled_and_scored(settings, tmp_path, bf16, capsys):
     from umbra.cli import main
 
     train({**settings, "use_cpu": False, "distillation_weight": 0.5, "bf16": bf16, "num_train_epochs": 3})
@@ -131,9 +132,9 @@ def test_umbra_train_alone_distilled_and_scored(settings, tmp_path, bf16, capsys
     assert "attached" in capsys.readouterr().out
 
 
-def test_umbra_pretrain(pretrain_settings, tmp_path):
+def test_umbra_pretrain_runs(base_folder, tmp_path):
     """All stages, of text and of what the base writes there; and with the teacher kept on disk."""
-    given = {**pretrain_settings, "use_cpu": False, "max_steps": 6}
+    given = {**pretrain_settings(tmp_path, base_folder), "use_cpu": False, "max_steps": 6}
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in RECORDS[:8]])
     own = {"prompts": prompts, "own_documents": 8, "own_new_tokens": 40}
     found = pretrain({**given, **own, **NARROW, "init": "random", "stages": "alignment,distillation,next_token"})
@@ -148,7 +149,7 @@ def test_umbra_pretrain(pretrain_settings, tmp_path):
 
 @each_architecture
 @dialects
-def test_cached_decoding_is_the_cpu_s(name, dialect):
+def test_cached_decoding_equals_cpu(name, dialect):
     model, ids = make(name, dialect=dialect), tokens(3, 12)
     mask = torch.ones_like(ids)
     ids[1, :4] = mask[1, :4] = 0
@@ -160,7 +161,7 @@ def test_cached_decoding_is_the_cpu_s(name, dialect):
 
 
 @each_architecture
-def test_drafted_decoding(name):
+def test_drafted_decoding_equals_plain(name):
     model, ids = agreeing(name).to(DEVICE), tokens(1).to(DEVICE)
     expected = plain(model, ids)
     found = [drafted(model, ids, k) for k in (1, 4)] + [
@@ -172,7 +173,7 @@ def test_drafted_decoding(name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_static_decoding_compiled(name, mode):
+def test_compiled_static_decoding_equals_eager(name, mode):
     """With CUDA graphs in the second mode; twice, since the first calls only record."""
     torch._dynamo.reset()
     model = make(name).to(DEVICE)
@@ -183,7 +184,7 @@ def test_static_decoding_compiled(name, mode):
         assert torch.equal(found, expected)
 
 
-def test_the_reference_and_the_kernels_agree(launches):
+def test_reference_and_kernels_agree(launches):
     model, ids = make().to(DEVICE), tokens(4, 33).to(DEVICE)
     with torch.no_grad():
         found = model(ids).logits
@@ -192,7 +193,7 @@ def test_the_reference_and_the_kernels_agree(launches):
             torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_saved_loaded_detached(tmp_path):
+def test_adapter_saves_loads_and_detaches(tmp_path):
     model, ids = make().to(DEVICE), tokens().to(DEVICE)
     with torch.no_grad():
         expected, alone = model(ids).logits, model.detached()(ids).logits
@@ -205,7 +206,7 @@ def test_saved_loaded_detached(tmp_path):
         torch.testing.assert_close(on_accelerator(on_cpu)(ids).logits, expected)
 
 
-def test_attached_where_the_base_is():
+def test_shadow_is_attached_on_base_device():
     base = make_base().to(DEVICE, torch.bfloat16)
     model = umbra.attach(base, umbra.ShadowConfig(rank=4))
     assert {p.device.type for p in model.parameters()} == {"cuda"}
@@ -213,7 +214,7 @@ def test_attached_where_the_base_is():
     model.generate(tokens().to(DEVICE), max_new_tokens=3, pad_token_id=0)
 
 
-def test_two_adapters_in_one_batch():
+def test_two_adapters_share_one_batch():
     model, ids = make().to(DEVICE), tokens(3).to(DEVICE)
     model.add_adapter(umbra.ShadowConfig(rank=4, dropout=0.0, alpha=0.5), "other")
     assert {p.device.type for p in model.parameters()} == {"cuda"}
@@ -225,7 +226,7 @@ def test_two_adapters_in_one_batch():
             torch.testing.assert_close(mixed[2:], model(ids[2:]).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_stock_pipeline():
+def test_stock_pipeline_runs():
     from transformers import pipeline
 
     pipe = pipeline("text-generation", model=make().to(DEVICE), tokenizer=make_tokenizer())

@@ -1,4 +1,4 @@
-"""`couple`, fused: its plain form and its Triton kernels against core.py, in every output and gradient.
+"""Block boundaries, fused: the PyTorch form and the Triton kernels against core.py, in every output and gradient.
 
 Without a GPU Triton's interpreter runs the kernels, in numpy (conftest.py asks for it); with one they run as they are.
 """
@@ -6,7 +6,6 @@ Without a GPU Triton's interpreter runs the kernels, in numpy (conftest.py asks 
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,18 @@ from support.tiny import scramble
 from umbra import ShadowConfig
 from umbra.method import kernels
 from umbra.method.core import Couplings
-from umbra.method.kernels import couple_triton
-from umbra.method.kernels.couple import NO_MASKS, Masks, couple
+from umbra.method.kernels import dispatch
+from umbra.method.kernels.boundary import NO_MASKS, Masks, boundary_of, draw_masks
+from umbra.method.kernels.boundary_torch import update_and_inject as torch_form
+from umbra.method.kernels.boundary_triton import update_and_inject as triton_form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SEAMS = {"injection": 0, "both": 1, "update": 2}  # of the coupled blocks 0, 1 and 3
+BOUNDARIES = {"injection": 0, "both": 1, "update": 2}  # of the coupled blocks 0, 1 and 3
 SHAPES = [(1, 32, 10, 8), (3, 100, 1, 16), (17, 576, 16, 3), (5, 40, 10, 64), (0, 32, 10, 8)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids="N{0[0]}-D{0[1]}-G{0[2]}-R{0[3]}".format)
 dialects = pytest.mark.parametrize("dialect", ["paper", "peft"])
 modes = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain", "dropout"])
-seams = pytest.mark.parametrize("seam", SEAMS)
+boundaries = pytest.mark.parametrize("boundary", BOUNDARIES)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,13 @@ def no_luck_with_memory():
 def couplings(dialect: str, D: int, G: int, R: int, dropout: float = 0.0, dtype=torch.float32) -> Couplings:
     """Random couplings in training mode."""
     config = ShadowConfig(
-        dialect=dialect, rank=R, gate_rank=G, alpha=0.7, dropout=dropout, down_init="normal", layers=(0, 1, 3)
+        dialect=dialect,
+        rank=R,
+        gate_rank=G,
+        alpha=0.7,
+        dropout=dropout,
+        constants={"down_init": "normal"},
+        layers=(0, 1, 3),
     )
     return scramble(Couplings(4, D, config.resolve()), std=0.1).to(DEVICE, dtype).train()
 
@@ -64,8 +71,8 @@ class Factors(nn.Module):
 
 
 def fix(made: Couplings, l: int, h: Tensor) -> Masks:
-    """Masks for this seam, which core.py will use too."""
-    masks = made._masks(str(l - 1), str(l), h)
+    """Draw masks for this boundary, and make core.py use them too."""
+    masks = draw_masks(made, l, h)
     if str(l - 1) in made.updates:
         made.updates[str(l - 1)].transform[2] = Factors(masks.transform)
     if str(l) in made.injections:
@@ -75,18 +82,13 @@ def fix(made: Couplings, l: int, h: Tensor) -> Masks:
 
 
 def core(made: Couplings, l: int):
-    """A seam as core.py writes it."""
-
-    def run(h: Tensor, s: Tensor):
-        with kernels.reference():
-            return made.couple(l, h, s)
-
-    return run
+    """A boundary as core.py computes it."""
+    return lambda h, s: made.update_and_inject(l, h, s)
 
 
 def fused(form, made: Couplings, l: int, masks: Masks = NO_MASKS):
-    """A seam in a form under test."""
-    return lambda h, s: form(h, s, made._seam(str(l - 1), str(l)), masks)
+    """A boundary in a form under test."""
+    return lambda h, s: form(h, s, boundary_of(made, l), masks)
 
 
 def results(run, made: Couplings, h: Tensor, s: Tensor, d_out: Tensor | None, d_state: Tensor | None):
@@ -129,30 +131,34 @@ def check(form, made: Couplings, l: int, given: list[Tensor | None], tolerance: 
 @shapes
 @dialects
 @modes
-@seams
-def test_the_plain_form_is_core(shape, dialect, dropout, seam):
+@boundaries
+def test_plain_form_equals_core(shape, dialect, dropout, boundary):
     N, D, G, R = shape
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
         made = couplings(dialect, D, G, R, dropout, dtype)
-        check(couple, made, SEAMS[seam], tensors(N, D, dtype=dtype), tolerance)
+        check(torch_form, made, BOUNDARIES[boundary], tensors(N, D, dtype=dtype), tolerance)
 
 
 @dialects
-@seams
-def test_the_plain_form_passes_gradcheck(dialect, seam):
+@boundaries
+def test_plain_form_passes_gradcheck(dialect, boundary):
     made = couplings(dialect, 12, 3, 2, 0.3, torch.float64)
     h, s = (x.requires_grad_() for x in tensors(5, 12, dtype=torch.float64, count=2))
-    weights = made._seam(str(SEAMS[seam] - 1), str(SEAMS[seam]))
-    masks = made._masks(str(SEAMS[seam] - 1), str(SEAMS[seam]), h)
-    assert torch.autograd.gradcheck(lambda h, s, *_: couple(h, s, weights, masks), (h, s, *made.parameters()))
+    weights = boundary_of(made, BOUNDARIES[boundary])
+    masks = draw_masks(made, BOUNDARIES[boundary], h)
+    assert torch.autograd.gradcheck(lambda h, s, *_: torch_form(h, s, weights, masks), (h, s, *made.parameters()))
 
 
 @dialects
-def test_from_one_seed_the_same_is_dropped(dialect):
+def test_equal_seeds_drop_equal_elements(dialect):
     made = couplings(dialect, 100, 10, 8, 0.3).to("cpu")
     h, s, *_ = (x.cpu() for x in tensors(2, 3, 100))
     drawn = []
-    for run, seed in ((core(made, 1), 0), (lambda h, s: made.couple(1, h, s), 0), (core(made, 1), 1)):
+    for run, seed in (
+        (core(made, 1), 0),
+        (lambda h, s: kernels.update_and_inject(made, 1, h, s), 0),
+        (core(made, 1), 1),
+    ):
         torch.manual_seed(seed)
         drawn.append(run(h, s)[0])
     torch.testing.assert_close(drawn[1], drawn[0])
@@ -165,40 +171,46 @@ def test_from_one_seed_the_same_is_dropped(dialect):
 @shapes
 @dialects
 @modes
-def test_the_kernels_are_core(shape, dialect, dropout):
+def test_kernels_equal_core(shape, dialect, dropout):
     N, D, G, R = shape
-    check(couple_triton.couple, couplings(dialect, D, G, R, dropout), SEAMS["both"], tensors(N, D), 2e-6)
+    check(triton_form, couplings(dialect, D, G, R, dropout), BOUNDARIES["both"], tensors(N, D), 2e-6)
 
 
 @dialects
 @modes
-@pytest.mark.parametrize("seam", ["injection", "update"])
-def test_half_a_seam(dialect, dropout, seam):
-    check(couple_triton.couple, couplings(dialect, 100, 10, 8, dropout), SEAMS[seam], tensors(3, 100), 2e-6)
+@pytest.mark.parametrize("boundary", ["injection", "update"])
+def test_partial_update_and_inject_equals_core(dialect, dropout, boundary):
+    check(
+        triton_form,
+        couplings(dialect, 100, 10, 8, dropout),
+        BOUNDARIES[boundary],
+        tensors(3, 100),
+        2e-6,
+    )
 
 
 @pytest.mark.parametrize(("dialect", "D"), [("paper", 100), ("peft", 576)])
-def test_more_rows_than_a_tile_holds(dialect, D):
+def test_rows_beyond_one_tile_are_handled(dialect, D):
     """With D = 576 the columns are programs enough, and one of them walks over all rows."""
-    check(couple_triton.couple, couplings(dialect, D, 10, 8, 0.3), SEAMS["both"], tensors(70, D), 2e-6)
+    check(triton_form, couplings(dialect, D, 10, 8, 0.3), BOUNDARIES["both"], tensors(70, D), 2e-6)
 
 
 @pytest.mark.parametrize("used", ["output", "state"])
-def test_one_of_both_results_is_used(used):
+def test_single_used_result_gives_right_gradient(used):
     h, s, d_out, d_state = tensors(3, 100)
     given = [h, s, d_out, None] if used == "output" else [h, s, None, d_state]
     made = couplings("paper", 100, 10, 8)
-    for form in (couple, couple_triton.couple):
-        found = results(fused(form, made, SEAMS["both"]), made, *given)
-        assert_close(found, results(core(made, SEAMS["both"]), made, *given), 2e-6)
+    for form in (torch_form, triton_form):
+        found = results(fused(form, made, BOUNDARIES["both"]), made, *given)
+        assert_close(found, results(core(made, BOUNDARIES["both"]), made, *given), 2e-6)
 
 
-def test_tensors_of_any_strides():
+def test_any_strides_are_supported():
     given = [x.permute(2, 1, 0) for x in tensors(100, 3, 2)]
     assert not any(x.is_contiguous() for x in given)
     made = couplings("peft", 100, 10, 8, 0.3)
     made.injections["1"].down.weight.data = made.injections["1"].down.weight.data.T.contiguous().T
-    check(couple_triton.couple, made, SEAMS["both"], given, 2e-6)
+    check(triton_form, made, BOUNDARIES["both"], given, 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -211,26 +223,30 @@ def test_tensors_of_any_strides():
     ],
 )
 @dialects
-def test_the_dtypes_of_bases(dialect, stream, state, tolerance):
+def test_base_dtypes_are_supported(dialect, stream, state, tolerance):
     """Against fp32 throughout, from the same weights and inputs. The interpreter truncates where a GPU rounds."""
     made = couplings(dialect, 100, 10, 8, 0.3).to(state)
     h, s, d_out, d_state = (x.to(t) for x, t in zip(tensors(17, 100), (stream, state, stream, state), strict=True))
     masks = fix(made, 1, h)
-    found = results(fused(couple_triton.couple, made, 1, masks), made, h, s, d_out, d_state)
+    found = results(fused(triton_form, made, 1, masks), made, h, s, d_out, d_state)
     assert found["output 0"].dtype == found["h"].dtype == stream
     assert found["output 1"].dtype == found["s"].dtype == state
     made, given = made.float(), [x.float() for x in (h, s, d_out, d_state)]
-    expected = results(fused(couple, made, 1, Masks(*(m if m is None else m.float() for m in masks))), made, *given)
+    expected = results(
+        fused(torch_form, made, 1, Masks(*(m if m is None else m.float() for m in masks))),
+        made,
+        *given,
+    )
     assert_close(found, expected, tolerance)
 
 
-def test_a_stream_far_from_zero():
+def test_large_mean_stream_stays_accurate():
     """A mean of 100 deviations costs two digits of the in-projections, no more."""
     h, *others = tensors(17, 576)
-    check(couple_triton.couple, couplings("paper", 576, 10, 8), SEAMS["both"], [h + 100, *others], 5e-4)
+    check(triton_form, couplings("paper", 576, 10, 8), BOUNDARIES["both"], [h + 100, *others], 5e-4)
 
 
-def test_the_kernels_compile_for_a_gpu_and_fit_it(tmp_path):
+def test_kernels_compile_for_gpu_and_fit(tmp_path):
     script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, script, "80"], env=environment, capture_output=True, text=True, check=False)
@@ -243,13 +259,12 @@ def test_the_kernels_compile_for_a_gpu_and_fit_it(tmp_path):
     )  # what 8.6 grants a program, least of all from 8 on
 
 
-def test_which_seams_the_kernels_take(monkeypatch):
-    room = import_module("umbra.method.kernels.couple")
-    monkeypatch.setattr(room, "_has_triton", lambda device: True)
-    narrow, wide, gate = (couplings("paper", 100, *w)._seam("0", "1") for w in ((32, 64), (10, 65), (33, 8)))
+def test_kernels_are_chosen_only_when_supported(monkeypatch):
+    monkeypatch.setattr(dispatch, "has_triton", lambda device: True)
+    narrow, wide, gate = (boundary_of(couplings("paper", 100, *w), 1) for w in ((32, 64), (10, 65), (33, 8)))
     with FakeTensorMode():
         h, s = torch.empty(3, 100, device="cuda", dtype=torch.bfloat16), torch.empty(3, 100, device="cuda")
-        assert room._on_triton(h, s, narrow)
-        assert not room._on_triton(h, s, wide) and not room._on_triton(h, s, gate)
-        assert not room._on_triton(h, s.double(), narrow)
-        assert not room._on_triton(h.cpu(), s.cpu(), narrow)
+        assert dispatch.takes_triton(h, s, narrow)
+        assert not dispatch.takes_triton(h, s, wide) and not dispatch.takes_triton(h, s, gate)
+        assert not dispatch.takes_triton(h, s.double(), narrow)
+        assert not dispatch.takes_triton(h.cpu(), s.cpu(), narrow)

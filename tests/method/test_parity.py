@@ -166,38 +166,38 @@ def class_batch(labels: Tensor, padding: str | None = "right") -> dict[str, Tens
 @pytest.mark.parametrize("dialect", PEERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("layers", [1, 3])
-def test_a_language_model(dialect, name, layers):
+def test_language_model_equals_peer(dialect, name, layers):
     assert_equal(*make_pair(dialect, name, layers=layers), token_batch())
 
 
 @pytest.mark.parametrize("dialect", PEERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_a_language_model_with_padding(dialect, name, padding):
+def test_padded_language_model_equals_peer(dialect, name, padding):
     assert_equal(*make_pair(dialect, name), token_batch(padding))
 
 
 @pytest.mark.parametrize("dialect", PEERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_dropout_falls_in_the_same_places(dialect, name):
+def test_dropout_positions_equal_peer(dialect, name):
     assert_equal(*make_pair(dialect, name, dropout=0.4), token_batch())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("hidden", [16, 48])
-def test_a_shadow_of_another_width(name, hidden):
+def test_shadow_of_other_width_equals_peer(name, hidden):
     assert_equal(*make_pair("peft", name, layers=2, hidden=hidden), token_batch("right"))
 
 
 @pytest.mark.parametrize("dialect", PEERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_single_label_classifier(dialect, name):
+def test_single_label_classifier_equals_peer(dialect, name):
     pair = make_pair(dialect, name, classifier=True, num_labels=3)
     assert_equal(*pair, class_batch(torch.tensor([2, 0, 1, 1])))
 
 
 @pytest.mark.parametrize("dialect", PEERS)
-def test_a_classifier_without_padding(dialect):
+def test_unpadded_classifier_equals_peer(dialect):
     pair = make_pair(dialect, "llama", classifier=True, num_labels=3)
     assert_equal(*pair, class_batch(torch.tensor([2, 0, 1, 1]), padding=None))
 
@@ -206,23 +206,23 @@ def test_a_classifier_without_padding(dialect):
 # below are for PEFT only.
 
 
-def test_a_classifier_with_left_padding():
+def test_left_padded_classifier_equals_peer():
     pair = make_pair("peft", "llama", classifier=True, num_labels=3)
     assert_equal(*pair, class_batch(torch.tensor([2, 0, 1, 1]), padding="left"))
 
 
-def test_a_multi_label_classifier():
+def test_multi_label_classifier_equals_peer():
     pair = make_pair("peft", "llama", classifier=True, num_labels=3)
     assert_equal(*pair, class_batch(torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0]])))
 
 
-def test_a_regression():
+def test_regression_equals_peer():
     pair = make_pair("peft", "llama", classifier=True, num_labels=1)
     assert_equal(*pair, class_batch(torch.tensor([0.3, -2.0, 1.0])))
 
 
 @pytest.mark.parametrize("dialect", PEERS)
-def test_the_peers_carry_one_dead_update_more(dialect):
+def test_peers_have_one_unused_update(dialect):
     mine, peer, pairs = make_pair(dialect, "llama")
     paired = {pair.theirs for pair in pairs}
     dead = {name for name, p in peer.named_parameters() if p.requires_grad and p not in paired}

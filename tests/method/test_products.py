@@ -47,7 +47,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("form", INPUTS)
-def test_a_product_is_that_of_pytorch(form, bias):
+def test_matmul_equals_pytorch(form, bias):
     torch.manual_seed(0)
     x, weight, b = INPUTS[form](), torch.randn(N, K), torch.randn(N) if bias else None
     torch.testing.assert_close(kernels.product(x, weight, b), F.linear(x, weight, b), rtol=1e-5, atol=1e-5)
@@ -68,10 +68,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_anything_else_is_left_to_pytorch(kind, calls):
+def test_unsupported_matmuls_fall_back_to_pytorch(kind, calls):
     dtype, context, trainable = OTHERS[kind]
     layer, x = nn.Linear(K, N).to(dtype).requires_grad_(trainable), torch.randn(3, K, dtype=dtype)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     with context():
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     assert not calls
@@ -80,16 +80,16 @@ def test_anything_else_is_left_to_pytorch(kind, calls):
     assert len(calls) == (kind in ("a trainable weight", "autocast", "the plain forms"))
 
 
-def test_transforms_of_functions_are_left_to_pytorch(calls):
+def test_function_transforms_fall_back_to_pytorch(calls):
     layer = nn.Linear(K, N).requires_grad_(False)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     x = torch.randn(4, 3, K)
     torch.testing.assert_close(torch.func.vmap(layer)(x), F.linear(x, layer.weight, layer.bias))
     assert not calls
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_training_step_and_generation_are_the_plain_ones(name, calls):
+def test_training_and_generation_equal_plain(name, calls):
     model, ids, found = make(name), tokens(2, 9), []
     labels = partly_labelled(ids)
     for context in (nullcontext, kernels.reference):
@@ -108,7 +108,7 @@ def test_a_training_step_and_generation_are_the_plain_ones(name, calls):
 
 
 def quick(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(vars(m).get("forward"), module.Quick)]
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), module.PatchedForward)]
 
 
 def test_unloading_leaves_nothing_behind():
@@ -121,20 +121,20 @@ def test_unloading_leaves_nothing_behind():
     assert torch.equal(base(ids).logits, expected)
 
 
-def test_the_detached_model_is_stock():
+def test_detached_model_is_unpatched():
     assert not quick(make("llama").detached())
 
 
-def test_what_others_have_put_in_place_stays():
+def test_foreign_patches_stay():
     layer = nn.Linear(K, N)
     theirs = layer.forward = lambda x: x
-    kernels.quicken([layer])
-    kernels.leave_alone([layer])
+    kernels.patch_linears([layer])
+    kernels.unpatch_linears([layer])
     assert layer.forward is theirs
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_copies_compute_with_weights_of_their_own(way, calls):
+def test_copies_use_their_weights(way, calls):
     model = make("llama").eval()
     twin, ids = way(model), tokens()
     with torch.no_grad():
@@ -146,19 +146,19 @@ def test_copies_compute_with_weights_of_their_own(way, calls):
     assert calls
 
 
-def test_small_matrices_are_not_worth_the_call(monkeypatch):
+def test_small_matrices_use_pytorch(monkeypatch):
     monkeypatch.setattr(module, "SMALLEST", N * K + 1)
     layer = nn.Linear(K, N)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     assert not quick(layer)
 
 
 @pytest.mark.parametrize(("cpu", "faster"), [("GenuineIntel", False), ("AuthenticAMD", True)])
-def test_mkl_keeps_the_products_of_its_makers_cpus(cpu, faster, monkeypatch, calls):
+def test_intel_cpus_use_mkl(cpu, faster, monkeypatch, calls):
     monkeypatch.setattr(module.Path, "read_text", lambda *_, **__: f"vendor_id : {cpu}")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(module, "ONEDNN_IS_FASTER", module._onednn_is_faster())
     layer = nn.Linear(K, N).requires_grad_(False)
-    kernels.quicken([layer])
+    kernels.patch_linears([layer])
     kernels.product(torch.randn(3, K), layer.weight, layer.bias)
     assert bool(quick(layer)) == bool(calls) == faster

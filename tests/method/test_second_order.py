@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Deprecation
 
 
 def build(dialect: str = "umbra", **options):
-    model = make(dialect=dialect, gate_rank=3, norm=True, **options).double()
+    model = make(dialect=dialect, gate_rank=3, constants={"norm": True}, **options).double()
     model.set_attn_implementation("eager")
     model.base.set_attn_implementation("eager")
     model.shadow.backbone.set_attn_implementation("eager")
@@ -38,7 +38,7 @@ def penalty(model, embeds: torch.Tensor, labelled: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.filterwarnings("ignore:Called without labels")
-def test_a_gradient_penalty_is_right_on_the_plain_path_and_refused_on_the_fast_one(labelled):
+def test_gradient_penalty_is_exact_on_plain_path_only(labelled):
     model = build()
     embeds = model.get_input_embeddings()(IDS).detach()
     weight = model.shadow.couplings.injections["1"].up.weight
@@ -58,19 +58,18 @@ def test_a_gradient_penalty_is_right_on_the_plain_path_and_refused_on_the_fast_o
 
 
 @pytest.mark.parametrize("dialect", ["paper", "peft"])
-def test_a_plain_seam_passes_gradgradcheck(dialect):
+def test_plain_update_and_inject_passes_gradgradcheck(dialect):
     config = umbra.ShadowConfig(dialect=dialect, rank=2, gate_rank=2, dropout=0.0, layers=(0, 1))
     made = Couplings(2, 4, config.resolve()).double()
     for p in made.parameters():
         torch.nn.init.normal_(p)
     h, s = (torch.randn(2, 4, dtype=torch.double, requires_grad=True) for _ in range(2))
-    with kernels.reference():
-        assert torch.autograd.gradgradcheck(lambda h, s: made.couple(1, h, s), (h, s))
+    assert torch.autograd.gradgradcheck(lambda h, s: made.update_and_inject(1, h, s), (h, s))
     with pytest.raises(umbra.StateError, match="create_graph"):
-        torch.autograd.grad(made.couple(1, h, s)[0].square().sum(), h, create_graph=True)
+        torch.autograd.grad(kernels.update_and_inject(made, 1, h, s)[0].square().sum(), h, create_graph=True)
 
 
-def test_the_fused_loss_is_not_differentiated_twice():
+def test_fused_loss_refuses_second_derivative():
     x, head = torch.randn(3, 4, requires_grad=True), Head(torch.randn(7, 4))
     with pytest.raises(umbra.StateError, match="create_graph"):
         torch.autograd.grad(linear_loss(x, head, torch.tensor([1, 2, 3]))[0], x, create_graph=True)
@@ -94,7 +93,7 @@ def dual(f, x, t):
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("form", [*TRANSFORMS, "dual"])
-def test_transforms_are_right_or_raise(form, labelled, fast):
+def test_function_transforms_are_exact_or_raise(form, labelled, fast):
     model = build().eval()
     embeds = model.get_input_embeddings()(IDS).detach()
     tangent = torch.randn_like(embeds)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_training_step import LAMBDA, SHAPES, Calls, architectures, dialects, make, make_classifier, step
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import AutoModel, LlamaConfig
 
 import umbra
-from support.tiny import VOCAB, assert_same, class_labels, make_base, partly_labelled, tokens
+from support.steps import LAMBDA, SHAPES, Calls, architectures, dialects, make_classifier, step
+from support.tiny import VOCAB, assert_same, class_labels, make, make_base, partly_labelled, tokens
 from umbra.base.architectures import locate
 
 CHECKPOINTING = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
@@ -16,7 +16,7 @@ CHECKPOINTING = pytest.mark.parametrize("reentrant", [True, False], ids=["reentr
 @architectures
 @dialects
 @CHECKPOINTING
-def test_checkpointed_is_plain(name, dialect, reentrant):
+def test_checkpointed_gradients_equal_plain(name, dialect, reentrant):
     model, ids = make(name, dialect=dialect, shadow_num_hidden_layers=2), tokens(3, 11)
     labels = partly_labelled(ids)
     loss, plain = step(model, ids, labels)
@@ -40,7 +40,7 @@ def test_checkpointed_is_plain(name, dialect, reentrant):
 @dialects
 @CHECKPOINTING
 @pytest.mark.parametrize("shape", ["narrow", "own", "heads", "dense"])
-def test_checkpointed_is_plain_for_other_shadows(name, dialect, reentrant, shape):
+def test_checkpointed_other_shadows_equal_plain(name, dialect, reentrant, shape):
     model, ids = make(name, dialect=dialect, **SHAPES[shape]), tokens(3, 11)
     labels = partly_labelled(ids)
     loss, plain = step(model, ids, labels)
@@ -53,7 +53,7 @@ def test_checkpointed_is_plain_for_other_shadows(name, dialect, reentrant, shape
 @architectures
 @dialects
 @CHECKPOINTING
-def test_checkpointed_is_plain_for_a_pretrained_shadow(name, dialect, reentrant, tmp_path):
+def test_checkpointed_pretrained_shadow_equals_plain(name, dialect, reentrant, tmp_path):
     """Its embeddings are frozen, so that the input of its first block needs no gradient of itself."""
     small = LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
@@ -71,7 +71,7 @@ def test_checkpointed_is_plain_for_a_pretrained_shadow(name, dialect, reentrant,
 @architectures
 @dialects
 @CHECKPOINTING
-def test_checkpointed_classifier_is_plain(name, dialect, reentrant):
+def test_checkpointed_classifier_equals_plain(name, dialect, reentrant):
     model, ids, labels = make_classifier(name, "multi", dialect=dialect), tokens(4), class_labels("multi")
     loss, plain = step(model, ids, labels)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -83,7 +83,7 @@ def test_checkpointed_classifier_is_plain(name, dialect, reentrant):
 @architectures
 @dialects
 @CHECKPOINTING
-def test_checkpointed_is_plain_from_embeddings(name, dialect, reentrant):
+def test_checkpointed_inputs_embeds_equal_plain(name, dialect, reentrant):
     """Embeddings that are handed in need no gradient, and yet the shadow gets its own."""
     model, ids = make(name, dialect=dialect), tokens(3, 11)
     embedded = model.get_input_embeddings()(ids)
@@ -97,7 +97,7 @@ def test_checkpointed_is_plain_from_embeddings(name, dialect, reentrant):
 
 @architectures
 @CHECKPOINTING
-def test_checkpointing_switched_on_before_attaching(name, reentrant):
+def test_checkpointing_enabled_before_attach_stays_on(name, reentrant):
     """A base that was handed over with checkpointing on gives the same step, too."""
     ids = tokens(3, 11)
     model = make(name, auxiliary_loss_weight=LAMBDA)
@@ -114,7 +114,7 @@ def test_checkpointing_switched_on_before_attaching(name, reentrant):
 @architectures
 @dialects
 @pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "not_reentrant"])
-def test_dropout_recomputes_the_same_mask(name, dialect, reentrant):
+def test_recomputation_uses_same_dropout_mask(name, dialect, reentrant):
     """With dropout on, a step from the same seed is the same step, checkpointed or not."""
     model, ids = make(name, dialect=dialect, dropout=0.3), tokens(3, 11)
     torch.manual_seed(4)
@@ -133,7 +133,7 @@ def test_dropout_recomputes_the_same_mask(name, dialect, reentrant):
 @CHECKPOINTING
 @pytest.mark.parametrize("wrapped", ["before", "after"])
 @pytest.mark.compat("Distributed", "activation checkpointing around blocks, both kinds, wrapped before or after attach")
-def test_wrappers_around_blocks_change_nothing(name, dialect, reentrant, wrapped):
+def test_block_wrappers_change_no_gradient(name, dialect, reentrant, wrapped):
     """Their recomputation runs the block alone: the hooks stay outside."""
     model, ids = make(name, dialect=dialect), tokens(3, 11)
     loss, plain = step(model, ids, ids)

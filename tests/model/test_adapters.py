@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import torch
-from test_architectures import build
 from transformers import DynamicCache
 
 import umbra
+from support.families import build
 from support.tiny import HIDDEN, LAYERS, assert_same, gradients, make, make_base, scramble, tokens
 from umbra import ShadowConfig
 from umbra.base.architectures import locate
@@ -67,7 +67,7 @@ CANNOT = {("mamba", "static"), ("mamba", "drafted"), ("mamba", "chunks")}  # nor
 
 @pytest.mark.parametrize(("base", "way"), [(b, w) for b in ("mamba", "mistral") for w in WAYS if (b, w) not in CANNOT])
 @torch.no_grad()
-def test_a_shadow_of_another_kind_measures_the_past_by_its_own_layers(base, way):
+def test_past_length_is_read_from_shadow_layers(base, way):
     """A dense shadow beside a base without full attention: transformers would ask the first one's layers, which are empty."""
 
     def pair(seeds):
@@ -98,7 +98,7 @@ def test_a_shadow_of_another_kind_measures_the_past_by_its_own_layers(base, way)
 
 @pytest.mark.parametrize("base", ["mamba", "llama"])
 @torch.no_grad()
-def test_a_batch_of_bare_rows_among_several_adapters(base):
+def test_base_rows_mix_with_several_adapters(base):
     model = umbra.attach(
         build("mamba") if base == "mamba" else make_base(base), ShadowConfig(rank=4, shadow="dense", **COMMON)
     )
@@ -119,7 +119,7 @@ def test_a_batch_of_bare_rows_among_several_adapters(base):
 
 
 @torch.no_grad()
-def test_a_cache_that_only_one_of_both_has_filled_is_refused_beside_a_recurrent_base():
+def test_partial_cache_is_refused_on_recurrent_base():
     model = umbra.attach(build("mamba"), ShadowConfig(rank=4, shadow="dense", **COMMON))
     model.add_adapter(ShadowConfig(rank=4, shadow="dense", **COMMON), "second")
     bare, other = (DynamicCache(config=model.config) for _ in range(2))
@@ -133,16 +133,16 @@ def test_a_cache_that_only_one_of_both_has_filled_is_refused_beside_a_recurrent_
             model(tokens(), past_key_values=cache)
 
 
-def test_guidance_of_a_mixed_batch_is_refused():
+def test_mixed_batch_refuses_guidance():
     model = make_three()
-    with pytest.raises(umbra.ConfigError, match="guidance_scale would be given the active adapter"):
+    with pytest.raises(umbra.ConfigError, match="guidance_scale would apply the active adapter"):
         model.generate(tokens(2), adapter_names=["b", "b"], guidance_scale=1.5, max_new_tokens=2)
     model.set_adapter("b")
     model.generate(tokens(2), guidance_scale=1.5, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("classifier", [False, True])
-def test_the_shadow_alone_has_one_adapter(classifier):
+def test_shadow_only_uses_one_adapter(classifier):
     model = make("llama", classifier=classifier)
     with model.shadow_only(), pytest.raises(umbra.ConfigError, match="runs the active adapter"):
         model(tokens(2), adapter_names=["default", "default"])
@@ -153,7 +153,7 @@ def test_the_shadow_alone_has_one_adapter(classifier):
 
 @compat("Many adapters", "load, add, name, activate, replace while loaded, rename, delete, list")
 @pytest.mark.parametrize("name", ["a", "b", "c"])
-def test_each_adapter_is_what_it_is_alone(name):
+def test_adapter_among_others_equals_adapter_alone(name):
     model, ids = make_three(), tokens()
     model.set_adapter(name)
     assert model.adapters[0] == model.active_adapter == name
@@ -167,7 +167,7 @@ def test_each_adapter_is_what_it_is_alone(name):
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
-def test_only_the_active_one_is_trained(name):
+def test_only_active_adapter_is_trained(name):
     model, ids = make_three(), tokens()
     frozen = {n: copy.deepcopy(model.adapter(n).state_dict()) for n in model.adapters if n != name}
     model.set_adapter(name)
@@ -180,7 +180,7 @@ def test_only_the_active_one_is_trained(name):
         assert all(torch.equal(v, weights[k]) for k, v in model.adapter(other).state_dict().items())
 
 
-def test_what_was_frozen_stays_so_over_activation():
+def test_frozen_weights_stay_frozen_after_activation():
     model = make_three()
     model.shadow.backbone.requires_grad_(False)
     before = [n for n, p in model.shadow.named_parameters() if p.requires_grad]
@@ -192,7 +192,7 @@ def test_what_was_frozen_stays_so_over_activation():
 
 @compat("Many adapters", "each saved, loaded and detached on its own")
 @pytest.mark.parametrize("name", ["a", "b", "c"])
-def test_saved_loaded_and_detached_on_its_own(name, tmp_path):
+def test_each_adapter_saves_loads_and_detaches(name, tmp_path):
     model, ids = make_three(), tokens()
     model.save_pretrained(tmp_path / name, adapter_name=name)
     found = umbra.load(tmp_path / name, make_base())
@@ -205,7 +205,7 @@ def test_saved_loaded_and_detached_on_its_own(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_replaced_while_loaded(name, tmp_path):
+def test_loaded_adapter_can_be_replaced(name, tmp_path):
     """Active or not; and where the folder is damaged, nothing changes."""
     model, ids = make_three(), tokens()
     model.save_pretrained(tmp_path / "c", adapter_name="c")
@@ -223,7 +223,7 @@ def test_replaced_while_loaded(name, tmp_path):
     torch.testing.assert_close(rows[0], rows[1])
 
 
-def test_renamed_and_deleted():
+def test_adapters_can_be_renamed_and_deleted():
     model, ids = make_three(), tokens()
     model.rename_adapter("a", "first")
     model.rename_adapter("b", "second")
@@ -241,18 +241,18 @@ def test_renamed_and_deleted():
 
 
 @pytest.mark.parametrize("name", ["", "x.y", "__base__", 3, None])
-def test_no_name(name):
+def test_invalid_adapter_name_is_refused(name):
     with pytest.raises(umbra.ConfigError, match="name"):
         make_three().add_adapter(config("a"), name)
 
 
 @pytest.mark.parametrize("call", ["set_adapter", "delete_adapter", "adapter"])
-def test_an_unknown_name_is_told_the_known_ones(call):
+def test_unknown_adapter_name_lists_known_names(call):
     with pytest.raises(umbra.ConfigError, match=r"'x'.*a, b, c"):
         getattr(make_three(), call)("x")
 
 
-def test_a_taken_name():
+def test_duplicate_adapter_name_is_refused():
     model = make_three()
     with pytest.raises(umbra.ConfigError, match="already"):
         model.add_adapter(config("a"), "b")
@@ -260,7 +260,7 @@ def test_a_taken_name():
         model.rename_adapter("a", "b")
 
 
-def test_a_trainer_is_told_what_its_checkpoints_leave_out():
+def test_trainer_warns_about_unsaved_adapters():
     """transformers' Trainer warns of every other tensor that it misses in resuming."""
     model = make_three()
     for change in (lambda: None, lambda: model.set_adapter("b"), lambda: model.rename_adapter("c", "d")):
@@ -275,7 +275,7 @@ def test_a_trainer_is_told_what_its_checkpoints_leave_out():
 @compat("Many adapters", "mixed batches: each row of a forward names its adapter, or none")
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_mixed_forward_is_its_rows_apart(base, cached):
+def test_mixed_forward_equals_separate_rows(base, cached):
     model = make_three(base)
     ids, mask = padded_tokens()
     found = model(ids, attention_mask=mask, adapter_names=NAMES, use_cache=cached).logits
@@ -296,7 +296,7 @@ MODES = {
 @compat("Many adapters", "mixed batches: each row of a generate call names its adapter, or none")
 @pytest.mark.parametrize("base", ["llama", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("mode", MODES)
-def test_mixed_generation_is_its_rows_apart(base, mode):
+def test_mixed_generation_equals_separate_rows(base, mode):
     model = make_three(base)
     ids, mask = padded_tokens()
     options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, **MODES[mode]}
@@ -308,14 +308,14 @@ def test_mixed_generation_is_its_rows_apart(base, mode):
         assert torch.equal(found[row * answers : (row + 1) * answers], expected), name
 
 
-def test_the_base_runs_once_over_the_whole_batch():
+def test_base_runs_once_per_mixed_batch():
     model, shapes = make_three(), []
     locate(model.base).blocks[0].register_forward_hook(lambda block, args, out: shapes.append(len(args[0])))
     model(tokens(6), adapter_names=NAMES)
     assert shapes == [6]
 
 
-def test_a_shadow_reads_its_own_rows_only_where_no_cache_holds_it_to_the_others():
+def test_shadow_reads_only_its_rows_without_cache():
     model, shapes = make_three(), []
     model.adapter("b").backbone.register_forward_pre_hook(
         lambda m, args, kwargs: shapes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
@@ -326,7 +326,7 @@ def test_a_shadow_reads_its_own_rows_only_where_no_cache_holds_it_to_the_others(
 
 @compat("Many adapters", "mixed batches for sequence classification")
 @pytest.mark.parametrize("base", ["llama", "qwen3", "gpt2"])
-def test_mixed_classification_is_its_rows_apart(base):
+def test_mixed_classification_equals_separate_rows(base):
     options = {"classifier": True, "num_labels": 3}
     model, ids = make_three(base, **options), tokens(6)
     found = model(ids, adapter_names=NAMES).logits
@@ -334,7 +334,7 @@ def test_mixed_classification_is_its_rows_apart(base):
         torch.testing.assert_close(found[row : row + 1], alone(base, name, **options)(ids[row : row + 1]).logits)
 
 
-def test_a_classifiers_shadow_is_not_taught_by_the_pair():
+def test_classifier_shadow_is_not_distilled():
     """Neither the first one nor one more."""
     taught = umbra.ShadowConfig(distillation_weight=0.5)
     with pytest.raises(umbra.ConfigError, match="distillation_weight is for language models"):
@@ -345,7 +345,7 @@ def test_a_classifiers_shadow_is_not_taught_by_the_pair():
     assert model.adapters == ["default"]
 
 
-def test_classifiers_of_other_labels_are_refused(tmp_path):
+def test_classifiers_with_other_label_counts_are_refused(tmp_path):
     make("llama", classifier=True, base_options={"num_labels": 2}).save_pretrained(tmp_path / "two")
     model = make("llama", classifier=True, base_options={"num_labels": 3})
     with pytest.raises(umbra.CheckpointError, match="2 labels"):
@@ -353,7 +353,7 @@ def test_classifiers_of_other_labels_are_refused(tmp_path):
     assert model.adapters == ["default"]
 
 
-def test_each_classifier_keeps_its_labels_names(tmp_path):
+def test_each_classifier_keeps_its_label_names(tmp_path):
     names = {"x": {0: "no", 1: "yes"}, "y": {0: "bad", 1: "good"}}
     for name, labels in names.items():
         make("llama", classifier=True, base_options={"id2label": labels}).save_pretrained(tmp_path / name)
@@ -364,7 +364,7 @@ def test_each_classifier_keeps_its_labels_names(tmp_path):
     assert '"good"' in text and '"yes"' not in text
 
 
-def test_a_mixed_evaluation_loss_is_the_tasks():
+def test_mixed_evaluation_loss_is_task_loss():
     model, ids = make_three(), tokens(3)
     losses = [alone("llama", n)(ids[r : r + 1], labels=ids[r : r + 1]).loss for r, n in enumerate(["a", "b", None])]
     found = model(ids, labels=ids, adapter_names=["a", "b", None])
@@ -372,18 +372,18 @@ def test_a_mixed_evaluation_loss_is_the_tasks():
     assert found.logits.shape[:2] == ids.shape
 
 
-def test_one_name_for_all_is_that_adapter():
+def test_single_name_selects_adapter_for_all_rows():
     model, ids = make_three(), tokens()
     torch.testing.assert_close(model(ids, adapter_names=["b", "b"]).logits, alone("llama", "b")(ids).logits)
 
 
 @pytest.mark.parametrize("names", [[], ["a"] * 4, ["a"] * 9])
-def test_a_wrong_number_of_names(names):
+def test_wrong_number_of_names_is_refused(names):
     with pytest.raises(umbra.ConfigError, match="one for each row"):
         make_three()(tokens(6), adapter_names=names)
 
 
-def test_training_a_mixed_batch_is_refused():
+def test_mixed_batch_training_is_refused():
     ids = tokens()
     with pytest.raises(umbra.ConfigError, match="inference"):
         make_three().train()(ids, labels=ids, adapter_names=["a", "b"])
@@ -392,7 +392,7 @@ def test_training_a_mixed_batch_is_refused():
 # -- while others come and go ----------------------------------------------------------------------------------------
 
 
-def test_a_decode_goes_on_while_adapters_come_and_go(tmp_path):
+def test_decoding_continues_while_adapters_change(tmp_path):
     """An adapter's place in the cache never changes, so that a cache held by the user stays right."""
     model, ids = make_three(), tokens()
     model.save_pretrained(tmp_path / "c", adapter_name="c")
@@ -406,7 +406,7 @@ def test_a_decode_goes_on_while_adapters_come_and_go(tmp_path):
     assert sum(map(len, places)) == len(set.union(*places)) and min(set.union(*places)) == LAYERS
 
 
-def test_the_place_of_a_deleted_adapter_is_taken_again():
+def test_deleted_adapter_slot_is_reused():
     model = make_three()
     layers = model.config.num_hidden_layers
     for _ in range(5):
@@ -416,7 +416,7 @@ def test_the_place_of_a_deleted_adapter_is_taken_again():
 
 
 @compat("Many adapters", "threads that name different adapters on one model")
-def test_threads_with_different_adapters():
+def test_threads_use_different_adapters():
     model, ids = make_three(), tokens()
     options = {"max_new_tokens": 6, "do_sample": False}
     expected = {n: alone("llama", n).generate(ids, **options) for n in "abc"}
@@ -434,15 +434,24 @@ def test_threads_with_different_adapters():
     assert not wrong
 
 
-def test_a_copy_has_all_of_them():
+def test_copied_model_has_all_adapters():
     model, ids = copy.deepcopy(make_three()), tokens(6)
     torch.testing.assert_close(model(ids, adapter_names=NAMES).logits, make_three()(ids, adapter_names=NAMES).logits)
 
 
-def test_another_adapter_costs_its_own_weights():
+def test_additional_adapter_costs_only_its_weights():
     model = make_three()
     held = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
     model.add_adapter(config("b"), "d")
     now = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
     new = model.adapter("d")
     assert now - held == sum(p.numel() for p in new.parameters()) + sum(b.numel() for b in new.buffers())
+
+
+def test_state_dict_with_old_prefix_of_inactive_adapters_loads():
+    model = make_three()
+    state = {k.replace("inactive_adapters.", "resting."): v.clone() for k, v in model.state_dict().items()}
+    assert any(k.startswith("resting.b.") for k in state)
+    scramble(model.adapter("b"), 9)
+    model.load_state_dict(state)
+    assert all(torch.equal(v, state[f"resting.b.{k}"]) for k, v in model.adapter("b").state_dict().items())

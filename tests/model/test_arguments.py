@@ -110,7 +110,7 @@ def assert_same_output(found, expected):
     ("name", "classifier"), [*((n, False) for n in FAMILIES), *((n, True) for n in CLASSIFYING)],
     ids=lambda v: v if isinstance(v, str) else ("classifier" if v else "lm"),
 )  # fmt: skip
-def test_each_argument_has_the_bases_effect_or_is_refused_by_name(name, classifier):
+def test_every_argument_acts_as_in_base_or_is_refused(name, classifier):
     base, model = pair(name, classifier, **(CLASSIFIERS["single"] if classifier else {}))
     own = {"adapter_names", "shadow_targets", "skip_logits"}
     taken = {p.name for p in inspect.signature(base.forward).parameters.values() if p.kind is not p.VAR_KEYWORD}
@@ -162,7 +162,7 @@ def test_shift_labels_train_both_paths(fast, given, distils):
     assert_same(run(model, fast, labels=torch.full_like(IDS, -100), shift_labels=shifted, **given), expected)
 
 
-def test_shift_labels_are_evaluated_on_either_path_and_with_adapter_names():
+def test_shift_labels_evaluate_on_each_path():
     model, shifted = make(**TRAINED), torch.roll(LABELS, -1, 1)
     shifted[:, -1] = -100
     for context, given in (
@@ -177,7 +177,7 @@ def test_shift_labels_are_evaluated_on_either_path_and_with_adapter_names():
 
 
 @families
-def test_states_attentions_and_routers_in_training_are_the_bases(name):
+def test_training_outputs_equal_base_outputs(name):
     base, model = pair(name)
     given = {"labels": LABELS, "output_hidden_states": True, "output_attentions": True, "use_cache": False}
     given |= {"output_router_logits": True} if "moe" in name or name == "mixtral" else {}
@@ -190,7 +190,7 @@ def test_states_attentions_and_routers_in_training_are_the_bases(name):
             assert_same_output({kind: found[kind]}, {kind: expected[kind]})
 
 
-def test_the_routers_loss_reaches_the_shadow():
+def test_router_loss_reaches_shadow():
     """Its weight times the load-balancing loss, by finite differences of the bare base's own formula."""
     found = {}
     for asked in (True, False):
@@ -218,7 +218,7 @@ def test_the_routers_loss_reaches_the_shadow():
 @pytest.mark.parametrize(
     ("typo", "near"), [("atention_mask", "attention_mask"), ("label", "labels"), ("position_id", "position_ids")]
 )
-def test_an_unknown_argument_names_the_nearest_one(classifier, typo, near):
+def test_unknown_argument_suggests_nearest(classifier, typo, near):
     model = make(classifier=classifier)
     for context in (nullcontext, model.disable_adapter, model.shadow_only):
         with context(), pytest.raises(umbra.ConfigError, match=f"'{typo}'.*'{near}'"):
@@ -231,7 +231,7 @@ def test_an_unknown_argument_names_the_nearest_one(classifier, typo, near):
 @forms
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
-def test_labels_of_any_integer_dtype_are_alike(fast, trains, dtype):
+def test_any_integer_label_dtype_is_accepted(fast, trains, dtype):
     model = make(**TRAINED).train(trains)
     classifier = make(classifier=True, base_options=CLASSIFIERS["single"]).train(trains)
     with nullcontext() if fast else umbra.method.kernels.reference():
@@ -263,7 +263,7 @@ def test_wrong_labels_are_refused_with_their_value(form, trains):
         model(IDS, labels=LABELS, shift_labels=labels)
 
 
-def test_two_kinds_of_targets_are_refused():
+def test_labels_with_shift_labels_are_refused():
     model = make(**TRAINED)
     for context in (nullcontext, model.shadow_only):
         with context(), pytest.raises(umbra.ConfigError, match="shift_labels"):
@@ -271,14 +271,14 @@ def test_two_kinds_of_targets_are_refused():
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 3]), torch.tensor([0.0, 1.0]), torch.tensor([-1, 0])])
-def test_wrong_classes_are_refused(labels):
+def test_invalid_classes_are_refused(labels):
     model = make(classifier=True, base_options=CLASSIFIERS["single"])
     for trains in (True, False):
         with pytest.raises(umbra.ConfigError, match="labels must"):
             model.train(trains)(IDS, labels=labels)
 
 
-def test_outputs_that_the_configuration_asks_for():
+def test_configuration_output_flags_are_honoured():
     base, model = pair("qwen3_moe")
     for one in (base, model):
         one.config.output_hidden_states = one.config.output_router_logits = True

@@ -52,7 +52,7 @@ def umbra_hooks(module: nn.Module) -> list:
 @dialects
 @kinds
 @torch.no_grad()
-def test_attached_is_the_base_at_first(name, dialect, classifier):
+def test_attached_equals_base_at_initialisation(name, dialect, classifier):
     ids = tokens()
     base = make_base(name, classifier=classifier)
     expected = base(ids).logits
@@ -62,7 +62,7 @@ def test_attached_is_the_base_at_first(name, dialect, classifier):
 
 @architectures
 @torch.no_grad()
-def test_trained_heads_are_the_base_at_first(name):
+def test_trained_heads_equal_base_at_initialisation(name):
     ids = tokens()
     base = make_base(name)
     expected = base(ids).logits
@@ -70,7 +70,7 @@ def test_trained_heads_are_the_base_at_first(name):
 
 
 @architectures
-def test_generates_like_the_base_at_first(name):
+def test_generation_equals_base_at_initialisation(name):
     ids = tokens()
     base = make_base(name)
     expected = base.generate(ids, max_new_tokens=8, do_sample=False)
@@ -82,7 +82,7 @@ def test_generates_like_the_base_at_first(name):
 @dialects
 @kinds
 @torch.no_grad()
-def test_a_scrambled_shadow_changes_the_logits(name, dialect, classifier):
+def test_randomised_shadow_changes_logits(name, dialect, classifier):
     """Without this the other tests of the suite would test nothing."""
     ids = tokens()
     base, model = make_base(name, classifier=classifier), make(name, classifier=classifier, dialect=dialect)
@@ -94,7 +94,7 @@ def test_a_scrambled_shadow_changes_the_logits(name, dialect, classifier):
 
 @architectures
 @torch.no_grad()
-def test_logits_to_keep(name):
+def test_logits_to_keep_selects_positions(name):
     model, ids = make(name), tokens()
     full = model(ids).logits
     picked = torch.tensor([1, 4, 5])
@@ -127,7 +127,7 @@ def test_hidden_states_are_plain_tensors(name, dialect):
 @architectures
 @kinds
 @torch.no_grad()
-def test_return_dict_false_gives_a_tuple(name, classifier):
+def test_return_dict_false_returns_tuple(name, classifier):
     model, ids = make(name, classifier=classifier), tokens()
     found = model(ids, return_dict=False)
     assert isinstance(found, tuple)
@@ -146,7 +146,7 @@ def test_inputs_embeds_equal_input_ids(name, classifier):
 @architectures
 @kinds
 @torch.no_grad()
-def test_left_padded_rows_are_each_row_alone(name, classifier):
+def test_left_padded_rows_equal_rows_alone(name, classifier):
     model, ids, pads = make(name, classifier=classifier), tokens(3, 10), (0, 3, 7)
     mask = torch.ones_like(ids)
     for row, pad in enumerate(pads):
@@ -160,7 +160,7 @@ def test_left_padded_rows_are_each_row_alone(name, classifier):
 
 @architectures
 @torch.no_grad()
-def test_right_padded_classifier_rows_are_each_row_alone(name):
+def test_right_padded_classifier_rows_equal_rows_alone(name):
     """Attached logits and the shadow's loss read the last token that is not padding."""
     model, ids, lengths = make(name, classifier=True, base_options=CLASSIFIERS["single"]), tokens(3, 10), (10, 6, 3)
     mask = torch.ones_like(ids)
@@ -175,7 +175,7 @@ def test_right_padded_classifier_rows_are_each_row_alone(name):
 
 @architectures
 @torch.no_grad()
-def test_one_cache_of_base_and_shadow(name):
+def test_base_and_shadow_share_one_cache(name):
     model, ids = make(name, shadow_num_hidden_layers=2), tokens()
     cache = model(ids).past_key_values
     assert len(cache.layers) == LAYERS + 2
@@ -186,7 +186,7 @@ def test_one_cache_of_base_and_shadow(name):
 
 @architectures
 @torch.no_grad()
-def test_a_cache_without_room_for_the_shadow_is_refused(name):
+def test_cache_without_shadow_layers_is_refused(name):
     model, ids = make(name), tokens()
     expected = model(ids).logits
     small = [StaticCache(config=model.base.config, max_cache_len=32)]
@@ -203,7 +203,7 @@ def test_a_cache_without_room_for_the_shadow_is_refused(name):
 
 @architectures
 @kinds
-def test_unload_gives_the_base_back(name, classifier):
+def test_unload_restores_base(name, classifier):
     ids = tokens()
     base = make_base(name, classifier=classifier)
     frozen = next(iter(dict(base.named_parameters())))
@@ -228,7 +228,7 @@ def test_unload_gives_the_base_back(name, classifier):
 
 
 @architectures
-def test_two_shadows_on_one_base_are_refused(name):
+def test_second_shadow_on_base_is_refused(name):
     model, ids = make(name), tokens()
     before, hooks = model(ids).logits, len(umbra_hooks(model.base))
     for again in (model.base, model):
@@ -240,7 +240,7 @@ def test_two_shadows_on_one_base_are_refused(name):
 
 @architectures
 @kinds
-def test_training_never_touches_the_base(name, classifier):
+def test_training_leaves_base_unchanged(name, classifier):
     model, ids = make(name, classifier=classifier).train(), tokens(4)
     labels = class_labels("single", 4) % 2 if classifier else partly_labelled(ids)
     base, shadow = bits(model.base), bits(model.shadow)
@@ -257,7 +257,7 @@ def test_training_never_touches_the_base(name, classifier):
 @architectures
 @kinds
 @torch.no_grad()
-def test_disabled_adapter_is_the_bare_base(name, classifier):
+def test_disabled_adapter_equals_base(name, classifier):
     model, bare, ids = make(name, classifier=classifier), make_base(name, classifier=classifier), tokens()
     labels = class_labels("single", 2) % 2 if classifier else ids
     attached, expected = model(ids).logits, bare(ids, labels=labels)
@@ -269,7 +269,7 @@ def test_disabled_adapter_is_the_bare_base(name, classifier):
 
 
 @architectures
-def test_disabled_adapter_generates_like_the_bare_base(name):
+def test_disabled_adapter_generates_like_base(name):
     """The bare base is frozen here too: torch's matmul takes another kernel for a weight that requires a gradient."""
     model, bare, ids = make(name), make_base(name).requires_grad_(False), tokens()
     options = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
@@ -285,7 +285,7 @@ def test_disabled_adapter_generates_like_the_bare_base(name):
 @architectures
 @kinds
 @torch.no_grad()
-def test_the_base_called_directly_raises(name, classifier):
+def test_base_called_directly_raises(name, classifier):
     """It must not answer quietly as if there were no shadow."""
     model, ids = make(name, classifier=classifier), tokens()
     before = model(ids).logits
@@ -300,7 +300,7 @@ def test_the_base_called_directly_raises(name, classifier):
 @architectures
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @kinds
-def test_half_precision_bases(name, dtype, classifier):
+def test_half_precision_base_is_supported(name, dtype, classifier):
     """The shadow keeps fp32 weights; outputs and gradients are finite; the base's dtype stays."""
     ids = tokens()
     base = make_base(name, classifier=classifier).to(dtype)
@@ -328,7 +328,7 @@ def test_half_precision_bases(name, dtype, classifier):
 @dialects
 @kinds
 @torch.no_grad()
-def test_loaded_is_what_was_saved(name, dialect, classifier, tmp_path):
+def test_loaded_adapter_equals_saved_one(name, dialect, classifier, tmp_path):
     model, ids = make(name, classifier=classifier, dialect=dialect), tokens()
     logits, state = model(ids).logits, bits(model.shadow)
     model.save_pretrained(tmp_path / "adapter")
@@ -356,7 +356,7 @@ OTHER_SHADOWS = {
 @architectures
 @pytest.mark.parametrize("shape", OTHER_SHADOWS)
 @torch.no_grad()
-def test_other_shadows_are_saved_whole(name, shape, tmp_path):
+def test_other_shadow_forms_round_trip(name, shape, tmp_path):
     model, ids = make(name, **OTHER_SHADOWS[shape]), tokens()
     model.save_pretrained(tmp_path)
     loaded = umbra.load(tmp_path, base=make_base(name))
@@ -365,7 +365,7 @@ def test_other_shadows_are_saved_whole(name, shape, tmp_path):
 
 @architectures
 @torch.no_grad()
-def test_a_pretrained_shadow_is_saved_whole(name, tmp_path):
+def test_pretrained_shadow_round_trips(name, tmp_path):
     """Its own folder is not needed any more once the adapter has been saved."""
     small = LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
@@ -379,7 +379,7 @@ def test_a_pretrained_shadow_is_saved_whole(name, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_unload_switches_checkpointing_off_again():
+def test_unload_disables_checkpointing():
     model = make("llama")
     model.activation_checkpointing_enable()
     base = model.unload()
@@ -388,7 +388,7 @@ def test_unload_switches_checkpointing_off_again():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_unload_gives_back_how_the_base_was_run(training):
+def test_unload_restores_base_mode(training):
     """Its mode, also of modules of their own, and which of its blocks checkpointed."""
     base = make_base().train(training)
     base.activation_checkpointing_enable()
@@ -402,20 +402,20 @@ def test_unload_gives_back_how_the_base_was_run(training):
 
 
 @kinds
-def test_a_model_whose_base_is_gone_says_so(classifier):
+def test_unloaded_model_raises_clear_error(classifier):
     model, ids = make("llama", classifier=classifier), tokens()
     expected = model.shadow.state_dict()
     base = model.unload()
-    with pytest.raises(umbra.StateError, match=r"unload\(\) has given the base back"):
+    with pytest.raises(umbra.StateError, match=r"unload\(\) has returned the base"):
         model(ids)
-    with pytest.raises(umbra.StateError, match=r"unload\(\) has given"), model.shadow_only():
+    with pytest.raises(umbra.StateError, match=r"unload\(\) has returned"), model.shadow_only():
         model(ids)
     again = umbra.attach(base, model.shadow_config)
     again.shadow.load_state_dict(expected)
     again(ids)
 
 
-def test_checkpointing_sends_no_gradient_below_the_first_coupled_block():
+def test_checkpointing_stops_gradient_below_first_coupled_block():
     model = make("llama", first_layer=2).train()
     model.activation_checkpointing_enable()
     seen = []
@@ -426,7 +426,7 @@ def test_checkpointing_sends_no_gradient_below_the_first_coupled_block():
 
 
 @pytest.mark.parametrize("places", [{"a": 0, "b": 1}, {"a": "cuda:0", "b": "cuda:1", "c": "cpu"}])
-def test_a_base_on_several_devices_is_refused(places):
+def test_base_on_several_devices_is_refused(places):
     base = make_base()
     base.hf_device_map = places
     umbra.attach(base).unload()  # a map that nothing goes by any more

@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import threading
 import weakref
 
 import pytest
@@ -11,9 +10,10 @@ import torch
 from torch import nn
 
 import umbra
+from support.threads import generate, in_threads
 from support.tiny import ARCHITECTURES, DIALECTS, assert_same, gradients, make, make_base, partly_labelled, tokens
 from umbra.base.architectures import locate
-from umbra.method.hooks import _frames
+from umbra.method.hooks import open_contexts
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 dialects = pytest.mark.parametrize("dialect", DIALECTS)
@@ -23,12 +23,7 @@ kinds = pytest.mark.parametrize("classifier", [False, True], ids=["lm", "classif
 @pytest.fixture(autouse=True)
 def no_frame_stays_open():
     yield
-    assert _frames.stack == []
-
-
-def generate(model, ids, **options) -> torch.Tensor:
-    model.generation_config.eos_token_id = None
-    return model.generate(ids, max_new_tokens=10, do_sample=False, **options)
+    assert open_contexts() == []
 
 
 def train_step(model, ids) -> dict[str, torch.Tensor]:
@@ -36,32 +31,11 @@ def train_step(model, ids) -> dict[str, torch.Tensor]:
     return gradients(model)
 
 
-def in_threads(*works) -> list:
-    """The results of functions that start at once, each in a thread of its own."""
-    results, errors, start = [None] * len(works), [], threading.Barrier(len(works))
-
-    def run(place: int, work) -> None:
-        start.wait()
-        try:
-            results[place] = work()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=item) for item in enumerate(works)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
-
-
 # -- threads -------------------------------------------------------------------------------------------------------
 
 
 @architectures
-def test_two_threads_generate_at_once(name):
+def test_two_threads_generate_concurrently(name):
     model = make(name)
     prompts = [tokens(2, 6, seed=1), tokens(2, 9, seed=2)]
     expected = [generate(model, ids) for ids in prompts]
@@ -72,7 +46,7 @@ def test_two_threads_generate_at_once(name):
 
 @architectures
 @kinds
-def test_forwards_of_four_threads(name, classifier):
+def test_four_threads_run_forward_concurrently(name, classifier):
     """Same shapes, so that a state that leaked across would not even be noticed by its shape."""
     model = make(name, classifier=classifier)
     batches = [tokens(2, 9, seed=seed) for seed in range(4)]
@@ -88,7 +62,7 @@ def test_forwards_of_four_threads(name, classifier):
 
 
 @architectures
-def test_one_thread_disabled_one_attached(name):
+def test_threads_may_differ_in_disabled_adapter(name):
     model, ids = make(name), tokens()
     attached, bare = model(ids).logits.detach(), make_base(name)(ids).logits.detach()
 
@@ -106,7 +80,7 @@ def test_one_thread_disabled_one_attached(name):
 
 
 @architectures
-def test_training_in_one_thread_while_another_evaluates(name):
+def test_threads_train_and_evaluate_concurrently(name):
     model, ids = make(name), tokens(2, 9)
     labels = partly_labelled(ids)
     with torch.no_grad():
@@ -147,7 +121,7 @@ class Stream:
 
 @architectures
 @dialects
-def test_evaluation_in_mid_decode(name, dialect):
+def test_evaluation_during_decoding_changes_nothing(name, dialect):
     """Other forwards of the model between two steps of a decode, of another shape and the same, change nothing."""
     model, ids = make(name, dialect=dialect), tokens()
     alone, disturbed = Stream(model, ids), Stream(model, ids)
@@ -166,7 +140,7 @@ def test_evaluation_in_mid_decode(name, dialect):
 
 @architectures
 @dialects
-def test_two_interleaved_decodes(name, dialect):
+def test_interleaved_decodes_are_independent(name, dialect):
     model, prompts = make(name, dialect=dialect), [tokens(2, 5, seed=1), tokens(2, 9, seed=2)]
     alone = [Stream(model, ids) for ids in prompts]
     for stream in alone:
@@ -183,7 +157,7 @@ def test_two_interleaved_decodes(name, dialect):
 @architectures
 @dialects
 @torch.no_grad()
-def test_a_forward_within_a_forward(name, dialect):
+def test_nested_forward_is_independent(name, dialect):
     """Another model's, and the model's own."""
     model, other, ids, inner = make(name, dialect=dialect), make(name, seed=7), tokens(), tokens(seed=8)
     expected, expected_other, expected_inner = model(ids).logits, other(inner).logits, model(inner).logits
@@ -205,7 +179,7 @@ def test_a_forward_within_a_forward(name, dialect):
 
 @architectures
 @torch.no_grad()
-def test_another_models_base_within_a_forward_raises(name):
+def test_base_called_in_another_models_forward_raises(name):
     """An open forward of one model does not license a direct call of another model's base."""
     model, other, ids = make(name), make(name, seed=7), tokens()
     handle = locate(model.base).blocks[1].register_forward_hook(lambda *_: other.base(ids))
@@ -217,7 +191,7 @@ def test_another_models_base_within_a_forward_raises(name):
 
 
 @architectures
-def test_two_graphs_at_once(name):
+def test_two_graphs_backpropagate_independently(name):
     """Two forwards before either backward."""
     model, a, b = make(name), tokens(seed=1), tokens(seed=2)
     first, second = train_step(model, a), train_step(model, b)
@@ -242,7 +216,7 @@ def fail(*_):
 @architectures
 @kinds
 @pytest.mark.parametrize("place", [0, 2, 3, "head"])
-def test_an_error_in_mid_forward_leaves_nothing_behind(name, classifier, place):
+def test_error_in_forward_leaves_no_state(name, classifier, place):
     model, ids = make(name, classifier=classifier), tokens()
     expected = model(ids).logits
     module = model.base_head if place == "head" else locate(model.base).blocks[place]
@@ -253,13 +227,13 @@ def test_an_error_in_mid_forward_leaves_nothing_behind(name, classifier, place):
         with pytest.raises(Broken), model.disable_adapter():
             model(ids)
         handle.remove()
-        assert _frames.stack == []
+        assert open_contexts() == []
         assert torch.equal(model(ids).logits, expected)
 
 
 @architectures
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
-def test_an_error_in_mid_backward_leaves_nothing_behind(name, reentrant):
+def test_error_in_backward_leaves_no_state(name, reentrant):
     """While a checkpointed block is recomputed."""
     model, ids = make(name), tokens()
     expected = train_step(model, ids)
@@ -270,7 +244,7 @@ def test_an_error_in_mid_backward_leaves_nothing_behind(name, reentrant):
         loss.backward()
     handle.remove()
     model.zero_grad()
-    assert _frames.stack == []
+    assert open_contexts() == []
     assert_same(train_step(model, ids), expected)
 
 
@@ -282,7 +256,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle
 @architectures
 @kinds
 @pytest.mark.parametrize("way", COPIES)
-def test_copies_are_models_of_their_own(name, way, classifier):
+def test_copies_are_independent_models(name, way, classifier):
     """After a training step: the copy answers alike, trains alone, and unloads alone."""
     model, ids = make(name, classifier=classifier), tokens()
     labels = torch.tensor([0, 1]) if classifier else ids
@@ -306,7 +280,7 @@ def test_copies_are_models_of_their_own(name, way, classifier):
 
 
 @architectures
-def test_a_copy_generates_and_saves(name, tmp_path):
+def test_copy_generates_and_saves(name, tmp_path):
     model, ids = make(name), tokens()
     clone = copy.deepcopy(model)
     assert torch.equal(generate(clone, ids), generate(model, ids))
@@ -340,7 +314,7 @@ RUNS = {
 
 @architectures
 @pytest.mark.parametrize("run", RUNS)
-def test_nothing_outlives_the_output(name, run, young_heap):
+def test_state_is_freed_with_output(name, run, young_heap):
     model, ids = make(name), tokens()
     RUNS[run](model, ids)
     before = live_tensors()
@@ -360,7 +334,7 @@ class Kept:
 @architectures
 @kinds
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_the_graph_dies_with_the_output(name, classifier, train, young_heap):
+def test_graph_is_freed_with_output(name, classifier, train, young_heap):
     """Of every block's output and of all that a backward was to read."""
     model, ids, seen = make(name, classifier=classifier).train(train), tokens(), []
 
@@ -387,7 +361,7 @@ def test_the_graph_dies_with_the_output(name, classifier, train, young_heap):
 
 
 @architectures
-def test_nothing_outlives_an_error(name, young_heap):
+def test_state_is_freed_after_error(name, young_heap):
     model, ids = make(name).train(), tokens()
     RUNS["train"](model, ids)
     before = live_tensors()
@@ -399,7 +373,7 @@ def test_nothing_outlives_an_error(name, young_heap):
 
 
 @torch.no_grad()
-def test_contexts_of_two_models_within_one_another():
+def test_nested_contexts_of_two_models_are_independent():
     """A teacher whose adapter is off, asked from within a loss of another model."""
     a, b, ids = make(seed=0), make(seed=7), tokens()
     contexts = {"bare": "disable_adapter", "alone": "shadow_only"}

@@ -8,8 +8,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import ARCHITECTURES, CLASSIFIERS, make, make_base, tokens
+from support.tokenizer import make_tokenizer
 
 trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
@@ -66,7 +66,7 @@ def test_every_trainer_refuses_to_train_nothing(kind, ours, folder, tmp_path):
 
 
 @pytest.mark.parametrize("classifier", [False, True])
-def test_a_loop_of_ones_own_is_warned_once(classifier):
+def test_custom_loop_is_warned_once(classifier):
     model = make(classifier=classifier, base_options=CLASSIFIERS["single"] if classifier else None)
     model.requires_grad_(False).train()
     labels = torch.tensor([0, 2]) if classifier else tokens()
@@ -79,7 +79,7 @@ def test_a_loop_of_ones_own_is_warned_once(classifier):
         model(tokens(), labels=labels)
 
 
-def test_where_something_is_trained_or_nothing_is_meant_to_be_nothing_is_said():
+def test_no_warning_when_training_is_intended_or_off():
     model = make(auxiliary_loss_weight=0.0).train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -98,7 +98,7 @@ def test_where_something_is_trained_or_nothing_is_meant_to_be_nothing_is_said():
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("padding", ["none", "right", "left", "within"])
-def test_a_classifiers_shadow_alone_pools_as_the_base_does(name, padding):
+def test_classifier_shadow_alone_pools_like_base(name, padding):
     """The detached model is a stock classifier, and raises or pools by itself."""
     ids = tokens(3, 7)
     if padding == "right":

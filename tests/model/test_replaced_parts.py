@@ -44,7 +44,7 @@ def step(model, fast: bool = True):
 @pytest.mark.parametrize("way", ["assigned", "set"])
 @pytest.mark.parametrize("part", ["head", "embeddings"])
 @pytest.mark.parametrize("between", [False, True])
-def test_a_replaced_part_is_the_bases_from_then_on(part, way, between):
+def test_replaced_part_belongs_to_base(part, way, between):
     """As if the shadow had been attached to such a base."""
     base = make_base(**UNTIED)
     put(base, part, another(part))
@@ -70,7 +70,7 @@ def base_logits(model) -> torch.Tensor:
         return model(IDS).logits
 
 
-def test_trained_heads_stay_or_the_replacement_is_refused():
+def test_replacement_keeps_trained_heads_or_is_refused():
     model = make(base_options=UNTIED, train_heads=True, **FIELDS)
     before = step(model)
     with pytest.raises(umbra.ConfigError, match="trained heads"):
@@ -83,7 +83,7 @@ def test_trained_heads_stay_or_the_replacement_is_refused():
 
 
 @pytest.mark.parametrize("part", ["head", "embeddings"])
-def test_a_part_of_another_size_is_refused(part):
+def test_part_of_another_size_is_refused(part):
     model = make(base_options=UNTIED)
     wrong = nn.Linear(HIDDEN, 70) if part == "head" else nn.Embedding(70, HIDDEN)
     with pytest.raises(umbra.ConfigError, match="resize_token_embeddings"):
@@ -157,7 +157,7 @@ def changed(model, place: str, change: str):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_a_changed_module_is_read_as_it_computes(place, change):
+def test_modified_module_is_read_as_it_computes(place, change):
     """After a first step, by which the fast forms have chosen their way."""
     fast, plain = make(base_options=UNTIED, **FIELDS), make(base_options=UNTIED, **FIELDS)
     before = step(fast)
@@ -171,7 +171,7 @@ def test_a_changed_module_is_read_as_it_computes(place, change):
     assert key is None or not torch.allclose(found[key], before[key]), "the change has no effect"
 
 
-def test_a_hook_on_a_coupling_is_seen_while_generating():
+def test_coupling_hooks_run_during_generation():
     model = make()
     seen = []
     model.shadow.couplings.injections["1"].down.register_forward_hook(lambda *_: seen.append(1))

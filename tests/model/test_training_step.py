@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.steps import LAMBDA, SHAPES, architectures, dialects, make_classifier, step
 from support.tiny import (
     ARCHITECTURES,
     CLASSIFIERS,
-    DIALECTS,
     LAYERS,
     assert_same,
     class_labels,
@@ -23,25 +23,11 @@ from support.tiny import (
     tokens,
 )
 from umbra.method import kernels
-from umbra.method.core import labelled_positions
 from umbra.method.hooks import _Hook
-from umbra.method.kernels import saved
+from umbra.method.kernels import recomputation
+from umbra.method.losses import labelled_positions
 
-architectures = pytest.mark.parametrize("name", ARCHITECTURES)
-dialects = pytest.mark.parametrize("dialect", DIALECTS)
 problems = pytest.mark.parametrize("problem", CLASSIFIERS)
-LAMBDA = 0.3
-
-
-def make_classifier(name: str, problem: str, **fields):
-    return make(name, classifier=True, base_options=CLASSIFIERS[problem], auxiliary_loss_weight=LAMBDA, **fields)
-
-
-def step(model, ids, labels, **options) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss and every gradient."""
-    loss = model.train()(ids, labels=labels, **options).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -60,7 +46,7 @@ class HeadRows(_Hook):  # a hook of another class would keep the head from the f
     """Counts the rows that the base's output embeddings read."""
 
     def __init__(self, model):
-        super().__init__(model._attachment)
+        super().__init__(model.attachment)
         self.counts: list[int] = []
         model.base.get_output_embeddings().register_forward_hook(self)
 
@@ -69,14 +55,6 @@ class HeadRows(_Hook):  # a hook of another class would keep the head from the f
 
 
 # -- every gradient is there ---------------------------------------------------------------------------------------
-
-SHAPES = {
-    "mirror": {},
-    "narrow": {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2},
-    "own": {"embeddings": "own"},
-    "heads": {"train_heads": True},
-    "dense": {"shadow": "dense", "shadow_num_hidden_layers": 2},
-}
 
 
 def assert_all_moved(model) -> None:
@@ -88,7 +66,7 @@ def assert_all_moved(model) -> None:
 @architectures
 @dialects
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_trainable_parameter_has_a_gradient(name, dialect, shape):
+def test_every_trainable_parameter_has_gradient(name, dialect, shape):
     model, ids = make(name, dialect=dialect, **SHAPES[shape]).train(), tokens()
     model(ids, labels=ids).loss.backward()
     assert_all_moved(model)
@@ -97,7 +75,7 @@ def test_every_trainable_parameter_has_a_gradient(name, dialect, shape):
 @architectures
 @dialects
 @problems
-def test_every_trainable_parameter_of_a_classifier_has_a_gradient(name, dialect, problem):
+def test_every_classifier_parameter_has_gradient(name, dialect, problem):
     model = make_classifier(name, problem, dialect=dialect).train()
     model(tokens(4), labels=class_labels(problem)).loss.backward()
     assert_all_moved(model)
@@ -150,7 +128,7 @@ def naive_logits(model, plain: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dialects
-def test_the_equations_written_out(dialect):
+def test_step_matches_written_equations(dialect):
     """Logits, both losses and every gradient of a Llama equal the plain formulas with full logits."""
     model, plain = (
         make("llama", dialect=dialect, auxiliary_loss_weight=LAMBDA),
@@ -172,7 +150,7 @@ def test_the_equations_written_out(dialect):
 @architectures
 @dialects
 @pytest.mark.parametrize("shape", ["mirror", "heads"])
-def test_labelled_rows_give_what_full_logits_give(name, dialect, shape):
+def test_labelled_rows_equal_full_logits(name, dialect, shape):
     model, ids = make(name, dialect=dialect, auxiliary_loss_weight=LAMBDA, **SHAPES[shape]), tokens(3, 11)
     labels = partly_labelled(ids)
     expected = next_token_loss(model(ids).logits, labels) + LAMBDA * next_token_loss(shadow_logits(model, ids), labels)
@@ -189,7 +167,7 @@ def test_labelled_rows_give_what_full_logits_give(name, dialect, shape):
 @architectures
 @dialects
 @problems
-def test_classification_losses(name, dialect, problem):
+def test_classification_losses_match_formulas(name, dialect, problem):
     model, ids, labels = make_classifier(name, problem, dialect=dialect), tokens(4), class_labels(problem)
     attached, shadow = model(ids).logits, shadow_logits(model, ids)[:, -1]
     expected = class_loss(problem, attached, labels) + LAMBDA * class_loss(problem, shadow, labels)
@@ -205,7 +183,7 @@ def test_classification_losses(name, dialect, problem):
 
 @architectures
 @pytest.mark.parametrize("weight", [LAMBDA, 0.0], ids=["auxiliary", "no_auxiliary"])
-def test_the_head_reads_labelled_rows_only(name, weight):
+def test_head_reads_labelled_rows_only(name, weight):
     """Once for both paths; without an auxiliary loss there are no rows of the shadow's."""
     model, ids = make(name, auxiliary_loss_weight=weight).train(), tokens(3, 11)
     labels, rows = partly_labelled(ids), HeadRows(model)
@@ -219,7 +197,7 @@ def test_the_head_reads_labelled_rows_only(name, weight):
 
 
 @architectures
-def test_the_head_reads_labelled_rows_only_in_evaluation_too(name):
+def test_evaluation_head_reads_labelled_rows_only(name):
     model, ids = make(name).eval(), tokens(3, 11)
     labels, rows = partly_labelled(ids), HeadRows(model)
     with kernels.reference():
@@ -230,7 +208,7 @@ def test_the_head_reads_labelled_rows_only_in_evaluation_too(name):
 
 
 @architectures
-def test_no_logits_are_made_at_all(name):
+def test_fused_loss_materialises_no_logits(name):
     """Once the head was seen to be a product, with one row, losses are computed from its weights."""
     model, ids = make(name).train(), tokens(3, 11)
     rows = HeadRows(model)
@@ -252,7 +230,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "qwen3_moe"])  # whose experts know no float64
 @pytest.mark.parametrize("fields", LOSSES.values(), ids=LOSSES)
-def test_the_fast_forms_are_the_plain_ones(name, fields):
+def test_fast_forms_equal_plain_forms(name, fields):
     """Losses and every gradient, in float64 to the last digits: the same random numbers are drawn in the same order."""
     model, ids = make(name, **{"dropout": 0.0, **fields}).double().train(), tokens(3, 11)
     labels = partly_labelled(ids)
@@ -274,10 +252,14 @@ def test_the_fast_forms_are_the_plain_ones(name, fields):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_outputs_of_activations_are_computed_again(name, monkeypatch):
+def test_activation_outputs_are_recomputed(name, monkeypatch):
     """Once in each block that gradients pass through, and not where the user has a hand in what is kept."""
     model, ids, again = make(name, first_layer=2).train(), tokens(3, 11), []
-    monkeypatch.setattr(saved.Again, "give_back", lambda self, was=saved.Again.give_back: again.append(1) or was(self))
+    monkeypatch.setattr(
+        recomputation.Recomputed,
+        "unpack",
+        lambda self, was=recomputation.Recomputed.unpack: again.append(1) or was(self),
+    )
     model(ids, labels=partly_labelled(ids)).loss.backward()
     assert len(again) == LAYERS - 2
     with torch.autograd.graph.save_on_cpu():
@@ -285,9 +267,9 @@ def test_outputs_of_activations_are_computed_again(name, monkeypatch):
     assert len(again) == LAYERS - 2
 
 
-def test_what_is_kept_must_not_change():
+def test_modified_saved_tensor_raises():
     x = torch.randn(3, requires_grad=True)
-    with saved.sparing():
+    with recomputation.recompute_activations():
         y = x.exp()
         z = y.square()
     y.add_(1)
@@ -296,7 +278,7 @@ def test_what_is_kept_must_not_change():
 
 
 @architectures
-def test_distillation_is_a_divergence_from_the_attached_model(name):
+def test_distillation_is_divergence_from_attached_model(name):
     """By hand: KL over the labelled tokens, its gradient in the shadow's path alone."""
     model, ids = make(name, distillation_weight=0.5, auxiliary_loss_weight=0.0, dropout=0.0).train(), tokens(3, 11)
     labels = partly_labelled(ids)
@@ -310,7 +292,7 @@ def test_distillation_is_a_divergence_from_the_attached_model(name):
     torch.testing.assert_close(out.loss, next_token_loss(model(ids).logits, labels) + 0.5 * out.distillation_loss)
 
 
-def test_every_kth_token_is_the_whole_on_average():
+def test_subsampled_loss_is_unbiased():
     model, ids = make("llama", auxiliary_loss_every=4, dropout=0.0), tokens(3, 11)
     labels = partly_labelled(ids)
     whole = model.eval()(ids, labels=labels).shadow_loss
@@ -323,7 +305,7 @@ def test_every_kth_token_is_the_whole_on_average():
 
 @architectures
 @torch.no_grad()
-def test_evaluation_reports_the_tasks_loss_and_the_shadows_beside_it(name):
+def test_evaluation_reports_task_and_shadow_loss(name):
     model, ids = make(name, auxiliary_loss_weight=LAMBDA), tokens(3, 11)
     labels = partly_labelled(ids)
     out = model(ids, labels=labels)
@@ -338,7 +320,7 @@ def test_evaluation_reports_the_tasks_loss_and_the_shadows_beside_it(name):
 @architectures
 @problems
 @torch.no_grad()
-def test_evaluation_of_a_classifier_reports_the_tasks_loss(name, problem):
+def test_classifier_evaluation_reports_task_loss(name, problem):
     model, ids, labels = make_classifier(name, problem), tokens(4), class_labels(problem)
     out = model(ids, labels=labels)
     torch.testing.assert_close(out.loss, class_loss(problem, out.logits, labels))
@@ -347,7 +329,7 @@ def test_evaluation_of_a_classifier_reports_the_tasks_loss(name, problem):
 
 
 @architectures
-def test_without_an_auxiliary_loss_a_classifier_runs_no_second_head(name):
+def test_zero_lambda_classifier_runs_one_head(name):
     model = make(name, classifier=True, auxiliary_loss_weight=0.0).train()
     calls = []
     model.shadow.heads["shadow"].register_forward_hook(lambda *_: calls.append(1))
@@ -361,7 +343,7 @@ def test_without_an_auxiliary_loss_a_classifier_runs_no_second_head(name):
 
 @architectures
 @dialects
-def test_accumulated_micro_batches_are_the_large_batch(name, dialect):
+def test_accumulated_micro_batches_equal_large_batch(name, dialect):
     """Unequal label counts, and one micro-batch without any label, which gives 0 and not NaN; both losses."""
     model, ids = make(name, dialect=dialect, auxiliary_loss_weight=LAMBDA), tokens(5, 10)
     labels = partly_labelled(ids)
@@ -384,7 +366,7 @@ def test_accumulated_micro_batches_are_the_large_batch(name, dialect):
 @architectures
 @pytest.mark.parametrize("items", [None, 7, 0, torch.tensor(0)], ids=str)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_a_batch_without_labels_has_loss_zero(name, items, train):
+def test_batch_without_labels_has_zero_loss(name, items, train):
     model, ids = make(name, train_heads=True).train(train), tokens()
     labels = torch.full_like(ids, -100)
     labels[:, 0] = ids[:, 0]  # the first token is nobody's next
@@ -395,7 +377,7 @@ def test_a_batch_without_labels_has_loss_zero(name, items, train):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-def test_the_shadows_own_head_learns_what_is_distilled():
+def test_shadow_head_learns_from_distillation():
     """Without the auxiliary loss, too: the pair's head moves away from the one that both began as."""
     model, ids = make("llama", train_heads=True, auxiliary_loss_weight=0.0, distillation_weight=0.5).train(), tokens()
     model(ids, labels=ids).loss.backward()
@@ -406,7 +388,7 @@ def test_the_shadows_own_head_learns_what_is_distilled():
 
 @architectures
 @problems
-def test_accumulated_micro_batches_of_a_classifier_are_the_large_batch(name, problem):
+def test_accumulated_classifier_batches_equal_large_batch(name, problem):
     model, ids, labels = make_classifier(name, problem), tokens(4), class_labels(problem)
     loss, whole = step(model, ids, labels)
     losses = []
@@ -416,16 +398,3 @@ def test_accumulated_micro_batches_of_a_classifier_are_the_large_batch(name, pro
         losses.append(out.loss.detach())
     torch.testing.assert_close(sum(losses), loss)
     assert_same(gradients(model), whole)
-
-
-class Calls:
-    """Counts how often the modules below are called, recomputation included."""
-
-    def __init__(self, module: nn.Module):
-        self.count = 0
-        for m in module.modules():
-            if m is not module:
-                m.register_forward_pre_hook(self.add)
-
-    def add(self, *_) -> None:
-        self.count += 1

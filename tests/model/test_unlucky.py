@@ -9,11 +9,11 @@ import signal
 import accelerate
 import pytest
 import torch
-from test_isolation import generate, in_threads
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 import umbra
 from support.fuzz import limits
+from support.threads import generate, in_threads
 from support.tiny import (
     CONFIGS,
     DIALECTS,
@@ -28,7 +28,7 @@ from support.tiny import (
     tokens,
 )  # fmt: skip
 from umbra.base.architectures import locate
-from umbra.method.hooks import _frames
+from umbra.method.hooks import open_contexts
 
 NAMES = ["llama", "gpt2", "gemma3_text", "qwen3_moe"]
 some = pytest.mark.parametrize("name", NAMES)
@@ -39,7 +39,7 @@ kinds = pytest.mark.parametrize("classifier", [False, True], ids=["lm", "classif
 @pytest.fixture(autouse=True)
 def no_frame_stays_open():
     yield
-    assert _frames.stack == []
+    assert open_contexts() == []
 
 
 # -- moved -------------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ MOVES = {
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
 @kinds
 @pytest.mark.parametrize("move", MOVES)
-def test_another_precision_moves_base_and_shadow_alike(name, move, classifier, tmp_path):
+def test_casting_moves_base_and_shadow(name, move, classifier, tmp_path):
     """Against the model that was built of a base in that precision, with the same weights."""
     model, ids = make(name, classifier=classifier), tokens()
     change, dtype = MOVES[move]
@@ -82,7 +82,7 @@ def test_another_precision_moves_base_and_shadow_alike(name, move, classifier, t
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral"])
-def test_on_the_meta_device_shapes_are_right_and_nothing_can_be_saved(name, tmp_path):
+def test_meta_model_has_shapes_and_cannot_be_saved(name, tmp_path):
     model = make(name).to("meta")
     assert all(p.is_meta for p in model.parameters())
     assert model(tokens().to("meta")).logits.shape == (2, 9, VOCAB)
@@ -92,7 +92,7 @@ def test_on_the_meta_device_shapes_are_right_and_nothing_can_be_saved(name, tmp_
 
 
 @some
-def test_there_and_back_by_a_state_dict(name):
+def test_state_dict_round_trips(name):
     """As after `to_empty` on a new device: every weight of base and shadow is in the state dict."""
     model, ids = make(name), tokens()
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_there_and_back_by_a_state_dict(name):
 @pytest.mark.compat("Bases", "on the meta device, given its weights after attach")
 @some
 @dialects
-def test_a_base_on_the_meta_device_is_filled_later(name, dialect, tmp_path):
+def test_meta_base_can_be_filled_later(name, dialect, tmp_path):
     """RAM-efficient loading: attach to an empty base, then give both their weights."""
     full = make(name, dialect=dialect)
     config = copy.deepcopy(full.base.config)
@@ -136,7 +136,7 @@ def test_a_base_on_the_meta_device_is_filled_later(name, dialect, tmp_path):
 
 
 @some
-def test_a_base_loaded_with_little_memory_is_like_any(name, tmp_path):
+def test_low_memory_base_equals_plain(name, tmp_path):
     make_base(name).save_pretrained(tmp_path / "base")
     model = make(name)
     model.save_pretrained(tmp_path / "adapter")
@@ -152,7 +152,7 @@ def test_a_base_loaded_with_little_memory_is_like_any(name, tmp_path):
 @kinds
 @pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_an_offloaded_base_computes_as_any(name, offload, classifier, tmp_path):
+def test_offloaded_base_equals_plain(name, offload, classifier, tmp_path):
     """accelerate keeps its weights on the meta device between calls; the shadow lies where they come to compute."""
     fields = {"train_heads": False, "classifier": classifier}
     model, base, ids = make(name, **fields), make_base(name, classifier=classifier), tokens()
@@ -192,7 +192,7 @@ def resized(model, rows: int):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
 @pytest.mark.parametrize("shadow", SHADOWS)
 @pytest.mark.parametrize("rows", [VOCAB + 13, VOCAB, 64])
-def test_a_resized_vocabulary(name, shadow, rows, tmp_path):
+def test_resized_vocabulary_is_followed(name, shadow, rows, tmp_path):
     if name != "llama" and shadow == "projected":
         shadow = "shared"
     fields = SHADOWS[shadow]
@@ -234,7 +234,7 @@ def test_a_resized_vocabulary(name, shadow, rows, tmp_path):
             umbra.load(tmp_path / "adapter", base=make_base(name))
 
 
-def test_heads_of_every_adapter_follow_a_resized_vocabulary():
+def test_every_adapter_head_follows_resize():
     model, ids = make(train_heads=True), tokens()
     model.add_adapter(umbra.ShadowConfig(rank=2, train_heads=True), "b")
     scramble(model.adapter("b"))
@@ -246,14 +246,14 @@ def test_heads_of_every_adapter_follow_a_resized_vocabulary():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.adapter("b").heads.modules())
 
 
-def test_a_classifiers_head_knows_no_vocabulary():
+def test_resize_leaves_classifier_head():
     model, ids = make(classifier=True), tokens()
     with torch.no_grad():
         before = model(ids).logits
         assert torch.equal(resized(model, VOCAB + 5)(ids).logits, before)
 
 
-def test_a_smaller_vocabulary_than_a_pretrained_shadows(tmp_path):
+def test_vocabulary_smaller_than_pretrained_shadow_is_handled(tmp_path):
     small = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**CONFIGS["llama"], "vocab_size": 120}))
     small.save_pretrained(tmp_path / "small")
     model, ids = make(shadow=str(tmp_path / "small")), tokens()
@@ -292,13 +292,13 @@ OPTIONS = {"greedy": {}, "static": {"cache_implementation": "static"}, "uncached
 
 @some
 @pytest.mark.parametrize("mode", OPTIONS)
-def test_an_interrupted_generation_leaves_nothing_behind(name, mode):
+def test_interrupted_generation_leaves_no_state(name, mode):
     model, ids = make(name), tokens()
     expected = generate(model, ids, **OPTIONS[mode])
     for n in (1, 2, 7):
         with pytest.raises(KeyboardInterrupt):
             generate(model, ids, logits_processor=LogitsProcessorList([Interrupt(n)]), **OPTIONS[mode])
-        assert _frames.stack == []
+        assert open_contexts() == []
         assert torch.equal(generate(model, ids, **OPTIONS[mode]), expected)
     with model.disable_adapter(), pytest.raises(KeyboardInterrupt):
         generate(model, ids, logits_processor=LogitsProcessorList([Interrupt(2)]), **OPTIONS[mode])
@@ -307,7 +307,7 @@ def test_an_interrupted_generation_leaves_nothing_behind(name, mode):
 
 @some
 @kinds
-def test_a_forward_interrupted_in_any_module_leaves_nothing_behind(name, classifier):
+def test_forward_interrupted_anywhere_leaves_no_state(name, classifier):
     """Of the base, the shadow, the couplings and the heads, in training; the next step is as if nothing had been."""
     model, ids = make(name, classifier=classifier), tokens()
     labels = torch.tensor([0, 1]) if classifier else partly_labelled(ids)
@@ -322,14 +322,14 @@ def test_a_forward_interrupted_in_any_module_leaves_nothing_behind(name, classif
             except KeyboardInterrupt:
                 reached += 1
             handle.remove()
-            assert _frames.stack == []
+            assert open_contexts() == []
     assert reached > 60
     model(ids, labels=labels).loss.backward()
     assert_same(gradients(model), expected)
 
 
 @some
-def test_an_interrupted_load_leaves_the_base_alone(name, tmp_path, monkeypatch):
+def test_interrupted_load_leaves_base_unchanged(name, tmp_path, monkeypatch):
     make(name).save_pretrained(tmp_path)
     base, ids = make_base(name), tokens()
     expected = base(ids).logits
@@ -349,7 +349,7 @@ def test_an_interrupted_load_leaves_the_base_alone(name, tmp_path, monkeypatch):
 # -- in several threads and processes ----------------------------------------------------------------------------------
 
 
-def test_four_threads_load_at_once(tmp_path):
+def test_four_threads_load_concurrently(tmp_path):
     """Each onto a base of its own: building on the meta device and in float32 is no business of the others."""
     ids, expected = tokens(), []
     for seed, name in enumerate(NAMES):
@@ -381,7 +381,7 @@ def answer_by_pipe(pipe) -> None:
 
 
 @some
-def test_another_process_gets_the_model_by_pickle(name):
+def test_model_is_pickled_to_another_process(name):
     model, ids = make(name), tokens()
     here, there = multiprocessing.get_context("fork").Pipe()
     process = multiprocessing.get_context("fork").Process(target=answer_by_pipe, args=(there,))

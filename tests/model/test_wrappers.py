@@ -5,8 +5,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import make, make_base, tokens
+from support.tokenizer import make_tokenizer
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
@@ -30,7 +30,7 @@ TUNERS = {
 
 @pytest.mark.parametrize("around", ["model", "base"])
 @pytest.mark.parametrize("tuner", TUNERS)
-def test_peft_around_a_shadow_is_refused_before_it_changes_anything(tuner, around):
+def test_peft_wrapper_is_refused_before_any_change(tuner, around):
     model, ids = make(), tokens()
     before, names = model(ids).logits, [name for name, _ in model.named_parameters()]
     trained = [p.requires_grad for p in model.parameters()]
@@ -41,7 +41,7 @@ def test_peft_around_a_shadow_is_refused_before_it_changes_anything(tuner, aroun
     assert torch.equal(model(ids).logits, before)
 
 
-def test_other_ways_of_peft_are_refused(tmp_path):
+def test_other_peft_entry_points_are_refused(tmp_path):
     lora = peft.get_peft_model(make_base(), TUNERS["lora"]())
     lora.save_pretrained(tmp_path)
     model = make()
@@ -70,7 +70,7 @@ def test_other_ways_of_peft_are_refused(tmp_path):
     [lambda: peft.LoraConfig(**LORA), lambda: peft.ShadowConfig(), dict, lambda: 16],
     ids=["LoraConfig", "PEFT's ShadowConfig", "dict", "int"],
 )
-def test_a_configuration_of_another_kind_is_refused(config):
+def test_foreign_configuration_is_refused(config):
     with pytest.raises(umbra.ConfigError, match=r"umbra\.ShadowConfig, got"):
         umbra.attach(make_base(), config())
 
@@ -115,7 +115,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("form", WRAPPED)
-def test_a_shadow_around_a_wrapped_model_is_refused(form, tmp_path):
+def test_wrapped_base_is_refused(form, tmp_path):
     build, way_out = WRAPPED[form]
     with pytest.raises(umbra.BaseModelError, match=way_out):
         umbra.attach(build())
@@ -124,14 +124,14 @@ def test_a_shadow_around_a_wrapped_model_is_refused(form, tmp_path):
         umbra.load(tmp_path, build())
 
 
-def test_a_merged_adapter_is_a_base_again():
+def test_merged_adapter_is_accepted_as_base():
     merged = peft.get_peft_model(make_base(), TUNERS["lora"]()).merge_and_unload()
     assert umbra.attach(merged)(tokens()).logits.shape == (2, 9, 99)
 
 
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
-def test_peft_config_of_a_trainer_is_refused(kind, ours, tmp_path):
+def test_trainer_peft_config_is_refused(kind, ours, tmp_path):
     rows = {"SFT": [{"text": "abc"}], "DPO": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}[kind]
     trainer, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
     trainer = umbra.with_shadow_loss(trainer) if ours else trainer

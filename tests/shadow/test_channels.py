@@ -12,10 +12,10 @@ from umbra.deploy.convert import convert
 from umbra.method.kernels import reference
 from umbra.shadow.input_scale import LARGEST, LENGTH, ROWS, SEED, scale_of
 
-MEASURED, PLAIN = {"channel_scale": "measured"}, {"channel_scale": "none"}
+MEASURED, PLAIN = {"input_scale": "measured"}, {"input_scale": "none"}
 
 
-def test_it_is_its_equation():
+def test_channel_scale_matches_its_equation():
     h = torch.randn(200, 12) * torch.tensor([100.0, 10.0, *[1.0] * 9, 0.0])
     rms = [sum(float(h[n, d]) ** 2 for n in range(200)) / 200 for d in range(12)]
     m = sorted(float((row**2).mean()) for row in h)[99] ** 0.5
@@ -27,7 +27,7 @@ def test_it_is_its_equation():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_it_is_measured_on_the_base_which_stays_as_it_was(name):
+def test_measuring_leaves_base_unchanged(name):
     base = make_base(name).train()
     ids = torch.randint(
         base.get_input_embeddings().weight.shape[0], (ROWS, LENGTH), generator=torch.Generator().manual_seed(SEED)
@@ -49,12 +49,12 @@ def test_it_is_measured_on_the_base_which_stays_as_it_was(name):
         assert torch.equal(base(ids).logits, told.logits)
 
 
-def test_it_changes_coordinates_alone():
+def test_channel_scale_only_changes_coordinates():
     """The same function as a plain shadow whose W_down is c ⊙ W_down, gradients by the chain rule."""
     scaled, plain, ids = make(**MEASURED), make(**PLAIN), tokens()
     state = scaled.shadow.state_dict()
     for l, injection in scaled.shadow.couplings.injections.items():
-        state[f"couplings.injections.{l}.down.weight"] = injection.reader().detach()
+        state[f"couplings.injections.{l}.down.weight"] = injection.scaled_down().detach()
         del state[f"couplings.injections.{l}.channels"]
     plain.shadow.load_state_dict(state)
     for model in (scaled, plain):
@@ -72,7 +72,7 @@ def test_it_changes_coordinates_alone():
 
 
 @pytest.mark.parametrize("dialect", ["paper", "peft"])
-def test_the_kernels_and_dropout_know_it(dialect):
+def test_kernels_and_dropout_apply_channel_scale(dialect):
     model, ids = make(dialect=dialect, dropout=0.3, **MEASURED), tokens()
     found = []
     for fast in (True, False):
@@ -92,7 +92,7 @@ def test_the_kernels_and_dropout_know_it(dialect):
         assert torch.equal(answer, model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False))
 
 
-def test_it_is_kept_in_the_folder_and_not_measured_again(tmp_path, monkeypatch):
+def test_channel_scale_is_loaded_not_remeasured(tmp_path, monkeypatch):
     model, ids = make(**MEASURED), tokens()
     model.save_pretrained(tmp_path / "adapter")
     base = make_base()
@@ -105,16 +105,16 @@ def test_it_is_kept_in_the_folder_and_not_measured_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["peft", "shadow-peft"])
-def test_the_peers_get_it_within_their_weights(form, tmp_path):
+def test_peer_formats_fold_channel_scale_into_weights(form, tmp_path):
     model, ids = make(dialect={"peft": "peft", "shadow-peft": "paper"}[form], **MEASURED), tokens()
     convert(model, tmp_path / "out", form)
     read = umbra.load(tmp_path / "out", make_base()).eval()
-    assert read.shadow_config.channel_scale == "none"
+    assert read.shadow_config.input_scale == "none"
     with torch.no_grad():
         torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_second_adapter_measures_the_bare_base():
+def test_second_adapter_measures_bare_base():
     model = make()
     model.add_adapter(umbra.ShadowConfig(rank=4, **MEASURED), "other")
     alone = umbra.attach(make_base(), umbra.ShadowConfig(rank=4, **MEASURED))
@@ -123,18 +123,18 @@ def test_a_second_adapter_measures_the_bare_base():
         assert torch.equal(other[l].channels, injection.channels)
 
 
-def test_a_base_without_weights_has_nothing_to_measure():
+def test_meta_base_cannot_be_measured():
     base = copy.deepcopy(make_base()).to("meta")
     model = umbra.attach(base, umbra.ShadowConfig(rank=4, **MEASURED))
     assert all(bool((i.channels == 1).all()) for i in model.shadow.couplings.injections.values())
 
 
-def test_an_unknown_scale_is_refused():
-    with pytest.raises(umbra.ConfigError, match="channel_scale must be one of none, measured"):
-        umbra.ShadowConfig(channel_scale="loud")
+def test_unknown_channel_scale_is_refused():
+    with pytest.raises(umbra.ConfigError, match="input_scale must be one of none, measured"):
+        umbra.ShadowConfig(input_scale="loud")
 
 
-def test_scrambled_shadows_are_told_apart():
+def test_shadow_order_is_distinguished():
     model, ids = make(**MEASURED), tokens()
     plain = make(**PLAIN)
     scramble(plain.shadow, 1)
@@ -142,6 +142,6 @@ def test_scrambled_shadows_are_told_apart():
         assert float((model(ids).logits - plain(ids).logits).abs().max()) > 1e-3
 
 
-def test_a_base_of_few_positions_is_measured_within_them():
+def test_measurement_stays_within_few_positions():
     model = umbra.attach(make_base("gpt2", n_positions=16))
     assert all((i.channels != 1).any() for i in model.shadow.couplings.injections.values())

@@ -9,7 +9,7 @@ from support.tiny import CONFIGS, HIDDEN, LAYERS, LLAMA_LIKE, make_base, randomi
 
 WIDTH, INNER, DIM = 16, 24, 8
 NARROW = {
-    "init": "base", "init_scale": 1.0, "shadow_num_hidden_layers": LAYERS, "shadow_hidden_size": WIDTH,
+    "init": "base", "constants": {"init_scale": 1.0}, "shadow_num_hidden_layers": LAYERS, "shadow_hidden_size": WIDTH,
     "shadow_intermediate_size": INNER, "shadow_num_attention_heads": 2, "shadow_num_key_value_heads": 1, "shadow_head_dim": DIM,
 }  # fmt: skip
 
@@ -33,7 +33,7 @@ def roomy_base(name: str, width: int = WIDTH):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
 @pytest.mark.parametrize("embeddings", ["base", "own"])
 @torch.no_grad()
-def test_what_a_base_does_not_use_can_be_left_out(name, embeddings):
+def test_unused_units_can_be_pruned_exactly(name, embeddings):
     base, ids = roomy_base(name), tokens()
     expected = base(ids).logits
     model = umbra.attach(base, umbra.ShadowConfig(**NARROW, embeddings=embeddings))
@@ -42,7 +42,7 @@ def test_what_a_base_does_not_use_can_be_left_out(name, embeddings):
 
 
 @torch.no_grad()
-def test_of_the_same_width_only_heads_and_neurons_are_left_out():
+def test_equal_width_prunes_heads_and_neurons_only():
     base, ids = roomy_base("llama", HIDDEN), tokens()
     same = {k: v for k, v in NARROW.items() if k != "shadow_hidden_size"}
     model = umbra.attach(base, umbra.ShadowConfig(**same))
@@ -56,7 +56,7 @@ def base_logits(model, ids):
 
 
 @torch.no_grad()
-def test_a_narrow_copy_is_nearer_to_its_block_than_a_random_shadow():
+def test_pruned_copy_is_closer_than_random_shadow():
     """Of a base that uses all it has."""
     ids = tokens(4, 12)
     apart = {}
@@ -82,7 +82,7 @@ FAMILIES = ["gpt2", "gemma3_text", "phi3", "gpt_neox", "stablelm", "olmo", "bitn
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_other_blocks_are_refused(name):
+def test_unsupported_blocks_are_refused(name):
     """Norms with a bias or without a weight, parameters that nothing would be copied into, parts of other names."""
     base = randomise(AutoConfig.for_model(name, **CONFIGS.get(name, LLAMA_LIKE)))
     sizes = (
@@ -95,13 +95,13 @@ def test_other_blocks_are_refused(name):
 
 
 @torch.no_grad()
-def test_a_table_of_its_own_is_scaled_as_its_module_scales():
+def test_pruned_embedding_keeps_module_scale():
     """Gemma's multiplies by the root of its own width."""
     base = randomise(AutoConfig.for_model("gemma", **{**LLAMA_LIKE, "head_dim": DIM}))
     states = []
     for embeddings in ("base", "own"):
         model = umbra.attach(base, umbra.ShadowConfig(**NARROW, embeddings=embeddings))
-        states.append(model._initial_state({"input_ids": tokens(), "inputs_embeds": None}))
+        states.append(model.runner.initial_state({"input_ids": tokens(), "inputs_embeds": None}))
         model.unload()
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
@@ -114,12 +114,12 @@ def test_a_table_of_its_own_is_scaled_as_its_module_scales():
         ({"shadow_num_attention_heads": 4}, "at most 2 heads may share"),
     ],
 )
-def test_sizes_that_the_base_does_not_have_are_refused(change, says):
+def test_sizes_larger_than_base_are_refused(change, says):
     with pytest.raises(umbra.ConfigError, match=says):
         umbra.attach(make_base("llama", head_dim=DIM), umbra.ShadowConfig(**{**NARROW, **change}))
 
 
-def test_a_narrow_copy_is_saved_and_loaded(tmp_path):
+def test_pruned_copy_round_trips(tmp_path):
     base = make_base("llama", head_dim=DIM)
     model, ids = umbra.attach(base, umbra.ShadowConfig(**NARROW)), tokens()
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Decoder families of transformers as data: a tiny configuration of each, and why some cannot carry a shadow.
+"""Decoder families of transformers: a tiny configuration of each, and the reasons for unsupported ones.
 
 `test_architectures.py` runs its checks on every entry, and docs/architectures.md is written from their outcomes.
 """
@@ -14,12 +14,12 @@ class Family:
     """One line of docs/architectures.md.
 
     Args:
-        kind: dense, MoE, ALiBi, learned positions, parallel blocks, hybrid, …: what is special about it.
-        config: keyword arguments of its configuration, of about 3 blocks × 32.
-        shadow: the form that the default shadow takes beside it: mirror or dense.
-        note: for the reader of the page.
-        model_type: of its configuration; the family's own name where empty.
-        skip: names of checks that cannot hold, each with the reason, which is written on the page.
+        kind: architecture type: dense, MoE, ALiBi, learned positions, parallel blocks, hybrid, …
+        config: keyword arguments of the configuration, about 3 blocks of width 32.
+        shadow: form of the default shadow: mirror or dense.
+        note: shown on the page.
+        model_type: the configuration's model_type; defaults to the family's name.
+        skip: checks that do not apply, each with the reason shown on the page.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Hybrid and recurrent decoders, and those with inputs of their own per layer, as data: a tiny configuration of each."""
+"""Tiny configurations of hybrid and recurrent decoders, and of decoders with per-layer inputs."""
 
 from support.architectures import Family
 from support.tiny import COMMON

@@ -1,12 +1,14 @@
-"""Vision-language models as data: a tiny configuration of each, whose image towers have as many blocks as their decoders."""
+"""Tiny configurations of vision-language models, whose image towers have as many blocks as their decoders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from support.architectures import Family
 from support.architectures_hybrid import DELTA, DENSE
+from support.tiny import scramble
 
 IMAGE, VIDEO, START, END = 98, 97, 96, 95  # token ids
 TOKENS = 4  # that one image becomes
@@ -26,7 +28,7 @@ WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def qwen(model: str, tower: dict, **text) -> dict:
-    """A configuration of the Qwen-VL line."""
+    """Return a configuration of a Qwen-VL model."""
     return {
         **QWEN_IDS, "text_config": {**DENSE, "model_type": f"{model}_text", "rope_parameters": AXES, **text},
         "vision_config": {**QWEN_TOWER, "model_type": f"{model}_vision", **tower},
@@ -126,7 +128,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def pixels(*shape: int) -> torch.Tensor:
-    """Random pixels."""
+    """Return random pixels."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
 
 
@@ -157,14 +159,14 @@ GRIDDED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")  # mm_token_type_ids
 
 @dataclass
 class Batch:
-    """Two rows of an image between words, and what the model is told about them."""
+    """Two rows with an image between words, and the model's other inputs for them."""
 
     ids: torch.Tensor
     told: dict[str, torch.Tensor]
 
 
 def batch_of(name: str, pad: int = 0) -> Batch:
-    """The batch of a family, with ``pad`` tokens of padding on the left."""
+    """Return a family's batch, with ``pad`` padding tokens on the left."""
     words = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(3))
     image = torch.full((2, LONGER.get(name, TOKENS)), IMAGE)
     edge = torch.tensor([[START], [START]]), torch.tensor([[END], [END]])
@@ -176,3 +178,16 @@ def batch_of(name: str, pad: int = 0) -> Batch:
     if name in GRIDDED:
         told["mm_token_type_ids"] = kinds
     return Batch(ids, told)
+
+
+SPECIAL = [95, 96, 97, 98]  # tokens that stand for images and their edges, which a random model must not generate
+
+
+def build(name: str):
+    """Return a tiny random base of a family, frozen, in eval mode."""
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **family.config), dtype=torch.float32)
+    scramble(model, 0, 0.15)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel that a seam launches, for GPUs that need not be there; a script, run by test_kernels.py.
+"""Compiles every Triton kernel that a block boundary launches, for GPUs that need not be there; a script, run by test_kernels.py.
 
 The interpreter is lax about types, and knows no limits. ``python compile_kernels.py 90`` prints a line per kernel: its
 name, and the bytes of shared memory that it takes on a GPU of compute capability 9.0.
@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from umbra.method.kernels import couple_triton
-from umbra.method.kernels.couple import Masks, Seam
+from umbra.method.kernels import boundary_triton
+from umbra.method.kernels.boundary import Boundary, Masks
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
@@ -38,8 +38,8 @@ def kind(value) -> str:
     return POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32" if isinstance(value, int) else "fp32"
 
 
-def seam(D: int, G: int, R: int, dtype: torch.dtype, bias: bool) -> Seam:
-    """A seam of one dialect, with gradients wanted."""
+def boundary(D: int, G: int, R: int, dtype: torch.dtype, bias: bool) -> Boundary:
+    """A boundary of one dialect, whose weights require gradients."""
 
     def weight(*size: int) -> torch.Tensor:
         return torch.randn(size, dtype=dtype, requires_grad=True)
@@ -48,7 +48,7 @@ def seam(D: int, G: int, R: int, dtype: torch.dtype, bias: bool) -> Seam:
         return weight(G, D), weight(G) if bias else None, weight(D, G), weight(D) if bias else None
 
     norm = None if bias else (weight(D), weight(D), 1e-5)
-    return Seam(norm, half(), half(), "gelu" if bias else "silu", weight(R, D), weight(D, R), 0.7)
+    return Boundary(norm, half(), half(), "gelu" if bias else "silu", weight(R, D), weight(D, R), 0.7)
 
 
 if __name__ == "__main__":
@@ -56,11 +56,11 @@ if __name__ == "__main__":
     N, D = 2, 576
     h = torch.randn(N, D, dtype=torch.bfloat16)
     for G, R, dtype, bias in ((10, 16, torch.bfloat16, False), (32, 64, torch.float32, True)):
-        s, weights = torch.randn(N, D, dtype=dtype), seam(D, G, R, dtype, bias)
+        s, weights = torch.randn(N, D, dtype=dtype), boundary(D, G, R, dtype, bias)
         transform, rank, delta = (torch.ones(N, size, dtype=dtype) for size in (G, R, D))
         masks = Masks(delta=delta) if bias else Masks(transform, rank)
-        out, state = couple_triton.couple(h, s, weights, masks)
+        out, state = boundary_triton.update_and_inject(h, s, weights, masks)
         (out.sum() + state.sum()).backward()
         if not bias:
             with torch.no_grad():
-                couple_triton.couple(h, s, weights, masks)
+                boundary_triton.update_and_inject(h, s, weights, masks)

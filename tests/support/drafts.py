@@ -1,4 +1,4 @@
-"""A model whose shadow drafts, and its text with and without drafts."""
+"""Models whose shadow drafts, and generation with and without drafts."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from support.tiny import ARCHITECTURES, make
 from umbra.base import architectures
 
 NEW = 20  # with a prompt of 9, well past the sliding windows of 6
-ALWAYS = {"assistant_confidence_threshold": 0.0}  # however unsure: a tiny random model is never sure of anything
+ALWAYS = {"assistant_confidence_threshold": 0.0}  # draft at any confidence: a tiny random model is never confident
 OUTPUT = ("o_proj", "down_proj", "c_proj", "dense")  # what blocks add to the hidden state
 each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def agreeing(name: str = "llama", base_options: dict | None = None, **fields):
-    """A model whose shadow guesses right sometimes: what follows depends on the last token more than on all before."""
-    fields = {"alpha": 0.05, "channel_scale": "none", **fields}
+    """Return a model whose drafts are sometimes accepted: the next token depends mostly on the last one."""
+    fields = {"alpha": 0.05, "input_scale": "none", **fields}
     model = make(name, base_options={"tie_word_embeddings": False, **(base_options or {})}, **fields)
     decoder = dict(architectures.locate(model.base).decoder.named_parameters())
     with torch.no_grad():
@@ -30,7 +30,7 @@ def agreeing(name: str = "llama", base_options: dict | None = None, **fields):
 
 
 def plain(model, ids, **options):
-    if ids is not None:  # whose mask transformers would guess, and a random model may say a padding token
+    if ids is not None:  # a random model may generate padding tokens, from which transformers would infer a mask
         options = {"attention_mask": torch.ones_like(ids), **options}
     return model.generate(ids, **{"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options})
 
@@ -40,5 +40,5 @@ def drafted(model, ids, draft=4, **options):
 
 
 def assert_some_of_both(*outputs) -> None:
-    """Drafts were accepted and drafts were rejected: otherwise little was tested."""
+    """Assert that some drafts were accepted and some rejected; otherwise little was tested."""
     assert 0 < sum(out.accepted for out in outputs) < sum(out.drafted for out in outputs)

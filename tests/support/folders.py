@@ -1,4 +1,4 @@
-"""Looking into adapter folders, and changing what lies there."""
+"""Read and edit adapter folders."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from support.tiny import tokens
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FILES = {CONFIG, WEIGHTS, CARD}
+FIXTURES = Path(__file__).parents[1] / "fixtures"  # adapters saved by earlier releases
 TENSOR = "shadow.couplings.injections.1.down.weight"
 
 
@@ -32,7 +33,7 @@ def assert_same_weights(found: umbra.ShadowModel, expected: umbra.ShadowModel) -
 
 
 def assert_same_model(found: umbra.ShadowModel, expected: umbra.ShadowModel) -> None:
-    """Bit for bit: weights of the shadow, logits, configuration."""
+    """Assert that shadow weights, logits and configuration are equal bit for bit."""
     assert_same_weights(found, expected)
     assert found.shadow_config == expected.shadow_config
     assert found.shadow.adapter_id == expected.shadow.adapter_id

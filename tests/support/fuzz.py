@@ -1,15 +1,15 @@
-"""Loading adapter folders that were damaged at random: ``PYTHONPATH=tests python -m support.fuzz --cases 10000``.
+"""Load randomly damaged adapter folders: ``PYTHONPATH=tests python -m support.fuzz --cases 10000``.
 
-A case is a seed. `mutate` damages a folder and says what may become of it; `Fuzzer.attempt` loads it and holds the loader
-to that:
+A case is a seed. `mutate` damages a folder and returns the permitted outcome; `Fuzzer.attempt` loads it and checks the
+outcome:
 
-    same      nothing that matters was changed: it loads, and answers bit for bit as before
+    same      nothing relevant was changed: the folder loads, and its outputs are bit-identical
     any       refused, or the same
     refused   it must not load
-    detected  likewise, but only the digest tells; with the digest switched off it is "edited"
-    edited    a changed value may be loaded, but nothing other than an UmbraError may be raised
+    detected  likewise, but only through the digest; without the digest it is "edited"
+    edited    the changed value may load; any error must be an UmbraError
 
-In every case: an UmbraError that names the folder, within seconds and megabytes, and a base that is left as it was.
+In every case, an error is an UmbraError that names the folder, time and memory are bounded, and the base is unchanged.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 
 import umbra
-from support import mutations_of_files  # noqa: F401 (registers)
 from support.folders import CONFIG, WEIGHTS, hook_count
 from support.mutations import MUTATIONS
 from support.mutations_of_files import read_json, write_json
@@ -49,14 +48,14 @@ TEMPLATES: dict[str, tuple[dict, dict]] = {  # base, shadow
 
 @dataclass
 class Damage:
-    """What was done to a folder, and what may become of it."""
+    """A mutation applied to a folder, and the permitted outcome."""
 
     what: str
     expected: str
 
 
 def mutate(folder: Path, seed: int) -> Damage:
-    """Damage an adapter folder in one or two ways that the seed chooses."""
+    """Damage an adapter folder by one or two mutations chosen by the seed."""
     rng = random.Random(seed)
     done, expected = [], []
     for mutation, becomes in rng.sample(MUTATIONS, rng.choice([1, 1, 1, 2])):
@@ -88,7 +87,7 @@ def _switch_digest_off(folder: Path) -> bool:
 
 
 class Failed(Exception):
-    """The loader did not do what was expected of it."""
+    """The loader's outcome was not the permitted one."""
 
 
 class Hung(BaseException):
@@ -96,7 +95,7 @@ class Hung(BaseException):
 
 
 class Fuzzer:
-    """Adapters, their bases and their answers, shared by all cases."""
+    """Adapters, bases and reference outputs, shared by all cases."""
 
     def __init__(self, root: Path):
         self.root, self.ids = root, tokens()
@@ -109,7 +108,7 @@ class Fuzzer:
                 self.cases[name] = own, other, own(self.ids).logits, model(self.ids).logits
 
     def attempt(self, seed: int) -> tuple[str, str]:
-        """(outcome, what was done); the outcome is refused, same or edited.
+        """Return (outcome, description); the outcome is refused, same or edited.
 
         Raises:
             Failed: any other outcome.
@@ -165,7 +164,7 @@ class Fuzzer:
 
 
 class limits:
-    """A block that raises `Failed` if it takes too long or grows too large (where /proc tells)."""
+    """Raise `Failed` if the block takes too long or too much memory (measured through /proc)."""
 
     def __enter__(self) -> None:
         signal.signal(signal.SIGALRM, self._hung)
@@ -192,7 +191,7 @@ class limits:
 
 
 def main() -> int:
-    """Run cases by hand; 1 if any failed."""
+    """Run cases from the command line; return 1 if any failed."""
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

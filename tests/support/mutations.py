@@ -1,4 +1,4 @@
-"""Ways to damage an adapter folder at random, each with what must become of it (see fuzz.py): bytes and tensors."""
+"""Random mutations of an adapter folder's bytes and tensors, each with its permitted outcome (see fuzz.py)."""
 
 import json
 import random
@@ -15,7 +15,7 @@ MUTATIONS: list[tuple[Callable[[Path, Rng], str | None], str]] = []
 
 
 def becomes(expected: str):
-    """Register a mutation by what must become of the folder."""
+    """Register a mutation under its permitted outcome."""
 
     def register(mutation):
         MUTATIONS.append((mutation, expected))

@@ -1,4 +1,4 @@
-"""As mutations.py: entries of the configuration, and what the file system holds."""
+"""Random mutations of configuration entries and of the file system (see mutations.py)."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def nested(depth: int):
 
 
 def weird(rng: Rng):
-    """A value that hardly any entry should have."""
+    """Return a value that is invalid for nearly every entry."""
     numbers = [-1, 0, 1, 3, 7, 255, 2**31, 2**63, 2**64, 10**9, 10**12, 10**15, 10**300, 10**4000, -(10**12), 0.5, 1e9]
     floats = [float("nan"), float("inf"), -float("inf"), 1e308, -0.0, 1e-320, 2.0]
     words = [
@@ -41,7 +41,7 @@ def weird(rng: Rng):
 
 
 def entries(values, path=()):
-    """Every (container, key) of a JSON tree."""
+    """Yield every (container, key) of a JSON tree."""
     found = []
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
         found.append((values, key))
@@ -59,7 +59,7 @@ def write_json(folder: Path, values: dict, **style) -> None:
 
 
 def pick_entry(values: dict, rng: Rng):
-    """An entry of the part that matters most, mostly."""
+    """Return a random entry, mostly from the most relevant part."""
     part = rng.choice(["shadow", "shadow_model_config", "shadow_model_config", "base", None])
     chosen = entries(values[part]) if part and isinstance(values.get(part), dict) else entries(values)
     return rng.choice(chosen or entries(values))
@@ -191,7 +191,7 @@ def something_else_in_place_of_a_file(folder, rng):
 
 @becomes("same")
 def linked_from_elsewhere(folder, rng):
-    """As in the hub's cache: the files are links to blobs outside of the folder."""
+    """Replace files by links to blobs outside the folder, as in the hub's cache."""
     blobs = folder.parent / "blobs"
     blobs.mkdir()
     for i, name in enumerate([CONFIG, WEIGHTS, CARD]):
@@ -202,7 +202,7 @@ def linked_from_elsewhere(folder, rng):
 
 @becomes("same")
 def leftovers(folder, rng):
-    """Of killed saves, and files that are none of ours."""
+    """Add leftovers of killed saves and unrelated files."""
     staged, committed = folder / ".umbra-staged-x1", folder / ".umbra-commit"
     kind = rng.choice(
         ["staged", "empty commit", "whole commit", "linked commit", "file as commit", "pickles", "no card", "card"]

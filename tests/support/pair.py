@@ -1,4 +1,4 @@
-"""Two gloo processes on this machine, started once, that run any number of functions side by side."""
+"""Two local gloo processes, started once, that run functions in parallel."""
 
 import multiprocessing
 import os
@@ -9,11 +9,11 @@ from datetime import timedelta
 from typing import Any
 
 RANKS = 2
-SECONDS = 120  # what one function may take; a rank that waits for the other gives up before
+SECONDS = 120  # time limit of one function; a rank that waits for the other gives up earlier
 
 
 class Pair:
-    """``pair(function, *arguments)``: what each rank returns. Functions are importable ones, such as `ranks.py` holds."""
+    """Two ranks: ``pair(function, *arguments)`` returns each rank's result. Functions must be importable (see `ranks.py`)."""
 
     def __init__(self) -> None:
         self.processes: list[Any] = []
@@ -75,7 +75,7 @@ def _serve(rank: int, store: str, connection: Any) -> None:
 
 
 def _restore(environment: dict[str, str]) -> None:
-    """Undo what a function has set in the process: its environment, and accelerate's singletons."""
+    """Restore the process's environment and accelerate's singletons."""
     from accelerate.state import AcceleratorState, GradientState
 
     os.environ.clear()

@@ -1,4 +1,4 @@
-"""What runs in each process of a `Pair`, and alone as the reference: every function is one rank's side."""
+"""Functions that run on each rank of a `Pair`, and in one process as the reference."""
 
 import itertools
 import os
@@ -33,7 +33,7 @@ def world() -> int:
 
 
 def share(rows: int = ROWS) -> dict[str, Any]:
-    """This rank's part of one global batch: rank 0 has 1 row, and of all labels the fewest."""
+    """Return this rank's part of one global batch: rank 0 has 1 row and the fewest labels."""
     ids = tokens(rows, LENGTH)
     labels = partly_labelled(ids)
     items = torch.tensor(label_count(labels))
@@ -59,14 +59,14 @@ def step(
     engine: str = "none", *, wrapped_by: str | None = None, before_attach: bool = False, inside: bool | None = None,
     resting: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
-    """The loss of the global batch, and every gradient of a tiny model by name.
+    """Return the loss of the global batch and every gradient of a tiny model by name.
 
     Args:
         engine: none, ddp, blocks (fully_shard on every block, then on the model), root, bf16 (as blocks, in bfloat16).
         wrapped_by: checkpoint wrappers around the base's blocks, "reentrant" or "not_reentrant".
-        before_attach: they were there before the shadow.
-        inside: transformers' own checkpointing, reentrant or not.
-        resting: beside another adapter, which is not active.
+        before_attach: whether the wrappers are applied before the shadow is attached.
+        inside: enable transformers' activation checkpointing, reentrant or not.
+        resting: add a second, inactive adapter.
     """
     model = make(**options).train()
     if resting:
@@ -103,7 +103,7 @@ def backward(wrapped: Any, model: umbra.ShadowModel) -> tuple[Tensor, dict[str, 
 
 
 def wrap_blocks(base: Any, kind: str) -> None:
-    """torch's checkpoint wrapper around every decoder block."""
+    """Wrap every decoder block in torch's checkpoint wrapper."""
     impl = CheckpointImpl.REENTRANT if kind == "reentrant" else CheckpointImpl.NO_REENTRANT
     blocks = set(locate(base).blocks)
     apply_activation_checkpointing(
@@ -114,7 +114,7 @@ def wrap_blocks(base: Any, kind: str) -> None:
 
 @contextmanager
 def accelerators():
-    """accelerate keeps FSDP and DeepSpeed for accelerators, though both run on CPUs: let these pass for such."""
+    """Let accelerate run FSDP and DeepSpeed on CPUs, which it allows on accelerators only."""
     from accelerate.state import DistributedType, PartialState
 
     os.environ.pop("ACCELERATE_USE_CPU", None)
@@ -128,7 +128,7 @@ def accelerators():
 
 
 def accelerated(plugin: dict[str, Any], mixed_precision: str = "no", bare: bool = False, **options: Any) -> Any:
-    """As `step`, sharded by accelerate's FSDP2; a third value counts the sharded units."""
+    """Like `step`, sharded by accelerate's FSDP2; also return the number of sharded units."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
     with accelerators():
@@ -143,7 +143,7 @@ def accelerated(plugin: dict[str, Any], mixed_precision: str = "no", bare: bool 
 
 
 def ram_efficient(adapter: str, empty: bool, **base_options: Any) -> Any:
-    """As `accelerated`, with an adapter read from disk; if ``empty``, rank 1 has a base without weights."""
+    """Like `accelerated`, with an adapter loaded from disk; if ``empty``, rank 1 has a base without weights."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, init_empty_weights
 
     plugin = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": True}
@@ -160,7 +160,7 @@ def ram_efficient(adapter: str, empty: bool, **base_options: Any) -> Any:
 
 
 def saved_and_generated(folder: Path, engine: str, **options: Any) -> Tensor:
-    """Every rank saves a model, sharded or not, and then continues a prompt."""
+    """Save a model on every rank, sharded or not, and then continue a prompt."""
     model: Any = make(**options)
     if engine == "blocks":
         for block in locate(model.base).blocks:
@@ -172,7 +172,7 @@ def saved_and_generated(folder: Path, engine: str, **options: Any) -> Tensor:
 
 
 def zero_config(stage: int) -> dict[str, Any]:
-    """DeepSpeed's settings; with nothing persistent, ZeRO-3 partitions even the tiniest parameter."""
+    """Return DeepSpeed's settings; without persistent parameters, ZeRO-3 partitions even the smallest ones."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo instead of a kernel that it would compile
@@ -189,7 +189,7 @@ def zero_config(stage: int) -> dict[str, Any]:
 
 
 def examples(count: int = 16) -> list[dict[str, Tensor]]:
-    """Rows with 1 to 9 labels, very unevenly spread over neighbours."""
+    """Return rows with 1 to 9 labels, distributed unevenly over neighbours."""
     ids = tokens(count, LENGTH, seed=11)
     labels = torch.full_like(ids, -100)
     for row, labelled in zip(range(count), itertools.cycle([1, 9, 2, 8, 9]), strict=False):
@@ -204,7 +204,7 @@ def fit(
     """Train a tiny model; ``rows`` is the global batch of a step, whatever the number of ranks.
 
     Returns:
-        log (the trainer's history), weights (whole, after training), files (what rank 0 left), logits (of a forward).
+        log (the trainer's history), weights (unsharded, after training), logits (of a forward).
     """
     with ExitStack() as stack:
         engine: dict[str, Any] = {"use_cpu": True}
@@ -239,7 +239,7 @@ def fit(
 
 
 def train_with_zero3(settings: dict[str, Any]) -> dict[str, Any]:
-    """`umbra.training.train.train`; transformers loads the base partitioned."""
+    """Run `umbra.training.train.train` with a base that transformers loads partitioned."""
     from umbra.training.train import train
 
     with accelerators():

@@ -1,4 +1,4 @@
-"""One rank of `test_trl.test_two_ranks_are_as_one`: python -m torch.distributed.run --nproc_per_node 2 ranks_trl.py FOLDER"""
+"""Run one rank of `test_trl.test_two_ranks_equal_one`: python -m torch.distributed.run --nproc_per_node 2 ranks_trl.py FOLDER"""
 
 import os
 import sys
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from test_trl import LAMBDA, dpo, make, sft, step_gradients, steps
+
+from support.tiny import make, step_gradients
+from support.trl_runs import LAMBDA, dpo, sft, steps
 
 RUNS = {
     "sft": lambda path, model, **options: sft(path, model, **options),
@@ -17,7 +19,7 @@ RUNS = {
 
 
 def gradients_of(name: str, path: Path, micro_batches: int) -> dict[str, torch.Tensor]:
-    """Of the first step, on 8 examples in all."""
+    """Return the gradients of the first step, on 8 examples in total."""
     model = make("llama", auxiliary_loss_weight=LAMBDA, train_heads=True)
     return step_gradients(RUNS[name](path, model, **steps(micro_batches)))
 

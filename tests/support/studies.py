@@ -1,13 +1,13 @@
-"""Tiny studies: every kind of method on every kind of task, run and read."""
+"""Tiny studies of every kind of method on every kind of task."""
 
 import json
 from pathlib import Path
 
 import yaml
 
-from umbra.lab.study import evaluate
+from umbra.lab.options import StudyOptions
+from umbra.lab.study import sweep
 from umbra.lab.study.results import Results
-from umbra.options import EvaluateOptions
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(7) for b in range(7)]
 SIGNS = [{"prompt": f"{a}>{b}?", "completion": "yes" if a > b else "no"} for a in range(7) for b in range(7)]
@@ -38,7 +38,7 @@ def lines(path: Path, rows: list[dict]) -> str:
 
 
 def study_of(folder: Path, base: str, **changes) -> dict:
-    """All kinds of methods on all heads, two seeds."""
+    """Return a study of all methods on all heads, with two seeds."""
     tasks = {}
     for name, rows, more in (
         ("sum", SUMS, {"max_new_tokens": 3}),
@@ -61,11 +61,11 @@ def study_of(folder: Path, base: str, **changes) -> dict:
 
 def run_study(folder: Path, given: dict, out: str = "out", **options) -> dict:
     (folder / "study.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
-    return evaluate(EvaluateOptions(str(folder / "study.yaml"), out=str(folder / out), **options))
+    return sweep.run_study(StudyOptions(str(folder / "study.yaml"), out=str(folder / out), **options))
 
 
 def results_of(folder: Path, out: str = "out") -> Results:
-    return Results(folder / out, "study.json")
+    return Results(folder / out)
 
 
 def variant(results: Results, name: str):

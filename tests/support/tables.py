@@ -1,4 +1,4 @@
-"""docs/compatibility.md and docs/architectures.md, written from the outcomes of the tests that prove them (a pytest plugin).
+"""Write docs/compatibility.md and docs/architectures.md from test outcomes (a pytest plugin).
 
 A test that shows that something works with Umbra is marked ``@pytest.mark.compat("Trainers", "TRL DPOTrainer")``; a third
 argument is a note for the reader. A test of every family of decoders is marked ``@pytest.mark.architecture("trains")``: a
@@ -49,7 +49,7 @@ and the like. Written by `make tables` from the tests' outcomes: do not edit by 
 
 
 def list_modules(source: Path) -> str:
-    """The page docs/modules.md: each module of a package with its docstring's first line."""
+    """Return docs/modules.md: each module of a package with its docstring's first line."""
     lines = ["# Modules", "", "Each module with its purpose. Written by `make tables`: do not edit by hand.", ""]
     for path in sorted(source.rglob("*.py"), key=lambda path: (path.parent, path.name)):
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
@@ -98,12 +98,12 @@ class _Recorder:
 
 
 def lines(item: pytest.Item) -> list[tuple[str, str, str]]:
-    """The (section, what, note) that a test is marked with."""
+    """Return the (section, what, note) of a test's marks."""
     return [(*mark.args, "")[:3] for mark in item.iter_markers("compat")]
 
 
 def render(outcomes: dict[tuple[str, str, str], list[bool]]) -> str:
-    """The page, from the outcomes of each line's tests."""
+    """Return docs/compatibility.md from the outcomes of each line's tests."""
     page = [HEADER]
     for section in SECTIONS:
         page += [f"## {section}\n", "| what | tests | note |", "|---|---:|---|"]
@@ -114,7 +114,7 @@ def render(outcomes: dict[tuple[str, str, str], list[bool]]) -> str:
 
 
 def cells(item: pytest.Item) -> list[tuple[str, str]]:
-    """The (family, column) that a test is marked with."""
+    """Return the (family, column) of a test's marks."""
     parameters = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
     return [
         (parameters.get("pair") or parameters["name"], mark.args[0])
@@ -124,7 +124,7 @@ def cells(item: pytest.Item) -> list[tuple[str, str]]:
 
 
 def render_architectures(outcomes: dict[tuple[str, str], list[bool]]) -> str:
-    """The page, from the outcomes of each family's checks."""
+    """Return docs/architectures.md from the outcomes of each family's checks."""
     page = [ARCHITECTURES_HEADER, *(f"- **{column}**: {what}" for column, what in COLUMNS.items()), ""]
     page += [f"{len(LISTED)} families.\n", f"| family | kind | shadow | {' | '.join(COLUMNS)} | note |"]
     page.append(f"|---|---|---|{':---:|' * len(COLUMNS)}---|")

@@ -1,4 +1,4 @@
-"""Tiny random models, and adapters that are no no-ops."""
+"""Tiny random models and adapters with randomised weights."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -50,12 +50,12 @@ CONFIGS = {
 
 
 def make_base(name: str = "llama", seed: int = 0, classifier: bool = False, **options):
-    """A tiny random base in eval mode, without dropout, with weights large enough to matter."""
+    """Return a tiny random base in eval mode, without dropout, with weights large enough to affect outputs."""
     return randomise(AutoConfig.for_model(name, **{**CONFIGS[name], **options}), seed, classifier)
 
 
 def randomise(config, seed: int = 0, classifier: bool = False):
-    """A random model of this configuration, as `make_base` makes them."""
+    """Return a random model of this configuration (see `make_base`)."""
     torch.manual_seed(seed)
     for key in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "attention_dropout", "dropout"):
         if hasattr(config, key):
@@ -69,7 +69,7 @@ def randomise(config, seed: int = 0, classifier: bool = False):
 
 
 def scramble(module, seed: int = 1, std: float = 0.3):
-    """Randomise every weight, the zero-initialised ones above all; norms stay near 1."""
+    """Randomise every weight, including zero-initialised ones; norms stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -79,7 +79,7 @@ def scramble(module, seed: int = 1, std: float = 0.3):
 
 
 def make(name: str = "llama", seed: int = 0, classifier: bool = False, base_options: dict | None = None, **fields):
-    """A tiny `ShadowModel` with every weight of the shadow randomised and no dropout, in eval mode."""
+    """Return a tiny `ShadowModel` with randomised shadow weights and no dropout, in eval mode."""
     fields = {"dropout": 0.0, "rank": 4, "alpha": 0.5, **fields}
     model = umbra.attach(make_base(name, seed, classifier, **(base_options or {})), umbra.ShadowConfig(**fields))
     scramble(model.shadow, seed + 1)
@@ -87,7 +87,7 @@ def make(name: str = "llama", seed: int = 0, classifier: bool = False, base_opti
 
 
 def tokens(rows: int = 2, length: int = 9, seed: int = 3) -> torch.Tensor:
-    """(rows, length) of token ids, none of them special."""
+    """Return (rows, length) token ids without special tokens."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -101,7 +101,7 @@ CLASSIFIERS = {
 
 
 def class_labels(problem: str, rows: int = 4) -> torch.Tensor:
-    """Labels for one of `CLASSIFIERS`."""
+    """Return labels for one of `CLASSIFIERS`."""
     generator = torch.Generator().manual_seed(5)
     if problem == "single":
         return torch.randint(0, 3, (rows,), generator=generator)
@@ -111,7 +111,7 @@ def class_labels(problem: str, rows: int = 4) -> torch.Tensor:
 
 
 def partly_labelled(ids: torch.Tensor) -> torch.Tensor:
-    """Labels for ids: row r carries 2 + 2r of them, at its end; -100 elsewhere."""
+    """Return labels for ids: the last 2 + 2r tokens of row r; -100 elsewhere."""
     labels = torch.full_like(ids, -100)
     for row in range(len(ids)):
         count = min(2 + 2 * row, ids.shape[1] - 1)
@@ -120,12 +120,12 @@ def partly_labelled(ids: torch.Tensor) -> torch.Tensor:
 
 
 def label_count(labels: torch.Tensor) -> int:
-    """How many next-token losses there are in (B, T) labels."""
+    """Return the number of next-token losses in (B, T) labels."""
     return int((labels[:, 1:] != -100).sum())
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    """Every gradient by name, taken off the model; a trainable parameter without one is an error."""
+    """Return every gradient by name and clear it; assert that each trainable parameter has one."""
     taken = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -135,7 +135,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float = 1e-4) -> None:
-    """Two sets of gradients are equal up to the rounding of fp32, each tensor measured by its own largest entry."""
+    """Assert that two sets of gradients are equal up to fp32 rounding, relative to each tensor's largest entry."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         tolerance = rtol * float(value.abs().max()) + 1e-6
@@ -143,18 +143,18 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def shadow_head(model):
-    """The head that reads s⁰."""
+    """Return the head that reads s⁰."""
     return model.shadow.heads["shadow"] if model.shadow.heads else model.base_head
 
 
 def shadow_logits(model, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T, V) or (B, T, C): head(s⁰)."""
-    s0 = model._initial_state({"input_ids": ids, "inputs_embeds": None})
+    """Return head(s⁰), (B, T, V) or (B, T, C)."""
+    s0 = model.runner.initial_state({"input_ids": ids, "inputs_embeds": None})
     return shadow_head(model)(s0.to(model.shadow.dtype if model.shadow.heads else model.base.dtype))
 
 
 def step_gradients(trainer) -> dict[str, torch.Tensor]:
-    """Every gradient of the trainer's first optimizer step, as the optimizer would see it; the weights stay."""
+    """Return every gradient of the trainer's first optimizer step, as the optimizer would see it; weights are unchanged."""
     from transformers import TrainerCallback
 
     class Take(TrainerCallback):
@@ -169,10 +169,10 @@ def step_gradients(trainer) -> dict[str, torch.Tensor]:
 
 
 def detached_gradients(model, loss_of) -> dict[str, torch.Tensor]:
-    """Gradients of a loss of the detached, stock model with respect to the shadow's backbone, by the names there.
+    """Return the gradients of the detached model's loss with respect to the shadow's backbone, by name.
 
     Args:
-        loss_of: from (the stock model) to a scalar.
+        loss_of: maps the stock model to a scalar.
     """
     edge = model.detached()
     loss_of(edge).backward()
@@ -181,12 +181,12 @@ def detached_gradients(model, loss_of) -> dict[str, torch.Tensor]:
 
 
 def backbone_of(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those gradients that are of the shadow's backbone."""
+    """Return the gradients of the shadow's backbone."""
     return {n: g for n, g in found.items() if n.startswith("shadow.backbone.")}
 
 
 def auxiliary(with_weight, without, weight: float) -> dict[str, torch.Tensor]:
-    """What a shadow's own loss contributes per unit of λ to the gradients of its backbone.
+    """Return the shadow loss's contribution to the backbone's gradients, per unit of λ.
 
     Args:
         with_weight, without: all gradients at λ = weight and at λ = 0.

@@ -1,4 +1,4 @@
-"""Small tokenizers of every family, with the special tokens of a chat template, trained on the spot."""
+"""Small tokenizers of every family, trained on a few lines, with the special tokens of a chat template."""
 
 import re
 from functools import lru_cache
@@ -103,7 +103,7 @@ def _specification(family: str) -> tuple[str, dict[str, str]]:
 
 
 def make_tokenizer(family: str, template: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer of a family, with a chat template and the template's special tokens."""
+    """Return a tokenizer of a family, with a chat template and its special tokens."""
     specification, special = _specification(family)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(specification), **special)
     if template is not None:

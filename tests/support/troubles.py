@@ -1,4 +1,4 @@
-"""Kinds of trouble, which test_trouble.py causes.
+"""Kinds of trouble that test_trouble.py provokes.
 
 ``PYTHONPATH=tests python -m support.troubles`` prints the table of docs/trouble.md.
 """
@@ -14,7 +14,7 @@ TRAIN = "train --base {base} --use_cpu --disable_tqdm --max_steps 1 --rank 4 "
 
 
 class Kind(NamedTuple):
-    """A kind of trouble: the command that meets it, words of the line that it prints, and what helps."""
+    """A kind of trouble: the command, words of its error line, and the remedy."""
 
     name: str
     command: str
@@ -25,12 +25,12 @@ class Kind(NamedTuple):
 
 
 def text(name: str, content: str | bytes) -> Callable[[Path], object]:
-    """A preparation that writes a file."""
+    """Return a preparation that writes a file."""
     return lambda here: (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def edited(name: str, **values: object) -> Callable[[Path], object]:
-    """A preparation that changes a JSON file of the copied base or adapter."""
+    """Return a preparation that edits a JSON file of the copied base or adapter."""
 
     def edit(here: Path) -> None:
         file = here / name
@@ -55,7 +55,7 @@ ON_BASE = "generate {out} x --base {here}/base"
 TRAIN_ON = RUN.replace("{base}", "{here}/base")
 KINDS = [
     # the command line
-    Kind("unknown command", "bogus", "invalid choice: 'bogus'", "umbra --help lists the commands"),
+    Kind("unknown command", "bogus", "Unknown command 'bogus'", "umbra --help lists the commands"),
     Kind("unknown flag", "eval {out} {data} --bogus 1", "unrecognized arguments: --bogus", "umbra eval --help"),
     Kind("missing argument", "eval {out}", "required: data", "umbra eval --help"),
     Kind("flag without its value", "train --rank", "--rank: expected one argument", "give the value"),
@@ -85,7 +85,9 @@ KINDS = [
     Kind("negative learning rate", RUN + "--learning_rate=-1", "learning_rate must be at least 0", "a positive rate"),
     Kind("unknown dtype", "detach {out} {here}/x --dtype int8", "Unknown dtype 'int8'", "one of those listed"),
     Kind("unknown mode", "eval {out} {data} --modes sideways", "Unknown mode 'sideways'", "one of those listed"),
-    Kind("broken regular expression", "eval {out} {data} --answer-pattern (", "no regular expression", "mend it"),
+    Kind(
+        "broken regular expression", "eval {out} {data} --answer-pattern (", "not a valid regular expression", "mend it"
+    ),
     Kind("empty prompt", "generate {out} ' '", "The prompt is empty", "give a prompt"),
     Kind(
         "weights that overflow",
@@ -149,14 +151,14 @@ KINDS = [
     Kind(
         "aliases that multiply",
         "train {here}/x.yaml",
-        "aliases stand for more",
+        "aliases expand to more",
         "write values out",
         text("x.yaml", BOMB),
     ),
     Kind(
         "an alias to itself",
         "train {here}/x.yaml",
-        "aliases stand for more",
+        "aliases expand to more",
         "write values out",
         text("x.yaml", "a: &a [*a]\n"),
     ),
@@ -220,11 +222,11 @@ KINDS = [
     ),
     Kind("output below a file", "detach {out} {data}/x", "Not a directory", NAME),
     Kind("output that is not empty", "detach {out} {out}", "is not empty", "another folder, or --overwrite"),
-    Kind("replies into a folder", "eval {out} {data} --output {here}", "no file that can be written", "name a file"),
+    Kind("replies into a folder", "eval {out} {data} --output {here}", "not a writable file", "name a file"),
     Kind(
         "replies into a pipe",
         "eval {out} {data} --output {here}/x",
-        "no file that can be written",
+        "not a writable file",
         "name a file",
         lambda here: os.mkfifo(here / "x"),
     ),
@@ -236,7 +238,7 @@ KINDS = [
         "The scores are complete",
         "free some space",
     ),
-    Kind("report of no study", "report {here}/nowhere", "study", "name the folder of umbra evaluate"),
+    Kind("report of no study", "report {here}/nowhere", "study", "name the folder of umbra study"),
     # adapters
     Kind("empty adapter folder", "inspect {here}", "adapter_config.json is missing", "name an adapter"),
     Kind(
@@ -270,7 +272,7 @@ KINDS = [
         "--base",
         edited("copy/adapter_config.json", base_model_name_or_path="./\x1b[2J\nFROM evil"),
     ),
-    Kind("convert to nothing", "convert {out}", "Say what to write and where", "--to, --out"),
+    Kind("convert to nothing", "convert {out}", "The format and the folder are missing", "--to, --out"),
     Kind(
         "export to an unknown format",
         "export {out} --to tflite --out {here}/x",
@@ -338,7 +340,7 @@ KINDS = [
 
 
 def spoil(file: Path, drop: bool = False) -> None:
-    """Put NaN into the first tensor of a file, or leave the tensor out."""
+    """Put NaN into the first tensor of a file, or remove the tensor."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(file)
@@ -348,7 +350,7 @@ def spoil(file: Path, drop: bool = False) -> None:
 
 
 def rows() -> str:
-    """The table of docs/trouble.md."""
+    """Return the table of docs/trouble.md."""
     lines = ["| trouble | command | umbra says | what helps |", "|---|---|---|---|"]
     for kind in KINDS:
         says = kind.says.replace("|", "\\|")

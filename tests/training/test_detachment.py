@@ -1,6 +1,5 @@
 """Training for the detached model: labels of the shadow's own, passing requests on, schedules, and no base at all."""
 
-import functools
 import json
 from collections import Counter
 from contextlib import nullcontext
@@ -8,22 +7,27 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import RECORDS, settings, write  # noqa: F401
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import umbra
-from conftest import make_tokenizer
+from support.runs import RECORDS, train_settings, write
 from support.tiny import assert_same, backbone_of, gradients, make, partly_labelled, scramble, shadow_logits, tokens
+from support.tokenizer import make_tokenizer
 from umbra.base.loading import load_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter, Collator, encode_all
 from umbra.errors import ConfigError, DataError
-from umbra.evaluation.scoring import Score
+from umbra.evaluation.scores import Score
 from umbra.method import kernels
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 from umbra.training.train import train
 
 REMOTE = "[REMOTE]"
+
+
+@pytest.fixture
+def settings(tmp_path, base_folder):
+    return train_settings(tmp_path, base_folder)
 
 
 def cross_entropy(logits, labels):
@@ -48,7 +52,7 @@ def two_labels():
 @pytest.mark.parametrize("skip_logits", [True, False])
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("heads", [True, False])
-def test_the_shadow_has_labels_of_its_own(skip_logits, fast, heads):
+def test_shadow_labels_train_shadow_path(skip_logits, fast, heads):
     model = make(train_heads=heads, auxiliary_loss_weight=0.7, distillation_weight=0.4)
     ids, labels, own = two_labels()
     attached, alone = model(ids).logits, shadow_logits(model, ids)
@@ -68,7 +72,7 @@ def test_the_shadow_has_labels_of_its_own(skip_logits, fast, heads):
     assert_same(gradients(model), expected)
 
 
-def test_labels_of_its_own_that_are_the_same_change_nothing():
+def test_equal_shadow_labels_change_nothing():
     model = make(auxiliary_loss_weight=0.7, distillation_weight=0.4).train()
     ids, labels, _ = two_labels()
     plain, told = model(ids, labels=labels), model(ids, labels=labels, shadow_targets=labels)
@@ -76,7 +80,7 @@ def test_labels_of_its_own_that_are_the_same_change_nothing():
 
 
 @pytest.mark.parametrize("skip_logits", [True, False])
-def test_alone_the_shadow_reads_its_own_labels(skip_logits):
+def test_shadow_only_reads_shadow_labels(skip_logits):
     model = make()
     ids, labels, own = two_labels()
     with model.shadow_only():
@@ -86,38 +90,19 @@ def test_alone_the_shadow_reads_its_own_labels(skip_logits):
     assert (out.logits is None) == skip_logits
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize(
-    ("schedule", "factor"), [("constant", lambda p: 1), ("rise", lambda p: p), ("fall", lambda p: 1 - p)]
-)
-def test_the_weight_of_distillation_follows_its_schedule(schedule, factor, share):
-    model = make(distillation_weight=2.0, distillation_schedule=schedule, auxiliary_loss_weight=0.0).train()
-    model.progress.fill_(share)
+def test_distillation_weight_follows_schedule():
+    model = make(distillation_weight=2.0, auxiliary_loss_weight=0.0).train()
     ids, labels, _ = two_labels()
     out = model(ids, labels=labels)
     with model.attached_only():
         task = model(ids, labels=labels).loss
-    torch.testing.assert_close(out.loss, task + 2 * factor(share) * out.distillation_loss)
-
-
-def test_a_trainer_keeps_the_progress(settings, monkeypatch):  # noqa: F811
-    seen = []
-    forward = umbra.model.shadow_model.ShadowForCausalLM.forward
-
-    @functools.wraps(forward)
-    def watch(self, *args, **options):
-        seen.append(float(self.progress))
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(umbra.model.shadow_model.ShadowForCausalLM, "forward", watch)
-    train({**settings, "distillation_weight": 1.0, "distillation_schedule": "rise"})
-    assert seen == pytest.approx([i / 6 for i in range(6)])
+    torch.testing.assert_close(out.loss, task + 2 * out.distillation_loss)
 
 
 # -- without the base ----------------------------------------------------------------------------------------------
 
 
-def test_detached_only_is_the_training_of_the_detached_model(settings):  # noqa: F811
+def test_detached_only_equals_training_detached_model(settings):
     """Against a loop of plain PyTorch over the stock model."""
     settings = {**settings, "detached_only": True, "per_device_train_batch_size": 24, "max_steps": 3, "dropout": 0.0,
                 "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0}  # fmt: skip
@@ -141,7 +126,7 @@ def test_detached_only_is_the_training_of_the_detached_model(settings):  # noqa:
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_detached_only_never_runs_a_block_of_the_base(settings, tmp_path, monkeypatch):  # noqa: F811
+def test_detached_only_never_runs_base_blocks(settings, tmp_path, monkeypatch):
     blocks = type(umbra.base.loading.load_base(settings["base"]).model.layers[0])
     ran, forward = Counter(), blocks.forward
 
@@ -164,7 +149,7 @@ def test_detached_only_never_runs_a_block_of_the_base(settings, tmp_path, monkey
     assert all(not p.any() for n, p in couplings.named_parameters() if n.endswith("up.weight"))
 
 
-def test_detached_only_trains_a_classifiers_own_head(settings, tmp_path):  # noqa: F811
+def test_detached_only_trains_classifier_head(settings, tmp_path):
     data = write(
         tmp_path / "c.jsonl",
         [{"text": r["prompt"], "label": "even" if i % 2 else "odd"} for i, r in enumerate(RECORDS)],
@@ -175,7 +160,7 @@ def test_detached_only_trains_a_classifiers_own_head(settings, tmp_path):  # noq
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_detached_only_learns_what_is_the_shadows_to_learn(settings, tmp_path, every):  # noqa: F811
+def test_detached_only_learns_shadow_labels(settings, tmp_path, every):
     """With marks its loss is the mean over its own labels, however long the answers of the pair are."""
     marked = [{**r, "completion": r["completion"] + "0" * 9, "escalate": i % 2 == 0} for i, r in enumerate(RECORDS)]
     settings = {
@@ -193,19 +178,19 @@ def test_detached_only_learns_what_is_the_shadows_to_learn(settings, tmp_path, e
     assert sum(logged) / len(logged) == pytest.approx(expected, rel=1e-3 if every == 1 else 0.03)
 
 
-def test_detached_only_smooths_no_labels(settings):  # noqa: F811
+def test_detached_only_refuses_label_smoothing(settings):
     with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.1"):
         train({**settings, "detached_only": True, "label_smoothing_factor": 0.1})
 
 
 @pytest.mark.parametrize("words", ["<eos>", "\u2603"])
-def test_words_that_cannot_be_read_back_are_refused(settings, tmp_path, words):  # noqa: F811
+def test_unreadable_escalation_text_is_refused(settings, tmp_path, words):
     marked = write(tmp_path / "m.jsonl", [{**RECORDS[0], "escalate": True}])
     with pytest.raises(ConfigError, match="plain text"):
         train({**settings, "train_data": marked, "escalation": words})
 
 
-def test_in_evaluation_each_path_is_divided_by_its_own_labels():
+def test_evaluation_normalises_each_path_by_its_labels():
     model, (ids, labels, own) = make(), two_labels()
     out = model(ids, labels=labels, shadow_targets=own)
     counts = [int((x[:, 1:] != IGNORED).sum()) for x in (labels, own)]
@@ -213,13 +198,13 @@ def test_in_evaluation_each_path_is_divided_by_its_own_labels():
     torch.testing.assert_close(out.shadow_loss, cross_entropy(shadow_logits(model, ids), own) / counts[1])
 
 
-def test_targets_of_another_shape_are_refused():
+def test_targets_of_wrong_shape_are_refused():
     model, (ids, labels, own) = make(), two_labels()
     with pytest.raises(ConfigError, match="of the labels' shape"):
         model(ids, labels=labels, shadow_targets=own[:, 1:])
 
 
-def test_detached_only_has_nobody_to_distil_from(settings):  # noqa: F811
+def test_detached_only_refuses_distillation(settings):
     with pytest.raises(ConfigError, match="detached_only does not run"):
         train({**settings, "detached_only": True, "distillation_weight": 0.1})
 
@@ -227,7 +212,7 @@ def test_detached_only_has_nobody_to_distil_from(settings):  # noqa: F811
 # -- requests that are beyond the shadow ---------------------------------------------------------------------------
 
 
-def test_a_marked_record_becomes_two_examples(base_folder):
+def test_marked_record_becomes_two_examples(base_folder):
     writer = ChatFormatter(load_tokenizer(base_folder))
     record = {"prompt": "1+1=", "completion": "2"}
     whole, passed = writer.encode_escalated(record, REMOTE)
@@ -241,7 +226,7 @@ def test_a_marked_record_becomes_two_examples(base_folder):
     assert passed["shadow_targets"].tolist() == other["labels"].tolist()
 
 
-def test_of_a_conversation_only_the_last_answer_is_passed_on():
+def test_only_last_answer_of_conversation_escalates():
     turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
     record = {"messages": [{"role": r, "content": c} for r, c in turns], "escalate": True}
     tokenizer = make_tokenizer()
@@ -257,7 +242,7 @@ def test_of_a_conversation_only_the_last_answer_is_passed_on():
     assert not learned(passed, "labels")
 
 
-def test_batches_hold_both_kinds_of_labels(base_folder):
+def test_batches_carry_task_and_shadow_labels(base_folder):
     records = [RECORDS[0], {**RECORDS[1], "escalate": True}, {**RECORDS[2], "escalate": False}]
     examples = encode_all(records, load_tokenizer(base_folder), max_length=99)
     assert len(examples) == 4
@@ -275,18 +260,18 @@ def test_batches_hold_both_kinds_of_labels(base_folder):
         ({"text": "a", "label": "b", "escalate": True}, "unknown column 'escalate'"),
     ],
 )
-def test_marks_that_cannot_be_meant_are_refused(settings, tmp_path, record, says):  # noqa: F811
+def test_invalid_escalation_marks_are_refused(settings, tmp_path, record, says):
     with pytest.raises(DataError, match=says):
         train({**settings, "train_data": write(tmp_path / "bad.jsonl", [record])})
 
 
-def test_an_escalation_without_marks_is_refused(settings):  # noqa: F811
+def test_escalation_without_marks_is_refused(settings):
     with pytest.raises(DataError, match=r"no record of .* is marked"):
         train({**settings, "escalation": REMOTE})
 
 
 @pytest.fixture
-def escalating(settings, tmp_path):  # noqa: F811
+def escalating(settings, tmp_path):
     """A run on sums, of which those that begin with 3 or 4 are beyond the shadow."""
     marked = [{**r, "escalate": r["prompt"][0] in "34"} for r in RECORDS]
     settings |= {"train_data": write(tmp_path / "marked.jsonl", marked), "learning_rate": 2e-2, "num_train_epochs": 100,
@@ -295,7 +280,7 @@ def escalating(settings, tmp_path):  # noqa: F811
     return settings
 
 
-def test_the_detached_model_passes_on_what_was_marked_and_the_pair_does_not(escalating, tmp_path, capsys):
+def test_only_detached_model_escalates_marked_records(escalating, tmp_path, capsys):
     out = escalating["output_dir"]
     assert umbra.load(out).shadow_config.escalation == REMOTE
     assert main(["eval", out, escalating["train_data"], "--max_new_tokens", "12", "--json"]) == 0
@@ -307,9 +292,9 @@ def test_the_detached_model_passes_on_what_was_marked_and_the_pair_does_not(esca
     [short] = json.loads(capsys.readouterr().out)
     assert short["escalated"] == detached["escalated"], "it is not cut off in the middle of that"
     assert cascade["mode"] == "cascade" and cascade["correct"] >= detached["correct"] and cascade["escalated"] is None
-    assert detached["kept_accuracy"] == pytest.approx(detached["correct"] / (24 - detached["escalated"]))
+    assert detached["selective_accuracy"] == pytest.approx(detached["correct"] / (24 - detached["escalated"]))
     assert main(["eval", out, escalating["train_data"], "--modes", "detached"]) == 0
-    assert "passed on" in capsys.readouterr().out
+    assert "escalated" in capsys.readouterr().out
 
     assert main(["detach", out, str(tmp_path / "edge")]) == 0
     assert json.loads((tmp_path / "edge/generation_config.json").read_text())["escalation"] == REMOTE
@@ -319,7 +304,7 @@ def test_the_detached_model_passes_on_what_was_marked_and_the_pair_does_not(esca
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("marked", ["some", "none", "all"])
-def test_the_evaluated_loss_is_of_a_label_whatever_the_batches(settings, tmp_path, marked, smoothing):  # noqa: F811
+def test_evaluation_loss_per_label_is_independent_of_batches(settings, tmp_path, marked, smoothing):
     """Rows that only the shadow learns from neither dilute it nor are left out of the shadow's."""
     chosen = {"some": "34", "none": "", "all": "01234"}[marked]
     records = [{**r, "escalate": r["prompt"][0] in "34"} for r in RECORDS]
@@ -351,19 +336,19 @@ def test_the_evaluated_loss_is_of_a_label_whatever_the_batches(settings, tmp_pat
     assert found == pytest.approx([expected] * 3, rel=1e-5)
 
 
-def test_scores_of_replies_that_are_passed_on():
+def test_escalated_replies_are_scored():
     replies = [
         {"reply": r, "correct": c} for r, c in (("a", True), (" [REMOTE] ", False), ("b", False), ("[REMOTE]", False))
     ]
     score = Score.of("detached", replies, 1, 1.0, None, REMOTE)
-    assert (score.correct, score.total, score.escalated, score.kept_accuracy) == (1, 4, 2, 0.5)
-    assert score.kept_low < 0.5 < score.kept_high
+    assert (score.correct, score.total, score.escalated, score.selective_accuracy) == (1, 4, 2, 0.5)
+    assert score.selective_low < 0.5 < score.selective_high
     none = Score.of("detached", replies[1:2], 1, 1.0, None, REMOTE)
-    assert (none.escalated, none.kept_accuracy) == (1, None)
+    assert (none.escalated, none.selective_accuracy) == (1, None)
     assert Score.of("base", replies, 1, 1.0).escalated is None
 
 
-def test_trainers_that_compute_a_loss_by_themselves_take_both_labels(tmp_path):
+def test_custom_loss_trainers_receive_both_labels(tmp_path):
     """Label smoothing: the second pass reads the shadow's labels, the first never sees them."""
     model = make(auxiliary_loss_weight=0.5)
     scramble(model.shadow, 3)

@@ -31,7 +31,7 @@ MODELS = {
     "narrow": {**NARROW, "shadow_head_dim": 8},
     "own_embeddings": {"embeddings": "own"},
     "trained_heads": {"train_heads": True},
-    "scaled": {"channel_scale": "measured"},
+    "scaled": {"input_scale": "measured"},
     "no_auxiliary": {"auxiliary_loss_weight": 0.0},
     "no_auxiliary_heads": {"train_heads": True, "auxiliary_loss_weight": 0.0},
 }
@@ -77,7 +77,7 @@ def assert_same_step(answers, expected, rtol=1e-4):
     ],
 )
 @pytest.mark.parametrize("model", MODELS)
-def test_two_ranks_are_one(pair, engine, model):
+def test_two_ranks_equal_one(pair, engine, model):
     """Rank 0 has 1 of 6 rows and the fewest labels: a mean per rank would show."""
     assert_same_step(pair(ranks.step, engine, **MODELS[model]), reference(**MODELS[model]))
 
@@ -85,7 +85,7 @@ def test_two_ranks_are_one(pair, engine, model):
 @pytest.mark.parametrize("engine", ["ddp", "blocks"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 @pytest.mark.compat("Distributed", "Activation checkpointing inside the model", "both kinds, under DDP and FSDP2")
-def test_checkpointing_inside(pair, engine, reentrant):
+def test_model_checkpointing_equals_one_rank(pair, engine, reentrant):
     options = {"shadow_num_hidden_layers": 2}
     assert_same_step(pair(ranks.step, engine, inside=reentrant, **options), reference(**options))
 
@@ -98,13 +98,13 @@ def test_checkpointing_inside(pair, engine, reentrant):
     "Activation checkpointing around blocks",
     "`checkpoint_wrapper`, both kinds, before or after `attach`",
 )
-def test_checkpoint_wrappers_around_blocks(pair, engine, kind, before):
+def test_block_checkpoint_wrappers_equal_one_rank(pair, engine, kind, before):
     run = ranks.step if engine == "none" else lambda *a, **k: pair(ranks.step, *a, **k)
     found = run(engine, wrapped_by=kind, before_attach=before)
     assert_same_step([found] if engine == "none" else found, reference())
 
 
-def test_bfloat16_shards_are_a_bfloat16_model(pair):
+def test_bfloat16_shards_equal_bfloat16_model(pair):
     """FSDP2's MixedPrecisionPolicy: float32 weights and gradients, computed as in a model of bfloat16."""
     model = make().train().bfloat16()
     loss = model(**ranks.share()).loss
@@ -132,14 +132,14 @@ def test_bfloat16_shards_are_a_bfloat16_model(pair):
     ids=["blocks", "tied", "tied_gpt2", "no_meta", "kept", "checkpointed", "size", "none"],
 )
 @pytest.mark.compat("Distributed", "FSDP2 by accelerate", "its wrapping policies, its activation checkpointing")
-def test_accelerates_policies(pair, plugin, options, units):
+def test_accelerate_wrap_policies_equal_one_rank(pair, plugin, options, units):
     """Units: 4 blocks of the base, 1 of the shadow, the embeddings, the head (with tied embeddings in it), the model."""
     answers = pair(ranks.accelerated, plugin, **options)
     assert_same_step(answers, reference(**options))
     assert answers[0][2] == units
 
 
-def test_wrapping_by_size_fails_with_the_bare_base_too(pair):
+def test_size_wrap_policy_fails_as_with_base(pair):
     """accelerate 1.15 hands torch's fully_shard the list of the blocks, which has no forward."""
     plugin = {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1000}
     for bare in (False, True):
@@ -150,7 +150,7 @@ def test_wrapping_by_size_fails_with_the_bare_base_too(pair):
 @pytest.mark.compat(
     "Distributed", "bf16 mixed precision", "accelerate's, under DDP and FSDP2; FSDP2's MixedPrecisionPolicy"
 )
-def test_accelerates_bfloat16(pair):
+def test_accelerate_bfloat16_equals_bfloat16_model(pair):
     """Near the step in float32, with float32 weights."""
     loss, expected = reference()
     for found_loss, found, _ in pair(ranks.accelerated, WRAP, mixed_precision="bf16"):
@@ -161,7 +161,7 @@ def test_accelerates_bfloat16(pair):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "blocks"])
-def test_a_resting_adapter_takes_no_part(pair, engine):
+def test_inactive_adapter_is_ignored(pair, engine):
     assert_same_step(pair(ranks.step, engine, resting=True), reference())
 
 
@@ -170,15 +170,15 @@ def test_a_resting_adapter_takes_no_part(pair, engine):
 @pytest.mark.compat(
     "Distributed", "RAM-efficient loading", "rank 1 holds the base without weights; FSDP2 hands them out"
 )
-def test_ram_efficient_loading(pair, tmp_path, empty, scale):
-    given = {"auxiliary_loss_weight": LAMBDA, "channel_scale": scale}
+def test_ram_efficient_loading_equals_one_rank(pair, tmp_path, empty, scale):
+    given = {"auxiliary_loss_weight": LAMBDA, "input_scale": scale}
     make(**given).save_pretrained(tmp_path)
     assert_same_step(pair(ranks.ram_efficient, str(tmp_path), empty), reference(**given))
 
 
 @pytest.mark.parametrize("engine", ["none", "blocks"], ids=["whole", "sharded"])
 @pytest.mark.compat("Distributed", "Saving and generating on several ranks", "a sharded model, too")
-def test_all_ranks_save_and_generate(pair, tmp_path, engine):
+def test_all_ranks_may_save_and_generate(pair, tmp_path, engine):
     """Both call save_pretrained; the folder is whole, and written by one of them."""
     model = make()
     expected = model.generate(tokens(2, ranks.LENGTH), max_new_tokens=6, do_sample=False)
@@ -222,7 +222,7 @@ def assert_same_run(found, expected, shadow=True):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_run_of_two_ranks_is_a_run_of_one(pair, alone, tmp_path, engine):
+def test_two_rank_run_equals_single_run(pair, alone, tmp_path, engine):
     """The same global batches; what one rank has written is loaded alone and answers alike."""
     first, second = pair(ranks.fit, tmp_path, **ENGINES[engine], **RUN)
     assert_same_run(first, alone[1])
@@ -238,7 +238,7 @@ def test_a_run_of_two_ranks_is_a_run_of_one(pair, alone, tmp_path, engine):
 @pytest.mark.compat(
     "Distributed", "transformers Trainer on several ranks", "DDP and FSDP2, full and sharded state dicts"
 )
-def test_transformers_own_trainer_sharded(pair, alone, tmp_path, state):
+def test_transformers_trainer_runs_sharded(pair, alone, tmp_path, state):
     """A full state dict makes it write the adapter; a sharded checkpoint is merged by accelerate and saved then."""
     found, _ = pair(ranks.fit, tmp_path, kind="plain", fsdp=FSDP[state], **RUN)
     assert_same_run(found, alone[1], shadow=False)
@@ -270,7 +270,7 @@ def begun(pair, alone, tmp_path_factory):
 @pytest.mark.parametrize("after", ["one_process", "ddp", "fsdp"])
 @pytest.mark.parametrize("before", ["one_process", "ddp", "fsdp"])
 @pytest.mark.compat("Distributed", "Resuming on another number of ranks", "one process, DDP, FSDP2, in any order")
-def test_a_run_goes_on_under_another_engine(pair, alone, begun, tmp_path, before, after):
+def test_run_resumes_under_another_engine(pair, alone, begun, tmp_path, before, after):
     """From the middle of the run; optimizer state, schedule and data order come with it."""
     options = {"resume": str(begun(before) / "checkpoint-2"), **RUN}
     if after == "one_process":
@@ -285,7 +285,7 @@ def test_a_run_goes_on_under_another_engine(pair, alone, begun, tmp_path, before
 @pytest.mark.compat(
     "Distributed", "λ is what was set", "measured through the gradient, on 2 ranks × 4 accumulation steps"
 )
-def test_the_effective_lambda(pair, tmp_path, kind, ranks_and_steps):
+def test_effective_lambda_is_independent_of_ranks(pair, tmp_path, kind, ranks_and_steps):
     """From one step of plain SGD on the whole data: (g(λ) − g(0)) · g_aux / g_aux · g_aux."""
     count, accumulate = ranks_and_steps
     data = ranks.examples()
@@ -312,7 +312,7 @@ def test_the_effective_lambda(pair, tmp_path, kind, ranks_and_steps):
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.compat("Distributed", "DeepSpeed ZeRO-2 and ZeRO-3", "with `umbra.ShadowTrainer`; tested on CPU over gloo")
-def test_deepspeed(pair, alone, tmp_path, stage, accumulate):
+def test_deepspeed_run_equals_single_run(pair, alone, tmp_path, stage, accumulate):
     """accelerate keeps DeepSpeed from CPUs; let by, it runs there. Its checkpoints resume; the adapter is whole."""
     pytest.importorskip("deepspeed")
     first, _ = pair(ranks.fit, tmp_path, zero=stage, accumulate=accumulate, **RUN)
@@ -353,7 +353,7 @@ def settings(tmp_path, base_folder):
 @pytest.mark.compat(
     "Distributed", "`accelerate launch -m umbra train`", "two processes equal one with the same global batch"
 )
-def test_a_launched_run(settings, tmp_path):
+def test_torchrun_trains(settings, tmp_path):
     """The losses and weights of one process; every line and file once; the same command again is answered from the run."""
     alone = {**settings, "output_dir": str(tmp_path / "alone"), "disable_tqdm": True}
     expected = train(alone)
@@ -376,7 +376,7 @@ def test_a_launched_run(settings, tmp_path):
     )
 
 
-def test_a_base_that_zero3_partitioned_when_it_was_loaded(pair, settings, tmp_path):
+def test_zero3_partitioned_base_trains(pair, settings, tmp_path):
     """The fingerprint is of the whole base, the folder is whole; a copy of missing heads is refused."""
     pytest.importorskip("deepspeed")
     with pytest.raises(AssertionError, match="ZeRO-3 has partitioned this base already"):
@@ -393,10 +393,10 @@ def test_a_base_that_zero3_partitioned_when_it_was_loaded(pair, settings, tmp_pa
     assert found["eval_shadow_loss"] == pytest.approx(float(out.shadow_loss), abs=1e-4)
 
 
-def test_what_is_read_of_a_partitioned_base_is_as_of_a_whole_one(pair, settings, tmp_path):
+def test_partitioned_base_reads_as_whole(pair, settings, tmp_path):
     """Copied blocks and measured channels; nothing is learned at a rate of 0."""
     pytest.importorskip("deepspeed")
-    more = {"init": "base", "channel_scale": "measured", "learning_rate": 0.0, "use_cpu": False}
+    more = {"init": "base", "input_scale": "measured", "learning_rate": 0.0, "use_cpu": False}
     pair(ranks.train_with_zero3, {**settings, **more, "output_dir": str(tmp_path / "still")})
     found = umbra.load(tmp_path / "still").shadow
     whole = umbra.attach(load_base(settings["base"]), found.config).shadow.state_dict()
@@ -407,7 +407,7 @@ def test_what_is_read_of_a_partitioned_base_is_as_of_a_whole_one(pair, settings,
     assert all(float(v.std()) > 0 for k, v in read.items() if k.endswith(".channels"))
 
 
-def test_a_bad_configuration_is_said_once(settings, tmp_path):
+def test_invalid_configuration_is_reported_once(settings, tmp_path):
     """By rank 0, in one line; what follows is the launcher's own report."""
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({**settings, "rnk": 4}))
@@ -419,7 +419,7 @@ def test_a_bad_configuration_is_said_once(settings, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
+def test_error_on_one_rank_is_reported(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("umbra.cli.PATIENCE", 0)
     assert main(["train", "--rnk", "4"]) == 2

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 CHOSEN = "max_steps,teacher,detach --overwrite,convert,export hf"
 
 
-def test_a_killed_command_that_runs_again_ends_as_an_uninterrupted_one(tmp_path):
+def test_rerun_after_kill_equals_uninterrupted_run(tmp_path):
     """By SIGKILL, at operations that change the disk and at random times; the same seed every time."""
     command = [
         sys.executable,

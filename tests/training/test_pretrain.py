@@ -12,41 +12,26 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import umbra
-from conftest import make_tokenizer
+from support.runs import NARROW, TEXT, pretrain_settings
 from support.tiny import LLAMA_LIKE, make, make_base, randomise, tokens
+from support.tokenizer import make_tokenizer
 from umbra.cli import main
 from umbra.data import ChatFormatter
 from umbra.method import divergences as divergence
-from umbra.method.divergences import KINDS, teach
-from umbra.training import pretrain
+from umbra.method.divergences import KINDS, teacher_log_probs
+from umbra.training import pretrain, stages
 from umbra.training.train import train
 
-TEXT = "\n\n".join(f"{a} plus {b} is {a + b}, and {b} plus {a} is {a + b}." for a in range(12) for b in range(12))
-
-NARROW = {
-    "shadow_hidden_size": 16, "shadow_num_attention_heads": 2, "shadow_num_key_value_heads": 2, "shadow_head_dim": 8,
-}  # fmt: skip
-
 
 @pytest.fixture
-def text(tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    return str(tmp_path / "text.txt")
-
-
-@pytest.fixture
-def settings(tmp_path, base_folder, text):
-    return {
-        "base": base_folder, "data": text, "output_dir": str(tmp_path / "out"), "max_length": 32, "held_out": 8,
-        "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "steps",
-        "save_steps": 4, "disable_tqdm": True, "use_cpu": True, "seed": 3,
-    }  # fmt: skip
+def settings(tmp_path, base_folder):
+    return pretrain_settings(tmp_path, base_folder)
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_each_stage_brings_and_what_comes_out(settings, tmp_path):
+def test_stages_improve_metrics_and_write_stock_model(settings, tmp_path):
     found = pretrain.pretrain({**settings, "stages": "distillation,next_token", "max_steps": 30})
     start, distilled, taught = found["start"], found["1-distillation"], found["2-next_token"]
     assert distilled["divergence"] < 0.8 * start["divergence"]
@@ -66,7 +51,7 @@ def test_what_each_stage_brings_and_what_comes_out(settings, tmp_path):
     assert pretrain.pretrain({**settings, "stages": "distillation,next_token", "max_steps": 30}) == found
 
 
-def test_what_is_measured_is_what_it_says(settings):
+def test_metrics_match_their_formulas(settings):
     model = make()
     blocks = tokens(3, 12).numpy()
     found = pretrain.measure(model, blocks, 2)
@@ -92,7 +77,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_loss_of_a_stage(settings, form):
+def test_stage_loss_matches_formula(settings, form):
     """At a rate of 0, of one batch that holds every block: written out."""
     every = {"learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 10**4}
     pretrain.pretrain({**settings, **every, **FORMS[form]})
@@ -121,7 +106,7 @@ def test_the_loss_of_a_stage(settings, form):
             "stages": "distillation",
             **FORMS[form],
         }
-        told = teach(t, chosen["temperature"], chosen["teacher_top_k"])
+        told = teacher_log_probs(t, chosen["temperature"], chosen["teacher_top_k"])
         loss = divergence.divergence(z, told, chosen["divergence"], chosen["temperature"])
         loss = loss + (F.cross_entropy(z, ids[0, 1:], reduction="sum") if "next_token" in chosen["stages"] else 0)
         losses.append(float(loss) / len(z))
@@ -136,7 +121,7 @@ def killed(*_, **__):
     raise Killed
 
 
-def test_a_killed_run_goes_on(settings, monkeypatch, tmp_path):
+def test_killed_run_resumes(settings, monkeypatch, tmp_path):
     """Killed in the first stage, and again in the second, both times beyond a checkpoint."""
     settings = {**settings, "stages": "next_token,distillation"}
     whole = pretrain.pretrain({**settings, "output_dir": str(tmp_path / "whole")})
@@ -162,18 +147,18 @@ def test_a_killed_run_goes_on(settings, monkeypatch, tmp_path):
         assert found[stage] == pytest.approx(whole[stage], rel=1e-4)
 
 
-def test_text_of_the_bases_own(settings, tmp_path, text):
+def test_base_generated_text_is_trained_on(settings, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     own = {"data": None, "prompts": str(tmp_path / "prompts.txt"), "own_documents": 40, "own_new_tokens": 20}
     found = pretrain.pretrain({**settings, **own, "max_length": 16})
     assert found["1-distillation"]["divergence"] < found["start"]["divergence"]
     lines = (tmp_path / "out" / "own.jsonl").read_text().splitlines()
     assert len(lines) == 40
-    mixed = {**own, "data": text, "weights": "1,2", "output_dir": str(tmp_path / "mixed")}
+    mixed = {**own, "data": settings["data"], "weights": "1,2", "output_dir": str(tmp_path / "mixed")}
     assert "start" in pretrain.pretrain({**settings, **mixed, "max_length": 16})
 
 
-def test_a_narrower_shadow_brings_its_own_embeddings(settings):
+def test_narrow_shadow_has_own_embeddings(settings):
     pretrain.pretrain({**settings, **NARROW})
     model = umbra.attach(
         umbra.base.loading.load_base(settings["base"]), umbra.ShadowConfig(shadow=settings["output_dir"])
@@ -189,7 +174,7 @@ def naive_alignment(base, stock):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_shadow_of_another_width_is_aligned_in_closed_form(settings, tmp_path, kind):
+def test_shadow_of_other_width_is_aligned_in_closed_form(settings, tmp_path, kind):
     """Beside the base that it was pretrained for, it says exactly what it says alone; beside another, as nearly as can be."""
     sizes = dict(list(NARROW.items())[: None if kind == "llama" else 2])
     make_base(kind, vocab_size=99).save_pretrained(tmp_path / "base")
@@ -207,14 +192,14 @@ def test_a_shadow_of_another_width_is_aligned_in_closed_form(settings, tmp_path,
     torch.testing.assert_close(model.shadow.projection.weight.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_shadow_of_another_base_of_the_same_width_is_told_of(settings, tmp_path, recwarn):
+def test_shadow_pretrained_for_other_base_is_reported(settings, tmp_path, recwarn):
     """It has no projection to be solved for. Fine-tuned further, a base is no other one; what the warning names helps."""
     pretrain.pretrain(settings)
     config, base = umbra.ShadowConfig(shadow=settings["output_dir"]), umbra.base.loading.load_base(settings["base"])
     with torch.no_grad():
         base.get_output_embeddings().weight.mul_(1.5).add_(torch.randn_like(base.get_output_embeddings().weight) * 0.01)
     umbra.attach(base, config)
-    assert not [w for w in recwarn if "each in their own way" in str(w.message)]
+    assert not [w for w in recwarn if "unrelated weights" in str(w.message)]
     other, taught = str(tmp_path / "other"), str(tmp_path / "taught")
     make_base(vocab_size=99).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
@@ -224,11 +209,11 @@ def test_a_shadow_of_another_base_of_the_same_width_is_told_of(settings, tmp_pat
     assert found["1-distillation"]["divergence"] < 0.9 * found["start"]["divergence"]
     recwarn.clear()
     umbra.attach(umbra.base.loading.load_base(other), umbra.ShadowConfig(shadow=taught))
-    assert not [w for w in recwarn if "each in their own way" in str(w.message)]
+    assert not [w for w in recwarn if "unrelated weights" in str(w.message)]
 
 
 @pytest.mark.parametrize(("kind", "fields"), [("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.25})])
-def test_logits_that_a_family_scales_are_scaled_once(settings, tmp_path, kind, fields):
+def test_logit_scaling_is_applied_once(settings, tmp_path, kind, fields):
     randomise(AutoConfig.for_model(kind, **{**LLAMA_LIKE, **fields})).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     narrow = {k: v for k, v in NARROW.items() if k != "shadow_head_dim"}  # which these do not have
@@ -240,7 +225,7 @@ def test_logits_that_a_family_scales_are_scaled_once(settings, tmp_path, kind, f
         torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_alignment_trains_the_projection_alone(settings, tmp_path):
+def test_alignment_trains_projection_only(settings, tmp_path):
     stages = {"stages": "alignment,distillation", "shadow": settings["base"], "output_dir": str(tmp_path / "aligned")}
     base = str(tmp_path / "wider")
     make_base(hidden_size=48, num_attention_heads=4, num_key_value_heads=2).save_pretrained(base)
@@ -270,30 +255,30 @@ REFUSED = {
     "no output": ({"output_dir": ""}, "output_dir is missing"),
     "blocks too long": (
         {"max_length": 10**6},
-        "max_length=1000000 is more than the 128 tokens that the base is made for",
+        "max_length=1000000 is more than the base's 128 positions",
     ),
-    "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is of umbra train"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor applies to umbra train"),
     "no prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt cannot be read"),
     "a source twice": ({"data": "a.txt,a.txt"}, "names a source twice"),
-    "evaluation": ({"eval_strategy": "steps"}, "eval_strategy is of umbra train"),
+    "evaluation": ({"eval_strategy": "steps"}, "eval_strategy applies to umbra train"),
 }
 
 
 @pytest.mark.parametrize("form", REFUSED)
-def test_refused_before_any_work(settings, form, tmp_path):
+def test_invalid_settings_are_refused_early(settings, form, tmp_path):
     changed, message = REFUSED[form]
     with pytest.raises(umbra.UmbraError, match=message):
         pretrain.pretrain({**settings, **changed})
     assert not (tmp_path / "out").exists(), "the next attempt finds the folder free"
 
 
-def test_a_source_of_copies_alone_is_refused(settings, text, tmp_path):
-    (tmp_path / "copy.txt").write_text(Path(text).read_text().upper())
-    with pytest.raises(umbra.DataError, match=r"All \d+ documents of .*copy.txt are copies"):
-        pretrain.pretrain({**settings, "data": f"{text},{tmp_path}/copy.txt"})
+def test_source_with_only_duplicates_is_refused(settings, tmp_path):
+    (tmp_path / "copy.txt").write_text(Path(settings["data"]).read_text().upper())
+    with pytest.raises(umbra.DataError, match=r"All \d+ documents of .*copy.txt duplicate others"):
+        pretrain.pretrain({**settings, "data": f"{settings['data']},{tmp_path}/copy.txt"})
 
 
-def test_text_that_the_base_wrote_is_read_as_a_file_like_others(settings, tmp_path, monkeypatch):
+def test_generated_text_can_be_used_as_data_file(settings, tmp_path, monkeypatch):
     """Also beside what it writes in this run, which has another name."""
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": f"{i} and more " * 9}) + "\n" for i in range(40)))
@@ -304,12 +289,12 @@ def test_text_that_the_base_wrote_is_read_as_a_file_like_others(settings, tmp_pa
     assert "start" in pretrain.pretrain({**settings, **both, "output_dir": "both"})
 
 
-def test_the_switch_to_the_plain_kernels_is_no_obstacle(settings):
+def test_plain_kernels_setting_is_accepted(settings):
     with umbra.method.kernels.reference():
         assert "start" in pretrain.pretrain({**settings, "max_steps": 1})
 
 
-def test_what_cannot_be_written_in_the_end_is_told_in_the_beginning(settings, monkeypatch):
+def test_unwritable_output_is_refused_early(settings, monkeypatch):
     def refuse(model):
         raise umbra.DetachError("no such model")
 
@@ -319,14 +304,14 @@ def test_what_cannot_be_written_in_the_end_is_told_in_the_beginning(settings, mo
         pretrain.pretrain(settings)
 
 
-def test_another_run_in_the_folder_is_refused(settings):
+def test_folder_of_another_run_is_refused(settings):
     pretrain.pretrain({**settings, "max_steps": 2})
     with pytest.raises(umbra.CheckpointError, match=r"max_steps: 2 → 1\) \(it can be made longer, not shorter"):
         pretrain.pretrain({**settings, "max_steps": 1})
     pretrain.pretrain({**settings, "max_steps": 2, "overwrite": True})
 
 
-def test_a_run_of_one_stage_can_become_longer(settings, tmp_path):
+def test_single_stage_run_can_be_extended(settings, tmp_path):
     values = {**settings, "lr_scheduler_type": "constant", "max_steps": 3}
     pretrain.pretrain(values)
     found = pretrain.pretrain({**values, "max_steps": 6})
@@ -340,16 +325,16 @@ def test_a_run_of_one_stage_can_become_longer(settings, tmp_path):
         pretrain.pretrain({**two, "max_steps": 6})
 
 
-def test_another_content_of_a_file_is_another_run(settings, tmp_path, text, capsys):
+def test_changed_data_is_another_run(settings, tmp_path, capsys):
     given = {**settings, "max_steps": 1, "save_strategy": "no"}
     found = pretrain.pretrain(given)
     assert pretrain.pretrain(given) == found and "nothing was trained" in capsys.readouterr().err
-    Path(text).write_text(TEXT.replace("plus", "and"))
+    Path(settings["data"]).write_text(TEXT.replace("plus", "and"))
     with pytest.raises(umbra.CheckpointError, match=r"another content of .*text"):
         pretrain.pretrain(given)
 
 
-def test_answers_to_prompts_of_before_are_written_anew(settings, tmp_path):
+def test_answers_to_changed_prompts_are_regenerated(settings, tmp_path):
     """The prompts that are still asked, in their places, keep theirs."""
     prompts, own = tmp_path / "prompts.txt", tmp_path / "out" / "own.jsonl"
     given = {
@@ -375,7 +360,7 @@ INPUTS = {"data": "out/own.jsonl", "prompts": "out/README.md", "base": "out", "s
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_nothing_is_overwritten_by_a_run_that_cannot_begin(settings, tmp_path, name):
+def test_failed_start_overwrites_nothing(settings, tmp_path, name):
     """Neither what it would read, nor a finished model where a setting is wrong."""
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     own = {"prompts": str(tmp_path / "prompts.txt"), "own_documents": 30, "own_new_tokens": 20, "max_steps": 1}
@@ -387,7 +372,7 @@ def test_nothing_is_overwritten_by_a_run_that_cannot_begin(settings, tmp_path, n
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
 
 
-def test_text_that_cost_time_outlives_other_settings(settings, tmp_path, monkeypatch):
+def test_generated_text_is_reused_with_other_settings(settings, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     own = {
         "data": None,
@@ -411,12 +396,10 @@ def test_text_that_cost_time_outlives_other_settings(settings, tmp_path, monkeyp
     assert "three" in (tmp_path / "out" / "own.jsonl").read_text()
 
 
-def test_mixed_precision_reaches_the_losses(settings, monkeypatch):
+def test_mixed_precision_reaches_losses(settings, monkeypatch):
     seen = []
-    plain = pretrain.shadow_states
-    monkeypatch.setattr(
-        pretrain, "shadow_states", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or plain(*x)
-    )
+    plain = stages.shadow_states
+    monkeypatch.setattr(stages, "shadow_states", lambda *x: seen.append(torch.is_autocast_enabled("cpu")) or plain(*x))
     for on in (False, True):
         pretrain.pretrain({**settings, "output_dir": f"{settings['output_dir']}{on}", "max_steps": 1, "bf16": on})
     measured = seen[: seen.index(True)]
@@ -424,7 +407,7 @@ def test_mixed_precision_reaches_the_losses(settings, monkeypatch):
 
 
 @pytest.mark.parametrize("role", ["shadow", "base"])
-def test_a_model_that_lacks_weights_is_refused(settings, tmp_path, role):
+def test_model_with_missing_weights_is_refused(settings, tmp_path, role):
     """transformers would make them up."""
     model, folder = make_base(vocab_size=99), tmp_path / "damaged"
     model.save_pretrained(folder)
@@ -440,7 +423,7 @@ def test_a_model_that_lacks_weights_is_refused(settings, tmp_path, role):
         pretrain.pretrain({**settings, role: str(folder)})
 
 
-def test_from_the_command_line(settings, tmp_path, capsys):
+def test_pretrain_command_runs(settings, tmp_path, capsys):
     flags = [x for k, v in settings.items() for x in (f"--{k}", str(v))]
     assert main(["pretrain", *flags]) == 0
     assert "1-distillation agreement" in capsys.readouterr().out
@@ -450,7 +433,7 @@ def test_from_the_command_line(settings, tmp_path, capsys):
     assert "divergence must be one of" in capsys.readouterr().err
 
 
-def test_the_help_names_every_stage(capsys):
+def test_help_names_every_stage(capsys):
     with pytest.raises(SystemExit):
         main(["pretrain", "--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -463,7 +446,7 @@ KEPT = {"teacher_top_k": 8, "temperature": 1.5}
 
 
 @pytest.mark.parametrize("stages", ["distillation", "distillation+next_token"])
-def test_what_is_kept_teaches_what_the_base_does(settings, tmp_path, stages):
+def test_cached_teacher_equals_base_teacher(settings, tmp_path, stages):
     def learn(name, **options):
         pretrain.pretrain({**settings, **KEPT, "stages": stages, "output_dir": str(tmp_path / name), **options})
         return AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
@@ -473,10 +456,10 @@ def test_what_is_kept_teaches_what_the_base_does(settings, tmp_path, stages):
     assert not all(torch.allclose(fly[k], other[k], atol=1e-4) for k in fly)
 
 
-def test_a_kept_teacher_is_filled_once_and_goes_on_after_a_kill(settings, tmp_path, monkeypatch):
+def test_teacher_cache_is_filled_once_and_resumes(settings, tmp_path, monkeypatch):
     settings |= {**KEPT, "teacher_cache": True, "per_device_eval_batch_size": 4}
     asked, stop = [], 3
-    say = pretrain.say
+    say = pretrain.base_teacher
 
     def counted(model, ids, options):
         if len(asked) == stop:
@@ -484,7 +467,7 @@ def test_a_kept_teacher_is_filled_once_and_goes_on_after_a_kill(settings, tmp_pa
         asked.append(len(ids))
         return say(model, ids, options)
 
-    monkeypatch.setattr(pretrain, "say", counted)
+    monkeypatch.setattr(pretrain, "base_teacher", counted)
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain(settings)
     stop = None
@@ -502,7 +485,7 @@ def test_a_kept_teacher_is_filled_once_and_goes_on_after_a_kill(settings, tmp_pa
         ({"teacher_cache": True, "teacher_top_k": 4, "stages": "alignment,distillation"}, "for distillation"),
     ],
 )
-def test_a_cache_that_is_of_no_use_is_refused(settings, change, says):
+def test_useless_teacher_cache_is_refused(settings, change, says):
     with pytest.raises(umbra.errors.ConfigError, match=says):
         pretrain.pretrain({**settings, **change})
 
@@ -511,7 +494,7 @@ def test_a_cache_that_is_of_no_use_is_refused(settings, change, says):
 
 
 @pytest.mark.parametrize("run", ["pretrain", "train"])
-def test_a_shadow_with_another_tokenizer_is_refused(settings, tmp_path, run):
+def test_shadow_with_another_tokenizer_is_refused(settings, tmp_path, run):
     pretrain.pretrain({**settings, "max_steps": 1})
     shadow = tmp_path / "out"
     again = {**settings, "shadow": str(shadow), "output_dir": str(tmp_path / "again"), "max_steps": 1}
@@ -530,7 +513,7 @@ def test_a_shadow_with_another_tokenizer_is_refused(settings, tmp_path, run):
         call({**again, "output_dir": str(tmp_path / "third")})
 
 
-def test_vocabularies_are_compared_where_they_are_attached(settings, tmp_path):
+def test_attach_compares_vocabularies(settings, tmp_path):
     """By number: also two that have few words in common."""
     pretrain.pretrain({**settings, "max_steps": 1})
     shadow, base = str(tmp_path / "out"), umbra.base.loading.load_base(settings["base"])
@@ -543,7 +526,7 @@ def test_vocabularies_are_compared_where_they_are_attached(settings, tmp_path):
         umbra.attach(base, umbra.ShadowConfig(shadow=shadow))
 
 
-def test_families_may_rename_added_tokens_and_bases_may_have_no_tokenizer(settings, tmp_path):
+def test_renamed_tokens_and_missing_tokenizer_are_accepted(settings, tmp_path):
     pretrain.pretrain({**settings, "max_steps": 1})
     file = tmp_path / "out" / "tokenizer.json"
     saved, base = json.loads(file.read_text()), umbra.base.loading.load_base(settings["base"])
@@ -559,7 +542,7 @@ def test_families_may_rename_added_tokens_and_bases_may_have_no_tokenizer(settin
     umbra.attach(bare, umbra.ShadowConfig(shadow=str(tmp_path / "out")))
 
 
-def test_rows_that_are_no_tokens_do_not_part_a_family(settings, tmp_path):
+def test_unused_rows_are_ignored_in_vocabulary_check(settings, tmp_path):
     """A base whose table is padded further than that of the shadow's own base, with the same tokenizer."""
     pretrain.pretrain({**settings, **NARROW, "max_steps": 1})
     base = umbra.base.loading.load_base(settings["base"])
@@ -579,7 +562,7 @@ def test_rows_that_are_no_tokens_do_not_part_a_family(settings, tmp_path):
         umbra.attach(base, umbra.ShadowConfig(shadow=str(tmp_path / "out")))
 
 
-def test_what_another_base_in_the_same_place_has_written_is_not_taken(settings, tmp_path, base_folder, monkeypatch):
+def test_text_of_replaced_base_is_not_reused(settings, tmp_path, base_folder, monkeypatch):
     """Nor is what it has said of the text."""
     shutil.copytree(base_folder, tmp_path / "base")
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
@@ -599,7 +582,7 @@ def test_what_another_base_in_the_same_place_has_written_is_not_taken(settings, 
     assert (tmp_path / "out/own.jsonl").read_text() != before
 
 
-def test_an_overwriting_run_that_fails_leaves_the_model(settings, tmp_path):
+def test_failed_overwriting_run_leaves_old_model(settings, tmp_path):
     pretrain.pretrain({**settings, "max_steps": 1})
     before = load_file(tmp_path / "out/model.safetensors")
     (tmp_path / "prompts.txt").write_text("one\n")
@@ -611,7 +594,7 @@ def test_an_overwriting_run_that_fails_leaves_the_model(settings, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_bases_own_table_is_known_in_another_precision(base_folder, tmp_path, dtype):
+def test_shared_table_is_recognised_in_another_precision(base_folder, tmp_path, dtype):
     AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype).save_pretrained(tmp_path / "shadow")
     config = umbra.ShadowConfig(shadow=str(tmp_path / "shadow"))
     for change, owns in ((1.0, False), (1.02, True)):
@@ -622,7 +605,7 @@ def test_the_bases_own_table_is_known_in_another_precision(base_folder, tmp_path
             assert umbra.attach(base, config).shadow.owns_embeddings == owns
 
 
-def test_the_base_teaches_without_dropout(tmp_path):
+def test_teacher_runs_without_dropout(tmp_path):
     model = umbra.attach(make_base("gpt2", attn_pdrop=0.5, embd_pdrop=0.5, resid_pdrop=0.5), umbra.ShadowConfig())
     for module in model.base.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -633,12 +616,12 @@ def test_the_base_teaches_without_dropout(tmp_path):
     assert model.base.training
 
 
-def test_more_tokens_than_there_are_is_all_of_them(settings, tmp_path):
+def test_top_k_beyond_vocabulary_uses_all_tokens(settings, tmp_path):
     pretrain.pretrain({**settings, "teacher_cache": True, "teacher_top_k": 10**6, "max_steps": 1})
     assert json.loads((tmp_path / "out/teacher/teacher.json").read_text())["shape"][2] == 99
 
 
-def test_settings_that_would_break_or_mean_nothing(settings):
+def test_meaningless_settings_are_refused(settings):
     pretrain.pretrain({**settings, "max_steps": 1, "remove_unused_columns": True})
-    with pytest.raises(umbra.ConfigError, match="give it to umbra train"):
+    with pytest.raises(umbra.ConfigError, match="set it for umbra train"):
         pretrain.pretrain({**settings, "escalation": "[REMOTE]"})

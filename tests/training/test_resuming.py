@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 import umbra
 from support.tiny import make, tokens
-from umbra.training import resuming
+from umbra.training import checkpoints, resuming
 from umbra.training.train import ShadowTrainer, train
 
 RECORDS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)]
@@ -78,7 +78,7 @@ MOMENTS = {"in a step": "training_step", "in an evaluation": "evaluation_loop", 
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_resumed_run_equals_an_uninterrupted_one(settings, monkeypatch, rule):
+def test_resumed_run_equals_uninterrupted_run(settings, monkeypatch, rule):
     """Killed in steps, in evaluations and in checkpoints, before the last step and after it."""
     values = {**settings, **RULES[rule]}
     whole = settings["output_dir"] + "-whole"
@@ -98,7 +98,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings, monkeypatch, rule):
             assert end_of(settings["output_dir"]) == expected, f"killed {moment} of step {step}"
 
 
-def test_a_run_killed_while_it_is_saved_does_no_step_more(settings, monkeypatch):
+def test_run_killed_during_final_save_repeats_no_step(settings, monkeypatch):
     """After its last checkpoint, before its adapter and its figures are written; `train_loss` is that of the whole run."""
     values = {**settings, "max_steps": 12, "save_steps": 5, "lr_scheduler_type": "constant"}
     train({**values, "output_dir": settings["output_dir"] + "-whole"})
@@ -115,7 +115,7 @@ def test_a_run_killed_while_it_is_saved_does_no_step_more(settings, monkeypatch)
         assert end_of(settings["output_dir"]) == end_of(settings["output_dir"] + "-whole")
 
 
-def test_the_time_before_a_kill_counts(settings, monkeypatch):
+def test_time_before_kill_is_counted(settings, monkeypatch):
     values = {**settings, "max_steps": 6, "save_steps": 3}
     step = ShadowTrainer.training_step
     monkeypatch.setattr(ShadowTrainer, "training_step", lambda *a, **k: __import__("time").sleep(0.2) or step(*a, **k))
@@ -142,7 +142,7 @@ def trainer(folder, kind=ShadowTrainer, **more):
 
 
 @pytest.mark.parametrize("kind", [ShadowTrainer, resuming.ResumableTrainer])
-def test_a_trainer_that_resumes_at_its_end_does_no_step(tmp_path, kind):
+def test_trainer_resumed_at_end_does_no_step(tmp_path, kind):
     whole = trainer(tmp_path, kind, max_steps=8)
     result = whole.train()
     again = trainer(tmp_path, kind, max_steps=8)
@@ -152,7 +152,7 @@ def test_a_trainer_that_resumes_at_its_end_does_no_step(tmp_path, kind):
     assert [timeless(h) for h in again.state.log_history] == [timeless(h) for h in whole.state.log_history]
 
 
-def test_folders_called_checkpoint_something_are_not_rotated_away(tmp_path):
+def test_unrelated_checkpoint_folders_are_not_rotated(tmp_path):
     (tmp_path / "checkpoint-notes").mkdir()
     (tmp_path / "checkpoint-notes" / "thesis.txt").write_text("mine")
     (tmp_path / "checkpoint-2b").mkdir()
@@ -161,7 +161,7 @@ def test_folders_called_checkpoint_something_are_not_rotated_away(tmp_path):
     assert (tmp_path / "checkpoint-notes" / "thesis.txt").read_text() == "mine"
 
 
-def test_a_kill_while_an_old_checkpoint_goes_leaves_no_half_of_it(settings, monkeypatch):
+def test_kill_during_rotation_leaves_no_partial_checkpoint(settings, monkeypatch):
     values = {**settings, "max_steps": 9, "save_total_limit": 1}
     train({**values, "output_dir": settings["output_dir"] + "-whole"})
     rmtree = shutil.rmtree
@@ -213,31 +213,31 @@ PARTS = (
 
 @pytest.mark.parametrize("damage", [remove, cut, blank])
 @pytest.mark.parametrize("part", PARTS)
-def test_an_incomplete_checkpoint_is_passed_over(two_checkpoints, tmp_path, capsys, part, damage):
+def test_incomplete_checkpoint_is_skipped(two_checkpoints, tmp_path, capsys, part, damage):
     folder = shutil.copytree(two_checkpoints, tmp_path / "out")
     damage(folder / "checkpoint-4" / part)
-    assert resuming.last_checkpoint(folder) == str(folder / "checkpoint-2")
+    assert checkpoints.last_checkpoint(folder) == str(folder / "checkpoint-2")
     assert f"checkpoint-4 ({part}" in capsys.readouterr().err or part == "adapter_config.json"
     damage(folder / "checkpoint-2" / part)
     if part == "trainer_state.json":  # as a kill leaves it
-        assert resuming.last_checkpoint(folder) is None
+        assert checkpoints.last_checkpoint(folder) is None
     else:
         with pytest.raises(umbra.CheckpointError, match=f"No checkpoint in .* is complete .*checkpoint-4: .*{part}"):
-            resuming.last_checkpoint(folder)
+            checkpoints.last_checkpoint(folder)
 
 
-def test_every_ranks_random_state_is_part_of_a_checkpoint(two_checkpoints, tmp_path):
+def test_checkpoint_includes_random_state_of_every_rank(two_checkpoints, tmp_path):
     folder = shutil.copytree(two_checkpoints, tmp_path / "out")
     place = folder / "checkpoint-4"
-    progress = json.loads((place / resuming.PROGRESS).read_text())
-    (place / resuming.PROGRESS).write_text(json.dumps({**progress, "ranks": progress["ranks"] * 2}))
+    progress = json.loads((place / checkpoints.PROGRESS).read_text())
+    (place / checkpoints.PROGRESS).write_text(json.dumps({**progress, "ranks": progress["ranks"] * 2}))
     (place / "rng_state.pth").rename(place / "rng_state_0.pth")
-    assert resuming.last_checkpoint(folder) == str(folder / "checkpoint-2")
+    assert checkpoints.last_checkpoint(folder) == str(folder / "checkpoint-2")
     shutil.copy(place / "rng_state_0.pth", place / "rng_state_1.pth")
-    assert resuming.last_checkpoint(folder) == str(place)
+    assert checkpoints.last_checkpoint(folder) == str(place)
 
 
-def test_a_run_goes_on_from_the_complete_checkpoint(settings, monkeypatch, capsys):
+def test_run_resumes_from_last_complete_checkpoint(settings, monkeypatch, capsys):
     values = {**settings, "max_steps": 9}
     train({**values, "output_dir": settings["output_dir"] + "-whole"})
     with monkeypatch.context() as patch:
@@ -246,11 +246,11 @@ def test_a_run_goes_on_from_the_complete_checkpoint(settings, monkeypatch, capsy
             train(values)
     Path(settings["output_dir"], "checkpoint-6", "optimizer.pt").unlink()
     train(values)
-    assert "training goes on from checkpoint-3: checkpoint-6 (optimizer.pt is missing)" in capsys.readouterr().err
+    assert "training resumes from checkpoint-3: checkpoint-6 (optimizer.pt is missing)" in capsys.readouterr().err
     assert end_of(settings["output_dir"]) == end_of(settings["output_dir"] + "-whole")
 
 
-def test_a_full_disk_in_a_checkpoint_is_one_line_and_the_run_resumes(settings, monkeypatch):
+def test_full_disk_prints_one_line_and_run_resumes(settings, monkeypatch):
     values = {**settings, "max_steps": 9}
     train({**values, "output_dir": settings["output_dir"] + "-whole"})
     save = torch.save

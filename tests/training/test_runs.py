@@ -75,7 +75,7 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_the_second_writer_learns_who_the_first_is(settings, saved, tmp_path, holder, capsys, base_folder):
+def test_second_writer_is_told_first_process(settings, saved, tmp_path, holder, capsys, base_folder):
     """At once, in one line, whatever command it is; a killed holder has given the lock back."""
     out = settings["output_dir"]
     study = tmp_path / "study.yaml"
@@ -102,7 +102,7 @@ def test_the_second_writer_learns_who_the_first_is(settings, saved, tmp_path, ho
     assert not Path(out, LOCK).exists()
 
 
-def test_a_lock_leaves_nothing_behind(tmp_path):
+def test_lock_leaves_no_file(tmp_path):
     with locked(tmp_path / "a" / "b"):
         assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == [LOCK]
     assert list(tmp_path.iterdir()) == []
@@ -112,7 +112,7 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["x"]
 
 
-def test_one_of_many_writers_has_the_lock(tmp_path):
+def test_only_one_writer_holds_lock(tmp_path):
     """Also while the file of the lock comes and goes."""
     code = (
         "import sys, time\nfrom pathlib import Path\n"
@@ -135,7 +135,7 @@ def test_one_of_many_writers_has_the_lock(tmp_path):
     assert all(int(w.communicate()[0]) > 0 and w.returncode == 0 for w in writers)
 
 
-def test_ranks_of_one_run_share_its_lock(tmp_path, monkeypatch):
+def test_ranks_of_one_run_share_lock(tmp_path, monkeypatch):
     with locked(tmp_path):
         monkeypatch.setenv("RANK", "1")
         with locked(tmp_path):
@@ -143,7 +143,7 @@ def test_ranks_of_one_run_share_its_lock(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["dangling", "loop", "file", "below a file", "no locks", "read-only"])
-def test_an_output_folder_that_cannot_be_used_is_one_line(settings, tmp_path, form, monkeypatch, capsys):
+def test_unusable_output_folder_prints_one_line(settings, tmp_path, form, monkeypatch, capsys):
     out = tmp_path / "out"
     if form == "dangling":
         out.symlink_to(tmp_path / "nowhere" / "at all")
@@ -166,7 +166,7 @@ def test_an_output_folder_that_cannot_be_used_is_one_line(settings, tmp_path, fo
 
 
 @pytest.mark.parametrize("seed", [10**30, -1, 2**32])
-def test_a_seed_that_is_none_is_one_line(settings, seed, capsys):
+def test_invalid_seed_prints_one_line(settings, seed, capsys):
     assert main(flags("train", {**settings, "seed": seed})) == 2
     assert "seed" in capsys.readouterr().err
 
@@ -191,7 +191,7 @@ while time.monotonic() < end:
 """
 
 
-def test_readers_beside_a_writer_get_one_generation(tmp_path):
+def test_concurrent_readers_see_one_version(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", SAVER, str(tmp_path / "out")],
         stdout=subprocess.PIPE,
@@ -215,7 +215,7 @@ def test_readers_beside_a_writer_get_one_generation(tmp_path):
 # -- overwrite ---------------------------------------------------------------------------------------------------------
 
 
-def test_overwrite_removes_what_umbra_wrote_and_nothing_else(settings, tmp_path):
+def test_overwrite_removes_only_umbra_files(settings, tmp_path):
     train({**settings, "max_steps": 9, "save_total_limit": None})
     out = Path(settings["output_dir"])
     for name in ("checkpoint-notes/thesis.txt", "checkpoint-3b/x", "stages/plan.md", "notes.txt"):
@@ -229,7 +229,7 @@ def test_overwrite_removes_what_umbra_wrote_and_nothing_else(settings, tmp_path)
     assert (out / "README.md").read_text().endswith("And this I add.\n")
 
 
-def test_a_card_is_written_anew_unless_somebody_edited_it(saved):
+def test_card_is_rewritten_unless_edited(saved):
     card = saved / "README.md"
     assert may_replace(card)
     make(seed=5, rank=2).save_pretrained(saved, overwrite=True)
@@ -244,7 +244,7 @@ def test_a_card_is_written_anew_unless_somebody_edited_it(saved):
 
 
 @pytest.mark.parametrize("name", ["run.json", "adapter_config.json", "checkpoint-7/model.safetensors"])
-def test_overwrite_refuses_to_replace_what_umbra_did_not_write(settings, name):
+def test_overwrite_refuses_to_replace_foreign_files(settings, name):
     file = Path(settings["output_dir"]) / name
     file.parent.mkdir(parents=True)
     file.write_text('{"mine": 1, "peft_type": "LORA"}')
@@ -254,7 +254,7 @@ def test_overwrite_refuses_to_replace_what_umbra_did_not_write(settings, name):
 
 
 @pytest.mark.parametrize("how", ["inside", "symlink", "hard link"])
-def test_an_input_is_never_an_output(settings, tmp_path, how):
+def test_input_is_never_an_output(settings, tmp_path, how):
     train(settings)
     before = Path(settings["output_dir"], "run.json").read_bytes()
     wrong = {**settings, "overwrite": True}
@@ -287,7 +287,7 @@ def test_detach_never_writes_over_its_input(saved, tmp_path, capsys):
 # -- a longer run ------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_goes_on_from_its_end(settings):
+def test_finished_run_can_be_extended(settings):
     """With a constant rate, as if it had been that long from the beginning; then in epochs, five steps each."""
     whole = {**settings, "output_dir": settings["output_dir"] + "-whole"}
     assert train(settings)["global_step"] == 3
@@ -306,7 +306,7 @@ def test_a_finished_run_goes_on_from_its_end(settings):
     assert same(weights(epochs["output_dir"]), weights(whole["output_dir"]))
 
 
-def test_a_run_whose_folder_was_moved_goes_on(settings, tmp_path):
+def test_moved_run_resumes(settings, tmp_path):
     train(settings)
     Path(settings["output_dir"]).rename(tmp_path / "moved")
     moved = {**settings, "output_dir": str(tmp_path / "moved")}
@@ -314,7 +314,7 @@ def test_a_run_whose_folder_was_moved_goes_on(settings, tmp_path):
     assert train({**moved, "max_steps": 4})["global_step"] == 4
 
 
-def test_a_file_beside_the_data_of_a_folder_is_no_change(tmp_path):
+def test_unrelated_file_in_data_folder_is_no_change(tmp_path):
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "a.jsonl", RECORDS)
     before = local_files(str(tmp_path / "data"))
@@ -324,7 +324,7 @@ def test_a_file_beside_the_data_of_a_folder_is_no_change(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["new", "gone", "other"])
-def test_a_run_goes_on_with_the_same_files_of_a_glob_alone(settings, tmp_path, change):
+def test_resuming_needs_same_glob_files(settings, tmp_path, change):
     for name in "ab":
         write(tmp_path / f"part-{name}.jsonl", RECORDS[:10])
     values = {**settings, "train_data": [str(tmp_path / "part-*.jsonl")], "max_steps": 1}
@@ -336,7 +336,7 @@ def test_a_run_goes_on_with_the_same_files_of_a_glob_alone(settings, tmp_path, c
         train(values)
 
 
-def test_a_longer_run_follows_the_schedule_of_its_new_length(settings):
+def test_extended_run_follows_new_schedule(settings):
     values = {**settings, "lr_scheduler_type": "linear", "warmup_steps": 0, "learning_rate": 1e-3}
     train(values)
     train({**values, "max_steps": 6})
@@ -344,7 +344,7 @@ def test_a_longer_run_follows_the_schedule_of_its_new_length(settings):
     assert rates == pytest.approx([1e-3 * r for r in (1, 2 / 3, 1 / 3, 3 / 6, 2 / 6, 1 / 6)])
 
 
-def test_a_run_without_a_checkpoint_of_its_end_cannot_go_on(settings):
+def test_run_without_final_checkpoint_cannot_be_extended(settings):
     train({**settings, "save_strategy": "no"})
     with pytest.raises(umbra.CheckpointError, match=r"no checkpoint of its end, step 3.*--adapter"):
         train({**settings, "save_strategy": "no", "max_steps": 6})
@@ -361,7 +361,7 @@ def adapter(tmp_path, base_folder):
     return str(tmp_path / "adapter")
 
 
-def test_a_warm_start_begins_with_the_adapters_loss(settings, adapter, tmp_path):
+def test_warm_start_begins_with_adapter_loss(settings, adapter, tmp_path):
     """And with its base and its shadow; what is trained is another adapter."""
     from umbra.base.loading import load_tokenizer
     from umbra.data import Collator, encode_all
@@ -386,13 +386,13 @@ def test_a_warm_start_begins_with_the_adapters_loss(settings, adapter, tmp_path)
         train({**given, "adapter": adapter, "per_device_train_batch_size": 20, "max_steps": 1})
 
 
-def test_other_settings_of_the_shadow_than_the_adapters_are_named(settings, adapter):
+def test_settings_conflicting_with_adapter_are_named(settings, adapter):
     with pytest.raises(umbra.ConfigError, match=r"dropout: 0.0 → 0.1, gate_rank: 2 → 4, rank: 3 → 4"):
         train({**settings, "adapter": adapter})
     assert train({**settings, "rank": 3, "gate_rank": 2, "dropout": 0.0, "adapter": adapter})["global_step"] == 3
 
 
-def test_a_classifier_starts_with_its_classes(settings, tmp_path):
+def test_warm_started_classifier_keeps_classes(settings, tmp_path):
     def data(*labels):
         return write(
             tmp_path / "c.jsonl",

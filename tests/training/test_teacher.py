@@ -1,4 +1,4 @@
-"""What the base says of a text, kept on disk: whose it is, what a damage or a full disk does to it."""
+"""The teacher cache on disk: which content is reused, and what happens on damage or a full disk."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from umbra.method.divergences import Teacher
 from umbra.training.teacher_cache import TeacherCache
 
 
-def test_a_teacher_of_another_text_is_not_taken(tmp_path):
+def test_teacher_cache_of_other_text_is_not_used(tmp_path):
     blocks = np.arange(24, dtype=np.int32).reshape(3, 8)
 
     def say(ids):
@@ -29,7 +29,7 @@ def test_a_teacher_of_another_text_is_not_taken(tmp_path):
     assert TeacherCache(tmp_path, blocks + 1, 2).done == 0
 
 
-def test_a_teacher_of_another_base_is_not_taken(tmp_path):
+def test_teacher_cache_of_other_base_is_not_used(tmp_path):
     blocks = np.zeros((1, 8), np.int32)
     cache = TeacherCache(tmp_path, blocks, 2, {"base": "one"})
     cache.fill(lambda ids: Teacher(-torch.ones(7, 2), torch.zeros(7, 2, dtype=torch.int64)), 1)
@@ -37,7 +37,7 @@ def test_a_teacher_of_another_base_is_not_taken(tmp_path):
     assert TeacherCache(tmp_path, blocks, 2, {"base": "another"}).done == 0
 
 
-def test_a_cache_that_is_damaged_is_filled_again(tmp_path):
+def test_damaged_cache_is_refilled(tmp_path):
     blocks = np.arange(24, dtype=np.int32).reshape(3, 8)
 
     def say(ids):
@@ -52,17 +52,17 @@ def test_a_cache_that_is_damaged_is_filled_again(tmp_path):
         assert TeacherCache(tmp_path, blocks, 2).done == 3
 
 
-def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
+def test_full_disk_is_reported(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(27, "File too large")
 
     monkeypatch.setattr("umbra.training.teacher_cache.write_text", full)
     cache = TeacherCache(tmp_path, np.zeros((1, 8), np.int32), 2)
-    with pytest.raises(umbra.CheckpointError, match=r"cannot be kept in .*File too large"):
+    with pytest.raises(umbra.CheckpointError, match=r"cannot be written.*File too large"):
         cache.fill(lambda ids: Teacher(-torch.ones(7, 2), torch.zeros(7, 2, dtype=torch.int64)), 1)
 
 
-def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
+def test_too_small_disk_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(umbra.CheckpointError, match="lower teacher_top_k"):
         TeacherCache(tmp_path, np.zeros((3, 8), np.int32), 2)
@@ -112,7 +112,7 @@ def killed(folder, calls):
 
 
 @pytest.mark.parametrize("lost", [None, "log_p.npy", "tokens.npy", "teacher.json"])
-def test_no_row_is_read_that_was_not_written(tmp_path, lost):
+def test_unwritten_rows_are_never_read(tmp_path, lost):
     """Killed anywhere, after a file of a whole cache was lost or before there was one."""
     for calls in range(1, 40):
         folder = tmp_path / str(calls)
@@ -127,7 +127,7 @@ def test_no_row_is_read_that_was_not_written(tmp_path, lost):
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "log_p.npy"])
-def test_rows_that_were_lost_within_a_file_are_filled_again(tmp_path, name):
+def test_lost_rows_are_refilled(tmp_path, name):
     TeacherCache(tmp_path, BLOCKS, 2).fill(say, 2)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[:-100] + bytes(100))
@@ -135,12 +135,12 @@ def test_rows_that_were_lost_within_a_file_are_filled_again(tmp_path, name):
     assert_whole(tmp_path)
 
 
-def test_a_disk_that_is_full_while_room_is_made_is_an_error(tmp_path):
+def test_full_disk_during_preallocation_raises(tmp_path):
     """And no signal, which a write into memory would get."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
     try:
-        with pytest.raises(umbra.CheckpointError, match="cannot be kept in"):
+        with pytest.raises(umbra.CheckpointError, match="cannot be written"):
             TeacherCache(tmp_path, BLOCKS, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -10,63 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import umbra
+from support.runs import RECORDS, losses, same, train_settings, weights, write
 from umbra.cli import main
 from umbra.training.train import ShadowTrainer, train
-
-RECORDS = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(5)][:24]
-
-
-def write(path, records):
-    path.write_text("\n".join(json.dumps(r) for r in records) + "\n")
-    return str(path)
 
 
 @pytest.fixture
 def settings(tmp_path, base_folder):
-    return {
-        "base": base_folder,
-        "train_data": write(tmp_path / "train.jsonl", RECORDS),
-        "output_dir": str(tmp_path / "out"),
-        "rank": 4,
-        "gate_rank": 4,
-        "alpha": 1.0,
-        "init": "random",
-        "auxiliary_loss_weight": 0.5,
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 1,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "report_to": "none",
-        "seed": 7,
-    }
+    return train_settings(tmp_path, base_folder)
 
 
-def weights(folder):
-    return load_file(f"{folder}/adapter_model.safetensors")
-
-
-def losses(folder):
-    with open(f"{folder}/run.json") as file:
-        return [(h["loss"], h["shadow_loss"]) for h in json.load(file)["history"] if "loss" in h]
-
-
-def same(a, b, tolerance=0.0):
-    assert a.keys() == b.keys()
-    return all((a[k] - b[k]).abs().max() <= tolerance for k in a)
-
-
-def test_the_cpu_is_taken_where_there_is_nothing_else(settings):
+def test_cpu_is_used_without_accelerator(settings):
     """Even in bf16, which transformers refuse on a CPU that they were not told of."""
     del settings["use_cpu"]
     train({**settings, "bf16": True, "max_steps": 1})
     assert len(losses(settings["output_dir"])) == 1
 
 
-def test_both_losses_fall_and_the_adapter_is_written(settings):
+def test_both_losses_fall_and_adapter_is_written(settings):
     metrics = train({**settings, "num_train_epochs": 6, "learning_rate": 3e-3})
     history = losses(settings["output_dir"])
     assert history[-1][0] < history[0][0] - 0.4
@@ -91,7 +54,7 @@ def test_logged_loss_is_task_plus_lambda_times_shadow(settings):
     assert loss == pytest.approx(float(out.loss + 0.5 * out.shadow_loss), abs=1e-4)
 
 
-def test_evaluation_reports_the_task_loss_and_the_shadows_beside_it(settings, tmp_path):
+def test_evaluation_reports_task_and_shadow_loss(settings, tmp_path):
     metrics = train(
         {**settings, "eval_data": write(tmp_path / "eval.jsonl", RECORDS[:6]), "per_device_eval_batch_size": 6}
     )
@@ -104,7 +67,7 @@ def test_evaluation_reports_the_task_loss_and_the_shadows_beside_it(settings, tm
     assert metrics["eval_shadow_loss"] == pytest.approx(float(out.shadow_loss), abs=1e-4)
 
 
-def test_accumulated_equals_large_batch(settings):
+def test_accumulated_batches_equal_large_batch(settings):
     large = {**settings, "dropout": 0.0, "per_device_train_batch_size": 8, "max_grad_norm": 0.0, "optim": "sgd"}
     train({**large, "output_dir": settings["output_dir"] + "-large"})
     train({**large, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
@@ -113,7 +76,7 @@ def test_accumulated_equals_large_batch(settings):
         assert a == pytest.approx(b, abs=1e-4)
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(settings, monkeypatch):
+def test_interrupted_run_resumes_identically(settings, monkeypatch):
     """Dropout on, so that the random state must come back too."""
     values = {**settings, "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
     train({**values, "output_dir": settings["output_dir"] + "-whole"})
@@ -133,7 +96,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(settings, monkeyp
     assert same(weights(settings["output_dir"]), weights(settings["output_dir"] + "-whole"))
 
 
-def test_a_killed_process_resumes_from_its_last_whole_checkpoint(settings):
+def test_killed_process_resumes_from_last_whole_checkpoint(settings):
     values = {**settings, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
     flags = [f"--{k}={v}" for k, v in values.items()]
     process = subprocess.Popen(
@@ -154,7 +117,7 @@ def test_a_killed_process_resumes_from_its_last_whole_checkpoint(settings):
     assert same(weights(settings["output_dir"]), weights(settings["output_dir"] + "-whole"))
 
 
-def test_a_checkpoint_cut_off_by_a_kill_is_not_resumed_from(settings):
+def test_truncated_checkpoint_is_not_resumed(settings):
     values = {**settings, "save_strategy": "steps", "save_steps": 2}
     train(values)
     out = settings["output_dir"]
@@ -168,7 +131,7 @@ def test_a_checkpoint_cut_off_by_a_kill_is_not_resumed_from(settings):
 
 
 @pytest.mark.parametrize("has_state", [True, False])
-def test_checkpoints_of_something_else_are_left_alone(settings, has_state):
+def test_foreign_checkpoints_are_left_alone(settings, has_state):
     theirs = Path(settings["output_dir"]) / "checkpoint-500"
     theirs.mkdir(parents=True)
     (theirs / "model.safetensors").write_text("weights")
@@ -179,7 +142,7 @@ def test_checkpoints_of_something_else_are_left_alone(settings, has_state):
     assert (theirs / "model.safetensors").read_text() == "weights" and not (theirs.parent / "run.json").exists()
 
 
-def test_a_strategy_may_be_called_no(settings, tmp_path, capsys):
+def test_save_strategy_may_be_no(settings, tmp_path, capsys):
     """To YAML that is False."""
     (tmp_path / "train.yaml").write_text(
         "\n".join(f"{k}: {json.dumps(v)}" for k, v in settings.items()) + "\nsave_strategy: no\nmax_steps: 1\n"
@@ -189,7 +152,7 @@ def test_a_strategy_may_be_called_no(settings, tmp_path, capsys):
     assert (asked["save_strategy"], asked["logging_strategy"]) == ("no", "no")
 
 
-def test_a_seed_is_of_a_classifiers_head_too(settings, tmp_path):
+def test_seed_covers_classifier_head(settings, tmp_path):
     data = write(tmp_path / "c.jsonl", [{"text": r["prompt"], "label": i % 2} for i, r in enumerate(RECORDS)])
     heads = []
     for out, seed in (("one", 7), ("two", 7), ("three", 8)):
@@ -198,13 +161,13 @@ def test_a_seed_is_of_a_classifiers_head_too(settings, tmp_path):
     assert same(heads[0], heads[1]) and not same(heads[0], heads[2], 1e-2)
 
 
-def test_a_finished_run_is_reused(settings, monkeypatch):
+def test_finished_run_is_reused(settings, monkeypatch):
     first = train(settings)
     monkeypatch.setattr("umbra.training.train.load_base", None)
     assert train(settings) == first
 
 
-def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path):
+def test_best_checkpoint_is_loaded_completely(settings, tmp_path):
     """The best is called the one of highest loss, which is the first and not the last."""
     values = {
         **settings, "eval_data": write(tmp_path / "eval.jsonl", RECORDS[:4]), "learning_rate": 3e-2, "num_train_epochs": 3,
@@ -218,7 +181,7 @@ def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_half_precision_base_keeps_a_float32_shadow(settings, dtype):
+def test_half_precision_base_has_float32_shadow(settings, dtype):
     train({**settings, "dtype": dtype, "num_train_epochs": 4, "learning_rate": 3e-3})
     history = losses(settings["output_dir"])
     assert history[-1][0] < history[0][0]
@@ -231,7 +194,7 @@ def test_bf16_autocast_trains(settings):
     assert history[-1][0] < history[0][0]
 
 
-def test_gradient_checkpointing_changes_nothing(settings):
+def test_gradient_checkpointing_changes_no_weight(settings):
     train(settings)
     other = settings["output_dir"] + "-checkpointed"
     train({**settings, "output_dir": other, "activation_checkpointing": True})
@@ -243,7 +206,7 @@ def test_gradient_checkpointing_changes_nothing(settings):
     [(lambda i: "ab"[i % 2], 2), (lambda i: i / 7, 1), (lambda i: ["x", "y"] if i % 2 else ["z"], 3)],
     ids=["single", "regression", "multi"],
 )
-def test_classifiers_train_both_heads_and_leave_the_bases_alone(settings, tmp_path, label, head):
+def test_classifier_trains_both_heads_but_not_base_head(settings, tmp_path, label, head):
     records = [{"text": "ab"[i % 2] * (1 + i // 8), "label": label(i)} for i in range(24)]
     data = write(tmp_path / "classes.jsonl", records)
     values = {**settings, "train_data": data, "eval_data": data, "num_train_epochs": 10, "learning_rate": 1e-2}
@@ -274,13 +237,13 @@ def test_classifiers_train_both_heads_and_leave_the_bases_alone(settings, tmp_pa
         ({"base": "/no/such/base"}, umbra.BaseModelError, "/no/such/base"),
     ],
 )
-def test_bad_settings_are_refused_before_any_work(settings, change, error, says):
+def test_invalid_settings_are_refused_early(settings, change, error, says):
     with pytest.raises(error, match=says):
         train({**settings, **change})
     assert not os.path.exists(settings["output_dir"]) or not os.listdir(settings["output_dir"])
 
 
-def test_a_folder_with_something_else_in_it_is_refused(settings):
+def test_folder_with_other_files_is_refused(settings):
     train(settings)
     with pytest.raises(umbra.CheckpointError, match=r"holds another run \(rank: 4 → 5\)"):
         train({**settings, "rank": 5})
@@ -303,7 +266,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("form", WRONG)
-def test_what_cannot_begin_overwrites_nothing(settings, form):
+def test_failed_start_overwrites_nothing(settings, form):
     train(settings)
     before, wrong = weights(settings["output_dir"]), {**settings, **WRONG[form], "overwrite": True}
     if form == "in place of the base":
@@ -314,7 +277,7 @@ def test_what_cannot_begin_overwrites_nothing(settings, form):
     assert train(settings)["global_step"] == 6, "and the finished run is still known as such"
 
 
-def test_a_home_folder_is_one_folder(settings, tmp_path, monkeypatch):
+def test_tilde_expands_to_home_folder(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     train({**settings, "output_dir": "~/run"})
@@ -322,21 +285,21 @@ def test_a_home_folder_is_one_folder(settings, tmp_path, monkeypatch):
     assert {"run.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "home" / "run").iterdir()}
 
 
-def test_a_record_longer_than_the_bases_positions_is_refused(settings, tmp_path):
+def test_record_longer_than_positions_is_refused(settings, tmp_path):
     data = write(tmp_path / "long.jsonl", [{"prompt": "a" * 200, "completion": "b"}])
-    with pytest.raises(umbra.ConfigError, match="the base is made for 128: set max_length to 128 at most"):
+    with pytest.raises(umbra.ConfigError, match="the base has positions for 128: set max_length to at most 128"):
         train({**settings, "train_data": data})
     assert not os.path.exists(settings["output_dir"])
 
 
-def test_json_is_all_that_stdout_has(settings, capsys):
+def test_stdout_is_only_json(settings, capsys):
     flags = [x for k, v in settings.items() if k != "disable_tqdm" for x in (f"--{k}", str(v))]
     assert main(["train", *flags, "--json", "--max_length", "30"]) == 0
     assert json.loads(capsys.readouterr().out)["global_step"] == 6
 
 
 @pytest.mark.parametrize("classifier", [False, True])
-def test_transformers_own_trainer_resumes_and_loads_the_best(tmp_path, classifier, monkeypatch):
+def test_transformers_trainer_resumes_and_loads_best(tmp_path, classifier, monkeypatch):
     """Nothing of ours but the model: trained heads are in every checkpoint, resuming is exact."""
     from transformers import Trainer, TrainingArguments
 
@@ -372,21 +335,23 @@ def test_transformers_own_trainer_resumes_and_loads_the_best(tmp_path, classifie
     assert same({k.removeprefix("shadow."): v for k, v in found.items()}, best.model.shadow.state_dict())
 
 
-def test_a_run_of_an_earlier_version_is_known_again(settings):
+def test_run_of_earlier_version_is_recognised(settings):
     """What its file does not mention had the default then; what differs from it is another run."""
     first = train(settings)
     file = f"{settings['output_dir']}/run.json"
     with open(file) as opened:
         held = json.load(opened)
-    del held["asked"]["backbone_rate"], held["asked"]["init_scale"]
+    held["asked"] |= {"channel_scale": held["asked"].pop("input_scale"), "backbone_rate": 1.0, "update": "gated"}
+    held["asked"] |= held["asked"].pop("constants")
+    del held["asked"]["auxiliary_loss_every"], held["asked"]["init_scale"]
     with open(file, "w") as opened:
         json.dump(held, opened)
     assert train(settings) == first
-    with pytest.raises(umbra.CheckpointError, match=r"another run \(backbone_rate: 1.0 → 0.5\)"):
-        train({**settings, "backbone_rate": 0.5})
+    with pytest.raises(umbra.CheckpointError, match=r"another run \(auxiliary_loss_every: 1 → 2\)"):
+        train({**settings, "auxiliary_loss_every": 2})
 
 
-def test_save_steps_alone_mean_checkpoints(settings):
+def test_save_steps_enables_checkpoints(settings):
     train({**settings, "save_steps": 2, "max_steps": 5, "save_total_limit": None})
     assert {p.name for p in Path(settings["output_dir"]).glob("checkpoint-*")} == {
         "checkpoint-2",
@@ -395,7 +360,7 @@ def test_save_steps_alone_mean_checkpoints(settings):
     }
 
 
-def test_another_content_of_the_data_is_another_run(settings, tmp_path):
+def test_changed_data_is_another_run(settings, tmp_path):
     given = {**settings, "train_data": write(tmp_path / "own.jsonl", RECORDS), "max_steps": 1}
     found = train(given)
     write(tmp_path / "own.jsonl", RECORDS[:-1])
@@ -407,13 +372,13 @@ def test_another_content_of_the_data_is_another_run(settings, tmp_path):
     assert train(given) == found
 
 
-def test_eval_steps_alone_mean_evaluations(settings, tmp_path):
+def test_eval_steps_enables_evaluation(settings, tmp_path):
     train({**settings, "eval_data": write(tmp_path / "eval.jsonl", RECORDS[:4]), "eval_steps": 2, "max_steps": 4})
     with open(f"{settings['output_dir']}/run.json") as file:
         assert [h["step"] for h in json.load(file)["history"] if "eval_loss" in h][:2] == [2, 4]
 
 
-def test_an_optimizer_that_cannot_be_had_costs_no_finished_run(settings, capsys):
+def test_unavailable_optimizer_leaves_finished_run(settings, capsys):
     train({**settings, "max_steps": 1})
     before = weights(settings["output_dir"])
     with pytest.raises(umbra.ConfigError, match="galore"):
@@ -437,7 +402,7 @@ def test_one_gpu_is_used_without_a_launcher(tmp_path, monkeypatch):
     assert make_arguments(tmp_path, {})._n_gpu == 1
 
 
-def test_fsdp_may_be_true(tmp_path):
+def test_fsdp_accepts_true(tmp_path):
     from umbra.options import TrainOptions
     from umbra.training.runs import sort_settings
 
@@ -449,7 +414,7 @@ def test_fsdp_may_be_true(tmp_path):
         sort_settings({"output_dir": str(tmp_path), "fsdp": 3}, TrainOptions, (), "here")
 
 
-def test_the_best_of_several_evaluations_is_saved_when_it_is_evaluated(settings, tmp_path):
+def test_best_evaluation_is_saved_immediately(settings, tmp_path):
     given = {"eval_data": write(tmp_path / "eval.jsonl", RECORDS[:4]), "eval_steps": 3, "max_steps": 6}
     train({**settings, **given, "load_best_model_at_end": True, "save_total_limit": None})
     assert {p.name for p in Path(settings["output_dir"]).glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}

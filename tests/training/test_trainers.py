@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments, pipeline
 
 import umbra
-from conftest import make_tokenizer
 from support.tiny import (
     CLASSIFIERS,
     assert_same,
@@ -25,6 +24,7 @@ from support.tiny import (
     step_gradients,
     tokens,
 )
+from support.tokenizer import make_tokenizer
 
 LAMBDA = 0.5
 
@@ -97,7 +97,7 @@ ways = {
 @pytest.mark.parametrize("way", ways)
 @pytest.mark.parametrize("steps", [1, 8])
 @pytest.mark.compat("Trainers", "transformers Trainer, `with_shadow_loss`", "label smoothing, own loss function")
-def test_lambda_is_what_the_user_set(tmp_path, way, steps):
+def test_trainer_applies_configured_lambda(tmp_path, way, steps):
     """All gradients of a step equal those of L(attached) + λ · L(detached), each term written out by hand."""
     kind, options, loss_of = ways[way]
     found, batch = {}, batch_of(examples())
@@ -112,7 +112,7 @@ def test_lambda_is_what_the_user_set(tmp_path, way, steps):
 
 @pytest.mark.parametrize("steps", [1, 8])
 @pytest.mark.compat("Trainers", "a plain PyTorch loop", "`num_items_in_batch` where gradients accumulate")
-def test_lambda_in_a_plain_loop(steps):
+def test_plain_loop_applies_configured_lambda(steps):
     data, found = examples(), {}
     items = int((batch_of(data)["labels"][:, 1:] != -100).sum())
     for weight in (LAMBDA, 0.0):
@@ -126,7 +126,7 @@ def test_lambda_in_a_plain_loop(steps):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_classifier_with_label_smoothing(tmp_path, steps):
+def test_classifier_label_smoothing_reaches_both_heads(tmp_path, steps):
     """Both heads learn from the smoothed labels."""
     ids, labels = tokens(8, 9), class_labels("single", 8)
     data = [{"input_ids": i, "labels": l} for i, l in zip(ids, labels, strict=True)]
@@ -149,7 +149,7 @@ def test_a_classifier_with_label_smoothing(tmp_path, steps):
     torch.testing.assert_close(head, LAMBDA * edge.score.weight.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_smoothed_losses_are_logged_and_evaluated_beside_each_other(tmp_path):
+def test_smoothed_losses_are_logged_for_both_paths(tmp_path):
     model = make("llama", auxiliary_loss_weight=LAMBDA)
     trainer = trainer_of(
         umbra.ShadowTrainer, tmp_path, model, examples(), 2, label_smoothing_factor=0.1, learning_rate=0.0,
@@ -170,7 +170,7 @@ def test_smoothed_losses_are_logged_and_evaluated_beside_each_other(tmp_path):
 # -- the trap: a loss computed elsewhere --------------------------------------------------------------------------------
 
 
-def test_a_loss_from_logits_in_training_warns_that_the_shadow_is_left_out(tmp_path):
+def test_loss_from_logits_warns_about_missing_shadow_loss(tmp_path):
     model, ids = make("llama", auxiliary_loss_weight=LAMBDA), tokens()
     model.train()
     with pytest.warns(
@@ -184,7 +184,7 @@ def test_a_loss_from_logits_in_training_warns_that_the_shadow_is_left_out(tmp_pa
         classifier(ids)
 
 
-def test_where_nothing_is_left_out_nothing_is_said():
+def test_complete_loss_gives_no_warning():
     model, ids = make("llama", auxiliary_loss_weight=LAMBDA), tokens()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -205,7 +205,7 @@ def test_where_nothing_is_left_out_nothing_is_said():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "gpt_neox", "qwen3_moe"])
 @pytest.mark.parametrize("train_heads", [False, True])
-def test_the_shadow_alone_is_what_the_detached_model_is(name, train_heads):
+def test_shadow_only_equals_detached_model(name, train_heads):
     model, ids = make(name, train_heads=train_heads), tokens()
     edge = model.detached()
     with torch.no_grad(), model.shadow_only():
@@ -226,7 +226,7 @@ def test_the_shadow_alone_is_what_the_detached_model_is(name, train_heads):
         torch.testing.assert_close(bare, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_capped_logits_of_the_shadow_alone_are_capped():
+def test_shadow_only_logits_are_capped():
     """The head runs within the base's own forward, whatever that does to logits."""
     model = make("gemma3_text", base_options={"final_logit_softcapping": 2.0})
     with torch.no_grad(), model.shadow_only():
@@ -235,7 +235,7 @@ def test_capped_logits_of_the_shadow_alone_are_capped():
     torch.testing.assert_close(logits, model.detached()(tokens()).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_the_shadow_alone_caches_nothing_and_the_base_is_not_called():
+def test_shadow_only_skips_base_and_its_cache():
     model, ids = make("llama"), tokens()
     cache = model(ids, use_cache=True).past_key_values
     with model.shadow_only():
@@ -246,7 +246,7 @@ def test_the_shadow_alone_caches_nothing_and_the_base_is_not_called():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_generation_while_training_is_that_of_evaluation(name):
+def test_generation_in_training_equals_evaluation(name):
     """As GRPO samples: in training mode, with a cache, which a forward for training has none of."""
     model, ids = make(name), tokens(2, 5)
     expected = model.generate(ids, max_new_tokens=8, do_sample=False)
@@ -265,7 +265,7 @@ def test_generation_while_training_is_that_of_evaluation(name):
 
 
 @pytest.mark.compat("Trainers", "transformers `pipeline`", "text-generation, text-classification")
-def test_pipelines(caplog, monkeypatch):
+def test_pipelines_run(caplog, monkeypatch):
     import logging
 
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -287,7 +287,7 @@ def test_pipelines(caplog, monkeypatch):
 
 @pytest.mark.parametrize("kind", [Trainer, umbra.ShadowTrainer])
 @pytest.mark.parametrize("alone", [False, True])
-def test_packed_rows_are_evaluated_apart(tmp_path, kind, alone):
+def test_packed_rows_are_evaluated_separately(tmp_path, kind, alone):
     """Without a mask, positions tell where a sequence begins; a cache would let each see those before it."""
     model, parts = make().eval(), [tokens(1, 5, seed=1)[0], tokens(1, 7, seed=2)[0]]
     sums, count = 0.0, 0
@@ -305,7 +305,7 @@ def test_packed_rows_are_evaluated_apart(tmp_path, kind, alone):
 
 
 @pytest.mark.parametrize("classifier", [False, True])
-def test_the_shadows_loss_is_a_tensor_of_its_own(classifier):
+def test_shadow_loss_is_separate_tensor(classifier):
     """Trainer multiplies the loss by the number of ranks in place."""
     model, ids = make(classifier=classifier), tokens()
     with model.shadow_only():
@@ -317,7 +317,7 @@ def test_the_shadows_loss_is_a_tensor_of_its_own(classifier):
 
 
 @pytest.mark.parametrize("before", [None, 5])
-def test_a_classifier_pools_before_the_padding_that_a_trainer_has_set(before):
+def test_classifier_pools_before_trainer_padding(before):
     """As transformers' and TRL's trainers do it: on the model's configuration."""
     ids = tokens(2)
     ids[1, 6:] = 7
@@ -338,7 +338,7 @@ def test_a_classifier_pools_before_the_padding_that_a_trainer_has_set(before):
 
 @pytest.mark.parametrize("dialect", ["paper", "peft"])
 @pytest.mark.parametrize("fast", [True, False])
-def test_dropout_that_is_switched_off_in_its_modules_is_off(dialect, fast):
+def test_dropout_disabled_in_modules_is_off(dialect, fast):
     """TRL's trainers set p = 0, and keep the model in training."""
     model, ids = make(dialect=dialect, dropout=0.4).train(), tokens(3, 11)
     with nullcontext() if fast else umbra.method.kernels.reference():
@@ -351,7 +351,7 @@ def test_dropout_that_is_switched_off_in_its_modules_is_off(dialect, fast):
     assert torch.equal(one, other)
 
 
-def test_a_second_training_counts_its_own_steps(tmp_path):
+def test_second_training_counts_steps_anew(tmp_path):
     """Of which the first has left some that were not logged."""
     model, data, logged = make(auxiliary_loss_weight=LAMBDA), examples(12), []
     arguments = TrainingArguments(
@@ -366,7 +366,7 @@ def test_a_second_training_counts_its_own_steps(tmp_path):
     assert logged[1] == pytest.approx(logged[0])
 
 
-def test_an_objective_of_old_log_probabilities_has_none_of_the_shadows(tmp_path):
+def test_old_log_prob_objectives_exclude_shadow(tmp_path):
     """RLOO's: of a ratio to the pair's own, the shadow would learn nothing."""
 
     class OldPolicy(OwnLoss):
@@ -383,7 +383,7 @@ def test_an_objective_of_old_log_probabilities_has_none_of_the_shadows(tmp_path)
     without.compute_loss(without.model.train(), batch)
 
 
-def test_a_trainer_without_labels_evaluates_a_shadow_that_passes_requests_on(tmp_path):
+def test_trainer_without_labels_evaluates_escalating_shadow(tmp_path):
     """Its loss is its own, of no label."""
 
     class Unlabelled(Trainer):

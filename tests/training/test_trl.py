@@ -15,33 +15,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import umbra
-from conftest import make_tokenizer
-from support.tiny import assert_same, auxiliary, detached_gradients, gradients, make, step_gradients, tokens
+from support.tiny import assert_same, auxiliary, detached_gradients, gradients, make, step_gradients
+from support.tokenizer import make_tokenizer
 
 trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 
-LAMBDA = 0.5
-COMMON = {
-    "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_grad_norm": 0.0, "num_train_epochs": 1, "bf16": False,
-    "activation_checkpointing": False, "save_strategy": "no", "logging_steps": 1, "optim": "sgd", "learning_rate": 1e-2,
-}  # fmt: skip
+from support.ranks_trl import RUNS, gradients_of  # noqa: E402
+from support.trl_runs import COMMON, LAMBDA, dpo, sft, sft_data, steps  # noqa: E402
+
 pytestmark = [
     # TRL 1.16's own use of old names of transformers, and its options that 2.0 takes away
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`(label_smoothing_factor|compute_loss_func|return_outputs=True)`:FutureWarning"),
 ]
-
-
-def rows(n: int = 8) -> list[list[int]]:
-    """n sequences of different lengths."""
-    return [tokens(1, 5 + i % 4, seed=10 + i)[0].tolist() for i in range(n)]
-
-
-def sft_data(n: int = 8) -> Dataset:
-    """The first token of each sequence, and one in the middle, carry no loss."""
-    ids = rows(n)
-    return Dataset.from_dict({"input_ids": ids, "labels": [[-100, *r[1:3], -100, *r[4:]] for r in ids]})
 
 
 def batch_of(examples) -> dict[str, torch.Tensor]:
@@ -50,20 +37,6 @@ def batch_of(examples) -> dict[str, torch.Tensor]:
     pad = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     lists = [{**e, "attention_mask": [1] * len(e["input_ids"])} for e in examples]
     return {k: torch.tensor([e[k] + [p] * (length - len(e[k])) for e in lists]) for k, p in pad.items()}
-
-
-def sft(tmp_path, model, data=None, **options):
-    options = {"per_device_train_batch_size": 8, "max_length": None, **COMMON, **options}
-    extra = {k: options.pop(k) for k in ("compute_loss_func", "eval_dataset") if k in options}
-    return umbra.with_shadow_loss(trl.SFTTrainer)(
-        model=model, args=trl.SFTConfig(str(tmp_path), **options), train_dataset=sft_data() if data is None else data,
-        processing_class=make_tokenizer(), **extra,
-    )  # fmt: skip
-
-
-def steps(n: int) -> dict[str, int]:
-    """One optimizer step on 8 examples in n micro-batches."""
-    return {"per_device_train_batch_size": 8 // n, "gradient_accumulation_steps": n}
 
 
 # -- SFTTrainer --------------------------------------------------------------------------------------------------------
@@ -108,7 +81,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("accumulation", [1, 8])
 @pytest.mark.compat("Trainers", "TRL SFTTrainer, `with_shadow_loss`", "nll, dft, label smoothing, own loss function")
-def test_sft_gives_both_paths_the_same_objective(tmp_path, mode, accumulation):
+def test_sft_applies_one_objective_to_both_paths(tmp_path, mode, accumulation):
     """All gradients of a step equal those of L(attached) + λ · L(detached), each term written out by hand."""
     options, loss_of = MODES[mode]
     found, batch = {}, batch_of(sft_data())
@@ -141,7 +114,7 @@ def test_packed_equals_unpacked(tmp_path, name, layout):
 
 
 @pytest.mark.parametrize("accumulation", [1, 8])
-def test_a_router_loss_of_the_base_is_not_counted_twice(tmp_path, accumulation):
+def test_base_router_loss_is_counted_once(tmp_path, accumulation):
     """An MoE base has TRL's load-balancing loss, its dense shadow has none: λ is that of the shadow's cross-entropy."""
     found, batch = {}, batch_of(sft_data())
     for weight in (LAMBDA, 0.0):
@@ -154,7 +127,7 @@ def test_a_router_loss_of_the_base_is_not_counted_twice(tmp_path, accumulation):
     assert_same(auxiliary(found[LAMBDA], found[0.0], LAMBDA), expected, rtol=2e-3)
 
 
-def test_trained_heads_are_trained_by_trl_too(tmp_path):
+def test_trl_trains_trained_heads(tmp_path):
     """TRL multiplies by the head's weights itself: they must be those of the path that runs."""
     model = make("llama", auxiliary_loss_weight=LAMBDA, train_heads=True)
     found, batch = step_gradients(sft(tmp_path, model)), batch_of(sft_data())
@@ -165,7 +138,7 @@ def test_trained_heads_are_trained_by_trl_too(tmp_path):
     assert_same(found, expected)
 
 
-def test_the_second_pass_leaves_no_trace_in_metrics(tmp_path):
+def test_second_pass_leaves_metrics_unchanged(tmp_path):
     """Accuracy, entropy and token counts are the attached model's; the shadow's loss stands beside the loss."""
     logs = {}
     for weight in (LAMBDA, 0.0):
@@ -192,7 +165,7 @@ def test_the_second_pass_leaves_no_trace_in_metrics(tmp_path):
 @pytest.mark.compat(
     "Trainers", "TRL: resumed equals uninterrupted, the best is loaded", "trained heads in every checkpoint"
 )
-def test_trl_resumes_exactly_and_loads_the_best(tmp_path):
+def test_trl_resumes_exactly_and_loads_best(tmp_path):
     def trainer(name, **more):
         options = {
             "save_strategy": "steps",
@@ -229,7 +202,7 @@ def test_trl_resumes_exactly_and_loads_the_best(tmp_path):
 # -- the trap: a trainer that does not know of the shadow ---------------------------------------------------------------
 
 
-def test_an_unmodified_trl_trainer_says_what_to_do_instead_of_training_half(tmp_path):
+def test_unmodified_trl_trainer_names_with_shadow_loss(tmp_path):
     arguments = trl.SFTConfig(str(tmp_path), max_length=None, **COMMON)
 
     def trainer(model):
@@ -243,16 +216,6 @@ def test_an_unmodified_trl_trainer_says_what_to_do_instead_of_training_half(tmp_
 
 
 # -- DPOTrainer --------------------------------------------------------------------------------------------------------
-
-PAIRS = [{"prompt": f"{a}+{a}=", "chosen": str(2 * a), "rejected": "?!" * (1 + a % 2)} for a in range(8)]
-
-
-def dpo(tmp_path, model, **options):
-    options = {"per_device_train_batch_size": 8, "max_length": None, **COMMON, **options}
-    return umbra.with_shadow_loss(trl.DPOTrainer)(
-        model=model, args=trl.DPOConfig(str(tmp_path), **options), train_dataset=Dataset.from_list(PAIRS),
-        processing_class=make_tokenizer(),
-    )  # fmt: skip
 
 
 def sequence_log_probs(model, batch):
@@ -292,7 +255,7 @@ def tables_alive() -> set[int]:
 @pytest.mark.compat(
     "Trainers", "TRL DPOTrainer, `with_shadow_loss`", "the reference is the bare base, without a second copy"
 )
-def test_dpo_gives_both_paths_the_same_objective(tmp_path, accumulation, nothing_is_loaded):
+def test_dpo_applies_one_objective_to_both_paths(tmp_path, accumulation, nothing_is_loaded):
     """Against the sigmoid loss written out, with the bare base (a model apart) as the reference of both."""
     found = {}
     for weight in (LAMBDA, 0.0):
@@ -308,7 +271,7 @@ def test_dpo_gives_both_paths_the_same_objective(tmp_path, accumulation, nothing
     assert_same(found[0.0], gradients(model), rtol=1e-3)
 
 
-def test_the_reference_of_dpo_is_the_bare_base(tmp_path, nothing_is_loaded):
+def test_dpo_reference_is_bare_base(tmp_path, nothing_is_loaded):
     model = make("llama", auxiliary_loss_weight=LAMBDA, train_heads=True)
     trainer = dpo(tmp_path, model, learning_rate=1.0)
     trainer.train()
@@ -325,7 +288,7 @@ def test_the_reference_of_dpo_is_the_bare_base(tmp_path, nothing_is_loaded):
 
 
 @pytest.mark.parametrize("trainer_of", ["dpo", "grpo"])
-def test_there_is_one_copy_of_the_base(tmp_path, trainer_of):
+def test_only_one_base_copy_exists(tmp_path, trainer_of):
     """TRL could load another by the base's name: no tensor of the embeddings' shape comes into being."""
     before = tables_alive()
     model = make("llama", auxiliary_loss_weight=LAMBDA)
@@ -337,7 +300,7 @@ def test_there_is_one_copy_of_the_base(tmp_path, trainer_of):
     assert not list(trainer.ref_model.parameters())
 
 
-def test_a_reference_that_follows_the_model_is_refused(tmp_path):
+def test_synchronised_reference_model_is_refused(tmp_path):
     with pytest.raises(umbra.ConfigError, match="sync_ref_model"):
         dpo(tmp_path, make("llama"), sync_ref_model=True)
 
@@ -386,7 +349,7 @@ def policy_loss(model, reference, batches, beta=0.1):
 @pytest.mark.compat(
     "Trainers", "TRL GRPOTrainer, `with_shadow_loss`", "the reference is the bare base, without a second copy"
 )
-def test_grpo_gives_both_paths_the_same_objective(tmp_path, accumulation, nothing_is_loaded):
+def test_grpo_applies_one_objective_to_both_paths(tmp_path, accumulation, nothing_is_loaded):
     """The policy's samples teach the shadow too: the same advantages, the same reference."""
     found, settings = {}, {**steps(accumulation), "steps_per_generation": accumulation}
     for weight in (LAMBDA, 0.0):
@@ -402,7 +365,7 @@ def test_grpo_gives_both_paths_the_same_objective(tmp_path, accumulation, nothin
     assert_same(found[0.0], gradients(model), rtol=1e-3)
 
 
-def test_the_shadow_is_not_measured_against_the_attached_policys_past(tmp_path):
+def test_grpo_shadow_ratio_uses_shadow_policy(tmp_path):
     """Reused samples carry log-probabilities of the attached policy: they clip its ratio, not the shadow's."""
     found = {}
     for weight in (LAMBDA, 0.0):
@@ -438,10 +401,10 @@ def test_grpo_trains_over_several_generations(tmp_path):
 @pytest.mark.compat(
     "Trainers", "TRL on 2 ranks (DDP), `with_shadow_loss`", "SFT, label smoothing, DPO: gradients of one process"
 )
-def test_two_ranks_are_as_one(tmp_path):
+def test_two_ranks_equal_one(tmp_path):
     """Two forwards before a backward under DDP, with accumulation, trained heads and a reference."""
     here = Path(__file__).parents[1]
-    path = os.pathsep.join([str(here), str(here / "training"), *sys.path])
+    path = os.pathsep.join([str(here), *sys.path])
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -451,18 +414,16 @@ def test_two_ranks_are_as_one(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    from support.ranks_trl import RUNS, gradients_of
-
     for name in RUNS:
         assert_same(load_file(tmp_path / f"{name}.safetensors"), gradients_of(name, tmp_path, 1), rtol=5e-4)
 
 
 @pytest.mark.parametrize("trainer_class", [int, torch.nn.Module, "SFTTrainer"])
-def test_what_is_no_trainer_is_refused(trainer_class):
+def test_non_trainer_class_is_refused(trainer_class):
     with pytest.raises(umbra.ConfigError, match="with_shadow_loss needs a subclass of transformers' Trainer"):
         umbra.with_shadow_loss(trainer_class)
 
 
-def test_a_model_without_a_shadow_is_refused(tmp_path):
+def test_model_without_shadow_is_refused(tmp_path):
     with pytest.raises(umbra.ConfigError, match="trains a ShadowModel, got LlamaForCausalLM"):
         sft(tmp_path, make("llama").unload())

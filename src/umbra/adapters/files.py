@@ -28,9 +28,9 @@ DIGEST, DRAFT_TOKENS, PROMPTING = "sha256", "draft_tokens", "prompting"
 TASKS = {False: "CAUSAL_LM", True: "SEQ_CLS"}  # task_type, by whether the base is a classifier
 
 # Version 1 (2026-11) had neither a digest nor weight samples of quantised bases. Version 2 had no tokenizer, and samples
-# of the base's blocks and embeddings alone.
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, FORMAT_VERSION)
+# of the base's blocks and embeddings alone. Version 3 listed a dialect's constants among the shadow's fields.
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (2, 3, FORMAT_VERSION)
 
 
 def read_json(path: Path, name: str) -> Values:
@@ -106,7 +106,7 @@ def check_config(values: Values, file: Path) -> Values:
     types = {
         "shadow": dict, "shadow_model_config": dict, "base": dict, "task_type": str,
         "base_model_name_or_path": str | None, "adapter_id": str | None, "classifier": dict | None,
-        DRAFT_TOKENS: list | None, PROMPTING: dict if version == FORMAT_VERSION else dict | None,
+        DRAFT_TOKENS: list | None, PROMPTING: dict if version != 2 else dict | None,
     }  # fmt: skip
     wrong = [key for key, type_ in types.items() if not isinstance(values.get(key), type_)]
     if wrong:

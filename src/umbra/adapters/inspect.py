@@ -20,7 +20,7 @@ from umbra.adapters.files import (
 )
 from umbra.adapters.interop import recognise
 from umbra.adapters.prompting import Prompting, describe
-from umbra.config import DIALECTS, ShadowConfig
+from umbra.config import CONSTANTS, DIALECTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError, plain
 from umbra.files import folder
 from umbra.shadow.pretrained import saved_config
@@ -77,7 +77,9 @@ def _describe(values: Values, parameters: dict[str, int]) -> dict[str, Any]:
     """The description, from the content of ``adapter_config.json``."""
     config = ShadowConfig.from_dict(values["shadow"]).resolve()
     fixed = {k: v for k, v in DIALECTS[config.dialect].items() if k not in ("rank", "gate_rank", "alpha", "init")}
-    changed = {k: getattr(config, k) for k, v in fixed.items() if getattr(config, k) != v}
+    changed = {k: v for k, v in config.to_dict().items() if k in fixed and v != fixed[k]}
+    constants = CONSTANTS[config.dialect]
+    changed |= {k: v for k, v in config.to_dict()["constants"].items() if k in constants and v != constants[k]}
     shadow, base = saved_config(values["shadow_model_config"]), values["base"]
     return {
         "task": values["task_type"],

@@ -12,10 +12,12 @@ from transformers import PretrainedConfig
 
 from umbra.adapters.files import DIGEST, DRAFT_TOKENS, PREFIX, PROMPTING, Tensors, Values
 from umbra.base.added_tokens import added_count, expected_rows
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.config import ShadowConfig
 from umbra.errors import CheckpointError, ConfigError, raising
-from umbra.shadow.network import Shadow, check_draft_tokens, fresh_config
+from umbra.shadow.backbone import fresh_config
+from umbra.shadow.draft_vocabulary import check_draft_tokens
+from umbra.shadow.network import Shadow
 
 # Entries of the configuration that the checksum covers, besides all tensors; the optional ones where they are present.
 COVERED = ("task_type", "shadow", "shadow_model_config", "base", "classifier")
@@ -102,7 +104,7 @@ def check_counts(values: Values, weights: Tensors, file: Path) -> None:
 
 
 def check_sizes(
-    base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path,
+    base: Architecture, config: ShadowConfig, backbone_config: PretrainedConfig, weights: Tensors, file: Path, source: Path,
     rows: int | None = None,
 ) -> None:  # fmt: skip
     """Check that a shadow with this configuration has exactly the given tensors, without allocating any.
@@ -130,7 +132,7 @@ def check_sizes(
 
 
 def _expected_tensors(
-    base: Anatomy, config: ShadowConfig, backbone_config: PretrainedConfig, file: Path
+    base: Architecture, config: ShadowConfig, backbone_config: PretrainedConfig, file: Path
 ) -> tuple[Tensors, int]:
     """The tensors of a shadow with this configuration, on the meta device, and the number of values in its buffers."""
     with raising(CheckpointError, lambda error: f"{file} is damaged: {error!r:.500}"):  # any type, from a foreign model

@@ -38,7 +38,7 @@ from umbra.adapters.interop.foreign import Foreign
 from umbra.adapters.prompting import FORMAT_2_PROMPTING, Prompting
 from umbra.base import architectures, sharded
 from umbra.base.added_tokens import AddedTokens, added_count
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.base.fingerprint import check_same_base
 from umbra.base.loading import load_base
 from umbra.config import ShadowConfig
@@ -92,7 +92,7 @@ class SavedAdapter:
         values = self.values.get(PROMPTING)
         return FORMAT_2_PROMPTING if values is None else Prompting.read(self.path, values)
 
-    def check(self, base: Anatomy, allow_other_base: bool) -> None:
+    def check(self, base: Architecture, allow_other_base: bool) -> None:
         """Check the adapter against a base; nothing is allocated that the file does not hold.
 
         Args:
@@ -123,7 +123,7 @@ class SavedAdapter:
         self.draft_tokens = draft_tokens(self.values, rows, self.file)
         check_digest(self.values, self.weights, self.file)
 
-    def add_rows(self, shadow: Shadow, base: Anatomy) -> None:
+    def add_rows(self, shadow: Shadow, base: Architecture) -> None:
         """Add the rows of added tokens to a shadow that joins other adapters; the base must have these rows already.
 
         Raises:

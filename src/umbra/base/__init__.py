@@ -1,1 +1,1 @@
-"""Other people's models: where their parts are, loading, identity, quantised and sharded weights, added tokens."""
+"""Base models: their architectures, loading, fingerprints, quantized and sharded weights, and added tokens."""

@@ -1,7 +1,7 @@
-"""Telling one base from another: sizes, and a sample of the weights.
+"""Fingerprints identify a base: sizes, configuration and a sample of the weights.
 
-The sample survives a change of precision (it is kept in bf16) and quantisation, but not another training run. Of what is
-quantised, on either side, only the likeness is compared: 2 to 8 bits tell a base from a stranger, not from its sibling.
+The sample is stored in bf16. It tolerates a change of precision and quantization, but not another training run. Where either
+side is quantized, only the similarity is compared: 2 to 8 bits separate a base from unrelated models, not from its fine-tunes.
 """
 
 import base64
@@ -9,23 +9,26 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from umbra.base import architectures, quantized, sharded
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.errors import BaseModelError, CheckpointError, shown
 
 SAMPLES = 16  # values of each tensor
-AGREEMENT = 0.9  # share of all samples that must be equal in bf16, and of one tensor's that must be next to equal
-NEXT = 2.0**-7, 1e-7  # relative, absolute: one step of bf16; a detour over fp16 moves 1 value in 16 by that much
-LAST, LAST_ROWS = ", last rows", 16  # of a table: each has to agree by itself
-ROUNDING = 1e-5  # relative: GGUF keeps numbers of a configuration in single precision
-# Fields of a configuration that change no logits: names, storage, training, generation, classes, and what weights or other
-# fields tell as well.
+AGREEMENT = 0.9  # share of all samples that must be equal in bf16, and of one tensor's that must be nearly equal
+NEARLY = (
+    2.0**-7,
+    1e-7,
+)  # relative, absolute: one step of bf16; a conversion to fp16 and back moves 1 value in 16 by that
+LAST, LAST_ROWS = ", last rows", 16  # of a table: each row must agree by itself
+ROUNDING = 1e-5  # relative: GGUF stores a configuration's numbers in single precision
+# Fields of a configuration that do not affect logits: names, storage, training, generation, classes, and those that follow
+# from the weights or from other fields.
 INDIFFERENT = {
     "add_cross_attention", "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "experts_implementation",
     "finetuning_task", "gradient_checkpointing", "head_dim", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
@@ -37,16 +40,20 @@ INDIFFERENT = {
 }  # fmt: skip
 IRRELEVANT = re.compile(r"^_|^summary_|^initializer_|_token_id$|_token_index$|dropout|pdrop|_drop$|name_or_path|_plan$")
 LENGTH_DEPENDENT = ("dynamic", "longrope", "yarn")  # rotary frequencies that depend on the number of positions
-LIKENESS = 0.7  # least mean cosine of quantised samples with those of the same base; 2 bits 0.9, another base 0 ± 0.1
+SIMILARITY = 0.7  # least mean cosine of quantized samples with the same base's; 0.9 at 2 bits, 0 ± 0.1 for another base
 
 
-def fingerprint(base: Anatomy, rows: int | None = None) -> dict[str, Any]:
-    """Sizes, ``config``, and ``weights`` and ``quantised``: name → base64 of evenly spaced values in bf16.
+def fingerprint(base: Architecture, rows: int | None = None) -> dict[str, Any]:
+    """Return a base's fingerprint.
 
-    Sampled are all tensors of the model: embeddings, blocks, norms, position tables, head.
+    All tensors of the model are sampled: embeddings, blocks, norms, position tables, head.
 
     Args:
-        rows: V, tokens of the base itself, where its embeddings have been resized; by default all that they have.
+        base: its parts.
+        rows: V, the original vocabulary size, where the embeddings have been resized; by default their number of rows.
+
+    Returns:
+        Sizes, ``config``, and ``weights`` and ``quantised``: name → base64 of evenly spaced values in bf16.
     """
     rows = architectures.vocabulary_size(base.embeddings) if rows is None else rows
     plain, quantised = _table_samples("embeddings", base.embeddings, rows)
@@ -55,10 +62,10 @@ def fingerprint(base: Anatomy, rows: int | None = None) -> dict[str, Any]:
     plain, matrices = {name: sample for name, sample in plain.items() if sample}, set(plain)
     for name, module in _parts(base):
         if quantized.is_packed_linear(module):
-            places = _places(module.in_features)
+            places = _places(cast(nn.Linear, module).in_features)
             quantised[f"{name}.weight".lstrip(".")] = _sample(quantized.columns(module, places, base.model.dtype))
             continue
-        for key, tensor in _own_tensors(module):
+        for key, tensor in _direct_tensors(module):
             if tensor is base.embeddings.weight or not _is_readable(tensor):
                 continue
             full = f"{name}{'' if name.endswith(' ') or not name else '.'}{key}"
@@ -79,8 +86,8 @@ def fingerprint(base: Anatomy, rows: int | None = None) -> dict[str, Any]:
     }
 
 
-def _parts(base: Anatomy) -> Iterator[tuple[str, Any]]:
-    """Every module but the embeddings, with its name: ``block 3 mlp.up_proj``, ``head ``, or as in the model."""
+def _parts(base: Architecture) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module except the embeddings, with its name: ``block 3 mlp.up_proj``, ``head ``, or as in the model."""
     blocks = {id(m): f"block {l} {n}" for l, block in enumerate(base.blocks) for n, m in block.named_modules()}
     head = {id(m): f"head {n}" for n, m in base.head.named_modules()}
     for name, module in base.model.named_modules():
@@ -88,15 +95,15 @@ def _parts(base: Anatomy) -> Iterator[tuple[str, Any]]:
             yield (blocks | head).get(id(module), name), module
 
 
-def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a module itself; not the rotary frequencies, which some models change as they run."""
+def _direct_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's direct parameters and buffers, except rotary frequencies, which some models change in use."""
     yield from module.named_parameters(recurse=False)
     for name, buffer in module.named_buffers(recurse=False):
         if not name.endswith("inv_freq"):
             yield name, buffer
 
 
-def _table_samples(name: str, table: Any, rows: int) -> tuple[dict[str, str], dict[str, str]]:
+def _table_samples(name: str, table: nn.Embedding, rows: int) -> tuple[dict[str, str], dict[str, str]]:
     if _is_readable(table.weight):
         return _rows_samples(name, table.weight, rows), {}
     if quantized.is_packed(table):
@@ -105,7 +112,7 @@ def _table_samples(name: str, table: Any, rows: int) -> tuple[dict[str, str], di
 
 
 def _rows_samples(name: str, p: Tensor, rows: int) -> dict[str, str]:
-    """Samples of a tensor with a row for each of ``rows`` tokens, and of each of the last rows, where added tokens lie."""
+    """Return samples of a tensor with a row per token, and of each of the last rows, which may belong to added tokens."""
     with sharded.gathered([p]):
         whole = sharded.gather(p.detach())[:rows]
         last = whole[-LAST_ROWS:].reshape(min(rows, LAST_ROWS), -1)
@@ -121,7 +128,7 @@ def _places(size: int, device: torch.device | None = None) -> Tensor:
 
 
 def _sample(p: Tensor) -> str:
-    """Along the diagonal, so that a weight, its transpose and its sampled columns alone give the same values."""
+    """Sample along the diagonal: a weight, its transpose and its sampled columns alone give the same values."""
     with sharded.gathered([p]):
         whole = sharded.gather(p.detach())
         return _encode(whole[tuple(_places(size, whole.device) for size in whole.shape)])
@@ -136,81 +143,97 @@ def _decode(sample: str) -> Tensor:
 
 
 def _agreement(name: str, a: Tensor, b: Tensor) -> float:
-    """The share of values that are next to equal; of the last rows, in the one that differs most."""
-    close = torch.isclose(a, b, *NEXT).float()
+    """Return the share of nearly equal values; of the last rows, that of the row which differs most."""
+    close = torch.isclose(a, b, *NEARLY).float()
     return float(close.view(-1, SAMPLES).mean(1).min() if name.endswith(LAST) else close.mean())
 
 
 def deciding_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """The fields of a decoder's configuration that decide its logits, as plain values."""
+    """Return the fields of a decoder's configuration that affect its logits, as plain values."""
     values = json.loads(config.to_json_string(use_diff=False))
     if not any(kind in json.dumps(values.get("rope_parameters")) for kind in LENGTH_DEPENDENT):
         values.pop("max_position_embeddings", None)
     return _deciding(values)
 
 
-def _deciding(values: Any) -> Any:
+def _deciding(values: object) -> Any:
     if not isinstance(values, dict):
         return values
     return {k: _deciding(v) for k, v in values.items() if k not in INDIFFERENT and not IRRELEVANT.search(k)}
 
 
-def _difference(expected: Any, found: Any, name: str = "") -> str | None:
-    """The first field that two configurations have with different values, in words; None if there is none."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        common = sorted(expected.keys() & found.keys())
-        inner = (_difference(expected[k], found[k], f"{name}.{k}".lstrip(".")) for k in common)
+def _difference(expected: object, actual: object, name: str = "") -> str | None:
+    """Describe the first field that two configurations share with different values; None if there is none."""
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        common = sorted(expected.keys() & actual.keys())
+        inner = (_difference(expected[k], actual[k], f"{name}.{k}".lstrip(".")) for k in common)
         return next((other for other in inner if other is not None), None)
-    if isinstance(expected, float) and isinstance(found, int | float):
-        same = math.isclose(expected, found, rel_tol=ROUNDING)
+    if isinstance(expected, float) and isinstance(actual, int | float):
+        same = math.isclose(expected, actual, rel_tol=ROUNDING)
     else:
-        same = expected == found
-    return None if same else f"{name} is {shown(found)}, the adapter's has {shown(expected)}"
+        same = expected == actual
+    return None if same else f"{name} is {shown(actual)}, the adapter's has {shown(expected)}"
 
 
 def check_same_base(
-    expected: dict[str, Any], base: Anatomy, rows: int | None = None, has_own_heads: bool = False
+    expected: dict[str, Any], base: Architecture, rows: int | None = None, has_own_heads: bool = False
 ) -> None:
-    """Raise unless ``base`` is the one that the fingerprint was taken of.
+    """Check that a base has the fingerprint of an adapter's base.
 
-    Only what both fingerprints hold is compared: those of format 2 have no configuration, head or norms, and each version of
-    transformers has its own fields.
+    Only entries of both fingerprints are compared: those of format 2 have no configuration, head or norms, and each version
+    of transformers has different fields.
 
     Args:
-        rows: V, tokens of the base itself, where its embeddings have been resized.
-        has_own_heads: whether the adapter has trained heads in place of the base's, which then decides nothing.
+        expected: the adapter's record of its base.
+        base: its parts.
+        rows: V, the original vocabulary size, where the embeddings have been resized.
+        has_own_heads: whether the adapter has trained heads in place of the base's, which is then not compared.
 
     Raises:
         BaseModelError: another architecture, other sizes, or other weights.
         CheckpointError: a damaged fingerprint.
     """
-    found = fingerprint(base, rows)
-    mend = "Load the adapter with the base that it was trained on; allow_other_base=True overrides."
+    actual = fingerprint(base, rows)
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        if expected.get(key) != found[key]:
-            raise BaseModelError(f"Wrong base: {key} is {found[key]}, the adapter's has {expected.get(key)}. {mend}")
+        if expected.get(key) != actual[key]:
+            raise _wrong_base(f"{key} is {actual[key]}, the adapter's has {expected.get(key)}")
     try:
         plain, quantised = (
             {name: _decode(sample) for name, sample in expected[kind].items()} for kind in ("weights", "quantised")
         )
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"The adapter's record of its base's weights is damaged: {error!r}") from error
-    if (other := _difference(expected.get("config") or {}, found["config"])) is not None:
-        raise BaseModelError(f"Wrong base: {other}. {mend}")
+    if (difference := _difference(expected.get("config") or {}, actual["config"])) is not None:
+        raise _wrong_base(difference)
     if has_own_heads:
         plain, quantised = ({k: v for k, v in of.items() if not k.startswith("head ")} for of in (plain, quantised))
-    given, have = plain | quantised, found["weights"] | found["quantised"]
-    exact = plain.keys() & found["weights"].keys()
-    equal, count, likeness = 0, 0, []
-    for name in sorted(given.keys() & have.keys()):
-        a, b = given[name], _decode(have[name])
+    _check_samples(plain, quantised, actual)
+
+
+def _check_samples(plain: dict[str, Tensor], quantised: dict[str, Tensor], actual: dict[str, Any]) -> None:
+    """Check an adapter's plain and quantized samples against a base's fingerprint.
+
+    Raises:
+        BaseModelError: other weights.
+    """
+    expected, samples = plain | quantised, actual["weights"] | actual["quantised"]
+    exact = plain.keys() & actual["weights"].keys()
+    equal, count, similarities = 0, 0, []
+    for name in sorted(expected.keys() & samples.keys()):
+        a, b = expected[name], _decode(samples[name])
         if len(a) != len(b) or (name in exact and _agreement(name, a, b) < AGREEMENT):
-            raise BaseModelError(f"Wrong base: same sizes, but other weights in {name}. {mend}")
+            raise _wrong_base(f"same sizes, but other weights in {name}")
         if name in exact:
             equal, count = equal + int((a == b).sum()), count + len(a)
         else:
-            likeness.append(float(torch.cosine_similarity(a, b, dim=0)))
+            similarities.append(float(torch.cosine_similarity(a, b, dim=0)))
     if equal < AGREEMENT * count:
-        raise BaseModelError(f"Wrong base: same sizes, but slightly other weights throughout. {mend}")
-    if sum(likeness) < LIKENESS * len(likeness):
-        raise BaseModelError(f"Wrong base: same sizes, but other quantised weights. {mend}")
+        raise _wrong_base("same sizes, but slightly other weights throughout")
+    if sum(similarities) < SIMILARITY * len(similarities):
+        raise _wrong_base("same sizes, but other quantised weights")
+
+
+def _wrong_base(difference: str) -> BaseModelError:
+    return BaseModelError(
+        f"Wrong base: {difference}. Load the adapter with the base that it was trained on; allow_other_base=True overrides."
+    )

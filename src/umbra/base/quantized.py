@@ -1,28 +1,30 @@
-"""Quantised layers: their weights as plain tensors, whatever library has packed them.
+"""Weights of quantized layers as plain tensors, whatever library has packed them.
 
     W · e_j + b = layer(e_j)
 
-A packed layer is asked instead of unpacked, so that bitsandbytes, torchao, HQQ, quanto, GPTQ and what comes after them
-need no code of their own.
+A packed layer is evaluated instead of unpacked, so that bitsandbytes, torchao, HQQ, quanto, GPTQ and later libraries need
+no code of their own.
 """
 
 import copy
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from umbra.base import private_torch
 
-def is_plain(weight: Any) -> bool:
-    """Whether this is a floating-point tensor that can be read as it lies: no packed, sharded or meta one."""
+
+def is_plain(weight: object) -> bool:
+    """Return whether this is a floating-point tensor whose storage can be read: not packed, sharded or on meta."""
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
         return False
     return weight.is_floating_point() and weight.element_size() > 1
 
 
-def is_packed(module: Any) -> bool:
-    """Whether the weight of this linear layer or embedding table is quantised, whole and on a device."""
+def is_packed(module: nn.Module) -> bool:
+    """Return whether the weight of this linear layer or embedding table is quantized, whole and on a device."""
     from torch.distributed.tensor import DTensor
 
     weight = getattr(module, "weight", None)
@@ -31,8 +33,8 @@ def is_packed(module: Any) -> bool:
     return all(t.numel() and not t.is_meta for t in _tensors(module))
 
 
-def is_packed_linear(module: Any) -> bool:
-    """Whether this is a quantised linear layer."""
+def is_packed_linear(module: nn.Module) -> bool:
+    """Return whether this is a quantized linear layer."""
     return isinstance(getattr(module, "in_features", None), int) and is_packed(module)
 
 
@@ -41,69 +43,91 @@ def _tensors(layer: nn.Module) -> list[Tensor]:
 
 
 @torch.no_grad()
-def columns(layer: Any, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, out): the columns of a linear layer's weight at ``places`` (N,), computed in ``dtype``."""
-    one_hot = torch.zeros(len(places), layer.in_features, dtype=dtype).scatter_(1, places[:, None], 1.0)
+def columns(layer: nn.Module, places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return columns (N, out) of a linear layer's weight.
+
+    Args:
+        layer: a linear layer of any quantization library.
+        places: (N,), the columns.
+        dtype: of the computation.
+    """
+    linear = cast(Any, layer)
+    one_hot = torch.zeros(len(places), linear.in_features, dtype=dtype).scatter_(1, places[:, None], 1.0)
     repacking = keep_unpacked(layer)
-    bias, layer.bias = layer.bias, None  # subtracted afterwards, a large one would take the weight's digits with it
+    bias, linear.bias = linear.bias, None  # subtracting a large one afterwards would lose digits of the weight
     try:
         return layer(one_hot.to(_tensors(layer)[0].device))
     finally:
-        layer.bias = bias
+        linear.bias = bias
         allow_repacking(repacking)
 
 
-def linear_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """(out, in): a linear layer's weight as a plain tensor, without a gradient; its own storage where that is plain."""
+def linear_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return a linear layer's weight (out, in) as a plain tensor without a gradient; a plain weight shares its storage.
+
+    Args:
+        layer: a linear layer of any quantization library.
+        dtype: of the computation for a packed weight.
+    """
+    linear = cast(nn.Linear, layer)
     if not is_packed(layer):
-        return layer.weight.detach()
-    return columns(layer, torch.arange(layer.in_features), dtype).T
+        return linear.weight.detach()
+    return columns(layer, torch.arange(linear.in_features), dtype).T
 
 
 def copy_without_hooks(module: nn.Module) -> nn.Module:
-    """A copy of a module of the base. A hook on it would bring along a copy of all that it knows: the whole base."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return copy.deepcopy(module, {id(hook): type(hook)() for hook in hooks})
+    """Return a deep copy of a module without its forward hooks, which refer to the whole base."""
+    tables = private_torch.forward_hook_tables(module)
+    return copy.deepcopy(module, {id(table): type(table)() for table in tables})
 
 
-def trainable_copy(head: Any, dtype: torch.dtype) -> nn.Module:
-    """A head of the same weights that can be trained: a packed one becomes a plain linear layer."""
+def trainable_copy(head: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a trainable head with the same weights: a plain linear layer in place of a packed one.
+
+    Args:
+        head: of the base.
+        dtype: for the weights of a packed one.
+    """
     if not is_packed(head):
         return copy_without_hooks(head).requires_grad_()
-    weight = linear_weight(head, dtype)
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=head.bias is not None, device=weight.device, dtype=dtype)
+    weight, bias = linear_weight(head, dtype), cast(nn.Linear, head).bias
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=dtype)
     with torch.no_grad():
         plain.weight.copy_(weight)
-        if head.bias is not None:
-            plain.bias.copy_(head.bias)
+        if bias is not None:
+            plain.bias.copy_(bias)
     return plain
 
 
-def keep_unpacked(model: nn.Module) -> list[Any]:
-    """Stop bitsandbytes from repacking 4-bit weights for the CPU; gives the layers that it would have done so with.
+def keep_unpacked(model: nn.Module) -> list[nn.Module]:
+    """Prevent bitsandbytes from repacking 4-bit weights for the CPU, and unpack those that it has repacked.
 
     On CPUs with AVX512-BF16 its first evaluation repacks each weight for a kernel without a backward: in a later training
-    step, gradients end silently at every linear layer. And ``state_dict()`` then unpacks the scales in the wrong order
+    step, gradients silently end at every linear layer. And ``state_dict()`` then unpacks the scales in the wrong order
     (bitsandbytes 0.50.2).
+
+    Returns:
+        The layers that would have been repacked, for `allow_repacking`.
     """
-    layers: list[Any] = [m for m in model.modules() if m.__dict__.get("support_avx512bf16_for_cpu")]
+    layers = [m for m in model.modules() if m.__dict__.get("support_avx512bf16_for_cpu")]
     for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            _unpack(layer.weight)
+        layer.__dict__["support_avx512bf16_for_cpu"] = False
+        weight: Any = layer.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            _unpack(weight)
     return layers
 
 
-def allow_repacking(layers: list[Any]) -> None:
-    """The inverse of `keep_unpacked`."""
+def allow_repacking(layers: list[nn.Module]) -> None:
+    """Undo `keep_unpacked`."""
     for layer in layers:
-        layer.support_avx512bf16_for_cpu = True
+        layer.__dict__["support_avx512bf16_for_cpu"] = True
 
 
 def _unpack(weight: Any) -> None:
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+    from umbra.base.private_bitsandbytes import unpack_for_cpu
 
     scales = weight.quant_state.absmax.T.reshape(-1).float()
-    weight.quant_state.original_nested = False  # quantising the scales again would change them
-    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+    weight.quant_state.original_nested = False  # quantizing the scales again would change them
+    weight.data, weight.quant_state = unpack_for_cpu(weight.data, weight.quant_state)
     weight.quant_state.absmax = scales

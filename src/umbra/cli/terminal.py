@@ -1,7 +1,7 @@
-"""The process around a command: where it imports from, what reaches the terminal, and one line for an error.
+"""The process around a command: its import path, its standard streams, and one line for an error.
 
-Standard streams are `plain` while a command runs: names in configurations, records and model output cannot send control
-sequences to a terminal, and characters that the stream's encoding lacks are escaped.
+Standard streams are plain while a command runs: names in configurations, records and model output cannot send control
+sequences to a terminal, and characters that the encoding of the stream lacks are escaped.
 """
 
 import errno
@@ -9,16 +9,16 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from umbra.errors import CONTROLS, UmbraError, one_line, shown
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
-TALKATIVE = ("torchao", "torch.utils._pytree")  # loggers that remark on their own installation when they are imported
-PROGRESS = re.compile(rf"(\r|\x1b\[A)|{CONTROLS.pattern}")  # what progress bars send
+TALKATIVE = ("torchao", "torch.utils._pytree")  # loggers that warn about their installation on import
+PROGRESS = re.compile(rf"(\r|\x1b\[A)|{CONTROLS.pattern}")  # control sequences of progress bars
 REMEDIES = {
     errno.ENOSPC: "free some space there, or choose another place",
     errno.EDQUOT: "free some space there, or choose another place",
@@ -38,7 +38,7 @@ REMEDIES = {
 
 
 def isolate() -> None:
-    """Prepare a process for a command: import nothing from the working folder, here or in any process that it starts.
+    """Keep this process, and those that it starts, from importing anything from the working folder.
 
     ``python -m`` and empty entries of PYTHONPATH put the working folder on the import path, ahead of installed packages.
     """
@@ -49,12 +49,14 @@ def isolate() -> None:
     if any(paths):
         os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p and _resolved(p) != here)
     os.environ["PYTHONSAFEPATH"] = "1"
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # of which transformers would ask a service on the hub
+    os.environ.setdefault(
+        "DISABLE_SAFETENSORS_CONVERSION", "1"
+    )  # for which transformers would call a service on the hub
     if sys.stderr is None or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars of loading too
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also transformers' loading bars
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    for descriptor in range(3):  # a closed one would be given to the next file that is opened
+    for descriptor in range(3):  # the next opened file would take a closed one
         try:
             os.fstat(descriptor)
         except OSError:
@@ -68,18 +70,18 @@ def _resolved(entry: str) -> str:
 
 
 class PlainStream:
-    """A text stream on which control characters, and characters that its encoding lacks, are written escaped.
+    """A text stream that escapes control characters, and characters that its encoding lacks.
 
     Args:
-        stream: where to write.
-        shows_progress: let the sequences of progress bars through.
+        stream: the stream to write to.
+        shows_progress: whether the sequences of progress bars pass unescaped.
     """
 
-    def __init__(self, stream: Any, shows_progress: bool = False):
+    def __init__(self, stream: TextIO, shows_progress: bool = False):
         self.stream = stream
         self.pattern = PROGRESS if shows_progress else CONTROLS
         self.is_raw = False
-        self.failure: OSError | None = None  # which argparse ignores, and the stream itself forgets
+        self.failure: OSError | None = None  # argparse ignores a failed write, and the stream forgets it
 
     def write(self, text: str) -> int:
         """Write the text, escaped."""
@@ -90,7 +92,11 @@ class PlainStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; an OSError if it, or any write before, has failed."""
+        """Flush the stream.
+
+        Raises:
+            OSError: the flush failed, or an earlier write.
+        """
         if self.failure is not None:
             raise self.failure
         self._attempt(self.stream.flush)
@@ -102,8 +108,8 @@ class PlainStream:
             self.failure = error
             raise
 
-    def writelines(self, lines: Any) -> None:
-        """Write each, escaped."""
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write each line, escaped."""
         for line in lines:
             self.write(line)
 
@@ -112,17 +118,17 @@ class PlainStream:
 
 
 def _escape(match: re.Match) -> str:
-    kept = match[1] if match.re is PROGRESS else None
-    return kept or f"\\u{ord(match[0]):04x}"
+    progress = match[1] if match.re is PROGRESS else None
+    return progress or f"\\u{ord(match[0]):04x}"
 
 
 @contextmanager
 def plain_streams() -> Iterator[None]:
-    """Make both standard streams plain; a result whose standard output is closed goes to standard error."""
+    """Make both standard streams plain; if standard output is closed, results go to standard error."""
     before = sys.stdout, sys.stderr
     nowhere = None if sys.stderr else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    sys.stderr = PlainStream(sys.stderr or nowhere, shows_progress=True)  # type: ignore[assignment]
-    sys.stdout = PlainStream(sys.stdout) if sys.stdout else sys.stderr  # type: ignore[assignment]
+    sys.stderr = cast(TextIO, PlainStream(sys.stderr or cast(TextIO, nowhere), shows_progress=True))
+    sys.stdout = cast(TextIO, PlainStream(sys.stdout)) if sys.stdout else sys.stderr
     try:
         yield
     finally:
@@ -133,8 +139,8 @@ def plain_streams() -> Iterator[None]:
 
 @contextmanager
 def raw_output() -> Iterator[None]:
-    """Write to standard output as it is, unless it is a terminal."""
-    stream = sys.stdout
+    """Write to standard output unescaped, unless it is a terminal."""
+    stream: object = sys.stdout
     if not isinstance(stream, PlainStream) or stream.isatty():
         yield
         return
@@ -146,10 +152,10 @@ def raw_output() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print a result at once; to standard error if standard output cannot be written, since it may have taken hours.
+    """Print and flush a result; to standard error if standard output fails, since computing it may have taken hours.
 
     Raises:
-        OSError: standard output cannot be written.
+        OSError: standard output failed.
     """
     try:
         print(text, flush=True)
@@ -161,7 +167,7 @@ def say(text: str) -> None:
 
 
 def abandon_output() -> None:
-    """Point standard output, if it cannot be written any more, at the null device: the interpreter flushes it once again."""
+    """Redirect a failed standard output to the null device, since the interpreter flushes it once more on exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -170,12 +176,12 @@ def abandon_output() -> None:
 
 
 def message_of(error: BaseException) -> str | None:
-    """Return one line about an error that a user can cause; None for any other."""
+    """Return the one-line message of an error that a user can correct; None for any other error."""
     if isinstance(error, UmbraError):
         remedy = REMEDIES.get(error.__cause__.errno or 0) if isinstance(error.__cause__, OSError) else None
         return one_line(f"{str(error).rstrip('.')}: {remedy}." if remedy else str(error))
     if isinstance(error, OSError):
-        return one_line(_of_the_system(error))
+        return one_line(_system_message(error))
     text = str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return one_line(
@@ -191,13 +197,13 @@ def message_of(error: BaseException) -> str | None:
     return None
 
 
-def _of_the_system(error: OSError) -> str:
+def _system_message(error: OSError) -> str:
     if "usable temporary directory" in str(error):
         return f"{error.strerror}: set TMPDIR to a folder that can be written."
     place = f"{shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
     remedy = REMEDIES.get(error.errno or 0)
-    said = error.strerror or str(error)[:300] or type(error).__name__
-    return f"{place}{said}{f': {remedy}' if remedy else ''}."
+    reason = error.strerror or str(error)[:300] or type(error).__name__
+    return f"{place}{reason}{f': {remedy}' if remedy else ''}."
 
 
 def place_of(error: BaseException) -> str:

@@ -1,17 +1,22 @@
-"""Records to token batches: prompt/completion, messages, text with or without a label; only answers carry labels.
+"""Records → token batches: prompt and completion, messages, text with or without a label. Only answers are labelled.
 
     sources    names → files, folders, saved data sets, data sets of the hub
     readers    sources → rows, by text_files, from_json, from_csv, from_arrow and splits
     rows       rows and their places
-    records    the contract: every column and field, what it means, what is refused
-chat       records → text and tokens
-tokens     text → tokens, a prompt's alike whether it is asked or learned
-labels     classes and regression targets → numbers
-batches    token batches
-corpus     text for pretraining
+    records    the contract: each column and field, its meaning, and what is refused
+chat            records → text and tokens
+conversation    messages in canonical form
+template        a tokenizer's chat template
+reasoning       the assistant's reasoning
+turns           conversations → the prompts and answers of their turns
+tokens          text → tokens; a prompt has the same tokens in training and in inference
+labels          classes and regression targets → numbers
+batches         token batches
+corpus          text for pretraining
+generated_text  text that the base generates for pretraining
 """
 
-from umbra.data.batches import Collator, encode_all, shadows_own
+from umbra.data.batches import Collator, Example, encode_all, for_shadow_alone
 from umbra.data.chat import ChatFormatter, end_tokens, needs_thinking
 from umbra.data.labels import Labels, class_name, describe_classes
 from umbra.data.readers import read_hub, read_records, read_rows
@@ -25,6 +30,7 @@ __all__ = [
     "MARK",
     "ChatFormatter",
     "Collator",
+    "Example",
     "Labels",
     "Record",
     "Rows",
@@ -33,6 +39,7 @@ __all__ = [
     "encode_all",
     "encode_plain",
     "end_tokens",
+    "for_shadow_alone",
     "local_files",
     "needs_thinking",
     "normalize",
@@ -40,5 +47,4 @@ __all__ = [
     "read_records",
     "read_rows",
     "record_kind",
-    "shadows_own",
 ]

@@ -15,22 +15,35 @@ from umbra.data.records import ESCALATION, MARK, Record
 from umbra.data.rows import Rows
 from umbra.data.tokens import encode_plain
 from umbra.errors import DataError
-from umbra.method.core import IGNORED
+from umbra.method.losses import IGNORED
 from umbra.options import speaks
+
+# "input_ids" and "labels", and with escalation "shadow_targets", each (T,) int32; labels of classifiers are numbers.
+Example = dict[str, Any]
 
 
 def encode_all(
     records: list[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int, chat_template: bool = True,
     chat_template_kwargs: dict[str, Any] | None = None, labels: Labels | None = None, name: str = "data",
     escalation: str = ESCALATION,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Tokenise records, cut at ``max_length``; examples left without a label are dropped, and counted in a message.
+) -> list[Example]:  # fmt: skip
+    """Tokenise records and cut them at ``max_length``. Examples without a label are dropped, and counted in a message.
 
     Args:
-        escalation: the shadow's answer to records that are marked for it.
+        records: the records.
+        tokenizer: the tokenizer.
+        max_length: number of tokens to which examples are cut.
+        chat_template: see `ChatFormatter`.
+        chat_template_kwargs: see `ChatFormatter`.
+        labels: classes or regression targets; None for a language model.
+        name: the name of the data, for messages.
+        escalation: the shadow's answer to records that are marked for escalation.
+
+    Returns:
+        The examples; a record may give several.
 
     Raises:
-        DataError: a record that cannot be rendered or whose label is unknown, with its place; or no example is left.
+        DataError: a record that cannot be rendered or has an unknown label, with its place; or no example remains.
     """
     formatter, examples, cut, dropped, split = (
         ChatFormatter(tokenizer, chat_template, chat_template_kwargs or {}),
@@ -61,7 +74,7 @@ def encode_all(
 
 def _encode(
     record: Record, formatter: ChatFormatter, labels: Labels | None, escalation: str, max_length: int
-) -> list[dict[str, Any]]:
+) -> list[Example]:
     if labels is not None:
         ids = np.asarray(encode_plain(formatter.tokenizer, record["text"]) if record["text"] else [], np.int32)
         if not ids.size:
@@ -87,24 +100,24 @@ def _report(name: str, total: int, cut: int, dropped: int, split: int, max_lengt
     if split:
         lines.append(
             f"{name}: the chat template renders earlier turns differently once a conversation goes on; {split} of {total} "
-            "conversations are learned turn by turn, each as it is asked"
+            "conversations are learned turn by turn, each with the prompt of inference"
         )
     return lines
 
 
-def shadows_own(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What of the examples the shadow learns, with its targets as the labels."""
-    own = [{"input_ids": e["input_ids"], "labels": e.get("shadow_targets", e["labels"])} for e in examples]
-    return [e for e in own if not isinstance(e["labels"], np.ndarray) or (e["labels"][1:] != IGNORED).any()]
+def for_shadow_alone(examples: list[Example]) -> list[Example]:
+    """Return the examples that the shadow learns, with its targets as the labels."""
+    targets = [{"input_ids": e["input_ids"], "labels": e.get("shadow_targets", e["labels"])} for e in examples]
+    return [e for e in targets if not isinstance(e["labels"], np.ndarray) or (e["labels"][1:] != IGNORED).any()]
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples on the right into a batch: ``input_ids``, ``attention_mask``, ``labels`` (B, T), or (B, …)."""
+    """Collate examples, padded on the right, into ``input_ids``, ``attention_mask`` (B, T) and ``labels`` (B, T) or (B, …)."""
 
     pad_token_id: int
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
         ids = [e["input_ids"] for e in examples]
         batch = {
             "input_ids": _pad(ids, self.pad_token_id),

@@ -1,7 +1,7 @@
 """Rows from Arrow: Parquet and Arrow files, and data sets of datasets.
 
-Arrow gives every struct of a column the same members, and fills those that a row did not have with nulls. They are dropped
-below the top level: a tool call has its own arguments again. Columns of classes give the names of the classes.
+Arrow gives all structs of a column the same members, and fills missing ones with nulls. Below the top level these are dropped, so
+that each tool call has its original arguments. Columns of class labels give the names of the classes.
 """
 
 import re
@@ -21,10 +21,10 @@ BATCH = 1024  # rows
 
 
 def read_parquet(path: Path) -> Rows:
-    """The rows of a Parquet file.
+    """Return the rows of a Parquet file.
 
     Raises:
-        DataError: damaged, or a class without a name.
+        DataError: a damaged file, or a class without a name.
     """
     import pyarrow.parquet as pq
 
@@ -34,7 +34,7 @@ def read_parquet(path: Path) -> Rows:
 
 
 def read_arrow(path: Path) -> Rows:
-    """The rows of an Arrow file, as `read_parquet`."""
+    """Return the rows of an Arrow file: see `read_parquet`."""
     import pyarrow as pa
 
     check_file(path)
@@ -49,7 +49,7 @@ def read_arrow(path: Path) -> Rows:
 
 
 def dataset_rows(dataset: Any, name: str) -> Rows:
-    """The rows of a ``datasets.Dataset``, as `read_parquet`; images and sounds are not decoded."""
+    """Return the rows of a ``datasets.Dataset``: see `read_parquet`. Images and sounds are not decoded."""
     with _readable(name):
         tables = dataset.with_format("arrow").iter(BATCH)
         return _rows(name, tables, dataset.features.arrow_schema)
@@ -68,14 +68,14 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _bounded(path: Path, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, unless they are beyond all measure larger than the file."""
+    """Yield the batches; raise a DataError if they are implausibly larger than the file."""
     limit, size = max(EXPANDS, RATIO * path.stat().st_size), 0
     for batch in batches:
         size += batch.nbytes
         if size > limit:
             raise DataError(
                 f"{path} cannot be read: its rows take more than {RATIO} times the bytes of the file, {limit:,}, as those of "
-                "a compression bomb do. If they are meant so, write them without compression."
+                "a compression bomb do. If this is intended, write the file without compression."
             )
         yield batch
 
@@ -112,11 +112,11 @@ def _converted(
 
 
 def converter(kind: Any, feature: Any = None) -> Convert | None:
-    """What makes values of an Arrow type those of a record; None if they are already.
+    """Return a function that converts values of an Arrow type to those of a record; None if they need no conversion.
 
     Args:
         kind: the type.
-        feature: what datasets say of the column, or of a part of it.
+        feature: the feature of datasets for the column, or for a part of it.
     """
     import pyarrow as pa
     from datasets import ClassLabel, LargeList, List

@@ -12,14 +12,14 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def read_csv(path: Path) -> Rows:
-    """The rows of a table whose first line names the columns.
+    """Return the rows of a table whose first line names the columns.
 
-    Cells keep their white space and are never numbers, truth values or missing: ``None``, ``007`` and an empty cell are
-    strings. Cells in double quotes may hold delimiters and line ends. Blank lines are skipped.
+    Cells are strings with their white space, also ``None``, ``007`` and empty cells. Cells in double quotes may contain delimiters
+    and line ends. Blank lines are skipped.
 
     Raises:
-        DataError: columns without a name or of the same name, a row with more or fewer cells than columns, or quotes that
-            do not end; with the line.
+        DataError: a column without a name, two columns of the same name, a row with more or fewer cells than columns, or an
+            unclosed quote; with the line.
     """
     delimiter = _delimiter(path)
     records = _records(path, delimiter)
@@ -48,21 +48,21 @@ def _rows(
 
 
 def _delimiter(path: Path) -> str:
-    """What separates cells: what the name of the file says, unless its first line is of one cell with another separator."""
+    """Return the delimiter: the usual one for the file's name, unless the first line has several cells only with another."""
     usual = "\t" if form_of(path) in (".tsv", ".tab") else ","
     first = next((line for _, line in numbered_lines(path) if line.strip()), "")
 
     def cells(delimiter: str) -> int:
         try:
             return len(next(csv.reader([first], delimiter=delimiter), []))
-        except csv.Error:  # which reading on will meet again
+        except csv.Error:  # raised again when the rows are read
             return 0
 
     return next((d for d in (usual, *DELIMITERS) if cells(d) > 1), usual)
 
 
 def _records(path: Path, delimiter: str) -> Iterator[tuple[list[str], int]]:
-    """Cells, and the line on which the first one begins."""
+    """Yield the cells of each record, and the line on which it begins."""
     limit = csv.field_size_limit(LONGEST)
     reader = csv.reader((line for _, line in numbered_lines(path)), delimiter=delimiter, strict=True)
     single = None

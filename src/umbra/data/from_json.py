@@ -1,4 +1,4 @@
-"""JSON files: one object a line, or one array of objects; read strictly, so that no value changes or disappears unseen."""
+"""JSON files: one object per line, or one array of objects; read strictly, so that no value is changed or lost silently."""
 
 import json
 import math
@@ -16,7 +16,7 @@ WRAPPERS = ("data", "rows", "records", "examples", "instances", "items", "train"
 
 
 class _Refused(ValueError):
-    """A value that JSON may write but that two readers would understand differently."""
+    """A value that JSON allows but that readers interpret differently."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
@@ -43,12 +43,12 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, 
 
 
 def read_json(path: Path) -> Rows:
-    """The objects of a file of JSON lines or of one JSON array, whichever it holds. Blank lines are skipped.
+    """Return the objects of a file of JSON lines or of one JSON array. Blank lines are skipped.
 
     Integers keep all their digits.
 
     Raises:
-        DataError: a line or an element that is not an object with columns, a key that stands twice in an object, NaN,
+        DataError: a line or an element that is not an object with columns, a key that occurs twice in an object, NaN,
             Infinity, half of a character (a lone surrogate), or more than `DEEPEST` levels; with the line.
     """
     first = next((piece.lstrip() for piece in pieces(path) if piece.strip()), "")
@@ -61,17 +61,17 @@ def read_json(path: Path) -> Rows:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, read as strictly as a file's.
+    """Return the value of a JSON text, read as strictly as a file's.
 
     Raises:
-        ValueError: it is refused.
+        ValueError: the text is refused.
     """
     value = DECODER.decode(text)
     _check_value(value, text)
     return value
 
 
-def _check_value(value: Any, text: str) -> None:
+def _check_value(value: object, text: str) -> None:
     if "\\u" in text and "\\ud" in text.lower():
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -81,7 +81,7 @@ def _check_value(value: Any, text: str) -> None:
         raise _Refused(f"is nested more than {DEEPEST} levels deep")
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
+def _is_deeper(value: object, levels: int) -> bool:
     level = [value]
     for _ in range(levels):
         lists = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
@@ -89,7 +89,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return bool(level)
 
 
-def _check_row(value: Any, where: str) -> Row:
+def _check_row(value: object, where: str) -> Row:
     if not isinstance(value, dict):
         kind = "null" if value is None else f"a JSON {type(value).__name__}, {shown(value)}"
         raise DataError(f"{where} is {kind}, not an object with columns.")
@@ -131,7 +131,7 @@ def _not_json(where: str, error: Exception, line: str) -> DataError:
 
 
 def _hint_over_lines(path: Path) -> str | None:
-    """How to mend a file whose first object extends over several lines; None if it does not."""
+    """Return how to fix a file whose first object extends over several lines; None if it does not."""
     window = _Window(path)
     try:
         window.next_character()
@@ -149,16 +149,16 @@ def _hint_of_lists(value: Row, path: Path) -> str | None:
     lists = {k: v for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     if not lists or COLUMNS & lists.keys():
         return None
-    told = ", ".join(f"{shown(key)} has {len(rows)} objects" for key, rows in lists.items())
+    counts = ", ".join(f"{shown(key)} has {len(rows)} objects" for key, rows in lists.items())
     key = next(iter(lists))
     return (
-        f"is one object around the records ({told}): write the list alone, "
+        f"is one object around the records ({counts}): write the list alone, "
         f"such as by jq -c '.{key}[]' {path} > {path.stem}.jsonl"
     )
 
 
 def _check_wrapped(row: Row, where: str, path: Path) -> None:
-    """Refuse the one object of a file that is a wrapper around the records."""
+    """Raise a DataError if the only object of a file is a wrapper around the records."""
     lists = {} if COLUMNS & row.keys() else {k: v for k, v in row.items() if k in WRAPPERS}
     if hint := _hint_of_lists(lists, path):
         raise DataError(f"{where} {hint}")
@@ -168,28 +168,28 @@ def _check_wrapped(row: Row, where: str, path: Path) -> None:
 
 
 class _Window:
-    """A stretch of a JSON text that moves forward: ``text`` from ``at`` on is to be read, and begins at ``line``."""
+    """A window that moves forward over a JSON text: ``text`` from ``at`` on is unread, and begins on ``line``."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.pieces, self.text, self.at, self.line = path, pieces(path), "", 0, 1
 
     def more(self) -> bool:
-        """Twice as much of the text; whether there was more."""
-        rest = self.text[self.at :]
+        """Double the unread text, and return whether there was more."""
+        unread = self.text[self.at :]
         added, size = [], 0
-        while size <= len(rest) and (piece := next(self.pieces, None)) is not None:
+        while size <= len(unread) and (piece := next(self.pieces, None)) is not None:
             added.append(piece)
             size += len(piece)
-        self.text, self.at = rest + "".join(added), 0
+        self.text, self.at = unread + "".join(added), 0
         return size > 0
 
     def move(self, end: int) -> None:
-        """Go on to ``end``."""
+        """Move to ``end``."""
         self.line += self.text.count("\n", self.at, end)
         self.at = end
 
     def next_character(self) -> str:
-        """The next character that is no white space, where the window then begins; empty at the end."""
+        """Move to the next character that is not white space and return it; an empty string at the end."""
         while True:
             end = self.at
             while end < len(self.text) and self.text[end] in " \t\r\n":
@@ -199,7 +199,7 @@ class _Window:
                 return self.text[self.at : self.at + 1]
 
     def value(self) -> Any:
-        """The value that begins here; the window then begins behind it."""
+        """Return the value that begins here, and move past it."""
         where = f"{self.path}:{self.line}"
         while True:
             try:

@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from umbra.errors import DataError, shown
 
@@ -15,7 +15,13 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 
 @dataclass(frozen=True)
 class Labels:
-    """How labels become numbers: ``names`` of the classes, or none for regression."""
+    """The mapping of labels to numbers.
+
+    Args:
+        problem_type: one of `PROBLEM_TYPES`.
+        names: the classes in the order of their numbers; none for regression.
+        width: number of outputs of the model.
+    """
 
     problem_type: str
     names: tuple[str, ...]
@@ -25,14 +31,15 @@ class Labels:
     def of(
         cls, values: Iterable[Any], problem_type: str | None = None, where: Callable[[int], str] | None = None
     ) -> "Labels":
-        """Read the classes off the training labels.
+        """Infer the classes or targets from the training labels.
 
-        Strings, integers, floats and booleans are classes, by their text without surrounding white space. Lists of strings are
-        several classes at once, and so are lists of 0 and 1, one for each class.
+        Strings, integers, floats and booleans are classes, named by their text without surrounding white space. Lists of strings
+        are several classes at once, and so are lists of 0 and 1, one for each class.
 
         Args:
-            problem_type: ``regression`` for numbers, or text of numbers, as targets; lists of numbers are several targets.
-            where: the place of a label, for messages.
+            values: the labels.
+            problem_type: ``regression`` for targets that are numbers, or text of numbers, or lists of either.
+            where: returns the place of a label, for messages.
 
         Raises:
             DataError: an empty or missing label, labels of different kinds, or a single class.
@@ -80,11 +87,11 @@ class Labels:
                 )
         return cls("multi_label_classification", tuple(f"LABEL_{i}" for i in range(width)), width)
 
-    def encode(self, value: Any) -> Any:
-        """Return the number, or numbers, of one label.
+    def encode(self, value: object) -> Any:
+        """Return one label as a number or as numbers.
 
         Raises:
-            DataError: a class that the training data does not have, or no number for regression.
+            DataError: a class that does not occur in the training data, or no number for regression.
         """
         if self.problem_type == "regression":
             return [_number(x) for x in value] if isinstance(value, list) else _number(value)
@@ -98,14 +105,14 @@ class Labels:
             return [float(i in present) for i in range(self.width)]
         return self._index(value)
 
-    def _index(self, value: Any) -> int:
+    def _index(self, value: object) -> int:
         name = class_name(value)
         if name not in self.names:
-            raise DataError(f"The label {shown(value)} is none of the training data's: {', '.join(self.names)}.")
+            raise DataError(f"The label {shown(value)} is not one of the training data's: {', '.join(self.names)}.")
         return self.names.index(name)
 
     def config(self) -> dict[str, Any]:
-        """Return the fields of a transformers configuration that say the same."""
+        """Return the mapping as fields of a transformers configuration."""
         names = self.names or tuple(f"LABEL_{i}" for i in range(self.width))
         return {
             "num_labels": self.width,
@@ -115,13 +122,13 @@ class Labels:
         }
 
 
-def class_name(value: Any) -> str:
+def class_name(value: object) -> str:
     """Return the name of a class: its text without surrounding white space."""
     return str(value).strip()
 
 
 def describe_classes(labels: Labels, values: Sequence[Any]) -> list[str]:
-    """Return lines for the user: every class with its count, and classes whose names differ in spelling alone."""
+    """Return lines for the user: each class with its count, and classes whose names differ only in spelling."""
     if labels.problem_type == "regression":
         return [f"regression on {len(values)} labels"]
     counts = Counter(
@@ -145,7 +152,7 @@ def describe_classes(labels: Labels, values: Sequence[Any]) -> list[str]:
 
 
 def _spelling(name: str) -> str:
-    """A name without what is easily misspelled: case, blanks, punctuation, zeros around a number."""
+    """Return a name without frequent variations of spelling: case, blanks, punctuation, zeros around a number."""
     try:
         return str(float(name))
     except ValueError:
@@ -153,7 +160,7 @@ def _spelling(name: str) -> str:
         return re.sub(r"[\W_]+", "", plain) or plain
 
 
-def _check(value: Any, place: str) -> None:
+def _check(value: object, place: str) -> None:
     for x in value if isinstance(value, list) else [value]:
         if x is None or not isinstance(x, str | int | float) or (isinstance(x, float) and not math.isfinite(x)):
             raise DataError(f"{place}: the label {shown(value)} is neither a name nor a number, nor a list of those.")
@@ -162,7 +169,7 @@ def _check(value: Any, place: str) -> None:
 
 
 def _check_kinds(values: list[Any], place: Callable[[int], str]) -> None:
-    """Refuse classes of which some are text and others numbers: 1 and "1" may be meant as one class, or as two."""
+    """Raise a DataError if some classes are text and others numbers: 1 and "1" could mean one class or two."""
     kinds = [str if isinstance(v, str) else bool if isinstance(v, bool) else float for v in values]
     odd = next((i for i, kind in enumerate(kinds) if kind is not kinds[0]), None)
     if odd is not None:
@@ -172,9 +179,9 @@ def _check_kinds(values: list[Any], place: Callable[[int], str]) -> None:
         )
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     try:
-        number = float(value)
+        number = float(cast("str | float", value))
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
@@ -197,7 +204,7 @@ def _regression_width(values: list[Any], place: Callable[[int], str]) -> int:
 
 
 def _sorted(values: Iterable[Any]) -> list[str]:
-    """The distinct classes, by number where all are numbers, otherwise by text."""
+    """Return the distinct classes, sorted as numbers if all are, otherwise as text."""
     by_name = {class_name(v): v for v in values}
     numeric = all(isinstance(v, int | float) for v in by_name.values())
     return sorted(by_name, key=lambda name: by_name[name]) if numeric else sorted(by_name)

@@ -1,4 +1,4 @@
-"""Read everything that holds records into `Rows`: files of any form, folders, saved data sets, data sets of the hub."""
+"""Read records from files of any format, folders, saved data sets and data sets of the hub."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,7 +12,7 @@ from umbra.data.rows import Rows
 from umbra.data.sources import ARROW_FILES, CSV_FILES, FORMS, JSON_FILES, PARQUET_FILES, Source, folder_splits, resolve
 from umbra.data.splits import parse_split, read_split
 from umbra.data.text_files import TEXT_FILES, form_of, pieces
-from umbra.errors import DataError, shown
+from umbra.errors import DataError, raising, shown
 from umbra.files import hub
 
 READERS: dict[tuple[str, ...], Callable[[Path], Rows]] = {
@@ -24,9 +24,11 @@ READERS: dict[tuple[str, ...], Callable[[Path], Rows]] = {
 
 
 def read_records(source: str | list[str], split: str = "train", ignore_columns: Collection[str] = ()) -> Rows:
-    """Read records, all of one form, and check every field of them.
+    """Read records, all of one form, and check all their fields.
 
     Args:
+        source: see `read_rows`.
+        split: see `read_rows`.
         ignore_columns: columns of the records and fields of their messages to leave out.
 
     Returns:
@@ -43,26 +45,26 @@ def read_records(source: str | list[str], split: str = "train", ignore_columns: 
 
 
 def read_rows(source: str | list[str], split: str = "train") -> Rows:
-    """The rows of a source, whatever the columns; ``where(i)`` of the result is the place of row ``i``.
+    """Return the rows of a source, with any columns; ``where(i)`` of the result is the place of row ``i``.
 
     Args:
-        source: a file, a folder of files, a data set that was saved to disk, an ``owner/name`` or ``owner/name:configuration``
+        source: a file, a folder of files, a data set saved to disk, an ``owner/name`` or ``owner/name:configuration``
             of the hub, a glob, or a list of these. ``~`` is the home folder.
-        split: a split, with a slice if needed, in the syntax of datasets: ``train[:100]``. The rows of a file belong to any.
+        split: a split, with a slice if needed, in the syntax of datasets: ``train[:100]``. A file belongs to every split.
 
     Raises:
-        DataError: nothing of this name, a file that cannot be read (with the line), no such split, or no row at all.
+        DataError: no such source, a file that cannot be read (with the line), an unknown split, or no row at all.
     """
     sources = resolve(source)
     names = {cut.name for cut in parse_split(split)}
-    loose = next((one for one in sources if one.kind in ("file", "saved")), None)
-    if loose and len(names) > 1:
+    unsplit = next((one for one in sources if one.kind in ("file", "saved")), None)
+    if unsplit and len(names) > 1:
         raise DataError(
-            f"{loose.name} has no splits, so that split={shown(split)} would read its rows twice: name one split."
+            f"{unsplit.name} has no splits, so split={shown(split)} would read its rows twice: name one split."
         )
     rows = read_split(split, lambda name: Rows.joined([_read(one, name) for one in sources]))
     if not rows:
-        raise DataError(f"{', '.join(one.name for one in sources)} holds no record.")
+        raise DataError(f"{', '.join(one.name for one in sources)} contains no record.")
     return rows
 
 
@@ -88,10 +90,10 @@ def _split_of(splits: dict[str, Any], split: str, name: str) -> Any:
 
 
 def read_file(path: Path) -> Rows:
-    """The rows of one file, by the end of its name; of another end by its content, if that is JSON.
+    """Return the rows of one file. Its name determines the format; other files are read if they contain JSON.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     form = form_of(path)
     for forms, read in READERS.items():
@@ -109,36 +111,34 @@ def read_file(path: Path) -> Rows:
 def _saved(name: str) -> Any:
     import datasets
 
-    try:
+    with raising(DataError, lambda error: f"The data set saved in {name} cannot be read: {error!s:.300}"):
         return datasets.load_from_disk(name)
-    except Exception as error:  # the library raises a dozen unrelated types
-        raise DataError(f"The data set saved in {name} cannot be read: {error!s:.300}") from error
 
 
 def read_hub(*source: str, split: str) -> Rows:
-    """The rows of a split of a data set of the hub: its id, and its configuration if it has several.
+    """Return the rows of a split of a data set of the hub. Cells of its CSV files are text, as in local files.
 
-    Cells of its CSV files are text, as those of local ones.
+    Args:
+        source: the data set's id, and its configuration if it has several.
+        split: name of the split.
 
     Raises:
-        DataError: it cannot be loaded.
+        DataError: the data set cannot be loaded.
     """
-    import datasets  # before the look-up: it reads once whether the hub is offline
+    import datasets  # before the look-up: on import it reads whether the hub is offline
 
     name = f"{':'.join(source)}, split {split}"
-    try:
-        with hub.lookup(source[0]):
-            loaded: Any = datasets.load_dataset(*source, split=split)
-            if isinstance(loaded, datasets.Dataset) and loaded.builder_name == "csv":
-                kinds = {
-                    k: datasets.Value("string") if isinstance(f, datasets.Value) else f
-                    for k, f in loaded.features.items()
-                }
-                features = datasets.Features(kinds)
-                loaded = datasets.load_dataset(*source, split=split, features=features, keep_default_na=False)
-    except Exception as error:  # the library raises a dozen unrelated types
+
+    def failure(error: Exception) -> str:
         reason = hub.way_out(source[0], error) or f"{error!s:.300}"
-        raise DataError(
-            f"{shown(':'.join(source))} is neither a file here nor a data set that can be loaded: {reason}"
-        ) from error
+        return f"{shown(':'.join(source))} is neither a local file nor a data set that can be loaded: {reason}"
+
+    with raising(DataError, failure), hub.lookup(source[0]):
+        loaded = datasets.load_dataset(*source, split=split)
+        if isinstance(loaded, datasets.Dataset) and loaded.builder_name == "csv":
+            text = datasets.Value("string")
+            kinds = {k: text if isinstance(f, datasets.Value) else f for k, f in loaded.features.items()}
+            loaded = datasets.load_dataset(
+                *source, split=split, features=datasets.Features(kinds), keep_default_na=False
+            )
     return dataset_rows(loaded, name) if isinstance(loaded, datasets.Dataset) else Rows(loaded)

@@ -1,8 +1,7 @@
-"""The data contract: what each column of a record and each field of a message means, and what is refused.
+"""The data contract: the meaning of each column of a record and of each field of a message, and what is refused.
 
-`normalize` is the one function that decides. It returns a record in canonical form: messages as chat templates of
-transformers read them, tool calls and tools in OpenAI's nested spelling with arguments as objects. docs/data.md shows
-`COLUMNS` and `FIELDS` as tables.
+`normalize` applies it. It returns a record in canonical form: messages as transformers' chat templates read them, tools and tool
+calls in OpenAI's nested spelling with arguments as objects. docs/data.md shows `COLUMNS` and `FIELDS` as tables.
 """
 
 import difflib
@@ -15,7 +14,7 @@ from umbra.errors import DataError, shown
 
 Record = dict[str, Any]
 Message = dict[str, Any]
-MARK = "escalate"  # the column that marks a request that is beyond the shadow
+MARK = "escalate"  # the column that marks a request that the shadow escalates
 ESCALATION = "[REMOTE]"  # the shadow's answer to such a request, by default
 NEEDED = "`prompt` and `completion`, `messages`, `text` and `label`, or `text`"
 
@@ -105,12 +104,13 @@ def record_kind(record: Record, where: str) -> str:
 
 
 def normalize(record: Record, where: str, ignore: Collection[str] = (), kind: str | None = None) -> Record:
-    """Return a record in canonical form, every field of it checked.
+    """Return a record in canonical form, with all fields checked.
 
     Args:
+        record: the record.
         where: its place, for messages, such as ``train.jsonl:8``.
-        ignore: columns of the record and fields of messages to leave out.
-        kind: the form that the record must have; by default its own.
+        ignore: columns of the record and fields of messages to drop.
+        kind: the form that the record must have; by default the form of its columns.
 
     Raises:
         DataError: a missing, unknown or malformed column or field, by its name.
@@ -148,7 +148,7 @@ def normalize(record: Record, where: str, ignore: Collection[str] = (), kind: st
 
 
 def _expect(record: Record, where: str, kind: str | None) -> str:
-    """The form of the record, which must be ``kind`` where one is given."""
+    """Return the form of the record, which must be ``kind`` if that is given."""
     kind = kind or record_kind(record, where)
     spelled = {SPELLINGS.get(k, k) for k, v in record.items() if v is not None}
     for column in FORMS.get(kind, ("text",)):
@@ -184,21 +184,21 @@ def _unknown(name: str, known: Collection[str], where: str, what: str) -> DataEr
     hint = f"did you mean {near[0]!r}? " if near else ""
     return DataError(
         f"{where} has the unknown {what} {shown(name)}: {hint}known are {', '.join(known)}. "
-        f"To leave it out knowingly, set ignore_columns: [{name}]."
+        f"To drop it, set ignore_columns: [{name}]."
     )
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
 
 
-def _messages(value: Any, where: str, ignore: Collection[str]) -> list[Message]:
+def _messages(value: object, where: str, ignore: Collection[str]) -> list[Message]:
     value = _parsed(value, where)
     if not isinstance(value, list) or not value:
         raise DataError(f"{where} must be a list of messages, got {shown(value)}.")
     return [_message(m, f"{where}[{i}]", ignore) for i, m in enumerate(value)]
 
 
-def _message(value: Any, where: str, ignore: Collection[str]) -> Message:
+def _message(value: object, where: str, ignore: Collection[str]) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"{where} must be an object with `role` and `content`, got {shown(value)}.")
     message: Message = {}
@@ -231,7 +231,7 @@ def _message(value: Any, where: str, ignore: Collection[str]) -> Message:
 
 
 def _check_fields(message: Message, where: str) -> None:
-    """Hold fields to the roles that may have them."""
+    """Raise a DataError for a field that does not belong to the message's role, or has an invalid value."""
     role = message["role"]
     for name in ("weight", "tool_calls", "function_call", "reasoning_content", "refusal", "annotations", "audio"):
         if name in message and role != "assistant":
@@ -254,7 +254,7 @@ def _check_fields(message: Message, where: str) -> None:
 
 
 def _content(message: Message, where: str) -> str | list[dict[str, Any]]:
-    """The text of a message, or its text parts."""
+    """Return the text of a message, or its text parts."""
     value = message.get("content")
     if value is None or value == []:
         if message["role"] == "assistant" and message.keys() & {"tool_calls", "reasoning_content"}:
@@ -287,8 +287,8 @@ def _content(message: Message, where: str) -> str | list[dict[str, Any]]:
 # -- tools -------------------------------------------------------------------------------------------------------------
 
 
-def _parsed(value: Any, where: str) -> Any:
-    """The value, read from JSON where it is text."""
+def _parsed(value: object, where: str) -> Any:
+    """Return the value, parsed from JSON if it is text."""
     if not isinstance(value, str):
         return value
     try:
@@ -297,8 +297,8 @@ def _parsed(value: Any, where: str) -> Any:
         raise DataError(f"{where} must be a list, or JSON text of one: {error}, got {shown(value)}.") from None
 
 
-def _function(value: Any, where: str, known: dict[str, tuple[str, ...]], outer: tuple[str, ...]) -> dict[str, Any]:
-    """The object that names a function, from OpenAI's nested spelling or the flat one; nested ``id`` and the like stay out."""
+def _function(value: object, where: str, known: dict[str, tuple[str, ...]], outer: tuple[str, ...]) -> dict[str, Any]:
+    """Return the object that names a function, from OpenAI's nested spelling or the flat one, without ``outer`` fields."""
     if not isinstance(value, dict):
         raise DataError(f"{where} must be an object, got {shown(value)}.")
     value = {k: v for k, v in value.items() if v is not None}
@@ -319,8 +319,8 @@ def _function(value: Any, where: str, known: dict[str, tuple[str, ...]], outer: 
     return result
 
 
-def _call(value: Any, where: str) -> dict[str, Any]:
-    """A tool call as ``{"type": "function", "function": {"name": …, "arguments": {…}}}``, with its id if it has one."""
+def _call(value: object, where: str) -> dict[str, Any]:
+    """Return a tool call as ``{"type": "function", "function": {"name": …, "arguments": {…}}}``, with its id if it has one."""
     call = _function(value, where, {"name": (), "arguments": ("parameters",)}, ("id", "type", "index"))
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):
@@ -330,11 +330,11 @@ def _call(value: Any, where: str) -> dict[str, Any]:
             raise DataError(f"{where}: 'arguments' is not JSON: {error}, got {shown(arguments)}.") from None
     if not isinstance(arguments, dict):
         raise DataError(f"{where}: 'arguments' must be an object or JSON text of one, got {shown(arguments)}.")
-    identity = {"id": value["id"]} if value.get("id") is not None else {}
+    identity = {"id": value["id"]} if isinstance(value, dict) and value.get("id") is not None else {}
     return {**identity, "type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 
-def _tools(value: Any, where: str) -> list[dict[str, Any]]:
+def _tools(value: object, where: str) -> list[dict[str, Any]]:
     value = _parsed(value, f"{where}, tools")
     if not isinstance(value, list):
         raise DataError(f"{where}: 'tools' must be a list, got {shown(value)}.")

@@ -1,4 +1,4 @@
-"""Rows of a source, and the place of each as users write it: ``train.jsonl:8``, ``data.csv:12``, ``x.parquet, row 5``."""
+"""Rows of a source and their places, as messages show them: ``train.jsonl:8``, ``data.csv:12``, ``x.parquet, row 5``."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,19 +13,19 @@ ROW = "{name}, row {number}"
 
 
 class Origin(NamedTuple):
-    """A file or a split of a data set, and how a place in it is written: one of `LINE`, `RECORD`, `ROW`."""
+    """A file or a split of a data set, and the form of places in it: one of `LINE`, `RECORD`, `ROW`."""
 
     name: str
     form: str
 
 
 class Rows(list[Row]):
-    """A list of rows that knows the place of each one. Slices are `Rows` too; lists that are sorted or filtered elsewhere are not.
+    """A list of rows with their places. Slices are `Rows` too; sorted or filtered lists are not.
 
     Args:
-        rows: the rows; of `Rows` alone, the places are taken over.
-        origins: where they come from.
-        places: (N, 3) of each row: the index of its origin, its number there and its line, both from 1 on.
+        rows: the rows; the places of other `Rows` are taken over.
+        origins: the sources of the rows.
+        places: (N, 3) for each row the index of its origin, and its number and line there, both from 1.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Rows(list[Row]):
 
     @classmethod
     def of(cls, name: str, form: str, numbered: Iterable[tuple[Row, int, int]]) -> "Rows":
-        """The rows of one origin, each given with its number and its line."""
+        """Return the rows of one origin, each given with its number and its line."""
         rows, places = [], array("q")
         for row, number, line in numbered:
             rows.append(row)
@@ -48,7 +48,7 @@ class Rows(list[Row]):
 
     @classmethod
     def joined(cls, parts: Sequence["Rows"]) -> "Rows":
-        """The rows of all parts, one after another."""
+        """Return the concatenated rows of all parts."""
         if len(parts) == 1:
             return parts[0]
         origins = [origin for part in parts for origin in part._origins]
@@ -59,7 +59,7 @@ class Rows(list[Row]):
         return cls((row for part in parts for row in part), origins, np.concatenate(places))
 
     def where(self, i: int) -> str:
-        """The place of row ``i``."""
+        """Return the place of row ``i``."""
         if self._places is None:
             return f"record {range(len(self))[i] + 1}"
         origin, number, line = self._numbers()[i].tolist()
@@ -67,11 +67,11 @@ class Rows(list[Row]):
         return form.format(name=name, number=number, line=line)
 
     def places(self) -> Iterator[str]:
-        """The place of each row."""
+        """Return the place of each row."""
         return map(self.where, range(len(self)))
 
     def take(self, indices: Iterable[int]) -> "Rows":
-        """The rows at these indices, in their order, with their places."""
+        """Return the rows at these indices, in their order, with their places."""
         chosen = list(indices)
         places = None if self._places is None else self._numbers()[chosen]
         return Rows(map(super().__getitem__, chosen), self._origins, places)
@@ -80,14 +80,14 @@ class Rows(list[Row]):
     def __getitem__(self, key: SupportsIndex) -> Row: ...
     @overload
     def __getitem__(self, key: slice) -> "Rows": ...
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: SupportsIndex | slice) -> object:
         if not isinstance(key, slice):
             return super().__getitem__(key)
         places = None if self._places is None else self._numbers()[key]
         return Rows(super().__getitem__(key), self._origins, places)
 
     def _numbers(self) -> np.ndarray:
-        """`places`, which must still be those of the rows."""
+        """Return `places`, which must still match the rows."""
         if self._places is None:
             return np.stack([np.zeros(len(self)), np.arange(1, len(self) + 1), np.zeros(len(self))], 1).astype(np.int64)
         assert len(self._places) == len(self), "rows were added or removed in place: use take() or a plain list"

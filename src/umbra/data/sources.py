@@ -1,6 +1,6 @@
-"""What a user's words for data mean: files, globs, folders, saved data sets or a data set of the hub.
+"""Names of data → sources: files, globs, folders, data sets saved to disk, and data sets of the hub.
 
-The local disk alone decides, so that a name that is mistyped is refused at once; only ``owner/name`` is looked up elsewhere.
+Names are resolved on the local disk, so that a mistyped one is refused at once; only ``owner/name`` is looked up on the hub.
 """
 
 import glob
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from umbra.data.text_files import COMPRESSIONS, TEXT_FILES, check_file, form_of, reading
 from umbra.errors import DataError, shown
@@ -31,10 +31,10 @@ SPLITS = {
 
 
 class Source(NamedTuple):
-    """One thing that was named.
+    """A source of rows.
 
     Args:
-        kind: a file; a folder of files; a data set saved to disk, or several splits of one; a data set of the hub.
+        kind: a file; a folder of files; a data set saved to disk, or its splits; a data set of the hub.
         name: its path, or its id with ``:configuration``.
     """
 
@@ -43,15 +43,15 @@ class Source(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """Of what lies on the disk."""
+        """The path of a local source."""
         return Path(self.name)
 
 
 def listed(source: str | list[str]) -> list[str]:
-    """The names of a source, which is one name or several.
+    """Return the names of one or several sources as a list.
 
     Raises:
-        DataError: none, or one that is not text.
+        DataError: no name, or one that is not text.
     """
     names = [os.fspath(name) if isinstance(name, Path) else name for name in _as_list(source)]
     for name in names:
@@ -62,22 +62,22 @@ def listed(source: str | list[str]) -> list[str]:
     return names
 
 
-def _as_list(source: Any) -> list[Any]:
+def _as_list(source: object) -> list[Any]:
     return list(source) if isinstance(source, list | tuple) else [source]
 
 
 def named_sources(names: str | list[str] | None) -> list[str]:
-    """Sources that are separated by commas, or listed; the name of something that exists is one, whatever is in it."""
+    """Split names at commas, except for the name of an existing file or folder."""
     listing = [names] if isinstance(names, str) else names or []
     parts = [[name] if os.path.exists(os.path.expanduser(name)) else name.split(",") for name in listing]
     return [part.strip() for some in parts for part in some if part.strip()]
 
 
 def resolve(source: str | list[str]) -> list[Source]:
-    """Everything that is named, in order; the matches of a glob by name.
+    """Return all sources that are named, in order; matches of a glob are sorted.
 
     Raises:
-        DataError: nothing there, a pipe or device, or the same file twice.
+        DataError: no such source, a pipe or device, or the same file twice.
     """
     sources = [one for name in listed(source) for one in _resolve(name)]
     seen: dict[str, str] = {}
@@ -85,7 +85,7 @@ def resolve(source: str | list[str]) -> list[Source]:
         key = one.name if one.kind == "hub" else os.path.realpath(one.name)
         if key in seen:
             also = "" if seen[key] == one.name else f", also as {seen[key]}"
-            raise DataError(f"{one.name} is named twice{also}: its rows would count double.")
+            raise DataError(f"{one.name} is named twice{also}: its rows would count double. Name it once.")
         seen[key] = one.name
     return sources
 
@@ -115,11 +115,11 @@ def _local(path: Path, name: str) -> Source:
         check_file(path)
         return Source("file", name)
     kind = next((kind for file, kind in SAVED.items() if (path / file).is_file()), "folder")
-    return Source(kind, name)  # type: ignore[arg-type]
+    return Source(cast(Literal["saved", "dict", "folder"], kind), name)
 
 
 def _may_be_on_hub(name: str) -> bool:
-    """Whether a name of nothing on the disk is ``owner/name`` or ``owner/name:configuration``."""
+    """Return whether a name that does not exist locally has the form ``owner/name`` or ``owner/name:configuration``."""
     if not HUB_ID.fullmatch(name):
         return False
     suffixes = (*RECORD_FILES, *TEXT_FILES, *OTHERS, *(c.suffix for c in COMPRESSIONS))
@@ -128,7 +128,7 @@ def _may_be_on_hub(name: str) -> bool:
 
 def _missing(name: str, path: Path) -> DataError:
     if "://" in name:
-        return DataError(f"{name} cannot be read: it is an address. Download it, and name the file.")
+        return DataError(f"{name} cannot be read: it is a URL. Download it, and name the file.")
     hint = f" (looked for in {Path.cwd()})" if not path.is_absolute() else ""
     if re.fullmatch(r"[\w.-]+", name) and not path.suffix:
         hint += "; a data set of the hub is named as owner/name"
@@ -138,19 +138,19 @@ def _missing(name: str, path: Path) -> DataError:
 
 
 def text_files(source: str | list[str]) -> list[Path]:
-    """The .txt and .md files that a source consists of; none where it holds records.
+    """Return the .txt and .md files of a source; an empty list if it contains records.
 
     Raises:
-        DataError: see `resolve`; or text files beside others.
+        DataError: see `resolve`; or text files together with others.
     """
     sources = resolve(source)
     texts = [one.path for one in sources if one.kind == "file" and form_of(one.path) in TEXT_FILES]
     if len(sources) == 1 and sources[0].kind == "folder":
-        found = folder_files(sources[0].path, (*RECORD_FILES, ".txt"))
-        sources, texts = [Source("file", str(f)) for f in found], [f for f in found if form_of(f) == ".txt"]
+        files = folder_files(sources[0].path, (*RECORD_FILES, ".txt"))
+        sources, texts = [Source("file", str(f)) for f in files], [f for f in files if form_of(f) == ".txt"]
     if texts and len(texts) < len(sources):
         other = next(one.name for one in sources if one.path not in texts)
-        raise DataError(f"{texts[0]} is text, and {other} holds records: name them apart.")
+        raise DataError(f"{texts[0]} is text, and {other} contains records: use them in separate runs.")
     return texts
 
 
@@ -158,10 +158,14 @@ def text_files(source: str | list[str]) -> list[Path]:
 
 
 def folder_files(folder: Path, suffixes: Iterable[str] = RECORD_FILES) -> list[Path]:
-    """All data files below a folder, by name; none that is hidden or that begins with an underscore.
+    """Return all data files below a folder, sorted by name, except those whose name begins with a dot or an underscore.
+
+    Args:
+        folder: the folder.
+        suffixes: ends of the names of data files.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such file.
     """
     with reading(folder):
         files = [
@@ -176,10 +180,10 @@ def folder_files(folder: Path, suffixes: Iterable[str] = RECORD_FILES) -> list[P
 
 
 def folder_splits(folder: Path) -> dict[str, list[Path]]:
-    """The data files of a folder by split, which a word of their path says (train, validation, test); of "" if none does.
+    """Return the data files of a folder by split, named by a word in their path (train, validation, test), or "" if none is.
 
     Raises:
-        DataError: there is none; a file that names two splits, or none where others do; or README.md declares configurations.
+        DataError: no data file; a file that names two splits, or none while others do; or README.md declares configurations.
     """
     _check_configurations(folder)
     splits: dict[str, list[Path]] = {}
@@ -199,7 +203,7 @@ def folder_splits(folder: Path) -> dict[str, list[Path]]:
 
 
 def _check_configurations(folder: Path) -> None:
-    """Refuse the copy of a hub data set whose card says which files belong together: names would not."""
+    """Raise a DataError for a copy of a hub data set whose card groups files into configurations."""
     card = folder / "README.md"
     if not card.is_file():
         return
@@ -214,14 +218,14 @@ def _check_configurations(folder: Path) -> None:
 
 
 def _is_content(file: Path, source: Source) -> bool:
-    """Whether a file below a folder may be read as data: none that is hidden, a note of the user's or a cache of datasets."""
+    """Return whether a file below a folder is data, not a hidden file, a note, or a cache of datasets."""
     hidden = any(part.startswith((".", "_", "cache-")) for part in file.relative_to(source.path).parts)
     is_data = source.kind != "folder" or form_of(file) in (*RECORD_FILES, ".txt")
     return is_data and not hidden and file.is_file()
 
 
 def local_files(source: str | list[str] | None) -> list[Path]:
-    """The files on this disk that a source names, as far as they are there: what its content depends on."""
+    """Return the existing local files on which a source depends."""
     try:
         sources = resolve(source or [])
     except DataError:

@@ -15,7 +15,7 @@ ROUNDINGS = (None, "closest", "pct1_dropremainder")
 
 
 class Cut(NamedTuple):
-    """A slice of one split; bounds as they were written, None for the whole of it."""
+    """A slice of one split; bounds as written, None for an open end."""
 
     name: str
     start: str | None = None
@@ -23,7 +23,7 @@ class Cut(NamedTuple):
     rounding: str | None = None
 
     def of(self, count: int) -> slice:
-        """The slice of ``count`` rows."""
+        """Return the slice for a split of ``count`` rows."""
         return slice(self._index(self.start, 0, count), self._index(self.end, count, count))
 
     def _index(self, bound: str | None, default: int, count: int) -> int:
@@ -36,10 +36,10 @@ class Cut(NamedTuple):
 
 
 def parse_split(split: str) -> list[Cut]:
-    """The slices that a split names.
+    """Parse a split into slices.
 
     Raises:
-        DataError: malformed, or a share of more than 100 %.
+        DataError: a malformed split, or a share of more than 100 %.
     """
     cuts = []
     for part in split.split("+") if isinstance(split, str) else [""]:
@@ -59,9 +59,10 @@ def parse_split(split: str) -> list[Cut]:
 
 
 def read_split(split: str, load: Callable[[str], Rows]) -> Rows:
-    """The rows that a split names.
+    """Return the rows of a split.
 
     Args:
+        split: names of splits, with slices.
         load: reads all rows of a split by its name.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Text files of users: opened, decompressed and decoded within limits, and cut at line feeds alone.
+"""Text files: opening, decompressing and decoding them within limits, and cutting them at line feeds only.
 
-A line is what an editor counts: it ends at U+000A. Whatever else Unicode calls a line end (U+2028, a form feed, NEL) is text.
+A line ends at U+000A, as in editors. Other line ends of Unicode (U+2028, a form feed, NEL) are text.
 """
 
 import bz2
@@ -33,7 +33,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def _open_zstd(file: Any) -> Any:
+def _open_zstd(file: IO[bytes]) -> Any:
     import pyarrow as pa
 
     return pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")
@@ -75,7 +75,7 @@ SCRIPTS = (
 
 
 def form_of(path: Path) -> str:
-    """The end of a file's name that says its form, in lower case, such as ``.jsonl`` of ``a.JSONL.gz``."""
+    """Return the suffix that determines a file's format, in lower case, such as ``.jsonl`` of ``a.JSONL.gz``."""
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression.suffix)
@@ -83,7 +83,7 @@ def form_of(path: Path) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Refuse everything but a regular file, without opening it.
+    """Check that a path is a regular file, without opening it.
 
     Raises:
         DataError: no such file, or a folder, pipe, socket or device.
@@ -98,7 +98,7 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the errors of opening and decompressing ``path`` into a DataError."""
+    """Raise a DataError for errors in opening and decompressing ``path``."""
     try:
         yield
     except FileNotFoundError:
@@ -115,10 +115,10 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The content of a text file as UTF-8.
+    """Open a text file as UTF-8.
 
     Raises:
-        DataError: no regular file, damaged or too large when decompressed, no text, or an encoding that is not read.
+        DataError: no regular file, a damaged file, one that is too large when decompressed, no text, or an unsupported encoding.
     """
     check_file(path)
     with reading(path), path.open("rb", buffering=PIECE) as file:
@@ -177,7 +177,7 @@ def _convert(path: Path, encoding: str) -> str:
 
 @functools.cache
 def _check_expansion(path: Path, compression: Compression, size: int, modified: int) -> None:
-    """Decompress a file once without keeping anything: rows take more memory than their text, and a bomb is to take none."""
+    """Decompress a file once, without storing it, to detect a compression bomb before any row takes memory."""
     with path.open("rb", buffering=PIECE) as file:
         stream = _Expanding(compression.open(file), path, size)
         buffer = bytearray(PIECE)
@@ -186,22 +186,22 @@ def _check_expansion(path: Path, compression: Compression, size: int, modified: 
 
 
 class _Expanding(io.RawIOBase):
-    """A decompressed stream that stops a bomb: a file that expands beyond `EXPANDS` bytes and `RATIO` times its size."""
+    """A decompressed stream that raises a DataError beyond `EXPANDS` bytes and `RATIO` times the size of the file."""
 
-    def __init__(self, stream: Any, path: Path, size: int) -> None:
+    def __init__(self, stream: IO[bytes], path: Path, size: int) -> None:
         self.stream, self.path, self.limit, self.read_bytes = stream, path, max(EXPANDS, RATIO * size), 0
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: memoryview | bytearray) -> int:
         piece = self.stream.read(len(buffer))
         buffer[: len(piece)] = piece
         self.read_bytes += len(piece)
         if self.read_bytes > self.limit:
             raise DataError(
                 f"{self.path} cannot be read: it expands to more than {RATIO} times its size, {self.limit:,} bytes, as a "
-                "compression bomb does. If its content is meant so, decompress it and name the result."
+                "compression bomb does. If this is intended, decompress it and name the result."
             )
         return len(piece)
 
@@ -210,25 +210,25 @@ class _Utf8(io.RawIOBase):
     """A UTF-16 stream with a byte-order mark, as UTF-8."""
 
     def __init__(self, stream: IO[bytes], path: Path) -> None:
-        self.stream, self.path, self.rest, self.line = stream, path, b"", 1
+        self.stream, self.path, self.pending, self.line = stream, path, b"", 1
         self.decoder = codecs.getincrementaldecoder("utf-16")()
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        while not self.rest:
+    def readinto(self, buffer: memoryview | bytearray) -> int:
+        while not self.pending:
             piece = self.stream.read(2**16)
             try:
-                self.rest = self.decoder.decode(piece, final=not piece).encode()
+                self.pending = self.decoder.decode(piece, final=not piece).encode()
             except UnicodeDecodeError as error:
                 line = self.line + bytes(error.object)[: error.start].decode("utf-16-le", "ignore").count("\n")
                 raise DataError(f"{self.path}:{line} is not UTF-16, though the file begins as such: mend it.") from None
-            self.line += self.rest.count(b"\n")
+            self.line += self.pending.count(b"\n")
             if not piece:
                 break
-        size = min(len(buffer), len(self.rest))
-        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        size = min(len(buffer), len(self.pending))
+        buffer[:size], self.pending = self.pending[:size], self.pending[size:]
         return size
 
 
@@ -236,7 +236,7 @@ class _Utf8(io.RawIOBase):
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file, each with its number and its line feed.
+    """Yield the lines of a text file, each with its number and its line feed.
 
     Raises:
         DataError: see `opened`; or bytes that are not UTF-8, or a line of more than `LONGEST` bytes.
@@ -256,7 +256,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def pieces(path: Path) -> Iterator[str]:
-    """The text of a file, about a megabyte at a time.
+    """Yield the text of a file, about a megabyte at a time.
 
     Raises:
         DataError: see `opened`; or bytes that are not UTF-8.
@@ -276,7 +276,7 @@ def pieces(path: Path) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """The whole text of a file, its lines ended by line feeds.
+    """Return the whole text of a file, with lines ended by line feeds.
 
     Raises:
         DataError: see `pieces`.
@@ -285,7 +285,7 @@ def read_text(path: Path) -> str:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not blank, each with its number, without the spaces and tabs around them."""
+    """Yield the lines of a text file that are not blank, each with its number, without surrounding spaces and tabs."""
     for number, line in numbered_lines(path):
         if text := line.strip(" \t\r\n"):
             yield number, text
@@ -307,7 +307,10 @@ def _not_utf8(path: Path, number: int, text: bytes, error: UnicodeDecodeError) -
 
 
 def _suspected(line: bytes) -> str | None:
-    """The likeliest encoding of a line that is not UTF-8, None if most of it is: single high bytes are western, runs are not."""
+    """Return the likeliest encoding of a line that is not UTF-8; None if most of it is.
+
+    Single high bytes suggest a western encoding, runs of them another one.
+    """
     decoded = line.decode("utf-8", "replace")
     if sum(character > "\x7f" for character in decoded) > 2 * decoded.count("�"):
         return None

@@ -1,19 +1,18 @@
-"""One tokenisation: a prompt has the same tokens when it is asked as at the start of the record that is learned.
+"""Tokenisation in which a prompt has the same tokens in inference as at the start of a training record.
 
-A text is tokenised as a whole, as `apply_chat_template` does it. Only where a token would span the end of a prompt, or the
-prompt alone would be tokenised differently, the text is cut there, and what follows is tokenised as a continuation.
+A text is tokenised as a whole, as by `apply_chat_template`. Only if a token would span the end of a prompt, or the prompt alone
+would be tokenised differently, the text is cut there, and the rest is tokenised as a continuation.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 Segments = list[tuple[str, bool]]  # consecutive pieces of one text, and whether each is learned
-ANCHORS = ("\n", "x", ".")  # texts after one of which a continuation is tokenised as in the middle of a text
+ANCHORS = ("\n", "x", ".")  # prefixes after which a continuation is tokenised as in the middle of a text
 
 
 def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -59,9 +58,9 @@ def encode_segments(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> l
 
 
 def cut_where_merged(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> list[Segments]:
-    """Return the text as one, or a text for each answer where a token would span the end of an earlier prompt.
+    """Return the text as one, or one text for each answer if a token would span the end of an earlier prompt.
 
-    The prompt of a later turn, tokenised as it is asked, would not begin with the tokens that are learned for the earlier one.
+    Otherwise the prompt of a later turn would not begin with the tokens that are learned for the earlier one.
     """
     answers = [n for n, (_, learned) in enumerate(segments) if learned]
     if len(answers) < 2:
@@ -94,7 +93,7 @@ class _Tokenized:
     starts: list[int] | None
 
     def count(self, place: int) -> int:
-        """The number of tokens that begin before a character."""
+        """Return the number of tokens that begin before a character."""
         if self.starts is not None:
             return bisect_left(self.starts, place)
         before = encode(self.tokenizer, self.text[:place])
@@ -104,9 +103,9 @@ class _Tokenized:
         )
 
     def is_boundary(self, place: int, count: int) -> bool:
-        """Whether the first ``count`` tokens are those of the text up to a character.
+        """Return whether the first ``count`` tokens are those of the text up to a character.
 
-        Tokenisers split at added tokens first, so that only the text after the last one has to be looked at.
+        Tokenizers split at added tokens first, so that only the text after the last one has to be compared.
         """
         if self.starts is None:
             return encode(self.tokenizer, self.text[:place]) == self.ids[:count]
@@ -116,7 +115,7 @@ class _Tokenized:
         return list(_encode_short(self.tokenizer, len(self.tokenizer), self.text[start:place])) == self.ids[last:count]
 
     def _is_written(self, n: int, added: dict[int, str]) -> bool:
-        """Whether token ``n`` is an added token that the text spells out, and not the unknown token."""
+        """Return whether token ``n`` is an added token that the text spells out, and not the unknown token."""
         assert self.starts is not None
         return self.ids[n] in added and self.text.startswith(added[self.ids[n]], self.starts[n])
 
@@ -125,7 +124,7 @@ class _Tokenized:
 def _tokenized(tokenizer: PreTrainedTokenizerBase, size: int, text: str) -> _Tokenized:
     if not text or not tokenizer.is_fast:
         return _Tokenized(tokenizer, text, encode(tokenizer, text), None)
-    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return _Tokenized(tokenizer, text, encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]])
 
 
@@ -136,10 +135,10 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, st
 
 @lru_cache(maxsize=64)
 def _encode_short(tokenizer: PreTrainedTokenizerBase, size: int, text: str) -> tuple[int, ...]:
-    """As `encode`, for the few texts that open the assistant's turns of a conversation."""
+    """Encode one of the few texts that open the assistant's turns of a conversation."""
     return tuple(encode(tokenizer, text))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
-    encoded: Any = tokenizer(text, add_special_tokens=add_special_tokens)
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens)
     return encoded["input_ids"]

@@ -13,12 +13,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from umbra.adapters.files import PROMPTING
 from umbra.adapters.prompting import TOKENIZER_FILES, Prompting, override, save_tokenizer
+from umbra.base.private_transformers import mark_changed
 from umbra.data import ChatFormatter, end_tokens
 from umbra.errors import CheckpointError, ConfigError, DetachError
 from umbra.files import folder
 from umbra.model.shadow_model import ShadowModel
 from umbra.options import check_dtype
-from umbra.shadow.detached import mark_changed
 
 PIECES = "tokenizer.model"
 STOCK_FILES = ("generation_config.json", *TOKENIZER_FILES)

@@ -1,8 +1,9 @@
-"""Answering one prompt from the command line."""
+"""``umbra generate``: answer one prompt."""
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from transformers import TextStreamer
@@ -11,13 +12,13 @@ from umbra.adapters.prompting import open_formatter
 from umbra.data import end_tokens
 from umbra.errors import ConfigError
 from umbra.evaluation.scoring import GREEDY, MODES, PLAIN, in_mode, on_accelerator, room
-from umbra.generation.drafting import check_draft
+from umbra.generation.speculative import check_draft
 from umbra.model.loading import load
 from umbra.options import GenerateOptions, check_dtype
 
 
 def generate(options: GenerateOptions) -> dict[str, Any]:
-    """Run ``umbra generate``: prints the answer as it comes, unless JSON was asked for.
+    """Run ``umbra generate``, which prints the answer while it is generated, unless JSON is requested.
 
     Raises:
         ConfigError: an unknown mode, drafts in another mode than attached, or an adapter that classifies.
@@ -35,24 +36,24 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
     try:
         prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
     except UnicodeDecodeError as error:
-        raise ConfigError(f"The prompt on stdin is no UTF-8: {error}") from error
+        raise ConfigError(f"The prompt on stdin is not UTF-8: {error}") from error
     if not prompt.strip():
         raise ConfigError("The prompt is empty.")
     model = on_accelerator(load(options.adapter, options.base, dtype=options.dtype).eval())
     if not model.can_generate():
         raise ConfigError(f"{options.adapter} classifies and cannot generate; score it with `umbra eval`.")
-    writer = open_formatter(model, options.chat_template, options.chat_template_kwargs)
-    tokenizer = writer.tokenizer
-    ids = torch.tensor([writer.tokens(writer.ask(prompt))], device=model.device)
+    formatter = open_formatter(model, options.chat_template, options.chat_template_kwargs)
+    tokenizer = formatter.tokenizer
+    ids = torch.tensor([formatter.tokens(formatter.ask(prompt))], device=model.device)
     torch.manual_seed(options.seed)
     sampling = {**PLAIN, "do_sample": True, "temperature": options.temperature} if options.temperature > 0 else GREEDY
     streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
     with in_mode(model, options.mode) as runner:
         began = time.perf_counter()
-        out = runner.generate(  # type: ignore[operator]
+        out = cast(Callable[..., Any], runner.generate)(
             input_ids=ids, attention_mask=torch.ones_like(ids),
             max_new_tokens=room(runner, ids.shape[1], options.max_new_tokens), pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=end_tokens(runner, writer) or None, streamer=streamer, tokenizer=tokenizer,
+            eos_token_id=end_tokens(runner, formatter) or None, streamer=streamer, tokenizer=tokenizer,
             **{**sampling, **drafting},
         )  # fmt: skip
         seconds = time.perf_counter() - began

@@ -1,174 +1,173 @@
-"""Generating as in transformers, with the base's own preparation of each step and one cache for base and shadow."""
+"""Adapt transformers' generation to a base and shadows that share one key-value cache.
+
+`ShadowForCausalLM` overrides methods of transformers' `GenerationMixin`; each override delegates to a function of this
+module. Every decoding step uses the base's own input preparation, so that the peculiarities of its architecture hold.
+"""
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
-import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from umbra.base import architectures
+from umbra.base import architectures, private_transformers
 from umbra.errors import BaseModelError, ConfigError, StateError
-from umbra.generation.caches import check_pages, check_undivided, take_back_last, undivided
-from umbra.method.hooks import packed
+from umbra.generation.caches import check_not_interrupted, invalidate_on_error, remove_last_token
+from umbra.generation.paging import check_pages
+from umbra.shadow.network import Shadow
 
-# Arguments of generate() itself, which some bases' own preparation passes on to the forward.
-OF_GENERATE = ("tokenizer", "assistant_tokenizer", "next_sequence_length", "is_first_iteration")
-SHADOW_MASK = "shadow_attention_mask"  # (B, T) or None: the padding, where the base was given masks of its own kind
+# Arguments of generate() that some architectures pass on to the forward.
+GENERATE_ARGUMENTS = ("tokenizer", "assistant_tokenizer", "next_sequence_length", "is_first_iteration")
+SHADOW_MASK = "shadow_attention_mask"  # (B, T) or None: the padding, where the base receives masks of its own form
 
 
-class Decoding(GenerationMixin):
-    """Generating as in transformers, for a ``base`` and shadows whose keys and values lie in one cache."""
+def prepare_inputs(
+    base: PreTrainedModel, cache_argument: str, pass_padding: bool, *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """Return the arguments of one decoding step, prepared by the base's own method.
 
-    base: Any
-    shadow: Any
-    adapters: list[str]
-    adapter: Any
-    _named: Any
-    config: PretrainedConfig
-    forward: Any
-    _attachment: Any
-    _cache_argument: str
-    _is_disabled: bool
+    Args:
+        base: the base model.
+        cache_argument: the base's name for ``past_key_values``.
+        pass_padding: whether to add the padding as `SHADOW_MASK`. The base may prepare masks ahead of the forward (for a
+            static cache) or drop them; a shadow of another architecture cannot read those.
+        args: positional arguments of ``prepare_inputs_for_generation``.
+        kwargs: its keyword arguments.
+    """
+    padding = kwargs.get("attention_mask")
+    if "past_key_values" in kwargs:
+        kwargs[cache_argument] = kwargs.pop("past_key_values")
+    prepared = cast(Any, base).prepare_inputs_for_generation(*args, **kwargs)
+    prepared["past_key_values"] = prepared.pop(cache_argument, None)
+    for name in GENERATE_ARGUMENTS:
+        prepared.pop(name, None)
+    if pass_padding:
+        prepared[SHADOW_MASK] = padding
+    return prepared
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Any, *args: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The base's own preparation, so that its peculiarities hold."""
-        if "past_key_values" in kwargs:
-            kwargs[self._cache_argument] = kwargs.pop("past_key_values")
-        prepared = self.base.prepare_inputs_for_generation(
-            input_ids, *args, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+
+def arguments_of_base(forward: Callable[..., object], model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the ``model_kwargs`` that ``forward`` does not name, which the base has to validate (images among them)."""
+    names = inspect.signature(forward).parameters
+    return {k: v for k, v in model_kwargs.items() if k not in names}
+
+
+def check_batch_options(adapter_names: object, options: dict[str, Any]) -> None:
+    """Reject options of ``generate_batch`` that transformers would drop silently.
+
+    Raises:
+        ConfigError: ``adapter_names`` or ``draft`` were given.
+    """
+    if adapter_names is not None:
+        raise ConfigError("generate_batch() runs one adapter: set_adapter(…) it, or generate(adapter_names=…).")
+    if options.get("draft") is not None:
+        raise ConfigError("generate_batch() does not draft: generate(draft=…), or leave draft out.")
+
+
+def check_continuous_batching(base: PreTrainedModel, shadows: Iterable[Shadow], is_disabled: bool) -> None:
+    """Check that base and shadows can share the pages of continuous batching.
+
+    Raises:
+        BaseModelError: a shadow's key-value heads or its window differ in size from the base's.
+        StateError: the adapter is disabled, which holds for this thread but not for the batching thread.
+    """
+    if is_disabled:
+        raise StateError("disable_adapter() holds for one thread, continuous batching runs in another: unload().")
+    for shadow in shadows:
+        check_pages(base.config, shadow.backbone.config)
+
+
+def check_guidance(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Raise a ConfigError for classifier-free guidance together with ``adapter_names``."""
+    if model_kwargs.get("adapter_names") is not None and config.guidance_scale not in (None, 1):
+        raise ConfigError(
+            "guidance_scale would apply the active adapter to every row: set_adapter(…) it, and leave adapter_names out."
         )
-        prepared["past_key_values"] = prepared.pop(self._cache_argument, None)
-        for name in OF_GENERATE:
-            prepared.pop(name, None)
-        if not self._is_disabled and not all(shadow.shares_masks for shadow in self._shadows()):
-            # The base may prepare its masks ahead (for a static cache), or leave them out: a shadow of another kind
-            # cannot read them, and is told the padding beside them.
-            prepared[SHADOW_MASK] = attention_mask
-        return prepared
 
-    @torch.no_grad()
-    def generate(self, *args: Any, **options: Any) -> Any:
-        """As in transformers, with one cache for base and shadow."""
-        with packed(shadow.couplings for shadow in self._shadows()):
-            return super().generate(*args, **options)  # type: ignore[misc]
 
-    def generate_batch(self, *args: Any, adapter_names: Any = None, **options: Any) -> Any:
-        """As in transformers, with the active adapter for all requests.
+def use_own_cache_class(
+    base: PreTrainedModel, composite: PretrainedConfig, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    """Put an empty cache into ``model_kwargs`` for a base that defines its own cache class.
 
-        Raises:
-            ConfigError: adapter_names or draft were given, which transformers would drop without a word.
-        """
-        if adapter_names is not None:
-            raise ConfigError("generate_batch() runs one adapter: set_adapter(…) it, or generate(adapter_names=…).")
-        if options.get("draft") is not None:
-            raise ConfigError("generate_batch() does not draft: generate(draft=…), or leave draft out.")
-        return super().generate_batch(*args, **options)  # type: ignore[misc]
+    Args:
+        base: the base model.
+        composite: the configuration of base and shadows, with a layer for each of theirs.
+        config: of this call.
+        model_kwargs: changed in place; a cache that is in it already stays.
 
-    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
-        """As in transformers, for `generate_batch` and servers, with the active adapter; base and shadow share the pages.
+    Raises:
+        StateError: another cache implementation was requested.
+    """
+    cache = architectures.own_cache(base, composite)
+    if cache is None or config.use_cache is False:
+        return
+    if config.cache_implementation not in (None, "dynamic"):
+        raise StateError(
+            f"{type(base).__name__} has a cache class of its own: leave "
+            f"cache_implementation={config.cache_implementation!r} out."
+        )
+    model_kwargs.setdefault("past_key_values", cache)
 
-        Raises:
-            BaseModelError: a shadow whose heads of keys and values, or whose window, have another size than the base's.
-            StateError: the adapter is disabled, which holds for this thread and not for the batching's own.
-        """
-        if self._is_disabled:  # type: ignore[attr-defined]
-            raise StateError("disable_adapter() holds for one thread, continuous batching runs in another: unload().")
-        for shadow in self._shadows():
-            check_pages(self.base.config, shadow.backbone.config)
-        return super().init_continuous_batching(*args, **options)  # type: ignore[misc]
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """The base knows its own arguments, images among them."""
-        own = inspect.signature(self.forward).parameters
-        self.base._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in own})
+def prepare_past(
+    base: PreTrainedModel,
+    cache: Cache,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    is_disabled: bool,
+) -> None:
+    """Leave at least one token for the prefill where the cache holds the whole prompt.
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-        return self.base._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+    Args:
+        base: the base model.
+        cache: that the caller passed, or a new one.
+        input_ids: (B, T).
+        config: of this call.
+        model_kwargs: of this call.
+        is_disabled: whether the bare base runs.
 
-    def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
-        return self.base._maybe_prepare_encoder_kwargs_for_generation(*args, **options)
+    Raises:
+        StateError: the cache cannot be used for this prompt.
+    """
+    check_not_interrupted(cache)
+    mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+    length = input_ids.shape[1] if embeds is None else embeds.shape[1]
+    masked = private_transformers.mask_length(config) if mask is None else mask.shape[1]
+    if masked == length and not is_disabled:
+        remove_last_token(base, cache, length)
 
-    def _update_model_kwargs_for_generation(self, *args: Any, **options: Any) -> dict[str, Any]:
-        return self.base._update_model_kwargs_for_generation(*args, **options)
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **options: Any
-    ) -> None:
-        if model_kwargs.get("adapter_names") is not None and generation_config.guidance_scale not in (None, 1):
-            raise ConfigError(
-                "guidance_scale would be given the active adapter for every row: set_adapter(…) it, and leave adapter_names out."
-            )
-        own = architectures.own_cache(self.base, self.config)
-        if own is not None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
-                raise StateError(
-                    f"{type(self.base).__name__} has a cache class of its own: leave "
-                    f"cache_implementation={generation_config.cache_implementation!r} out."
-                )
-            model_kwargs.setdefault("past_key_values", own)
-        is_new = model_kwargs.get("past_key_values") is None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
-        if is_new:
-            active = [] if self._is_disabled else self._named(model_kwargs.get("adapter_names"))
-            layers = [layer for shadow in active for layer in shadow.cache_layers]
-            architectures.leave_out_others(model_kwargs.get("past_key_values"), len(self._attachment.blocks), layers)
+@contextmanager
+def cache_of(shadows: Sequence[Shadow], cache: Any, blocks: int) -> Iterator[Any]:
+    """A context with a view of the cache that holds the layers of the base and of these shadows only.
 
-    def _prefill(
-        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
-    ) -> Any:
-        """As in transformers, which asks the first layer of attention how much a cache holds: that may be another adapter's."""
-        cache, names = model_kwargs.get("past_key_values"), model_kwargs.get("adapter_names")
-        if cache is not None:
-            self._check_length(cache, input_ids, generation_config, model_kwargs)
-        active = [] if self._is_disabled or len(self.adapters) == 1 else self._named(names)
-        if cache is None or not active:
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
-        layers = [layer for shadow in active for layer in shadow.cache_layers]
-        view = architectures.hide_others(cache, len(self._attachment.blocks), layers)
-        told = {**model_kwargs, "past_key_values": view}
-        with undivided(cache):
-            out = super()._prefill(input_ids, generation_config, told, *args, **options)  # type: ignore[misc]
-        if out.get("past_key_values") is view:
-            out["past_key_values"] = cache
-        return out
+    transformers reads the number of cached tokens from the first attention layer, which may be another adapter's.
 
-    def _check_length(self, cache: Any, ids: Tensor, config: GenerationConfig, told: dict[str, Any]) -> None:
-        """Leave at least one token of a text that is given whole to the forward."""
-        check_undivided(cache)
-        mask, embeds = told.get("attention_mask"), told.get("inputs_embeds")
-        length = ids.shape[1] if embeds is None else embeds.shape[1]
-        masked = vars(config).get("_mask_length") if mask is None else mask.shape[1]
-        if masked == length and not self._is_disabled:
-            take_back_last(self.base, cache, length)
+    Args:
+        shadows: that take part in this generation.
+        cache: the shared cache; it cannot be used again where the work within fails.
+        blocks: L.
+    """
+    layers = [layer for shadow in shadows for layer in shadow.cache_layers]
+    with invalidate_on_error(cache):
+        yield architectures.hide_others(cache, blocks, layers)
 
-    def _assisted_decoding(self, *args: Any, **options: Any) -> Any:
-        """As in transformers, which takes rejected tokens out of the cache only after it has shown those that it accepts."""
-        with undivided(options.get("past_key_values")):
-            return super()._assisted_decoding(*args, **options)  # type: ignore[misc]
 
-    def _beam_search(self, *args: Any, **options: Any) -> Any:
-        """As in transformers, which reorders the cache only after it has chosen the beams."""
-        with undivided(options.get("past_key_values")):
-            return super()._beam_search(*args, **options)  # type: ignore[misc]
+def has_uniform_layers(base: PreTrainedModel, shadows: Iterable[Shadow], dtypes_agree: bool) -> bool:
+    """Return whether all layers of a shared cache have one shape and dtype, so that they can be allocated ahead."""
+    configs = [base.config, *(shadow.backbone.config for shadow in shadows)]
+    return len({str(architectures.head_shape(config)) for config in configs}) == 1 and dtypes_agree
 
-    def _get_static_cache_init_shape(self) -> Any:
-        # Layers that are made ahead have one shape and dtype; None lets each be made when it is first used.
-        shapes = {
-            str(architectures.head_shape(part.config)) for part in (self.base, *(s.backbone for s in self._shadows()))
-        }
-        alike = len(shapes) == 1 and self.shadow.dtype == self.dtype  # type: ignore[attr-defined]
-        return super()._get_static_cache_init_shape() if alike else None  # type: ignore[misc]
 
-    def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **options: Any) -> Any:
-        if generation_config.assistant_early_exit is not None:
-            raise BaseModelError(
-                "assistant_early_exit would leave the base before blocks that the shadow corrects: let the shadow draft, "
-                "by assistant_model=model.detached()."
-            )
-        return super()._get_candidate_generator(generation_config, *args, **options)  # type: ignore[misc]
-
-    def _shadows(self) -> list[Any]:
-        return [self.adapter(name) for name in self.adapters]
+def check_no_early_exit(config: GenerationConfig) -> None:
+    """Raise a BaseModelError for ``assistant_early_exit``, which skips blocks that the shadow corrects."""
+    if config.assistant_early_exit is not None:
+        raise BaseModelError(
+            "assistant_early_exit would leave the base before blocks that the shadow corrects: let the shadow draft, "
+            "by assistant_model=model.detached()."
+        )

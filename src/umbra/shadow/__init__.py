@@ -1,1 +1,1 @@
-"""The shadow network: its layers, initial weights, pretrained shadows, and the scale of its inputs."""
+"""The shadow network: its backbone and initial weights, pretrained shadows, input scales, and its draft vocabulary."""

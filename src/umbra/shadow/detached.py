@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from umbra.base import architectures, quantized
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
+from umbra.base.private_transformers import build_from_config, mark_changed
 from umbra.errors import DetachError
-from umbra.shadow.network import ROUNDED, Shadow
+from umbra.shadow.backbone import ROUNDED
+from umbra.shadow.network import Shadow
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def detached(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel:
     parts = architectures.locate(stock)
 
     table = _embedding_table(located, shadow, parts.embeddings)
-    head: Any = shadow.heads["shadow"] if shadow.heads else located.head
+    head = shadow.heads["shadow"] if shadow.heads else located.head
     head_weight = quantized.linear_weight(head, base.dtype)
     if table.is_meta or head_weight.is_meta:
         raise DetachError(
@@ -61,7 +62,7 @@ def detached(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel:
     _copy_backbone(shadow, stock, parts)
     parts.embeddings.weight.copy_(table)
     parts.head.weight.copy_(weight)
-    bias = getattr(head, "bias", None)
+    bias = architectures.bias_of(head)
     if bias is not None and (parts.head.bias is not None or bias.any()):
         parts.head.bias = nn.Parameter(bias.detach().to(shadow.dtype, copy=True) * factor)
     stock.tie_weights()
@@ -70,8 +71,8 @@ def detached(base: PreTrainedModel, shadow: Shadow) -> PreTrainedModel:
     return stock.to(device=table.device).eval()
 
 
-def _empty_stock(base: Anatomy, shadow: Shadow) -> Any:
-    """A model of the base's class where the shadow is of the base's architecture, otherwise of the shadow's class.
+def _empty_stock(base: Architecture, shadow: Shadow) -> Any:
+    """Return a model of the base's class where the shadow is of the base's architecture, otherwise of the shadow's class.
 
     Raises:
         DetachError: that class cannot cap logits as the base does.
@@ -86,13 +87,13 @@ def _empty_stock(base: Anatomy, shadow: Shadow) -> Any:
             f"{shadow.backbone.config.model_type} cannot do. Use shadow='mirror' or shadow='dense'."
         )
     if mirrored:
-        return type(base.model)._from_config(config, dtype=shadow.dtype)
+        return build_from_config(type(base.model), config, shadow.dtype)
     kind = AutoModelForSequenceClassification if base.is_classifier else AutoModelForCausalLM
     return kind.from_config(config, dtype=shadow.dtype)
 
 
-def _stock_config(located: Anatomy, shadow: Shadow) -> PretrainedConfig:
-    """The configuration of the backbone, with the base's vocabulary, special tokens and labels."""
+def _stock_config(located: Architecture, shadow: Shadow) -> PretrainedConfig:
+    """Return the configuration of the backbone, with the base's vocabulary, special tokens and labels."""
     config, base = copy.deepcopy(architectures.text_twin(shadow.backbone.config)), located.model.config
     config.architectures = None
     if located.is_classifier:
@@ -105,8 +106,8 @@ def _stock_config(located: Anatomy, shadow: Shadow) -> PretrainedConfig:
     return config
 
 
-def _embedding_table(base: Anatomy, shadow: Shadow, target: nn.Module) -> Tensor:
-    """The table (V, Ds) in which the stock model's lookup equals the shadow's input.
+def _embedding_table(base: Architecture, shadow: Shadow, target: nn.Module) -> Tensor:
+    """Return the table (V, Ds) in which the stock model's lookup equals the shadow's input.
 
     Args:
         base: the base's parts.
@@ -114,8 +115,8 @@ def _embedding_table(base: Anatomy, shadow: Shadow, target: nn.Module) -> Tensor
         target: the stock model's embeddings.
     """
     if shadow.owns_embeddings:
-        embeddings: Any = shadow.backbone.get_input_embeddings()
-        return embeddings.weight.detach()[: architectures.vocabulary_size(base.embeddings)]
+        embeddings = shadow.backbone.get_input_embeddings()
+        return architectures.weight_of(embeddings).detach()[: architectures.vocabulary_size(base.embeddings)]
     source = base.embeddings
     table = architectures.embedding_rows(source).to(shadow.dtype)
     if shadow.embed_projection is not None:
@@ -125,7 +126,7 @@ def _embedding_table(base: Anatomy, shadow: Shadow, target: nn.Module) -> Tensor
 
 
 def _maps_before_head(base: PreTrainedModel, shadow: Shadow, stock: PreTrainedModel) -> list[nn.Linear]:
-    """The linear maps from the backbone's states to the head, last first; a nonlinear one moves into ``stock``.
+    """Return the linear maps from the backbone's states to the head, last first; copy a nonlinear one into ``stock``.
 
     Raises:
         DetachError: the stock class has no place for it.
@@ -146,14 +147,14 @@ def _maps_before_head(base: PreTrainedModel, shadow: Shadow, stock: PreTrainedMo
 
 
 def _folded_head(weight: Tensor, maps: list[nn.Linear], factor: float) -> Tensor:
-    """The head's weight (V, Ds), multiplied by the maps before it and by ``factor``."""
+    """Return the head's weight (V, Ds), multiplied by the maps before it and by ``factor``."""
     for linear in maps:
         weight = weight.to(linear.weight.dtype) @ linear.weight.detach()
     return weight if factor == 1 else weight.float() * factor
 
 
-def _stays_tied(base: Anatomy, shadow: Shadow) -> bool:
-    """Whether the shadow reads and writes tokens by one weight, the base's.
+def _stays_tied(base: Architecture, shadow: Shadow) -> bool:
+    """Return whether the shadow reads and writes tokens by one weight, the base's.
 
     With a base in half precision whose embeddings are multiplied (Gemma's √D), the rows differ from the head's by the
     rounding of that factor. They are tied all the same: the stock model has the factor unrounded, as with a base in float32.
@@ -161,7 +162,7 @@ def _stays_tied(base: Anatomy, shadow: Shadow) -> bool:
     return base.is_tied and not shadow.heads and not shadow.owns_embeddings
 
 
-def _settle_tying(stock: PreTrainedModel, parts: Anatomy, tied: bool) -> None:
+def _settle_tying(stock: PreTrainedModel, parts: Architecture, tied: bool) -> None:
     """Tie the head to the embeddings, or untie them."""
     for config in {id(c): c for c in (stock.config, stock.config.get_text_config())}.values():
         config.tie_word_embeddings = tied
@@ -170,20 +171,21 @@ def _settle_tying(stock: PreTrainedModel, parts: Anatomy, tied: bool) -> None:
         parts.head.weight = nn.Parameter(parts.embeddings.weight.detach().clone())
 
 
-def _copy_backbone(shadow: Shadow, stock: PreTrainedModel, parts: Anatomy) -> None:
+def _copy_backbone(shadow: Shadow, stock: PreTrainedModel, parts: Architecture) -> None:
     """Copy the backbone's tensors, except its embeddings, into the stock model."""
-    embeddings: Any = shadow.backbone.get_input_embeddings() if shadow.owns_embeddings else None
-    omitted = {k for k, p in shadow.backbone.named_parameters() if embeddings is not None and p is embeddings.weight}
+    omitted: set[str] = set()
+    if shadow.owns_embeddings:
+        weight = architectures.weight_of(shadow.backbone.get_input_embeddings())
+        omitted = {k for k, p in shadow.backbone.named_parameters() if p is weight}
     state = {k: v for k, v in shadow.backbone.state_dict().items() if k not in omitted}
-    whole: Any = stock.base_model
-    decoder = whole if type(whole) is type(shadow.backbone) else parts.decoder
+    decoder = stock.base_model if type(stock.base_model) is type(shadow.backbone) else parts.decoder
     missing = decoder.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys, missing
 
 
 def _generation_config(base: PreTrainedModel, shadow: Shadow) -> Any:
-    """The base's generation config, with the shadow's escalation text and prompting."""
-    generation: Any = copy.deepcopy(base.generation_config)
+    """Return the base's generation config, with the shadow's escalation text and prompting."""
+    generation: Any = copy.deepcopy(base.generation_config)  # it accepts further fields
     if shadow.config.escalation is not None:
         generation.escalation = shadow.config.escalation
         mark_changed(generation)
@@ -191,16 +193,3 @@ def _generation_config(base: PreTrainedModel, shadow: Shadow) -> Any:
         generation.prompting = shadow.prompting.settings()
         mark_changed(generation)
     return generation
-
-
-def mark_changed(generation: GenerationConfig, *, is_read_back: bool = True) -> None:
-    """Let a generation config be saved after a change, even if entries that came from the base are inconsistent.
-
-    Args:
-        generation: the config.
-        is_read_back: whether `from_pretrained` must read the file; it ignores one that says it was derived from the
-            model's configuration.
-    """
-    if is_read_back:
-        generation._from_model_config = False
-    generation._original_object_hash = hash(generation)

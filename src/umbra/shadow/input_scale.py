@@ -1,39 +1,44 @@
-"""How large each channel of the base's hidden states is, measured once, at `attach`.
+"""Input scales: the size of each channel of the base's hidden states, measured once by `attach`.
 
-Of the 576 channels of SmolLM2-135M three hold 58 – 87 % of a hidden state's energy (`bench/channels.py`): W_down, which starts
-at random, reads little else, and what it learns of them moves the correction most. With ``channel_scale="measured"`` the
-injection before block l reads (h − s) ⊙ c instead, where over N tokens (at random, always the same ones) and D channels
+Of the 576 channels of SmolLM2-135M three hold 58 – 87 % of a hidden state's energy (`bench/channels.py`). W_down, initialized
+at random, reads little else, and its updates for them change the correction most. With ``input_scale="measured"`` the
+injection before block l reads (h − s) ⊙ c instead, where over N tokens (random, with a fixed seed) and D channels
 
     c_d = m / max(rms_d, m / 20),    rms_d² = Σ_n h²_nd / N,    m = median over tokens of |h_n| / √D
 
-so that every channel is as loud as the whole, and the correction as strong as before. It is a change of coordinates: with AdamW
-a rate of its own for each column of W_down, and c ⊙ W_down is W_down of the plain form.
+so that every channel has the size of the whole, and the correction keeps its strength. It is a change of coordinates: with
+AdamW it gives each column of W_down its own learning rate, and c ⊙ W_down is W_down of the unscaled form.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from umbra.base import architectures, sharded
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.method.core import Couplings
 
-ROWS, LENGTH, SEED = 32, 32, 0  # of the tokens
-LARGEST = 20.0  # c of a channel that is silent
+ROWS, LENGTH, SEED = 32, 32, 0  # of the random tokens
+LARGEST = 20.0  # the largest scale, of a silent channel
 
 
 @torch.no_grad()
-def measure(base: Anatomy, couplings: Couplings) -> None:
-    """Set c of every injection by a forward of the base; it must not carry a shadow that is in use."""
+def measure(base: Architecture, couplings: Couplings) -> None:
+    """Measure the input scale of every injection by a forward of the base.
+
+    Args:
+        base: its parts; no shadow may be active on it.
+        couplings: their scales are set.
+    """
     generator = torch.Generator().manual_seed(SEED)
     rows = architectures.vocabulary_size(base.embeddings)
     length = min(LENGTH, architectures.positions(base.model.config) or LENGTH)
     ids = torch.randint(rows, (ROWS, length), generator=generator).to(architectures.device_of(base.embeddings))
-    found: dict[int, Tensor] = {}
+    scales: dict[int, Tensor] = {}
     handles = [
-        base.blocks[l].register_forward_pre_hook(partial(_keep, found, l, base.stream), with_kwargs=True)
+        base.blocks[l].register_forward_pre_hook(_recorder(scales, l, base.stream), with_kwargs=True)
         for l in couplings.layers
     ]
     before = architectures.modes(base.model)
@@ -45,17 +50,23 @@ def measure(base: Anatomy, couplings: Couplings) -> None:
         architectures.restore_modes(base.model, before)
         for handle in handles:
             handle.remove()
-    for l, scale in found.items():
-        injection: Any = couplings.injections[str(l)]
-        injection.channels.copy_(scale)
+    for l, scale in scales.items():
+        couplings.injections[str(l)].get_parameter("channels").copy_(scale)
 
 
-def _keep(found: dict[int, Tensor], l: int, stream: int | None, block: nn.Module, args: tuple, kwargs: dict) -> None:
-    h = args[0] if args else kwargs["hidden_states"]
-    found[l] = scale_of((h if stream is None else h[stream]).flatten(0, -2).float())
+def _recorder(
+    scales: dict[int, Tensor], l: int, stream: int | None
+) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+    """Return a hook that records the scale of block l's input."""
+
+    def record(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        h = args[0] if args else kwargs["hidden_states"]
+        scales[l] = scale_of((h if stream is None else h[stream]).flatten(0, -2).float())
+
+    return record
 
 
 def scale_of(h: Tensor) -> Tensor:
-    """c (D,), of hidden states (N, D)."""
-    whole = h.square().mean(1).sqrt().median()
-    return whole / torch.maximum(h.square().mean(0).sqrt(), whole / LARGEST)
+    """Return the scale c (D,) for hidden states (N, D)."""
+    size = h.square().mean(1).sqrt().median()
+    return size / torch.maximum(h.square().mean(0).sqrt(), size / LARGEST)

@@ -1,14 +1,14 @@
 """Pretrained shadows: a stock checkpoint of transformers, or one with a projection to the base's width.
 
-The second form (``model_type`` `PROJECTED`, of the package shadow-peft) wraps a backbone. Its configuration names classes
-to import: they are never looked at, the backbone is built from the ``model_type`` of what it wraps.
+The second form (``model_type`` `PROJECTED`, of the package shadow-peft) wraps a backbone. Its configuration names classes to
+import: they are ignored, and the backbone is built from the ``model_type`` of the wrapped configuration.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,20 +21,21 @@ from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from umbra.base import architectures
 from umbra.base.loading import load_tokenizer, tamed
-from umbra.errors import BaseModelError, ConfigError, UmbraError, shown
+from umbra.errors import BaseModelError, ConfigError, UmbraError, raising, shown
 from umbra.files import hub
 from umbra.options import EMBEDDED
 
 PROJECTED = "causal_lm_with_hidden_projection"
 BACKBONE_PREFIX, PROJECTION = "shadow_model.", "shadow_hidden_projection.weight"
-LANGUAGE_MODELS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # classes, not all are called …ForCausalLM
-# Of a saved configuration: where it came from, how it was stored, and code. None of it describes the model.
+LANGUAGE_MODELS = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # class names, not all end in ForCausalLM
+# Fields of a saved configuration about its origin, its storage and code, which do not describe the model.
 NOT_OF_THE_MODEL = (
     "_name_or_path", "architectures", "auto_map", "quantization_config", "transformers_version", "dtype", "torch_dtype",
     "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "use_kernels",
@@ -43,9 +44,9 @@ NOT_OF_THE_MODEL = (
 
 
 class Pretrained(NamedTuple):
-    """A backbone in float32; its projection (D, Ds) to a base's width, or else the head (V, Ds) of its own, if it has one.
+    """A backbone in float32; its projection (D, Ds) to a base's width, or else its head (V, Ds), if it has one.
 
-    The head is multiplied by what the model multiplies its logits by.
+    The head includes the factor that the model applies to its logits.
     """
 
     backbone: PreTrainedModel
@@ -54,17 +55,20 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(path: str) -> Pretrained:
-    """What a pretrained shadow brings.
+    """Load a pretrained shadow.
+
+    Args:
+        path: a path or hub id.
 
     Raises:
-        ConfigError: nothing there that can be read from safetensors without running code of its own.
+        ConfigError: it cannot be read from safetensors without running code of the checkpoint.
     """
     values = read_config(path)
     if values.get("model_type") == PROJECTED:
         return _load_projected(path, values)
     if "model_type" in values and values["model_type"] not in CONFIG_MAPPING:
         raise ConfigError(
-            f"shadow={path!r} is a {values['model_type']!r}, which transformers does not know; code that a checkpoint brings "
+            f"shadow={path!r} is a {values['model_type']!r}, which transformers does not support; code in a checkpoint "
             "is never run."
         )
     with _reading(path):
@@ -72,22 +76,21 @@ def load_pretrained(path: str) -> Pretrained:
         options["config"] = tamed(AutoConfig.from_pretrained(path, trust_remote_code=False))
         options["output_loading_info"] = True
         if not LANGUAGE_MODELS.isdisjoint(values.get("architectures") or ()):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
-            whole, told = loaded
-            _check_whole(path, told)
+            whole, report = cast(Any, AutoModelForCausalLM).from_pretrained(path, **options)
+            _check_complete(path, report)
             head = whole.get_output_embeddings()
             if type(whole.base_model) is MODEL_MAPPING.get(type(whole.config), None) and isinstance(head, nn.Linear):
                 return Pretrained(
                     whole.base_model, head=head.weight.detach() * architectures.logit_factor(whole.config)
                 )
-        backbone, told = AutoModel.from_pretrained(path, **options)
-        _check_whole(path, told)
+        backbone, report = AutoModel.from_pretrained(path, **options)
+        _check_complete(path, report)
         return Pretrained(backbone)
 
 
 @contextmanager
 def _reading(path: str, fault: str = "is no model that transformers can load") -> Iterator[None]:
-    """Look a shadow up; whatever makes that fail becomes a ConfigError, which names the ``fault``."""
+    """A context that reads a shadow, and raises a ConfigError with the ``fault`` where that fails."""
     try:
         with hub.lookup(path):
             yield
@@ -97,29 +100,31 @@ def _reading(path: str, fault: str = "is no model that transformers can load") -
         raise ConfigError(f"shadow={path!r} {fault}: {hub.way_out(path, error) or error}") from error
 
 
-def _check_whole(path: str, told: dict[str, Any]) -> None:
-    """Raise a ConfigError for weights that transformers has made up, since the file lacks them."""
-    if missing := sorted(told["missing_keys"]):
+def _check_complete(path: str, report: dict[str, Any]) -> None:
+    """Raise a ConfigError for weights that the file lacks, which transformers has initialized."""
+    if missing := sorted(report["missing_keys"]):
         raise ConfigError(f"shadow={path!r} is damaged: it lacks {len(missing)} tensors, {missing[0]} first.")
 
 
-def check_vocabulary(path: str, base: str | None, tokenizer: Any = None) -> int | None:
-    """Hold the tokenizer that a pretrained shadow brings to the base's.
+def check_vocabulary(path: str, base: str | None, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
+    """Check that a pretrained shadow has the base's tokenizer.
 
     Args:
-        tokenizer: the base's; None looks for the one that lies on this machine under the name ``base``.
+        path: of the shadow.
+        base: the base's name.
+        tokenizer: the base's; None loads the one of ``base``, if it is on this machine.
 
     Returns:
-        How many rows of embeddings the base's tokens need; None where either tokenizer is not at hand.
+        The number of embeddings that the base's tokens need; None where either tokenizer is not on this machine.
 
     Raises:
-        ConfigError: a number that is another token to each. Added tokens may differ: families rename those.
+        ConfigError: an id stands for different tokens. Added tokens may differ: families rename them.
     """
-    own, tokenizer = tokenizer_at_hand(path), tokenizer or tokenizer_at_hand(base)
-    if own is None or tokenizer is None:
+    shadow_tokenizer, tokenizer = tokenizer_at_hand(path), tokenizer or tokenizer_at_hand(base)
+    if shadow_tokenizer is None or tokenizer is None:
         return None
-    added = own.added_tokens_decoder.keys() | tokenizer.added_tokens_decoder.keys()
-    names = {i: token for token, i in own.get_vocab().items()}
+    added = shadow_tokenizer.added_tokens_decoder.keys() | tokenizer.added_tokens_decoder.keys()
+    names = {i: token for token, i in shadow_tokenizer.get_vocab().items()}
     numbers = tokenizer.get_vocab()
     other = [token for token, i in numbers.items() if names.get(i, token) != token and i not in added]
     if other:
@@ -130,8 +135,15 @@ def check_vocabulary(path: str, base: str | None, tokenizer: Any = None) -> int 
     return 1 + max(numbers.values())
 
 
-def tokenizer_at_hand(name: str | None) -> Any:
-    """The tokenizer of a model that lies on this machine; None of one without: transformers would make up an empty one."""
+def tokenizer_at_hand(name: str | None) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a model on this machine.
+
+    Args:
+        name: path, hub id or `EMBEDDED`.
+
+    Returns:
+        None where the model or its tokenizer is not on this machine; transformers would return an empty tokenizer.
+    """
     try:
         options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
         if not name or (name != EMBEDDED and not cached_file(name, "tokenizer.json", **options)):
@@ -142,10 +154,13 @@ def tokenizer_at_hand(name: str | None) -> Any:
 
 
 def backbone_config(path: str) -> tuple[PretrainedConfig, bool]:
-    """The configuration of a pretrained backbone, without its weights; and whether a projection comes with it.
+    """Return the configuration of a pretrained backbone, and whether it has a projection.
+
+    Args:
+        path: a path or hub id.
 
     Raises:
-        ConfigError: nothing there, or nothing that transformers knows.
+        ConfigError: there is none, or transformers does not support it.
     """
     values = read_config(path)
     projected = values.get("model_type") == PROJECTED
@@ -153,22 +168,26 @@ def backbone_config(path: str) -> tuple[PretrainedConfig, bool]:
 
 
 def saved_config(values: dict[str, Any]) -> PretrainedConfig:
-    """A backbone configuration from a file; only model types that transformers knows.
+    """Return the backbone configuration that a file describes.
+
+    Args:
+        values: the file's content.
 
     Raises:
-        ConfigError: an unknown model type, or values that it refuses.
+        ConfigError: a model type that transformers does not support, or invalid values.
     """
-    try:
+    with raising(ConfigError, lambda error: f"The saved shadow's configuration cannot be used: {error!s:.500}"):
         return tamed(AutoConfig.for_model(**{k: v for k, v in values.items() if k not in NOT_OF_THE_MODEL}))
-    except Exception as error:  # strict validation of transformers raises several unrelated types
-        raise ConfigError(f"The saved shadow's configuration cannot be used: {error!s:.500}") from error
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint, by path or hub id.
+    """Return the ``config.json`` of a checkpoint.
+
+    Args:
+        path: a path or hub id.
 
     Raises:
-        ConfigError: missing, or no JSON object.
+        ConfigError: the file is missing or contains no JSON object.
     """
     if Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file():
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""What the base says of a text, kept on disk: it then reads every block once, however often the shadow does.
+"""A cache on disk of the base's next-token distributions, so that the base reads each block of text only once.
 
-Of each token that has a successor the k likeliest next tokens and their log p, as `divergence.Teacher` has them.
+For each token with a successor it holds the k likeliest next tokens and their log p: see `method.divergences.Teacher`.
 """
 
 import hashlib
@@ -32,13 +32,16 @@ TYPES = {TOKENS: np.dtype(np.int32), LOG_P: np.dtype(np.float32)}
 
 @dataclass
 class TeacherCache:
-    """A folder that holds the teacher of blocks (N, T): tokens and log p (N, T − 1, k).
+    """A folder with the teacher of blocks: tokens and log p (N, T − 1, k).
 
     Args:
-        teacher: what tells it from other teachers; kept from another one it is not taken.
+        folder: the folder.
+        blocks: (N, T) token ids.
+        top_k: number k of next tokens.
+        teacher: values that identify the teacher; the content of a cache with other values is discarded.
 
     Raises:
-        CheckpointError: no room on the disk, or one that refuses.
+        CheckpointError: the disk has too little room, or fails.
     """
 
     folder: Path
@@ -50,7 +53,7 @@ class TeacherCache:
         self.shape = (len(self.blocks), self.blocks.shape[1] - 1, self.top_k)
         text = hashlib.sha256(self.blocks.tobytes()).hexdigest()
         self.about = {"shape": list(self.shape), "sha256": text, "teacher": self.teacher}
-        self.done, self.sums = 0, dict.fromkeys(TYPES, 0)  # blocks that are written, and checksums of all their bytes
+        self.done, self.sums = 0, dict.fromkeys(TYPES, 0)  # number of written blocks, and checksums of their bytes
         with self._disk():
             self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -68,13 +71,13 @@ class TeacherCache:
                 self._make_room()
 
     def _open(self) -> None:
-        """For reading: what is written goes through files, so that a full disk is an error and no signal."""
+        """Open the arrays for reading. Writing goes through files, so that a full disk raises an error instead of a signal."""
         self.arrays: dict[str, np.memmap] = {name: open_memmap(self.folder / name, "r") for name in TYPES}
         if any(array.shape != self.shape or array.dtype != TYPES[name] for name, array in self.arrays.items()):
             raise ValueError("another shape")
 
     def _sum(self, name: str) -> int:
-        """The checksum of all blocks that are done."""
+        """Return the checksum of all written blocks."""
         total = 0
         for start in range(0, self.done, 64):
             total = zlib.crc32(np.ascontiguousarray(self.arrays[name][start : min(start + 64, self.done)]).data, total)
@@ -85,16 +88,16 @@ class TeacherCache:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(f"What the base says cannot be kept in {self.folder}: {error}") from error
+            raise CheckpointError(f"The teacher cache {self.folder} cannot be written: {error}") from error
 
     def _make_room(self) -> None:
-        """Files of the whole size, and no note of any block in them."""
+        """Allocate files of the final size, with no block recorded as written."""
         for name in (NOTE, *TYPES):
             (self.folder / name).unlink(missing_ok=True)
         needed, free = 8 * math.prod(self.shape), shutil.disk_usage(self.folder).free
         if needed > free:
             raise CheckpointError(
-                f"{self.folder} needs {needed / 1e9:.1f} GB for {self.top_k} tokens at each place, {free / 1e9:.1f} are free: "
+                f"{self.folder} needs {needed / 1e9:.1f} GB for {self.top_k} tokens at each position, {free / 1e9:.1f} are free: "
                 "lower teacher_top_k, or leave out teacher_cache."
             )
         for name, kind in TYPES.items():
@@ -113,17 +116,18 @@ class TeacherCache:
             file.write(data)
         self.sums[name] = zlib.crc32(data, self.sums[name])
 
-    def fill(self, say: Callable[[Tensor], Teacher], batch_size: int) -> None:
-        """Ask for every block that is not there yet; a killed call goes on where it was.
+    def fill(self, teacher_of: Callable[[Tensor], Teacher], batch_size: int) -> None:
+        """Compute the teacher of every block that is missing; a killed call continues where it stopped.
 
         Args:
-            say: from blocks (B, T) to the teacher of their B · (T − 1) tokens that have a successor.
+            teacher_of: maps blocks (B, T) to the teacher of their B · (T − 1) tokens that have a successor.
+            batch_size: number of blocks in a call.
         """
-        bar = tqdm(total=len(self.blocks), initial=self.done, desc="the base reads", disable=None if speaks() else True)
+        bar = tqdm(total=len(self.blocks), initial=self.done, desc="run teacher", disable=None if speaks() else True)
         with bar:
             for start in range(self.done, len(self.blocks), batch_size):
                 part = slice(start, min(start + batch_size, len(self.blocks)))
-                log_p, tokens = say(torch.as_tensor(self.blocks[part], dtype=torch.long))
+                log_p, tokens = teacher_of(torch.as_tensor(self.blocks[part], dtype=torch.long))
                 assert tokens is not None
                 with self._disk():
                     self._put(TOKENS, start, tokens)
@@ -138,7 +142,7 @@ class TeacherCache:
         beside.replace(self.folder / NOTE)
 
     def read(self, rows: Tensor, columns: Tensor, device: torch.device) -> Teacher:
-        """The teacher of tokens ``columns`` (M,) of blocks ``rows`` (M,)."""
+        """Return the teacher of the tokens at positions ``columns`` (M,) of blocks ``rows`` (M,)."""
         at = (rows.cpu().numpy(), columns.cpu().numpy())
         tokens, log_p = (torch.as_tensor(self.arrays[name][at], device=device) for name in TYPES)
         return Teacher(log_p, tokens.long())

@@ -1,70 +1,65 @@
-"""Training with any trainer of transformers or TRL: `with_shadow_loss`, and `ShadowTrainer` made by it.
+"""Training with any trainer of transformers or TRL: `with_shadow_loss`, and `ShadowTrainer`, its form for transformers' Trainer.
 
-    loss = L(attached) + λ · L(shadow)      # L: whatever loss the trainer computes
+    loss = L(attached) + λ · L(shadow)      # L: the loss that the trainer computes
 
-A trainer that reads the loss of the model's own forward gets this sum from there, in one pass. Any other (label
-smoothing, TRL's) computes its loss twice: once on the attached model, once on the shadow alone (a pass of the shadow
-costs a fraction of the base's). So both paths learn the same objective, normalised alike, and λ is what the user set.
+A trainer that reads the loss of the model's own forward gets this sum from there, in one pass. Any other (label smoothing, TRL's)
+computes its loss twice: once with the attached model, once with the shadow alone, at a fraction of the cost. Both ways learn the
+same objective with the same normalisation, weighted by the λ that the user set.
 """
 
 import copy
 import functools
 import inspect
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
 from umbra.adapters.files import PREFIX
 from umbra.adapters.reading import restore_checkpoint
-from umbra.base import sharded
+from umbra.base import private_transformers, sharded
 from umbra.errors import ConfigError
-from umbra.method.core import IGNORED
-from umbra.model.paths import NOTHING_TO_TRAIN
+from umbra.method.losses import IGNORED
 from umbra.model.shadow_model import ShadowModel
-from umbra.training.resuming import Resumable
+from umbra.model.training_guard import NOTHING_TO_TRAIN
+from umbra.training.checkpoints import Sums
+from umbra.training.reference import base_as_reference
+from umbra.training.resuming import ResumableTrainer
+from umbra.training.shadow_loss_log import ShadowLossLog, num_labels
 
-# Of an earlier state of the attached policy: no measure of how far the shadow's has moved.
-NOT_THE_SHADOWS = ("old_per_token_logps",)
+T = TypeVar("T", bound=Trainer)
+Inputs = dict[str, Any]  # of a model's forward
+Loss = Tensor | tuple[Tensor, Any]  # () alone, or with the model's outputs
+# Log-probabilities of an earlier attached policy: they do not measure how far the shadow's policy has moved.
+POLICY_STATE = ("old_per_token_logps",)
 
 
-class _ShadowLoss(Resumable):
-    """What `with_shadow_loss` puts before a trainer class."""
+class _WithShadowLoss(ResumableTrainer):
+    """Trains the shadow by the loss of the trainer class that follows in the order of base classes: see `with_shadow_loss`."""
 
     model: ShadowModel
 
-    def __init__(self: Any, *args: Any, **options: Any):
-        parameters = inspect.signature(super().__init__)  # type: ignore[misc]
-        given = parameters.bind(*args, **options).arguments
-        model, arguments = given.get("model"), given.get("args")
-        if not isinstance(model, ShadowModel) and (model is not None or "model_init" not in given):
-            raise ConfigError(
-                f"{type(self).__name__} trains a ShadowModel, got {type(model).__name__}: attach or load one first."
-            )
-        if given.get("peft_config") is not None:
-            raise ConfigError(
-                "peft_config puts an adapter of PEFT into a model that a shadow is attached to: take one of both. Leave it out."
-            )
-        if arguments is not None:
-            arguments._n_gpu = min(arguments.n_gpu, 1)  # or DataParallel would copy hooks that know one device
-        if arguments is not None and arguments.ddp_find_unused_parameters is None:
-            # All are used, and of two forwards before one backward DDP would search the second alone.
-            arguments.ddp_find_unused_parameters = False if model is None or weight(model) > 0 else None
-        self._shadow_train: torch.Tensor | float = 0.0
-        self._shadow_since: int | None = None  # the step at which that sum began
-        self._shadow_eval: list[torch.Tensor] = []  # one value for each example, of all ranks
-        self._task_eval: list[torch.Tensor] = []  # (sum, labels) of each batch, where some are the shadow's alone
-        with _sharing_the_base(self, given, "ref_model" in parameters.parameters):
-            super().__init__(**given)
-        reads_the_models = super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[misc]
-        self._one_pass = reads_the_models and self.label_smoother is None and self.compute_loss_func is None
-        if not self._one_pass and self.model.shadow_config.distillation_weight > 0:
+    def __init__(self, *args: object, **options: object):
+        parameters = inspect.signature(super().__init__)
+        arguments = parameters.bind(*args, **options).arguments
+        _check_arguments(type(self).__name__, arguments)
+        if isinstance(settings := arguments.get("args"), TrainingArguments):
+            _adapt_to_hooks(settings, arguments.get("model"))
+        self._losses = ShadowLossLog()
+        with base_as_reference(self, arguments, "ref_model" in parameters.parameters):
+            super().__init__(**arguments)
+        reads_the_models = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
+        self._is_one_pass = reads_the_models and self.label_smoother is None and self.compute_loss_func is None
+        if not self._is_one_pass and self.model.shadow_config.distillation_weight > 0:
             raise ConfigError(
                 "distillation_weight is part of the model's own loss, which this trainer does not read (it computes another, "
                 "or smooths the labels): use ShadowTrainer with plain labels, or set distillation_weight=0."
@@ -73,345 +68,289 @@ class _ShadowLoss(Resumable):
     # -- the loss --------------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The parent's loss, plus λ times the shadow's in training."""
-        self.model.progress.fill_(self.state.global_step / max(1, self.state.max_steps))
-        if self._one_pass:
-            if self.model.training:
-                inputs = {**inputs, "skip_logits": True}
-            elif "shadow_targets" in inputs:
-                num_items_in_batch = None  # of either path: each is divided by its own
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
-            shadow = outputs.get("shadow_loss") if isinstance(outputs, dict) else None
-            self._note(shadow, num_items_in_batch)
-            if not self.model.training and self.model.shadow_config.escalation is not None:
-                self._note_task(loss, inputs["labels"])
-            return (loss, outputs) if return_outputs else loss
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Loss:
+        """Return the trainer's loss (), in training plus λ times the shadow's; and the outputs, if asked for."""
+        compute = self._loss_in_one_pass if self._is_one_pass else self._loss_in_two_passes
+        return compute(model, inputs, return_outputs, num_items_in_batch)
 
-        inputs, items = dict(inputs), num_items_in_batch
-        labels, own = inputs.get("labels"), inputs.pop("shadow_targets", None)
-        alone = {k: v for k, v in inputs.items() if k not in NOT_THE_SHADOWS}
-        if own is not None:
-            alone["labels"] = own
-            if not self.model.training:  # each is divided by its own
-                num_items_in_batch, items = (_labelled(told).clamp(min=1) for told in (labels, own))
+    def _loss_in_one_pass(
+        self, model: nn.Module, inputs: Inputs, return_outputs: bool, num_items: Tensor | int | None
+    ) -> Loss:
+        """Return the loss that the model's forward computes, which includes the shadow's."""
+        if self.model.training:
+            inputs = {**inputs, "skip_logits": True}
+        elif "shadow_targets" in inputs:
+            num_items = None  # each of the two losses is divided by its own number of labels
+        loss, outputs = super().compute_loss(model, inputs, True, num_items)
+        self._log_shadow_loss(outputs.get("shadow_loss") if isinstance(outputs, dict) else None, num_items)
+        if self._has_unlabelled_rows:
+            self._losses.add_task_evaluation(loss, inputs["labels"], self)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_in_two_passes(
+        self, model: nn.Module, inputs: Inputs, return_outputs: bool, num_items: Tensor | int | None
+    ) -> Loss:
+        """Return the loss that the trainer computes from the attached model, and then from the shadow alone."""
+        inputs = dict(inputs)
+        labels: Tensor | None = inputs.get("labels")
+        shadow_targets: Tensor | None = inputs.pop("shadow_targets", None)
+        shadow_inputs = {k: v for k, v in inputs.items() if k not in POLICY_STATE}
+        task_items = shadow_items = num_items
+        if shadow_targets is not None:
+            shadow_inputs["labels"] = shadow_targets
+            if not self.model.training and labels is not None:  # each of the two losses is divided by its own count
+                task_items, shadow_items = (num_labels(x).clamp(min=1) for x in (labels, shadow_targets))
         with self.model.attached_only():
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if not self.model.training and labels is not None and self.model.shadow_config.escalation is not None:
-            self._note_task(loss[0] if return_outputs else loss, labels)
-        if weight(self.model) == 0:
-            return loss
+            result = super().compute_loss(model, inputs, return_outputs, task_items)
+        loss = result[0] if return_outputs else cast(Tensor, result)
+        if labels is not None and self._has_unlabelled_rows:
+            self._losses.add_task_evaluation(loss, labels, self)
+        weight = auxiliary_weight(self.model)
+        if weight == 0:
+            return result
         if "old_logps" in inputs:
             raise ConfigError(
                 "This trainer measures how far the policy has moved from its old log-probabilities (old_logps), which are the "
-                "pair's, not the shadow's: set auxiliary_loss_weight=0."
+                "attached model's, not the shadow's: set auxiliary_loss_weight=0."
             )
         with self.model.shadow_only(), nullcontext() if self.model.training else torch.no_grad():
-            shadow = super(_ShadowLoss, self._twin()).compute_loss(model, alone, False, items)  # type: ignore[misc]
-        self._note(shadow, items)
+            shadow_loss = super(_WithShadowLoss, _discarding_metrics(self)).compute_loss(
+                model, shadow_inputs, False, shadow_items
+            )
+        assert isinstance(shadow_loss, Tensor)
+        self._log_shadow_loss(shadow_loss, shadow_items)
         if not self.model.training:
-            return loss
-        if return_outputs:
-            return loss[0] + weight(self.model) * shadow, loss[1]
-        return loss + weight(self.model) * shadow
+            return result
+        total = loss + weight * shadow_loss
+        return (total, result[1]) if return_outputs else total
 
-    def _twin(self: Any) -> Any:
-        """This trainer for one more pass: what is counted and collected there is thrown away."""
-        twin = copy.copy(self)
-        for name in ("_metrics", "_logs"):
-            if name in vars(self):
-                setattr(twin, name, copy.deepcopy(vars(self)[name]))
-        if "aux_loss_enabled" in vars(self):
-            twin.aux_loss_enabled = False  # the router's: the base has one, the shadow none
-        return twin
+    @property
+    def _has_unlabelled_rows(self) -> bool:
+        """Whether this is an evaluation in which some rows have labels for the shadow alone."""
+        return not self.model.training and self.model.shadow_config.escalation is not None
 
-    def _note(self: Any, shadow: torch.Tensor | None, items: Any) -> None:
-        if shadow is None:
+    def _log_shadow_loss(self, shadow_loss: Tensor | None, num_items: Tensor | int | None) -> None:
+        if shadow_loss is None:
             return
-        value = shadow.detach()  # read only when it is logged: no waiting for a GPU in every step
-        if self._one_pass and items is not None and self.args.average_tokens_across_devices:
-            value = value * self.accelerator.num_processes  # as the loss itself: the mean over ranks is their sum
+        value = shadow_loss.detach()
+        if self._is_one_pass and num_items is not None and self.args.average_tokens_across_devices:
+            value = value * self.accelerator.num_processes  # like the loss itself, whose mean over the ranks is the sum
         if not self.model.training:
-            self._shadow_eval.append(self.gather_function(value.repeat(self.args.eval_batch_size)))
+            self._losses.add_shadow_evaluation(value, self)
             return
-        if self._shadow_since is None:
-            self._shadow_since = self.state.global_step
-        scaled = self.loss_is_scaled_for_ga
-        if scaled is None:
-            scaled = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
-        self._shadow_train += value if scaled else value / self.current_gradient_accumulation_steps
+        is_scaled = self.loss_is_scaled_for_ga
+        if is_scaled is None:
+            counts_items = self.model_accepts_loss_kwargs and num_items is not None
+            is_scaled = counts_items or self.compute_loss_func is not None
+        step_part = value if is_scaled else value / self.current_gradient_accumulation_steps
+        self._losses.add(step_part, self.state.global_step)
 
-    def _note_task(self: Any, loss: torch.Tensor, labels: torch.Tensor) -> None:
-        """For an evaluation in which some rows are the shadow's alone."""
-        count = _labelled(labels)
-        self._task_eval.append(self.gather_function(torch.stack([loss.detach().double() * count, count])[None]))
+    def _get_num_items_in_batch(self, batch_samples: list[Inputs], device: torch.device) -> Tensor | int | None:
+        """Count the tokens that are labelled for the attached model or for the shadow."""
+        samples = [
+            batch | {"labels": batch["labels"].where(batch["labels"] != IGNORED, batch["shadow_targets"])}
+            if "shadow_targets" in batch
+            else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(samples, device)
 
-    def _inner_training_loop(self: Any, *args: Any, **options: Any) -> Any:
-        self._shadow_train, self._shadow_since = 0.0, None  # of a training before, which counted other steps
-        return super()._inner_training_loop(*args, **options)  # type: ignore[misc]
-
-    def _progress_sums(self: Any) -> dict[str, float]:
-        sums = {"shadow_loss": float(self._shadow_train), "shadow_since": self._shadow_since}
-        return {**super()._progress_sums(), **sums}
-
-    def _restore_sums(self: Any, values: dict[str, Any]) -> None:
-        if "shadow_loss" in values:
-            self._shadow_train, self._shadow_since = values["shadow_loss"], values["shadow_since"]
-
-    def _set_signature_columns_if_needed(self: Any) -> None:
-        """The base's arguments too, images among them, or their columns would be dropped."""
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns of the base's arguments too, such as images."""
         if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()  # type: ignore[misc]
-            columns: Any = self._signature_columns
+            super()._set_signature_columns_if_needed()
+            columns: list[str] = self._signature_columns or []
             columns += [n for n in inspect.signature(self.model.base.forward).parameters if n not in columns]
 
-    def _get_num_items_in_batch(self: Any, batch_samples: list[Any], device: Any) -> Any:
-        """Tokens with a label of either path."""
-        told = [
-            b | {"labels": _either(b["labels"], b["shadow_targets"])} if "shadow_targets" in b else b
-            for b in batch_samples
-        ]
-        return super()._get_num_items_in_batch(told, device)  # type: ignore[misc]
+    # -- logs ------------------------------------------------------------------------------------------------------
 
-    def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds ``shadow_loss``, the mean over the ranks and over the steps since the last log."""
-        if "loss" in logs and self._shadow_since is not None:
-            of_ranks: Any = self.accelerator.gather(torch.as_tensor(self._shadow_train))
-            logs["shadow_loss"] = float(of_ranks.mean()) / (self.state.global_step - self._shadow_since)
-            self._shadow_train, self._shadow_since = 0.0, None
-        super().log(logs, start_time)  # type: ignore[misc]
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log ``shadow_loss`` too: the mean over the ranks and over the steps since the last log."""
+        if "loss" in logs and (shadow_loss := self._losses.pop_mean(self)) is not None:
+            logs["shadow_loss"] = shadow_loss
+        super().log(logs, start_time)
 
-    def evaluation_loop(self: Any, *args: Any, **options: Any) -> Any:
-        """Adds the shadow's loss to the metrics, averaged as the task's is.
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate, and add the shadow's loss to the metrics, averaged like the task's.
 
-        Where records are passed on, some rows are the shadow's alone: the task's loss is then that of a label.
+        If some rows have labels for the shadow alone, the task's loss is a mean over labels instead of rows.
         """
-        self._shadow_eval.clear()
-        self._task_eval.clear()
-        output = super().evaluation_loop(*args, **options)  # type: ignore[misc]
-        prefix = options.get("metric_key_prefix", "eval")
-        if self._task_eval:
-            total, count = torch.cat(self._task_eval).sum(0).tolist()
-            output.metrics[f"{prefix}_loss"] = total / max(count, 1)
-        if self._shadow_eval:
-            output.metrics[f"{prefix}_shadow_loss"] = float(torch.cat(self._shadow_eval).mean())
-        return output
+        self._losses.clear_evaluation()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        return output._replace(metrics={**(output.metrics or {}), **self._losses.metrics(metric_key_prefix)})
 
-    def compute_ref_log_probs(self: Any, model: Any, inputs: Any) -> Any:
-        """TRL's precomputed reference: the bare base."""
-        with self.model.disable_adapter():
-            return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
+    def _sums(self) -> Sums:
+        return {
+            **super()._sums(),
+            "shadow_loss": float(self._losses.total),
+            "shadow_since": self._losses.since,
+        }
 
-    def create_optimizer(self: Any, *args: Any, **options: Any) -> Any:
-        """The parent's, with the rate of the shadow's backbone multiplied by `ShadowConfig.backbone_rate`.
+    def _restore_sums(self, sums: Sums) -> None:
+        self._losses.reset(sums.get("shadow_loss", 0.0), sums.get("shadow_since"))
+
+    # -- optimizer and checkpoints ---------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the trainer's optimizer.
 
         Raises:
-            ConfigError: there is nothing to train.
+            ConfigError: no parameter is trainable.
         """
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ConfigError(NOTHING_TO_TRAIN)
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **options)  # type: ignore[misc]
-        if is_new and self.model.shadow_config.backbone_rate != 1:
-            _scale_rate(optimizer, self.model.shadow.backbone.parameters(), self.model.shadow_config.backbone_rate)
-        return optimizer
+        return super().create_optimizer(model)
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_checkpoint(self.model.shadow, self.model.base, Path(resume_from_checkpoint))
 
-    def _load_best_model(self: Any) -> None:
+    def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:
-            return super()._load_best_model()  # type: ignore[misc]
+            super()._load_best_model()
+            return
         assert self.state.best_model_checkpoint is not None
         best = Path(self.state.best_model_checkpoint)
-        here = Path(self.args.output_dir, best.name)  # of a run whose folder was moved
-        self._load_from_checkpoint(str(here if here.is_dir() else best))
+        moved = Path(self.args.output_dir or "", best.name)  # in a run's folder that was moved
+        self._load_from_checkpoint(str(moved if moved.is_dir() else best))
 
-    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter folder; called by all ranks, of which one writes. A sharded base is never gathered."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter folder; all ranks must call it together, and one writes. A sharded base is never gathered."""
         self._save(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save(self: Any, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        path = output_dir or self.args.output_dir
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         weights = sharded.whole_state(self.model.shadow, PREFIX) if state_dict is None else state_dict
         if self.args.should_save:
-            arguments = vars(
-                self.args
-            )  # of trainers that render prompts by themselves (GRPO, RLOO), the template's too
-            template = (arguments["chat_template_kwargs"] or {}) if "chat_template_kwargs" in arguments else None
+            settings = vars(self.args)  # a trainer that renders prompts (GRPO, RLOO) has arguments of the chat template
+            template = (settings["chat_template_kwargs"] or {}) if "chat_template_kwargs" in settings else None
             self.model.save_pretrained(
-                path, state_dict=weights, overwrite=True, tokenizer=self.processing_class,
-                chat_template_kwargs=template,
+                output_dir or self.args.output_dir or "", state_dict=weights, overwrite=True,
+                tokenizer=self.processing_class, chat_template_kwargs=template,
             )  # fmt: skip
 
-    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        """Under FSDP as one process would, so that any number of ranks can go on, and without the frozen base."""
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP, save what one process would, without the frozen base: any number of ranks can resume from it."""
         if not self.is_fsdp_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        state = sharded.gather(self.optimizer.state_dict())
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer, scheduler = cast(AcceleratedOptimizer, self.optimizer), cast(AcceleratedScheduler, self.lr_scheduler)
+        state = sharded.gather(optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        handle = self.optimizer.optimizer.register_load_state_dict_pre_hook(sharded.spread_optimizer_state)
-        self.is_fsdp_enabled = False  # for what one process has saved
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = cast(AcceleratedOptimizer, self.optimizer).optimizer
+        handle = optimizer.register_load_state_dict_pre_hook(sharded.spread_optimizer_state)
+        self.is_fsdp_enabled = False  # the files are those of one process
+        super()._load_optimizer_and_scheduler(checkpoint)
         self.is_fsdp_enabled = True
         handle.remove()
 
 
-class ShadowTrainer(_ShadowLoss, Trainer):
-    """transformers' Trainer for a ShadowModel, as `with_shadow_loss` makes it.
+class ShadowTrainer(_WithShadowLoss):
+    """transformers' Trainer for a ShadowModel: ``with_shadow_loss(Trainer)``.
 
-    The shadow's own loss is logged beside the task's, in training and in evaluation. Checkpoints hold the adapter
-    folder; resuming and loading the best one read it back whole.
+    The shadow's own loss is logged beside the task's, in training and in evaluation. Checkpoints are adapter folders; resuming and
+    loading the best one restore it completely.
     """
 
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Logits only where there is a label, unless somebody wants the predictions."""
+    def prediction_step(
+        self, model: nn.Module, inputs: Inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Predict one batch, with logits only where there is a label, unless the predictions are asked for."""
         inputs = {**inputs, "skip_logits": prediction_loss_only}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
-class StopWhereDiverged(TrainerCallback):
-    """End a training whose loss or weights are not finite, before they are saved.
+def with_shadow_loss(trainer_class: type[T]) -> type[T]:
+    """Return a subclass of a trainer class in which the shadow learns the trainer's objective too, with weight λ.
+
+    For transformers' Trainer and those of TRL: ``with_shadow_loss(SFTTrainer)(model=model, …)``. Evaluation reports the attached
+    model's loss, and the shadow's beside it. A trainer that compares with a reference model, and is given none, compares with
+    the bare base within the same model: nothing is loaded or copied. Checkpoints are adapter folders.
+
+    Args:
+        trainer_class: transformers' Trainer or a subclass of it.
 
     Raises:
-        ConfigError: with the step.
+        ConfigError: another class.
     """
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Look at the weights whenever the trainer is about to log, save or stop."""
-        if control.should_log or control.should_save or control.should_training_stop:
-            self._check_weights(args, state, model)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """As after a step."""
-        self._check_weights(args, state, model)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Look at every loss that is logged, in training and in evaluation, and at the gradient's norm.
-
-        Clipping by an infinite norm leaves no gradient to learn from. With fp16, the scaler passes such steps over.
-        """
-        for name, value in (logs or {}).items():
-            decides = name.endswith("loss") or (name == "grad_norm" and not args.fp16)
-            if decides and not math.isfinite(value):
-                raise _divergence(args, state, f"{name} is {value}")
-
-    def _check_weights(self, args: Any, state: Any, model: Any) -> None:
-        trained = (sharded.local(p) for p in model.parameters() if p.requires_grad)
-        if not all(bool(p.isfinite().all()) for p in trained):
-            raise _divergence(args, state, "its weights are not finite")
-
-
-def _divergence(args: Any, state: Any, symptom: str) -> ConfigError:
-    return ConfigError(
-        f"Training has diverged by step {state.global_step}: {symptom}. Lower learning_rate ({args.learning_rate:g}), warm up "
-        "longer, or check the shadow's scales (alpha, init_scale) and the data; earlier checkpoints are as they were."
-    )
+    return cast(type[T], _shadow_trainer_class(trainer_class))
 
 
 @functools.cache
-def with_shadow_loss(trainer_class: Any) -> Any:
-    """A subclass of a trainer in which the shadow learns the trainer's own objective too, with weight λ.
-
-    For transformers' Trainer and those of TRL: ``with_shadow_loss(SFTTrainer)(model=model, …)``. Evaluation reports the
-    attached model's loss, the shadow's beside it. Where the trainer compares with a reference model and is given none,
-    that is the bare base within the same model: nothing is loaded or copied. Checkpoints are adapter folders.
-
-    Raises:
-        ConfigError: no subclass of transformers' Trainer.
-    """
+def _shadow_trainer_class(trainer_class: type[Trainer]) -> type[Trainer]:
     if not inspect.isclass(trainer_class) or not issubclass(trainer_class, Trainer):
         raise ConfigError(f"with_shadow_loss needs a subclass of transformers' Trainer, got {trainer_class!r}.")
-    if issubclass(trainer_class, _ShadowLoss):
+    if issubclass(trainer_class, _WithShadowLoss):
         return trainer_class
     if trainer_class is Trainer:
         return ShadowTrainer
-    about = {"__doc__": trainer_class.__doc__, "__module__": __name__}
-    return type(f"Shadow{trainer_class.__name__}", (_ShadowLoss, trainer_class), about)
+    members: dict[str, object] = {"__doc__": trainer_class.__doc__, "__module__": __name__}
+    if reference := getattr(trainer_class, "compute_ref_log_probs", None):
+        members["compute_ref_log_probs"] = _with_bare_base(reference)
+    return type(f"Shadow{trainer_class.__name__}", (_WithShadowLoss, trainer_class), members)
 
 
-def _scale_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Move these parameters into groups of their own, whose learning rate is multiplied."""
-    chosen = {id(p) for p in parameters}
-    for group in list(optimizer.param_groups):
-        mine = [p for p in group["params"] if id(p) in chosen]
-        others = [p for p in group["params"] if id(p) not in chosen]
-        if mine and others:
-            group["params"] = others
-            optimizer.add_param_group({**group, "params": mine, "lr": factor * group["lr"]})
-        elif mine:
-            group["lr"] *= factor
+def _with_bare_base(compute: Callable[[Trainer, nn.Module, Inputs], object]) -> Callable[..., object]:
+    """Return TRL's method that precomputes reference log-probabilities, run on the bare base."""
+
+    @functools.wraps(compute)
+    def compute_ref_log_probs(trainer: _WithShadowLoss, model: nn.Module, inputs: Inputs) -> object:
+        with trainer.model.disable_adapter():
+            return compute(trainer, model, inputs)
+
+    return compute_ref_log_probs
 
 
-def _either(labels: torch.Tensor, shadow_targets: torch.Tensor) -> torch.Tensor:
-    return labels.where(labels != IGNORED, shadow_targets)
-
-
-def _labelled(labels: torch.Tensor) -> torch.Tensor:
-    """How many tokens are learned."""
-    return (labels[:, 1:] != IGNORED).sum()
-
-
-def weight(model: ShadowModel) -> float:
-    """λ."""
-    return model.shadow_config.auxiliary_loss_weight
-
-
-class _Reference(nn.Module):
-    """The reference model of a TRL trainer: the bare base of the model in training, so that there is no second copy.
-
-    Holds no parameters of its own. The last answer is kept: the second pass of a step asks for it again.
-    """
-
-    def __init__(self, trainer: Any):
-        super().__init__()
-        self.trainer = trainer
-        self.asked: Any = None
-        self.answer: Any = None
-
-    @property
-    def config(self) -> Any:
-        return self.trainer.model.config
-
-    def forward(self, **inputs: Any) -> Any:
-        if self.asked is not inputs["input_ids"]:
-            with self.trainer.model.disable_adapter():
-                self.asked, self.answer = inputs["input_ids"], self.trainer.model(**inputs)
-        return self.answer
-
-
-@contextmanager
-def _sharing_the_base(trainer: Any, given: dict[str, Any], takes_reference: bool) -> Iterator[None]:
-    """While a TRL trainer is made: keep it from loading a reference model, and give it a `_Reference` afterwards."""
-    settings = {} if given.get("args") is None else vars(given["args"])
-    if given.get("ref_model") is not None:
-        yield
-        return
-    if settings.get("sync_ref_model"):
+def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Raise a ConfigError if the arguments of a trainer of class ``name`` hold no ShadowModel, or an adapter of PEFT."""
+    model = arguments.get("model")
+    if not isinstance(model, ShadowModel) and (model is not None or "model_init" not in arguments):
+        raise ConfigError(f"{name} trains a ShadowModel, got {type(model).__name__}: attach or load one first.")
+    if arguments.get("peft_config") is not None:
         raise ConfigError(
-            "sync_ref_model=True: the reference is the frozen base, which follows nothing. Set it to False."
+            "peft_config adds an adapter of PEFT to a model that already has a shadow: use one of the two. Leave it out."
         )
-    reference, beta = _Reference(trainer), 0.0 if takes_reference else settings.get("beta", 0.0)
-    if takes_reference and not settings.get("precompute_ref_log_probs"):
-        given["ref_model"] = reference
-    try:
-        if beta:
-            settings["beta"] = 0.0  # otherwise TRL loads a copy of the base
-        yield
-    finally:
-        if beta:
-            settings["beta"] = trainer.beta = beta
-    if takes_reference or beta:
-        vars(reference).pop("forward", None)  # TRL has put its own there
-        trainer.ref_model = reference
+
+
+def _adapt_to_hooks(settings: TrainingArguments, model: ShadowModel | None) -> None:
+    """Turn off DataParallel, and the search of DistributedDataParallel for unused parameters if all are used."""
+    private_transformers.use_one_gpu(settings)  # DataParallel would copy hooks that refer to one device
+    if settings.ddp_find_unused_parameters is None:
+        # Of two forward passes before one backward pass, DDP would search the second alone.
+        uses_all = model is None or auxiliary_weight(model) > 0
+        settings.ddp_find_unused_parameters = False if uses_all else None
+
+
+def _discarding_metrics(trainer: T) -> T:
+    """Return a copy of the trainer for one more pass, whose counts and metrics are thrown away."""
+    twin = copy.copy(trainer)
+    for name in ("_metrics", "_logs"):
+        if name in vars(trainer):
+            vars(twin)[name] = copy.deepcopy(vars(trainer)[name])
+    if "aux_loss_enabled" in vars(trainer):
+        vars(twin)["aux_loss_enabled"] = False  # a router's loss: the base may have a router, the shadow has none
+    return twin
+
+
+def auxiliary_weight(model: ShadowModel) -> float:
+    """Return λ."""
+    return model.shadow_config.auxiliary_loss_weight

@@ -12,7 +12,7 @@ from umbra.adapters.files import Values
 from umbra.adapters.interop import peft, shadow_peft
 from umbra.adapters.interop.foreign import Foreign, plain_state
 from umbra.adapters.interop.layout import check_names
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.errors import ConfigError
 from umbra.files import folder
 from umbra.shadow.network import Shadow
@@ -54,7 +54,7 @@ def read(path: Path, values: Values | None, shadow: str | None = None) -> Foreig
     return peft.Adapter.read(path, values)
 
 
-def write(shadow: Shadow, base: Anatomy, path: Path, to: str) -> None:
+def write(shadow: Shadow, base: Architecture, path: Path, to: str) -> None:
     """Write a shadow in the format of another package.
 
     Args:

@@ -14,7 +14,7 @@ from umbra.adapters.files import Tensors, Values, read_weights
 from umbra.adapters.interop.layout import Layout
 from umbra.adapters.prompting import Prompting
 from umbra.base import architectures
-from umbra.base.architectures import Anatomy
+from umbra.base.architectures import Architecture
 from umbra.base.architectures.families import ATTENTION_TYPES
 from umbra.config import ShadowConfig
 from umbra.errors import BaseModelError, CheckpointError, ConfigError
@@ -56,7 +56,7 @@ class Foreign:
         """Read the tokenizer in the folder, where trainers write it; the chat template has no arguments."""
         return Prompting.read(self.path, {})
 
-    def check(self, base: Anatomy, allow_other_base: bool = False) -> None:
+    def check(self, base: Architecture, allow_other_base: bool = False) -> None:
         """Set `config` and `backbone_config` for a base.
 
         Args:
@@ -72,7 +72,7 @@ class Foreign:
             raise CheckpointError(f"{self.file} is damaged, or of another base: {error}") from error
         self.config, self.base = config.resolve(), base
 
-    def configure(self, base: Anatomy) -> tuple[ShadowConfig, PretrainedConfig]:
+    def configure(self, base: Architecture) -> tuple[ShadowConfig, PretrainedConfig]:
         """Return the shadow's configuration, and that of its backbone.
 
         Args:
@@ -84,11 +84,11 @@ class Foreign:
         """
         raise NotImplementedError
 
-    def layouts(self, shadow: Shadow, base: Anatomy) -> dict[str, Layout]:
+    def layouts(self, shadow: Shadow, base: Architecture) -> dict[str, Layout]:
         """Return the table of each file of tensors by file name."""
         raise NotImplementedError
 
-    def add_rows(self, shadow: Shadow, base: Anatomy) -> None:
+    def add_rows(self, shadow: Shadow, base: Architecture) -> None:
         """Do nothing: these formats have no room for added tokens."""
 
     def fill(self, shadow: Shadow) -> None:
@@ -166,7 +166,7 @@ def not_null(values: Values, name: str, default: float) -> Any:
     return values.get(name, default)
 
 
-def mirror(base: Anatomy, package: str, sizes: dict[str, Any]) -> PretrainedConfig:
+def mirror(base: Architecture, package: str, sizes: dict[str, Any]) -> PretrainedConfig:
     """Return the configuration of the backbone that the other packages mirror from a base.
 
     Args:
@@ -214,18 +214,18 @@ def plain_state(shadow: Shadow) -> Tensors:
         name = f"couplings.injections.{l}."
         if state.pop(f"{name}channels", None) is not None:
             assert isinstance(injection, Injection)
-            state[f"{name}down.weight"] = injection.reader().detach()
+            state[f"{name}down.weight"] = injection.scaled_down().detach()
     return state
 
 
-def unused_update(base: Anatomy, config: ShadowConfig) -> Tensors:
+def unused_update(base: Architecture, config: ShadowConfig) -> Tensors:
     """Return zeros for the update after the last coupled block, which both packages store: nothing reads its result."""
     with torch.device("meta"):
         shapes = Update(base.config.hidden_size, config).state_dict()
     return {name: torch.zeros(value.shape) for name, value in shapes.items()}
 
 
-def add_unused_table(layout: Layout, prefix: str, base: Anatomy) -> None:
+def add_unused_table(layout: Layout, prefix: str, base: Architecture) -> None:
     """Add the embedding table that the other packages leave in a mirrored shadow that reads the base's embeddings.
 
     They remove modules named ``embed_tokens`` alone.
@@ -250,13 +250,13 @@ def refusal(package: str, feature: str, reason: str) -> CheckpointError:
 
 def refuse_other_fields(config: ShadowConfig, fixed: dict[str, Any], package: str) -> None:
     """Raise a CheckpointError unless the fields that a format does not store have the values that it fixes."""
-    values = config.to_dict()
+    values = config.to_dict()["constants"]
     for name, value in fixed.items():
         if values[name] != value and not (name == "dropout_position" and config.dropout == 0):
             raise refusal(package, f"{name}={values[name]}", f"it always has {name}={value}")
 
 
-def refuse_unreachable(base: Anatomy, package: str) -> None:
+def refuse_unreachable(base: Architecture, package: str) -> None:
     """Raise a CheckpointError for a base in which the other packages do not find the blocks."""
     blocks = architectures.name_of(base.model, base.blocks)
     if base.decoder is not base.model.base_model or blocks.rpartition(".")[2] not in ("layers", "h"):

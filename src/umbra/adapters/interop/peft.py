@@ -16,8 +16,8 @@ from umbra.adapters.interop import foreign
 from umbra.adapters.interop.foreign import Foreign, refusal
 from umbra.adapters.interop.layout import Layout
 from umbra.base import architectures
-from umbra.base.architectures import Anatomy
-from umbra.config import DIALECTS, ShadowConfig
+from umbra.base.architectures import Architecture
+from umbra.config import CONSTANTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
 from umbra.shadow.network import Shadow
 
@@ -35,7 +35,7 @@ FIELDS |= {"auxiliary_loss_weight", "target_modules", "exclude_modules", "layers
 # These do not describe the model: auto_mapping names classes, which are never imported.
 KNOWN = FIELDS | {"peft_type", "task_type", "base_model_name_or_path", "revision", "modules_to_save"}
 KNOWN |= {"auto_mapping", "inference_mode", "init_weights", "peft_version"}
-FIXED = {"update": "gated", **{k: DIALECTS["peft"][k] for k in ("norm", "activation", "bias", "dropout_position")}}
+FIXED = {name: CONSTANTS["peft"][name] for name in ("norm", "activation", "bias", "dropout_position")}
 HEADS = ("classifier", "score")  # the modules that PEFT saves for any classifier
 
 
@@ -61,7 +61,7 @@ class Adapter(Foreign):
             num_labels=len(head) if task == "SEQ_CLS" and head is not None and head.ndim else None,
         )  # fmt: skip
 
-    def configure(self, base: Anatomy) -> tuple[ShadowConfig, PretrainedConfig]:
+    def configure(self, base: Architecture) -> tuple[ShadowConfig, PretrainedConfig]:
         """Return the shadow's configuration, and that of its backbone; see `Foreign.configure`."""
         values, weights = self.values, self.weights[WEIGHTS_FILE]
         task = values.get("task_type")
@@ -96,7 +96,7 @@ class Adapter(Foreign):
             raise CheckpointError(f"{self.file}: {path!r} projects between equal widths, which Umbra's shadows do not.")
         return config, backbone
 
-    def _blocks(self, base: Anatomy) -> tuple[int, ...]:
+    def _blocks(self, base: Architecture) -> tuple[int, ...]:
         """The indices of the blocks that PEFT wraps.
 
         Raises:
@@ -111,7 +111,7 @@ class Adapter(Foreign):
             )
         return tuple(targets)
 
-    def _saves_head(self, base: Anatomy) -> bool:
+    def _saves_head(self, base: Architecture) -> bool:
         """Whether the task head is among ``modules_to_save``.
 
         Raises:
@@ -125,7 +125,7 @@ class Adapter(Foreign):
             )
         return bool(saved)
 
-    def layouts(self, shadow: Shadow, base: Anatomy) -> dict[str, Layout]:
+    def layouts(self, shadow: Shadow, base: Architecture) -> dict[str, Layout]:
         """Return the table of each file of tensors by file name."""
         layout = _layout(shadow, base)
         if shadow.heads:
@@ -133,7 +133,7 @@ class Adapter(Foreign):
         return {WEIGHTS_FILE: layout}
 
 
-def _layout(shadow: Shadow, base: Anatomy) -> Layout:
+def _layout(shadow: Shadow, base: Architecture) -> Layout:
     """The table of all tensors but the task heads."""
     layout = Layout(foreign.plain_state(shadow))
     layout.module(BACKBONE, "backbone.")
@@ -156,7 +156,7 @@ def _layout(shadow: Shadow, base: Anatomy) -> Layout:
     return layout
 
 
-def _heads(layout: Layout, base: Anatomy, own_shadow_head: bool, saved: bool) -> None:
+def _heads(layout: Layout, base: Architecture, own_shadow_head: bool, saved: bool) -> None:
     """Add the task heads: the shadow of a classifier has its own; both paths of a language model share the saved one."""
     attached = f"{MODEL}{base.head_name}."
     if own_shadow_head:
@@ -203,7 +203,7 @@ def _strings(values: Values, key: str) -> list[str]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write(shadow: Shadow, base: Anatomy) -> tuple[Values, dict[str, Layout]]:
+def write(shadow: Shadow, base: Architecture) -> tuple[Values, dict[str, Layout]]:
     """Return the content of ``adapter_config.json``, and the table of each file of tensors by file name.
 
     Args:

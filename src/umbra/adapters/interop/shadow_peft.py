@@ -16,8 +16,8 @@ from umbra.adapters.files import Values, read_json
 from umbra.adapters.interop import foreign
 from umbra.adapters.interop.foreign import Foreign, refusal
 from umbra.adapters.interop.layout import Layout
-from umbra.base.architectures import Anatomy
-from umbra.config import DIALECTS, ShadowConfig
+from umbra.base.architectures import Architecture
+from umbra.config import CONSTANTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError
 from umbra.shadow.network import Shadow
 
@@ -34,7 +34,7 @@ SIZES = {
 }
 NOTES = {"auxiliary_loss_weight", "base_model_name_or_path"}
 KNOWN = {"injection_hidden_size", "gate_hidden_size", "alpha", "dropout", "modules_to_save", *SIZES, *NOTES}
-FIXED = {"update": "gated", **{k: DIALECTS["paper"][k] for k in ("norm", "activation", "bias", "dropout_position")}}
+FIXED = {name: CONSTANTS["paper"][name] for name in ("norm", "activation", "bias", "dropout_position")}
 # Whether the base is a classifier → the names of the two heads in the file → in the shadow.
 HEADS = {
     False: {"lm_head": "attached", "shadow_lm_head": "shadow"},
@@ -70,7 +70,7 @@ class Adapter(Foreign):
             num_labels=rows[0] if rows else None, shadow=shadow,
         )  # fmt: skip
 
-    def configure(self, base: Anatomy) -> tuple[ShadowConfig, PretrainedConfig]:
+    def configure(self, base: Architecture) -> tuple[ShadowConfig, PretrainedConfig]:
         """Return the shadow's configuration, and that of its backbone; see `Foreign.configure`."""
         values = self.values
         foreign.check_sizes(values, ("injection_hidden_size", "gate_hidden_size", *SIZES), self.weights[WEIGHTS_FILE])
@@ -99,14 +99,14 @@ class Adapter(Foreign):
             return config, foreign.mirror(base, PACKAGE, sizes)
         return config, foreign.explicit(config.shadow)[0]
 
-    def layouts(self, shadow: Shadow, base: Anatomy) -> dict[str, Layout]:
+    def layouts(self, shadow: Shadow, base: Architecture) -> dict[str, Layout]:
         """Return the table of each file of tensors by file name."""
         layouts = {WEIGHTS_FILE: _layout(shadow, base)}
         if HEADS_FILE in self.weights:
             layouts[HEADS_FILE] = _heads(shadow, base, self._saved_heads(base))
         return layouts
 
-    def _saved_heads(self, base: Anatomy) -> list[str]:
+    def _saved_heads(self, base: Architecture) -> list[str]:
         """The names of the heads in the folder: those that its configuration lists, otherwise all in the file.
 
         Raises:
@@ -127,7 +127,7 @@ class Adapter(Foreign):
         return names
 
 
-def _layout(shadow: Shadow, base: Anatomy) -> Layout:
+def _layout(shadow: Shadow, base: Architecture) -> Layout:
     """The table of ``shadow_adapter.safetensors``."""
     layout = Layout(foreign.plain_state(shadow))
     layout.module("shadow_model.", "backbone.")
@@ -156,7 +156,7 @@ def _layout(shadow: Shadow, base: Anatomy) -> Layout:
     return layout
 
 
-def _heads(shadow: Shadow, base: Anatomy, names: list[str]) -> Layout:
+def _heads(shadow: Shadow, base: Architecture, names: list[str]) -> Layout:
     """The table of ``shadow_modules.safetensors``."""
     layout = Layout(foreign.plain_state(shadow))
     for name in names:
@@ -167,7 +167,7 @@ def _heads(shadow: Shadow, base: Anatomy, names: list[str]) -> Layout:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write(shadow: Shadow, base: Anatomy) -> tuple[Values, dict[str, Layout]]:
+def write(shadow: Shadow, base: Architecture) -> tuple[Values, dict[str, Layout]]:
     """Return the content of ``shadow_config.json``, and the table of each file of tensors by file name.
 
     Args:

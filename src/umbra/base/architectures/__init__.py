@@ -1,9 +1,9 @@
-"""Where things are in other people's models: the only room that knows foreign attribute names.
+"""Locate the parts of other people's models: only this package knows their attribute names.
 
-A change that wants ``if model_type == …`` is data for families.py.
+A change that needs ``if model_type == …`` is data for families.py.
 """
 
-from umbra.base.architectures.arguments import forward_arguments, head_width, requested_outputs, router_loss_weight
+from umbra.base.architectures.arguments import forward_arguments, requested_outputs, router_loss_weight
 from umbra.base.architectures.caches import (
     ahead,
     cache_argument,
@@ -43,6 +43,7 @@ from umbra.base.architectures.configs import (
     unquantised,
     window,
 )
+from umbra.base.architectures.copying import copy_blocks, remove_embeddings, scale_final_norm, shift_layer_indices
 from umbra.base.architectures.heads import (
     after_head,
     before_head,
@@ -55,14 +56,10 @@ from umbra.base.architectures.heads import (
     soft_cap,
 )
 from umbra.base.architectures.parts import (
-    Anatomy,
+    Architecture,
     accelerators,
     announce,
     check_bare,
-    copy_blocks,
-    device_of,
-    embedding_rows,
-    embedding_scale,
     exempt_from_checkpointing,
     is_causal,
     is_placed,
@@ -72,24 +69,30 @@ from umbra.base.architectures.parts import (
     modes,
     name_of,
     refusal,
-    remove_embeddings,
     restore_modes,
-    scale_final_norm,
-    shift_layer_indices,
+)
+from umbra.base.architectures.prune import Projections, is_narrower, prune_blocks
+from umbra.base.architectures.tables import (
+    bias_of,
+    device_of,
+    embedding_rows,
+    embedding_scale,
+    head_width,
     table_sizes,
     table_width,
     vocabulary_size,
+    weight_of,
 )
-from umbra.base.architectures.prune import Narrowed, is_narrower, prune_blocks
 
 __all__ = [
-    "Anatomy",
-    "Narrowed",
+    "Architecture",
+    "Projections",
     "accelerators",
     "after_head",
     "ahead",
     "announce",
     "before_head",
+    "bias_of",
     "cache_argument",
     "cache_depth",
     "cache_layers",
@@ -157,5 +160,6 @@ __all__ = [
     "text_twin",
     "unquantised",
     "vocabulary_size",
+    "weight_of",
     "window",
 ]

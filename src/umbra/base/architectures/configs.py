@@ -1,4 +1,4 @@
-"""Configurations: of a shadow made for a base, and of a cache that serves both."""
+"""Configurations: of a new shadow for a base, and of the cache that both share."""
 
 import copy
 from typing import Any
@@ -18,14 +18,15 @@ from umbra.base.architectures.families import (
     TEXT_TWINS,
 )
 from umbra.base.architectures.heads import soft_cap
-from umbra.base.architectures.parts import Anatomy
+from umbra.base.architectures.parts import Architecture
+from umbra.base.private_transformers import use_attention_of
 from umbra.errors import ConfigError
 
 
 def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
-    """Whether one block of this architecture is a plain dense attention block.
+    """Return whether a block of this architecture is a plain dense attention block.
 
-    Not with experts, recurrence, inputs of its own per layer, or the cross-attention of an encoder-decoder's half.
+    Blocks with experts, recurrence, per-layer inputs or the cross-attention of an encoder-decoder are not.
     """
     parts = (config, getattr(config, "ffn_config", None))
     has_experts = any((getattr(part, n, None) or 0) > 1 for part in parts for n in EXPERT_COUNTS)
@@ -36,9 +37,10 @@ def is_cheap_to_mirror(config: PretrainedConfig) -> bool:
 
 
 def composite_config(base_config: PretrainedConfig, shadows: dict[int, PretrainedConfig]) -> PretrainedConfig:
-    """The base's configuration with more layers, so that a cache built from it holds the shadows' keys too.
+    """Return the base's configuration with the shadows' layers added, so that a cache built from it holds their keys too.
 
     Args:
+        base_config: of the base.
         shadows: the configuration of each shadow by its first layer in the cache, L or more.
     """
     config = _with_plain_layers(unquantised(base_config))
@@ -58,13 +60,13 @@ def composite_config(base_config: PretrainedConfig, shadows: dict[int, Pretraine
 
 
 def _with_plain_layers(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration with a text part whose layers can be set, where its class computes them from other fields."""
+    """Return the configuration with a text part whose layers can be set, where its class computes them from other fields."""
     text = config.get_text_config(decoder=True)
     if not any(isinstance(getattr(type(text), name, None), property) for name in COMPUTED):
         return config
     plain = PretrainedConfig()
     plain.__dict__.update(text.__dict__)
-    plain.model_type = text.model_type  # type: ignore[misc]
+    vars(plain)["model_type"] = text.model_type
     for name in (*COMPUTED, *text.attribute_map):
         if hasattr(text, name):
             setattr(plain, name, copy.deepcopy(getattr(text, name)))
@@ -76,7 +78,12 @@ def _with_plain_layers(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def lay_out(config: PretrainedConfig, layers: PretrainedConfig) -> None:
-    """Give a configuration the layers of another one, and leave the rest of it alone."""
+    """Copy the layers of a configuration to another, and leave its other fields unchanged.
+
+    Args:
+        config: changed in place.
+        layers: the configuration with those layers.
+    """
     target, source = config.get_text_config(decoder=True), layers.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "layer_types", "sliding_window", "kv_sharing_modes"):
         if name in source.__dict__ or name in source.attribute_map:
@@ -84,7 +91,7 @@ def lay_out(config: PretrainedConfig, layers: PretrainedConfig) -> None:
 
 
 def unquantised(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy that does not say that its model is quantised."""
+    """Return a copy without a quantization configuration."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config(decoder=True)):
         for mark in ("quantization_config", "_is_quantized"):
@@ -93,42 +100,42 @@ def unquantised(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def shares_masks(base: PreTrainedModel, shadow: PreTrainedModel) -> bool:
-    """Whether an attention mask that was prepared for the base's layers also fits the shadow's."""
+    """Return whether attention masks prepared for the base's layers also fit the shadow's."""
     return type(base) is type(shadow) and window(base.config) == window(shadow.config)
 
 
 def layer_types(config: PretrainedConfig) -> list[str]:
-    """The attention type of each layer, as the caches of transformers name them."""
-    given = getattr(config, "layer_types", None)
-    if given is not None:
-        return list(given)
+    """Return the attention type of each layer, in the vocabulary of transformers' caches."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return list(types)
     depth = getattr(config, "decoder_layers", config.num_hidden_layers)
     return ["sliding_attention" if window(config) is not None else "full_attention"] * depth
 
 
 def positions(config: PretrainedConfig) -> int | None:
-    """The longest sequence that a model is made for; None of one that names none."""
+    """Return the longest sequence that a model supports; None where its configuration has no such field."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
     return int(most) if most > 0 else None
 
 
 def image_token_id(config: PretrainedConfig) -> int | None:
-    """The token in whose place a vision-language model puts an image; None of a language model."""
+    """Return the token that a vision-language model replaces by an image; None for a language model."""
     tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
     return next((token for token in tokens if isinstance(token, int)), None)
 
 
 def rotary_limits(config: PretrainedConfig) -> list[tuple[int, bool]] | None:
-    """The lengths of text beyond which a model's rotary positions are others for every token, the earlier ones too.
+    """Return the text lengths beyond which the rotary position embeddings of all tokens change, earlier ones included.
 
     Returns:
-        Each with whether they are the same for all longer texts, or change with every token; None where a kind of
-        positions is not known.
+        Each length with whether the embeddings are the same for all longer texts (True) or change with every token
+        (False); None for an unknown kind of embedding.
     """
     text = config.get_text_config(decoder=True)
-    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     limits = []
-    for rope in [v for v in given.values() if isinstance(v, dict)] or [given]:
+    for rope in [v for v in parameters.values() if isinstance(v, dict)] or [parameters]:
         kind = rope.get("rope_type", rope.get("type")) or "default"
         if kind == "longrope":
             place = rope if "original_max_position_embeddings" in rope else vars(text)
@@ -140,20 +147,21 @@ def rotary_limits(config: PretrainedConfig) -> list[tuple[int, bool]] | None:
     return limits
 
 
-def cache_depth(base: Anatomy) -> int:
-    """How many layers a cache of the base has, and so the first that is free for a shadow."""
+def cache_depth(base: Architecture) -> int:
+    """Return the number of layers of the base's cache, which is the index of a shadow's first layer."""
     return len(layer_types(base.config))
 
 
 def mirror_config(
     base: PretrainedConfig, sizes: dict[str, int], layers: tuple[int, ...] | None = None
 ) -> PretrainedConfig:
-    """The configuration of a smaller model of the base's architecture.
+    """Return the configuration of a smaller model of the base's architecture.
 
     Args:
+        base: the decoder's configuration.
         sizes: num_hidden_layers, and any of hidden_size, intermediate_size, num_attention_heads,
             num_key_value_heads, head_dim.
-        layers: the base's, whose settings those of the model have; the first ones by default.
+        layers: the base's layers with the settings of the model's; the first ones by default.
 
     Raises:
         ConfigError: a size that this architecture does not have, or sizes that do not fit together.
@@ -179,7 +187,7 @@ def mirror_config(
 
 
 def scales_by_depth(config: PretrainedConfig) -> bool:
-    """Whether attention is divided by the number of its layer (an option of GPT-2)."""
+    """Return whether attention scores are divided by the layer number (an option of GPT-2)."""
     return bool(getattr(config, "scale_attn_by_inverse_layer_idx", False))
 
 
@@ -196,10 +204,14 @@ def _set_depth(config: PretrainedConfig, depth: int, layers: tuple[int, ...] | N
         config.max_window_layers = min(config.max_window_layers, depth)
 
 
-def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
-    """A Llama configuration of the base's sizes, for bases whose block is not one to mirror.
+def dense_config(base: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
+    """Return a Llama configuration of the base's sizes, for bases whose blocks cannot be mirrored.
 
-    Gemma 3's where the base soft-caps its logits, since a detached Llama could not.
+    It is a Gemma 3 configuration where the base soft-caps its logits, which Llama cannot.
+
+    Args:
+        base: the decoder's configuration.
+        sizes: as for `mirror_config`.
     """
     from transformers import Gemma3TextConfig, LlamaConfig
 
@@ -208,38 +220,40 @@ def dense_config(base: Any, sizes: dict[str, int]) -> PretrainedConfig:
     heads: int = sizes.get("num_attention_heads", getattr(base, "num_attention_heads", None) or max(1, hidden // 64))
     cap, depth = soft_cap(base), sizes["num_hidden_layers"]
     head_dim = sizes.get("head_dim", getattr(base, "head_dim", None))
-    capped: dict[str, Any] = {
-        "final_logit_softcapping": cap,
-        "layer_types": ["full_attention"] * depth,
-        "sliding_window": window(base) or getattr(base, "max_position_embeddings", 2048),
-        "query_pre_attn_scalar": head_dim or hidden // heads,
-        "rope_parameters": None,
-    }
     inner = getattr(base, "intermediate_size", None) or 4 * hidden
-    kind: Any = LlamaConfig if cap is None else Gemma3TextConfig
-    config = kind(
-        vocab_size=base.vocab_size,
-        hidden_size=hidden,
-        intermediate_size=sizes.get("intermediate_size", inner[0] if isinstance(inner, list) else inner),
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=sizes.get("num_key_value_heads", getattr(base, "num_key_value_heads", None) or heads),
-        head_dim=head_dim or hidden // heads,
-        max_position_embeddings=getattr(base, "max_position_embeddings", 2048),
-        rms_norm_eps=getattr(base, "rms_norm_eps", None) or 1e-6,
-        pad_token_id=base.pad_token_id,
-        bos_token_id=base.bos_token_id,
-        eos_token_id=base.eos_token_id,
-        tie_word_embeddings=False,
-        **({"rope_parameters": _plain_rope(base)} if cap is None else capped),
-    )
-    config._attn_implementation = base._attn_implementation
+    shared: dict[str, Any] = {
+        "vocab_size": base.vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": sizes.get("intermediate_size", inner[0] if isinstance(inner, list) else inner),
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": sizes.get("num_key_value_heads", getattr(base, "num_key_value_heads", None) or heads),
+        "head_dim": head_dim or hidden // heads,
+        "max_position_embeddings": getattr(base, "max_position_embeddings", 2048),
+        "rms_norm_eps": getattr(base, "rms_norm_eps", None) or 1e-6,
+        "pad_token_id": base.pad_token_id,
+        "bos_token_id": base.bos_token_id,
+        "eos_token_id": base.eos_token_id,
+        "tie_word_embeddings": False,
+    }
+    if cap is None:
+        config = LlamaConfig(**shared, rope_parameters=_plain_rope(base))
+    else:
+        config = Gemma3TextConfig(
+            **shared,
+            final_logit_softcapping=cap,
+            layer_types=["full_attention"] * depth,
+            sliding_window=window(base) or getattr(base, "max_position_embeddings", 2048),
+            query_pre_attn_scalar=head_dim or hidden // heads,
+            rope_parameters=None,
+        )
+    use_attention_of(config, base)
     _check_heads(config)
     return config
 
 
 def _plain_rope(base: PretrainedConfig) -> dict[str, Any] | None:
-    """θ of the base where its rotary positions are the plain ones (on text, those of three axes are); else None."""
+    """Return the base's θ where its rotary positions are the default ones (on text, three-axis ones are); else None."""
     rope = getattr(base, "rope_parameters", None) or {}
     if rope.get("rope_type") != "default":
         return None
@@ -247,7 +261,7 @@ def _plain_rope(base: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def text_twin(config: PretrainedConfig) -> PretrainedConfig:
-    """A text tower's configuration as that of a language model: of its own family, or of the one that it is on text alone."""
+    """Return a text tower's configuration as that of a language model of an equivalent architecture."""
     from transformers import AutoConfig
 
     if config.model_type not in TEXT_TWINS:
@@ -275,15 +289,15 @@ def _check_heads(config: PretrainedConfig) -> None:
 
 
 def head_shape(config: PretrainedConfig) -> Any:
-    """Number and width of the heads of keys and values; lists where layers differ."""
+    """Return number and width of the key-value heads; lists where layers differ."""
     return get_head_shapes(config.get_text_config(decoder=True))
 
 
 def window(config: PretrainedConfig) -> int | None:
-    """The width of the sliding windows, if there are any."""
+    """Return the width of the sliding windows, if there are any."""
     return getattr(config.get_text_config(decoder=True), "sliding_window", None)
 
 
 def states_width(config: PretrainedConfig) -> int:
-    """The width of the states that a decoder gives."""
+    """Return the width of a decoder's output."""
     return getattr(config, EMBEDDING_WIDTH, config.hidden_size)

@@ -1,12 +1,12 @@
-"""What is peculiar to which family of other people's models: data alone, by the names that transformers gives.
+"""Peculiarities of model families: data only, by the names of transformers.
 
-`anatomy` reads it; a family that needs a line of code elsewhere needs a line here instead.
+The other modules of this package read it: a family that would need a line of code elsewhere needs an entry here instead.
 """
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 CLASSIFIER_NAMES = ("score", "classifier")
-UNPACKED = {"gguf"}  # quantisations of which transformers makes plain weights where it has no kernel for them
+UNPACKED = {"gguf"}  # formats that transformers dequantizes where it has no kernel for them
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 INTERMEDIATE_NAMES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
@@ -17,13 +17,14 @@ MULTIPLYING_DIVISORS = {"hyperclovax"}  # families in which LOGIT_DIVISORS multi
 DIVIDED_STATES = {
     "inkling_text",
     "minicpm3",
-}  # families that divide by LOGIT_DIVISORS what the head reads, not what it gives
-# Vision-language models that scale or cap their logits as their text tower's own language model would; others do not.
+}  # families that divide the input of the head by LOGIT_DIVISORS, not its logits
+# Vision-language models that scale or cap their logits as the language model of their text tower does; others do not.
 SCALING_TOWERS = {"gemma3n", "gemma4", "gemma4_unified", "paligemma", "granite4_vision"}
-FIXED_ROPES = {"default", "linear", "yarn", "llama3", "proportional", "mrope"}  # whatever the length of the text
+# Rotary position embeddings that do not depend on the length of the text.
+FIXED_ROPES = {"default", "linear", "yarn", "llama3", "proportional", "mrope"}
 ROUTER_LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")  # of a model or its configuration
 COMPUTED = ("layer_types", "layers_block_type", "kv_sharing_modes", "num_hidden_layers")
-# Text towers of vision-language models that have no language model of their own, and whose blocks on text alone are these.
+# Text towers of vision-language models without a language model of the same family, and the family equivalent on text.
 TEXT_TWINS = {
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
@@ -31,23 +32,23 @@ TEXT_TWINS = {
     "emu3_text_model": "llama",
 }
 BLOCK_COUNTS = ("decoder_layers", "num_layers", "num_hidden_layers")  # the first that a configuration has
-LAYER_INDICES = ("layer_idx", "layer_id")  # what attention modules call their place in the cache
+LAYER_INDICES = ("layer_idx", "layer_id")  # names of an attention module's index in the cache
 PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types", "layer_rope_theta", "no_rope_layers")
-EMBEDDING_WIDTH = "word_embed_proj_dim"  # columns of the table and of the head, where they are not the blocks' width
-# What stands between the decoder's states and the head, wherever one of these is there.
+EMBEDDING_WIDTH = "word_embed_proj_dim"  # width of the table and of the head, where it differs from the blocks'
+# Modules between the decoder's states and the head, where one of them exists.
 BEFORE_HEAD = {"opt": ("model.decoder.project_out",), "modernbert-decoder": ("lm_head", "head")}
-OTHER_INPUTS = ("decoder_layers", "vision_config")  # a decoder with cross-attention, one with towers inside
+OTHER_INPUTS = ("decoder_layers", "vision_config")  # fields of a decoder with cross-attention, or with towers inside
 STREAMS = "its blocks exchange several streams at once, where a shadow corrects one hidden state (B, T, D)"
 SKIPS = "it skips its blocks of cross-attention where there is no image"
 OWN_CACHE = (
     "it keeps its state in {} instead of a Cache of transformers, in which the shadow's keys would have no place"
 )
 ENCODER = (
-    "it is encoder-only, or an encoder run as a decoder; a shadow rides beside a causal decoder, such as Llama, Qwen3, "
+    "it is encoder-only, or an encoder run as a decoder; a shadow needs a causal decoder, such as Llama, Qwen3, "
     "Gemma 3, Mistral or GPT-2"
 )
-DECODER_HALVES = {"bart", "mbart", "mvp"}  # which AutoModelForMaskedLM knows as well
-# Families to which the method does not apply, and why.
+DECODER_HALVES = {"bart", "mbart", "mvp"}  # decoders that AutoModelForMaskedLM lists as well
+# Families to which the method does not apply, with the reason.
 UNFIT = {
     **{name: ENCODER for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES if name not in DECODER_HALVES},
     "bert-generation": ENCODER,
@@ -69,7 +70,7 @@ UNFIT = {
     "xlstm": OWN_CACHE.format("an xLSTMCache"),
 }
 
-# What may have been put around a model or into it, by the names of classes or of their packages, and the way out.
+# Wrappers of a model, and adapters in it, by the names of classes or packages, with the solution.
 SHARDED = "attach to the model before it is wrapped or sharded, and wrap the ShadowModel that attach() returns"
 WRAPPERS = {
     "OptimizedModule": "torch.compile has wrapped it; attach to the model itself, and compile the ShadowModel",

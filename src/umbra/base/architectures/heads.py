@@ -1,6 +1,4 @@
-"""What happens between the last block and the logits."""
-
-from typing import Any
+"""The operations between the last block and the logits."""
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -16,8 +14,13 @@ from umbra.base.architectures.families import (
 )
 
 
-def problem_type(config: PretrainedConfig, labels: Any) -> str:
-    """Which classification loss applies, by the rule of transformers where the configuration is silent."""
+def problem_type(config: PretrainedConfig, labels: Tensor) -> str:
+    """Return the kind of classification loss, by the rule of transformers where the configuration does not set it.
+
+    Args:
+        config: of the classifier.
+        labels: (B,) or (B, C).
+    """
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
@@ -26,19 +29,24 @@ def problem_type(config: PretrainedConfig, labels: Any) -> str:
 
 
 def pad_token_id(config: PretrainedConfig) -> int | None:
-    """The padding token of a (text) configuration."""
+    """Return the padding token of a (text) configuration."""
     return config.get_text_config().pad_token_id
 
 
 def pad_alike(config: PretrainedConfig, base: PretrainedConfig) -> None:
-    """Give the base the padding token that a trainer has set for the model: transformers' classifiers pool before it."""
+    """Copy the padding token that a trainer has set for the model to the base, whose classifier pools the token before it.
+
+    Args:
+        config: of the `ShadowModel`.
+        base: changed in place.
+    """
     pad = pad_token_id(config)
     if pad is not None:
         base.get_text_config().pad_token_id = pad
 
 
 def soft_cap(config: PretrainedConfig) -> float | None:
-    """c where a language-model head is followed by c · tanh(logits / c)."""
+    """Return c where a language model computes c · tanh(logits / c) after its head; None elsewhere."""
     text = config.get_text_config(decoder=True)
     if text is not config and config.model_type not in SCALING_TOWERS:
         return None
@@ -46,14 +54,14 @@ def soft_cap(config: PretrainedConfig) -> float | None:
 
 
 def set_soft_cap(config: PretrainedConfig, cap: float | None) -> None:
-    """Let a language model cap its logits at ``cap``, where its class can."""
+    """Set the logit soft cap of a language model whose class has one."""
     for name in SOFT_CAPS:
         if hasattr(config, name):
             setattr(config, name, cap)
 
 
 def logit_factor(config: PretrainedConfig) -> float:
-    """What a language-model head's logits are multiplied by after it, 1 for nearly all."""
+    """Return the factor that a language model applies to its logits, 1 for most architectures."""
     text, factor = config.get_text_config(decoder=True), 1.0
     if text is not config and config.model_type not in SCALING_TOWERS:
         return factor
@@ -65,10 +73,10 @@ def logit_factor(config: PretrainedConfig) -> float:
     return factor
 
 
-def before_head(model: Any) -> nn.Module | None:
-    """What stands between the decoder's states and the head; None for nearly all."""
+def before_head(model: PreTrainedModel) -> nn.Module | None:
+    """Return the module between the decoder's states and the head; None for most architectures."""
     for path in BEFORE_HEAD.get(model.config.model_type, ()):
-        module = model
+        module: nn.Module | None = model
         for name in path.split("."):
             module = getattr(module, name, None)
         if module is not None:
@@ -77,8 +85,16 @@ def before_head(model: Any) -> nn.Module | None:
 
 
 def head_input(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """(…, D) as the decoder's blocks have it → what the head reads, (…, D) for nearly all."""
-    between: Any = before_head(model)
+    """Return the input of the head.
+
+    Args:
+        model: the base.
+        states: (…, D), the decoder's output.
+
+    Returns:
+        (…, D) for most architectures.
+    """
+    between = before_head(model)
     if between is not None:
         return between(states.to(next(between.parameters()).dtype))
     divides = model.config.model_type in DIVIDED_STATES and model.can_generate()
@@ -86,5 +102,5 @@ def head_input(model: PreTrainedModel, states: Tensor) -> Tensor:
 
 
 def after_head(config: PretrainedConfig) -> tuple[float, float | None]:
-    """What a language model does to its logits: times a factor, capped at a value or None."""
+    """Return the factor that a language model applies to the head's logits, and the soft cap, if any."""
     return 1.0 if config.model_type in DIVIDED_STATES else logit_factor(config), soft_cap(config)

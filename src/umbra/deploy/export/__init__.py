@@ -15,7 +15,7 @@ from umbra.adapters.prompting import open_formatter
 from umbra.base import architectures
 from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, end_tokens
-from umbra.data.corpus import read_prompts
+from umbra.data.generated_text import read_prompts
 from umbra.data.sources import local_files, named_sources, resolve
 from umbra.deploy.detach import formatter_of, parse_dtype, save_stock, set_end_tokens, write_stock
 from umbra.deploy.export import parity

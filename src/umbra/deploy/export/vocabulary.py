@@ -17,11 +17,11 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from umbra.base.private_transformers import build_from_config, mark_changed
 from umbra.data import ChatFormatter, read_records
 from umbra.data.sources import named_sources, text_files
 from umbra.data.text_files import read_text
 from umbra.errors import DataError, ExportError
-from umbra.shadow.detached import mark_changed
 
 TOKEN_FIELDS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
@@ -180,7 +180,7 @@ def trim_model(model: PreTrainedModel, ids: list[int]) -> PreTrainedModel:
                 setattr(settings, field, _mapped(value, new))
     mark_changed(generation, is_read_back=False)
     config.get_text_config().vocab_size = len(ids)
-    trimmed = type(model)._from_config(config, dtype=model.dtype)
+    trimmed = build_from_config(type(model), config, model.dtype)
     trimmed.load_state_dict({k: v for k, v in state.items() if k in trimmed.state_dict()})
     trimmed.tie_weights()
     trimmed.generation_config = generation

@@ -1,23 +1,23 @@
-"""The referee, ``umbra bench``: Umbra beside its peers in one process, interleaved, at equal trainable parameters.
+"""The benchmark, ``umbra bench``: Umbra and its peers in one process, interleaved, at equal trainable parameters.
 
     base.py      the base, in memory once
-    methods.py   the rows
-    cases.py     the columns, and what each must equal before it is timed
-    timing.py    side by side, turn by turn
-    memory.py    the peak memory of a step, in a process of its own
-    scaling.py   how cost grows with layers, batch, context and rank
-    machine.py   the device: its clock, its memory, its name
-    records.py   JSON; report.py   Markdown; plot.py   the pictures
+    methods.py   the methods, rows of the tables
+    cases.py     the cases, columns of the tables, and the checks before timing
+    timing.py    interleaved timing
+    memory.py    peak memory of a training step, in a separate process
+    scaling.py   cost by layers, batch, context and rank
+    machine.py   time, memory and description of a machine
+    records.py   JSON; report.py: Markdown; plot.py: figures
 
 ``python -m bench`` at the root of the repository writes to bench/results.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -25,8 +25,8 @@ from tqdm import tqdm
 from umbra.errors import ConfigError, plain
 from umbra.files import folder
 from umbra.files.locks import locked
-from umbra.lab.bench import plot, scaling
-from umbra.lab.bench.base import RANDOM, Base, random_config
+from umbra.lab.bench import scaling
+from umbra.lab.bench.base import RANDOM, Base, LanguageModel, random_config
 from umbra.lab.bench.cases import CASES, Case, Memory, make_batch, unlabelled
 from umbra.lab.bench.machine import Device, session
 from umbra.lab.bench.memory import weigh
@@ -34,22 +34,22 @@ from umbra.lab.bench.methods import METHODS, REFERENCES, Method, build, chosen, 
 from umbra.lab.bench.records import Records
 from umbra.lab.bench.report import Report
 from umbra.lab.bench.timing import measure
-from umbra.options import BenchOptions
+from umbra.lab.options import BenchOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Plan = dict[Case, list[Method]]  # what is still to be measured
+Plan = dict[Case, list[Method]]  # the methods to measure by case
 
 
 def bench(options: BenchOptions) -> dict[str, Any]:
-    """Measure what is not measured yet, and write ``<name>.json``, ``.md`` and ``.png`` into ``options.out``.
+    """Measure everything that has no row yet, and write ``NAME.json``, ``NAME.md`` and ``NAME.png`` into ``options.out``.
 
     Returns:
-        What the JSON file holds.
+        The content of the JSON file.
 
     Raises:
-        ConfigError: unusable options, before anything is loaded.
+        ConfigError: unusable options; raised before anything is loaded.
         BaseModelError: see `load_base`.
-        CheckpointError: the folder holds another measurement under this name, or cannot be written.
+        CheckpointError: the folder has another measurement of this name, or cannot be written.
     """
     names = chosen(options.methods, [m.name for m in METHODS], "methods")
     if not options.scaling:
@@ -72,7 +72,7 @@ def _bench(
     options: BenchOptions, name: str, names: list[str], header: dict[str, Any], methods: list[Method],
     place: tuple[torch.dtype, Device],
 ) -> dict[str, Any]:  # fmt: skip
-    """See `bench`; the output folder is locked."""
+    """Run the benchmark; the output folder is locked."""
     dtype, device = place
     columns = {} if options.scaling else {c.name: c for c in CASES}
     wanted = chosen(options.cases, list(columns), "cases") if columns else []
@@ -88,7 +88,7 @@ def _bench(
         _run_scaling(plan, records, options, dtype, device)
     elif plan:
         _run(plan, records, options, dtype, device)
-    _write(records, {c.name: c.about for c in (*columns.values(), *cases)}, options)
+    _write(records, options)
     return records.as_dict()
 
 
@@ -106,7 +106,7 @@ def _name(options: BenchOptions) -> str:
 def _installed(methods: Sequence[Method]) -> list[Method]:
     for method in methods:
         if not method.is_installed:
-            _say(f"{method.name}: left out, {method.package} is not installed")
+            _say(f"{method.name}: skipped, {method.package} is not installed")
     return [m for m in methods if m.is_installed]
 
 
@@ -117,9 +117,9 @@ def _is_default(case: Case, name: str) -> bool:
 def _lacking(
     case: Case, names: list[str], methods: list[Method], records: Records, options: BenchOptions
 ) -> list[Method]:
-    """The methods of a case that are still to be measured, and the references that they are measured beside.
+    """Return the methods of a case without a row, and the references to measure along with them.
 
-    What a case cannot do at all is noted down at once.
+    Methods that a case does not apply to get their row at once.
     """
     asked = [m for m in methods if m.name in names]
     unable = {m.name: {"absent": why} for m in asked if (why := case.absent(m)) is not None}
@@ -139,27 +139,27 @@ def _run(plan: Plan, records: Records, options: BenchOptions, dtype: torch.dtype
     methods = [m for m in METHODS if any(m in rows for rows in plan.values())]
     rank, widths = fit(base, methods, options.lora_rank)
     if rank != options.lora_rank:
-        _say(f"LoRA's rank is {rank}: at {options.lora_rank} it is smaller than a shadow's attention alone")
+        _say(f"LoRA's rank is {rank}: at {options.lora_rank} LoRA is smaller than the attention of a shadow")
     models = build(base, methods, rank, widths, options.seed)
     records.sizes |= {name: trainable(model) for name, model in models.items()}
     records.fitted |= {"lora_rank": rank, "widths": {**records.fitted.get("widths", {}), **widths}}
     with _Progress(plan, base, device, options.rounds) as progress:
         for case, rows in plan.items():
             if not isinstance(case, Memory):
-                found = measure(
+                rows_of_case = measure(
                     case, rows, models, base, device, rounds=options.rounds, seed=options.seed,
                     tick=lambda name, case=case: progress.advance(case, name),
                 )  # fmt: skip
-                records.put(case.name, found)
+                records.put(case.name, rows_of_case)
         del models
         weighed = [case for case in plan if isinstance(case, Memory)]
         for method in methods:
-            mine = [case for case in weighed if method in plan[case]]
-            if mine:
+            cases = [case for case in weighed if method in plan[case]]
+            if cases:
                 width = widths.get(method.name, 0)
-                found = weigh(mine, method, base, device, rank=rank, width=width, seed=options.seed)
-                for case in mine:
-                    records.put(case.name, {method.name: found[case.name]})
+                weights = weigh(cases, method, base, device, rank=rank, width=width, seed=options.seed)
+                for case in cases:
+                    records.put(case.name, {method.name: weights[case.name]})
                     progress.advance(case, method.name)
 
 
@@ -170,12 +170,12 @@ def _run_scaling(plan: Plan, records: Records, options: BenchOptions, dtype: tor
         rows = plan[point.case]
         rank, widths = fit(base, rows, point.sizes["rank"])
         models = build(base, rows, rank, widths, options.seed)
-        found = measure(point.case, rows, models, base, device, rounds=options.rounds, seed=options.seed)
-        records.put(point.case.name, found)
+        measured = measure(point.case, rows, models, base, device, rounds=options.rounds, seed=options.seed)
+        records.put(point.case.name, measured)
 
 
 class _Progress:
-    """A bar of seconds, as they are estimated from two short runs of the base."""
+    """A progress bar in seconds, estimated from short runs of the base."""
 
     def __init__(self, plan: Plan, base: Base, device: Device, rounds: int):
         batch = unlabelled(make_batch(base, 4, 128))
@@ -187,20 +187,20 @@ class _Progress:
 
         @torch.no_grad()
         def decode() -> None:
-            base.model.generate(batch["input_ids"][:1, :4], max_new_tokens=new, do_sample=False)
+            cast(LanguageModel, base.model).generate(batch["input_ids"][:1, :4], max_new_tokens=new, do_sample=False)
 
         per_token, per_new = (min(device.seconds(run) for _ in range(2)) for run in (forward, decode))
         self.costs = {case: case.cost(per_token / tokens, per_new / new) for case in plan}
         runs = {case: 1 if isinstance(case, Memory) else rounds + 1 for case in plan}
         total = sum(self.costs[case] * runs[case] * len(rows) for case, rows in plan.items())
         _say(f"{len(plan)} cases, {rounds} rounds: about {total / 60:.1f} minutes")
-        form = "{desc:<34} {percentage:3.0f} % |{bar}| {n:.0f}/{total:.0f} s estimated, {elapsed} gone"
+        form = "{desc:<34} {percentage:3.0f} % |{bar}| {n:.0f}/{total:.0f} s estimated, {elapsed} elapsed"
         self.bar = tqdm(total=total, bar_format=form, disable=None)
 
     def __enter__(self) -> "_Progress":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.close()
 
     def advance(self, case: Case, name: str) -> None:
@@ -211,18 +211,19 @@ class _Progress:
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def _write(records: Records, about: dict[str, str], options: BenchOptions) -> None:
-    report = Report(records.as_dict(), about)
+def report_of(values: dict[str, Any]) -> Report:
+    """Return the tables of a measurement; ``values`` are those of its JSON file."""
+    return Report(values, {c.name: c.about for c in (*CASES, *(p.case for p in scaling.POINTS))})
+
+
+def _write(records: Records, options: BenchOptions) -> None:
+    report = report_of(records.as_dict())
     text, stem = plain(report.text()), records.path.stem
-    files: dict[str, Any] = {f"{stem}.md": lambda path: folder.write_text(path, text)}
+    files: dict[str, Callable[[Path], object]] = {f"{stem}.md": lambda path: folder.write_text(path, text)}
     if find_spec("matplotlib") is None:
-        _say("no picture: matplotlib is not installed")
-    elif options.scaling:
-        axes = {a: {p.case.name: p.value for p in scaling.POINTS if p.axis == a} for a in scaling.AXES}
-        files[f"{stem}.png"] = lambda path: plot.growth(report, axes, path)
+        _say("no figure: matplotlib is not installed")
     else:
-        sizes = {c.name: c.rows for c in CASES if c.name == "step-masked" or c.name.startswith("batch-")}
-        files[f"{stem}.png"] = lambda path: plot.dots(report, sizes, path)
+        files[f"{stem}.png"] = _figure(report, options)
     records.write(files)
     if not options.json:
         print(text)
@@ -231,3 +232,14 @@ def _write(records: Records, about: dict[str, str], options: BenchOptions) -> No
 
 def _say(text: str) -> None:
     tqdm.write(f"umbra bench: {text}", file=sys.stderr)
+
+
+def _figure(report: Report, options: BenchOptions) -> Callable[[Path], None]:
+    """Return what draws the figure of a report."""
+    from umbra.lab.bench import plot
+
+    if options.scaling:
+        values = {a: {p.case.name: p.value for p in scaling.POINTS if p.axis == a} for a in scaling.AXES}
+        return lambda path: plot.growth(report, values, path)
+    sizes = {c.name: c.rows for c in CASES if c.name == "step-masked" or c.name.startswith("batch-")}
+    return lambda path: plot.dots(report, sizes, path)

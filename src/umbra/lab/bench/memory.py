@@ -1,12 +1,12 @@
-"""The peak memory of a training step, of one method in a process of its own.
+"""The peak memory of a training step, measured for each method in a separate process.
 
-Nothing is loaded: the base is made in place, with random weights, since memory does not depend on their values. A small
-step runs first, so that allocator, thread pools and lazy imports are there; then free memory is given back, and the
-peak starts anew. ``peak`` is all that the process holds at its highest (on a GPU: all allocated tensors), Python, torch
-and the base's weights included; ``before`` is what it held when the step began.
+The base has random weights, because memory does not depend on their values. A small step runs first, so that allocator, thread
+pools and lazy imports are in place; then free memory is released and the peak is reset. ``peak`` is the maximum memory of the
+process during the step (on a GPU: of its tensors), Python, torch and the base's weights included; ``before`` is the memory in use
+before the step.
 
-glibc decides by what was freed before whether a tensor gets pages of its own or lies in a heap that falls to pieces: the same
-step of LoRA peaked at 4.8 GB and at 7.0 GB. Here every tensor of `OWN_PAGES` bytes or more has pages of its own.
+Whether glibc allocates a tensor in separate pages or in a fragmented heap depends on earlier deallocations: the same step of LoRA
+peaked at 4.8 GB and at 7.0 GB. Therefore every tensor of `SEPARATE_PAGES` bytes or more gets separate pages.
 """
 
 import gc
@@ -28,16 +28,16 @@ from umbra.lab.bench.machine import Device
 from umbra.lab.bench.methods import METHODS, Method, build
 from umbra.lab.bench.timing import Row, prepare
 
-OWN_PAGES = 2**18
-# Umbra may be imported from where only this process looks.
+SEPARATE_PAGES = 2**18
+# The child imports Umbra from the same place as this process.
 CHILD = f"import sys; sys.path.append(sys.argv[1]); from {__name__} import main; main()"
-LONGEST = 1800  # seconds until a process that weighs is given up
+TIMEOUT = 1800  # seconds
 
 
 def weigh(
     cases: Sequence[Memory], method: Method, base: Base, device: Device, *, rank: int, width: int, seed: int
 ) -> dict[str, Row]:  # fmt: skip
-    """A row {"peak": bytes, "before": bytes} of each case, or one that says why not (see timing.py)."""
+    """Return a row {"peak": bytes, "before": bytes} for each case, or one with the reason why there is none (see timing.py)."""
     with tempfile.TemporaryDirectory() as folder:
         base.model.config.save_pretrained(folder)
         task = {
@@ -50,16 +50,16 @@ def weigh(
                 [sys.executable, "-P", "-c", CHILD, str(Path(__file__).parents[2])],
                 input=json.dumps(task),
                 cwd=folder,
-                env={"MALLOC_MMAP_THRESHOLD_": str(OWN_PAGES), **os.environ},
+                env={"MALLOC_MMAP_THRESHOLD_": str(SEPARATE_PAGES), **os.environ},
                 capture_output=True,
                 text=True,
-                timeout=LONGEST,
+                timeout=TIMEOUT,
             )
         except subprocess.TimeoutExpired:
-            return {case.name: {"failed": f"no answer within {LONGEST} s"} for case in cases}
+            return {case.name: {"failed": f"timed out after {TIMEOUT} s"} for case in cases}
     if done.returncode:
-        said = "".join(done.stderr.strip().splitlines()[-1:])
-        return {case.name: {"failed": f"ended with {done.returncode}: {said:.160}"} for case in cases}
+        message = "".join(done.stderr.strip().splitlines()[-1:])
+        return {case.name: {"failed": f"ended with {done.returncode}: {message:.160}"} for case in cases}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -86,5 +86,5 @@ def _weigh_here(task: dict[str, Any]) -> dict[str, Row]:
 
 
 def main() -> None:
-    """Weigh the task on standard input; the rows are the last line of standard output."""
+    """Measure the task on standard input and print its rows as the last line of standard output."""
     print(json.dumps(_weigh_here(json.loads(sys.stdin.read()))))

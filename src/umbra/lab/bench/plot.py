@@ -1,29 +1,32 @@
-"""The pictures: per case a dot for each method, with the spread of its rounds; and how cost grows."""
+"""The figures: for each case one dot per method with the range of its rounds, and the growth of cost."""
 
 import math
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from umbra.lab.bench.methods import BASE, LORA
 from umbra.lab.bench.report import Report, ratios
 
 COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#b07aa1", "#f28e2b", "#76b7b2", "#9c755f", "#7f7f7f", "#edc948", "#1f3f66")
 COLUMNS = 3
-CURVE_STEP = 4  # rows of the batch whose case has a panel of its own, beside its place on the curve
+CURVE_STEP = 4  # batch size whose case has a separate panel as well
 
 
 def dots(report: Report, sizes: dict[str, int], path: Path) -> None:
-    """A panel for each case, of ratios to LoRA, which stands at 1; and one of ratios against the size of the batch.
+    """Draw ratios to LoRA, one panel per case, and one panel of ratios over batch size.
 
     Args:
-        sizes: rows of a batch, by the cases that make up that curve.
+        report: The measurement.
+        sizes: The batch size by case, for the cases of that panel.
+        path: The PNG file.
     """
-    from matplotlib.figure import Figure
-
     panels = {case: _points(report, case) for case in report.cases if case not in sizes or sizes[case] == CURVE_STEP}
     panels = {case: points for case, points in panels.items() if len(points) > 1}
-    panels = dict(sorted(panels.items(), key=lambda item: -len(item[1])))  # like heights stand side by side
+    panels = dict(sorted(panels.items(), key=lambda item: -len(item[1])))  # panels of similar height side by side
     curve = {sizes[case]: _points(report, case) for case in report.cases if case in sizes}
     curve = {n: points for n, points in sorted(curve.items()) if points}
     has_curve = len(curve) > 1
@@ -36,8 +39,8 @@ def dots(report: Report, sizes: dict[str, int], path: Path) -> None:
     heights = heights[: math.ceil(count / COLUMNS)]
     figure = Figure(figsize=(5.2 * COLUMNS, 0.32 * sum(heights) + 0.8 * len(heights) + 0.6), layout="constrained")
     grid = figure.add_gridspec(len(heights), COLUMNS, height_ratios=[h + 1 for h in heights])
-    header = report.held["header"]
-    figure.suptitle(f"Ratio to {LORA}, median and spread: {header['base']}, {header['dtype']}, {_machine(header)}")
+    header = report.values["header"]
+    figure.suptitle(f"Ratio to {LORA}, median and range: {header['base']}, {header['dtype']}, {_machine(header)}")
     for i, (case, points) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[i // COLUMNS, i % COLUMNS])
         _draw_dots(axes, points)
@@ -49,14 +52,14 @@ def dots(report: Report, sizes: dict[str, int], path: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def _draw_dots(axes: Any, points: dict[str, list[float]]) -> None:
+def _draw_dots(axes: Axes, points: dict[str, list[float]]) -> None:
     axes.axvline(1, color="#aaaaaa", linewidth=1, zorder=0)
     for y, (name, values) in enumerate(points.items()):
         centre, colour = median(values), {LORA: "#b03a2e", BASE: "#333333"}.get(name, "#4e79a7")
         axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=2, alpha=0.5)
         axes.plot(centre, y, "o", color=colour, markersize=6)
-        place = max(values), y
-        axes.annotate(f"{centre:.2f}", place, (6, 0), textcoords="offset points", va="center", fontsize=8)
+        position = max(values), y
+        axes.annotate(f"{centre:.2f}", position, (6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(points)), list(points), fontsize=9)
     axes.set_ylim(len(points) - 0.4, -0.6)
     axes.set_xlim(0, 1.18 * max(max(v) for v in points.values()))
@@ -64,7 +67,7 @@ def _draw_dots(axes: Any, points: dict[str, list[float]]) -> None:
     _bare(axes)
 
 
-def _draw_curve(axes: Any, curve: dict[int, dict[str, list[float]]], names: list[str]) -> None:
+def _draw_curve(axes: Axes, curve: dict[int, dict[str, list[float]]], names: list[str]) -> None:
     axes.axhline(1, color="#aaaaaa", linewidth=1, zorder=0)
     drawn = [n for n in names if n != LORA and sum(n in points for points in curve.values()) > 1]
     for name, colour in zip(drawn, COLOURS, strict=False):
@@ -82,26 +85,28 @@ def _draw_curve(axes: Any, curve: dict[int, dict[str, list[float]]], names: list
     _bare(axes)
 
 
-def _bare(axes: Any) -> None:
+def _bare(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
 def growth(report: Report, axes_of: dict[str, dict[str, int]], path: Path) -> None:
-    """A panel for each axis: milliseconds of a step, each method a line, against what grows; both logarithmic.
+    """Draw milliseconds of a step over one size per panel, one line per method; both axes are logarithmic.
 
     Args:
-        axes_of: axis → case → where on the axis it stands.
+        report: The measurement.
+        axes_of: By name of the size, its value in every case.
+        path: The PNG file.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 8), layout="constrained")
-    header = report.held["header"]
+    header = report.values["header"]
     figure.suptitle(f"Milliseconds of a step, {header['dtype']}, {_machine(header)}\n{header['base']}", fontsize=10)
     for i, (axis, places) in enumerate(axes_of.items()):
         axes = figure.add_subplot(2, math.ceil(len(axes_of) / 2), i + 1)
         for name, colour in zip(report.methods, COLOURS, strict=False):
-            rows = [(x, report.held["cases"].get(case, {}).get(name, {}).get("seconds")) for case, x in places.items()]
+            rows = [
+                (x, report.values["cases"].get(case, {}).get(name, {}).get("seconds")) for case, x in places.items()
+            ]
             rows = [(x, [1000 * s for s in seconds]) for x, seconds in rows if seconds]
             if rows:
                 x, middle = [x for x, _ in rows], [median(v) for _, v in rows]
@@ -120,15 +125,15 @@ def growth(report: Report, axes_of: dict[str, dict[str, int]], path: Path) -> No
 
 
 def _points(report: Report, case: str) -> dict[str, list[float]]:
-    rows = report.held["cases"][case]
+    rows = report.values["cases"][case]
     lora = rows.get(LORA, {})
-    found = {}
+    points = {}
     for name in report.methods:
         row = rows.get(name, {})
         values = [row["peak"] / lora["peak"]] if "peak" in row and "peak" in lora else ratios(row, LORA)
         if values:
-            found[name] = values
-    return found
+            points[name] = values
+    return points
 
 
 def _machine(header: dict[str, Any]) -> str:

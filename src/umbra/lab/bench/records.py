@@ -1,4 +1,4 @@
-"""What was measured, as JSON: every single time, kept row by row, so that a killed run goes on and a row can be redone."""
+"""Measurements as JSON: every single time, written row by row, so that a killed run can be resumed and a row repeated."""
 
 import json
 from collections.abc import Callable
@@ -13,47 +13,48 @@ SHAPE = {"header": dict, "trainable": dict, "fitted": dict, "cases": dict, "sess
 
 
 class Records:
-    """The rows of every case, and of what base, on what machine.
+    """The rows of every case, with the base and the machine.
 
     Args:
-        path: of the JSON file; what it holds is kept.
-        header: what must be alike for rows to stand in one table.
-        session: of the rows that are put from now on; see `machine.session`.
-        anew: put aside what the file holds, if it was measured under another header.
+        path: The JSON file; existing rows are loaded.
+        header: What must be equal for rows to be in one table.
+        session: The session of new rows; see `machine.session`.
+        anew: Discard existing rows that have another header.
 
     Raises:
-        CheckpointError: the file is damaged, or holds another header's rows.
+        CheckpointError: the file is damaged, or has rows with another header.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], session: dict[str, Any], anew: bool = False):
         self.path, self.header, self.session = path, header, session
         self.cases: dict[str, dict[str, Row]] = {}
-        self.sizes: dict[str, int] = {}  # trainable parameters of each method
+        self.sizes: dict[str, int] = {}  # trainable parameters by method
         self.fitted: dict[str, Any] = {}  # LoRA's rank, the shadows' widths
         self.sessions: list[dict[str, Any]] = []
-        held = _read(path)
-        if held is None or (anew and held["header"] != header):
+        stored = _read(path)
+        if stored is None or (anew and stored["header"] != header):
             return
-        changed = sorted(k for k in header.keys() | held["header"].keys() if header.get(k) != held["header"].get(k))
+        changed = sorted(k for k in header.keys() | stored["header"].keys() if header.get(k) != stored["header"].get(k))
         if changed:
-            told = ", ".join(f"{k}: {held['header'].get(k)!r} → {header.get(k)!r}" for k in changed)
-            mend = "choose another --name or --out, or --anew"
-            raise CheckpointError(f"{path} holds another measurement ({told}): {mend}.")
-        self.cases, self.sizes, self.fitted = held["cases"], held["trainable"], held["fitted"]
-        self.sessions = held["sessions"]
+            changes = ", ".join(f"{k}: {stored['header'].get(k)!r} → {header.get(k)!r}" for k in changed)
+            raise CheckpointError(
+                f"{path} holds another measurement ({changes}): choose another --name or --out, or --anew."
+            )
+        self.cases, self.sizes, self.fitted = stored["cases"], stored["trainable"], stored["fitted"]
+        self.sessions = stored["sessions"]
 
     def lacks(self, case: str, method: str, rounds: int) -> bool:
-        """Whether a row is still to be measured, in so many rounds."""
+        """Return whether a row has to be measured, for a number of rounds."""
         row = self.cases.get(case, {}).get(method)
         return row is None or not ("peak" in row or len(row.get("seconds", ())) >= rounds)
 
     def put(self, case: str, rows: dict[str, Row]) -> None:
-        """Take in the rows of a case, and write the file."""
+        """Add the rows of a case and write the file."""
         self.note(case, rows)
         self.write({})
 
     def note(self, case: str, rows: dict[str, Row]) -> None:
-        """Take in the rows of a case."""
+        """Add the rows of a case."""
         if not rows:
             return
         if self.session not in self.sessions:
@@ -62,18 +63,18 @@ class Records:
         self.cases.setdefault(case, {}).update({name: {**row, "session": number} for name, row in rows.items()})
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as in the file."""
+        """Return the content of the JSON file."""
         used = {row["session"] for rows in self.cases.values() for row in rows.values()}
         return {
             "header": self.header, "trainable": self.sizes, "fitted": self.fitted, "cases": self.cases,
             "sessions": [s if i in used else None for i, s in enumerate(self.sessions)],
         }  # fmt: skip
 
-    def write(self, files: dict[str, Callable[[Path], Any]]) -> None:
-        """Write the JSON file and others beside it, all or none of them.
+    def write(self, files: dict[str, Callable[[Path], object]]) -> None:
+        """Write the JSON file and others beside it atomically.
 
         Args:
-            files: by name, what writes each to a path.
+            files: By file name, a function that writes the file to a path.
         """
 
         def write_all(staging: Path) -> None:
@@ -89,9 +90,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        held = json.loads(folder.read_text(file))
-        if not all(isinstance(held[key], kind) for key, kind in SHAPE.items()):
+        values = json.loads(folder.read_text(file))
+        if not all(isinstance(values[key], kind) for key, kind in SHAPE.items()):
             raise ValueError("it has another form")
-        return held
+        return values
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}. Remove it, or choose another --name or --out.") from error

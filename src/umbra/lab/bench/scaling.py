@@ -1,4 +1,4 @@
-"""How the cost of a training step grows with layers, batch, context and rank, on random Llamas; one at a time."""
+"""The cost of a training step by layers, batch, context and rank, varied one at a time on random Llamas."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,23 +21,24 @@ ROWS = (BASE, LORA, "PEFT LoRA +", "Umbra")
 
 @dataclass(frozen=True)
 class Point:
-    """One place on one axis; the other sizes are those of `CENTRE`."""
+    """One value of one size; the other sizes are those of `CENTRE`."""
 
     axis: str
     value: int
 
     @property
     def sizes(self) -> dict[str, int]:
+        """All sizes."""
         return {**CENTRE, self.axis: self.value}
 
     @property
     def shape(self) -> dict[str, Any]:
-        """Fields of the base's configuration."""
+        """Fields of the configuration of the base."""
         return {**SHAPE, "num_hidden_layers": self.sizes["layers"]}
 
     @property
     def case(self) -> Step:
-        """A step with the last third labelled."""
+        """The case: a step with the last third of the tokens labelled."""
         s = self.sizes
         about = ", ".join(f"{n} {v}" for n, v in s.items())
         return Step(f"{self.axis} {self.value}", about, s["batch"], s["context"], labelled=1 / 3)

@@ -1,4 +1,4 @@
-"""How one answer is scored: a reply and the answers that are right become numbers between 0 and 1, the chief one first."""
+"""Metrics: score one reply against the right answers with numbers between 0 and 1, the main one first."""
 
 import re
 import string
@@ -6,53 +6,65 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from umbra.evaluation.scoring import answer_of
 
-UNANSWERABLE, UNKNOWN = NO_ANSWER = ("unanswerable", "unknown")  # what is said where a text holds no answer
+UNANSWERABLE, UNKNOWN = NO_ANSWER = ("unanswerable", "unknown")  # answers that mean "the text has no answer"
 Metric = Callable[[str, Sequence[str], str | None], dict[str, float]]
+# What judges of reasoning-gym raise for replies that they cannot parse.
+UNPARSABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    SyntaxError,
+    AssertionError,
+    RecursionError,
+)
 
 
 def exact(reply: str, right: Sequence[str], pattern: str | None = None) -> dict[str, float]:
-    """Whether the answers are the same text; a reply in which the pattern finds none is wrong."""
-    said = answer_of(reply, pattern)
-    return {"exact": float((bool(said) or pattern is None) and any(said == answer_of(r, pattern) for r in right))}
+    """Compare texts; a reply without a match of the pattern is wrong."""
+    answer = answer_of(reply, pattern)
+    return {"exact": float((bool(answer) or pattern is None) and any(answer == answer_of(r, pattern) for r in right))}
 
 
 def number(reply: str, right: Sequence[str], pattern: str | None = None) -> dict[str, float]:
-    """Whether the answers are the same number: 1,200 and 1200.0 are."""
-    said = _decimal(answer_of(reply, pattern))
-    return {"exact": float(said is not None and any(said == _decimal(answer_of(r, pattern)) for r in right))}
+    """Compare numbers: 1,200 equals 1200.0."""
+    answer = _decimal(answer_of(reply, pattern))
+    return {"exact": float(answer is not None and any(answer == _decimal(answer_of(r, pattern)) for r in right))}
 
 
 def _decimal(text: str) -> Decimal | None:
     try:
-        found = Decimal(text.replace(",", "").rstrip("."))
+        value = Decimal(text.replace(",", "").rstrip("."))
     except InvalidOperation:
         return None
-    return found if found.is_finite() else None
+    return value if value.is_finite() else None
 
 
 def squad(reply: str, right: Sequence[str], pattern: str | None = None) -> dict[str, float]:
-    """SQuAD's: F1 over the words of the answers, and whether they are the same; case, punctuation and articles do not count.
+    """Return SQuAD's F1 over words and exact match, without case, punctuation and articles.
 
-    That there is no answer is right or wrong as a whole.
+    If the reply or a right answer says that there is no answer, F1 is the exact match. Written here because the metric of
+    evaluate downloads its script from the hub.
     """
     text = answer_of(reply, pattern)
     if pattern is not None and not text:
         return {"f1": 0.0, "exact": 0.0}
-    said, answers = _words(text), [_words(answer_of(r, pattern)) for r in right]
-    same = float(any(said == a for a in answers))
-    if any([word] in (said, *answers) for word in NO_ANSWER):
+    words, answers = _words(text), [_words(answer_of(r, pattern)) for r in right]
+    same = float(any(words == a for a in answers))
+    if any([word] in (words, *answers) for word in NO_ANSWER):
         return {"f1": same, "exact": same}
-    return {"f1": max(_f1(said, a) for a in answers), "exact": same}
+    return {"f1": max(_f1(words, a) for a in answers), "exact": same}
 
 
 def has_answer(metric: str, right: str, pattern: str | None) -> bool:
-    """Whether a right answer is one that replies can be held to."""
-    found = answer_of(right, pattern)
-    return _decimal(found) is not None if metric == "number" else pattern is None or bool(found)
+    """Return whether replies can be compared with a right answer."""
+    answer = answer_of(right, pattern)
+    return _decimal(answer) is not None if metric == "number" else pattern is None or bool(answer)
 
 
 def _words(text: str) -> list[str]:
@@ -60,20 +72,26 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
-def _f1(said: list[str], right: list[str]) -> float:
-    shared = sum((Counter(said) & Counter(right)).values())
-    if not said or not right or not shared:
-        return float(said == right)
-    return 2 * shared / (len(said) + len(right))
+def _f1(words: list[str], right: list[str]) -> float:
+    shared = sum((Counter(words) & Counter(right)).values())
+    if not words or not right or not shared:
+        return float(words == right)
+    return 2 * shared / (len(words) + len(right))
 
 
 def puzzle(reply: str, row: dict[str, Any], pattern: str | None = None) -> dict[str, float]:
-    """Whether reasoning-gym holds the answer to this row of its own for fully right: there may be several that are."""
+    """Score a reply with reasoning-gym's judge, which may accept several answers.
+
+    Args:
+        reply: The text of the model.
+        row: The row that the generator has made.
+        pattern: A regular expression whose last match is the answer.
+    """
     judge = _judge(row["metadata"]["source_dataset"])
     try:
         return {"exact": float(judge(answer_of(reply, pattern), row) >= 1)}
-    except Exception:  # some judges read numbers without looking, and raise at words
-        judge(row["answer"], row)  # but not at the right answer: then the judge is at fault, and says so
+    except UNPARSABLE:
+        judge(row["answer"], row)  # raises if the judge itself is at fault, and not the reply
         return {"exact": 0.0}
 
 
@@ -81,15 +99,10 @@ def puzzle(reply: str, row: dict[str, Any], pattern: str | None = None) -> dict[
 def _judge(generator: str) -> Callable[[str, dict[str, Any]], float]:
     import reasoning_gym
 
-    return reasoning_gym.get_score_answer_fn(generator)  # type: ignore[return-value]
+    return cast(Callable[[str, dict[str, Any]], float], reasoning_gym.get_score_answer_fn(generator))
 
 
 METRICS: dict[str, Metric] = {"exact": exact, "number": number, "squad": squad}
-PUZZLE = "puzzle"  # judged by what generated it
-LOSS = "loss"  # nats a token, of which less is better
-CHIEF = {
-    "exact": "accuracy",
-    "number": "accuracy",
-    "puzzle": "accuracy",
-    "squad": "F1",
-}  # what the chief number is called
+PUZZLE = "puzzle"  # scored by the judge of the generator
+LOSS = "loss"  # nats/token, lower is better
+DISPLAY_NAMES = {"exact": "accuracy", "number": "accuracy", "puzzle": "accuracy", "squad": "F1"}

@@ -1,15 +1,15 @@
-"""The data sets that a study knows by name: those of the paper, by hub id, and stand-ins that lie in a folder.
+"""Known data sets: those of the paper, by hub id, and substitutes in a local folder.
 
-A set turns a row of its own columns into an `Item`. What an item becomes (a prompt and its answer, or a text and its class)
-is the task's choice; see tasks.py. Rows come from the hub, or from ``NAME.SPLIT.jsonl`` (or .jsonl.gz) in a folder, with
-the hub's columns; those of reasoning-gym are made.
+A data set converts its rows to an `Item`; the task decides whether an item becomes a prompt with its answer or a text with its
+class (tasks.py). Rows come from the hub, or from ``NAME.SPLIT.jsonl`` (or .jsonl.gz) in a folder, with the columns of the hub;
+reasoning-gym generates its rows.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from umbra.data import Rows, read_hub, read_rows
 from umbra.errors import ConfigError, DataError, shown, unknown_key
@@ -17,13 +17,21 @@ from umbra.lab.study.metrics import PUZZLE, UNANSWERABLE, UNKNOWN
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJ"
-GYM = "reasoning_gym:"  # and the name of one of its generators
-GYM_SEEDS = {"train": 0, "test": 20_000_000}  # of the generators: what is tested is never trained on
+GYM = "reasoning_gym:"  # followed by the name of a generator
+GYM_SEEDS = {"train": 0, "test": 20_000_000}  # of the generators: training and test rows differ
 GYM_SIZES = {"train": 3300, "test": 200}
 
 
 class Item(NamedTuple):
-    """A text (which may be cut), what is asked of it, the answer to learn, further answers that are right, and its puzzle."""
+    """One example of a data set.
+
+    Args:
+        text: The text that the question is about; a task may truncate it.
+        question: The question.
+        answer: The answer to learn.
+        also: Further right answers.
+        puzzle: The row for reasoning-gym's judge.
+    """
 
     text: str
     question: str
@@ -34,14 +42,16 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class KnownSet:
-    """Where rows are, what becomes of one, and how an answer is scored.
+    """The source of a data set, the conversion of its rows, and the metric of its answers.
 
     Args:
-        splits: what is trained on, and what is tested on.
-        metric: a name of `metrics.METRICS`, or `metrics.PUZZLE`.
-        pattern: a regular expression whose last match is the answer; None for all of it.
-        max_new_tokens: of an answer.
-        asks: whether what is asked differs by row, so that a classifier has to read it, too.
+        form: Converts a row to an item.
+        hub: Hub id and configuration name; empty for a data set that is not on the hub.
+        splits: The split to train on and the split to test on.
+        metric: A key of `metrics.METRICS`, or `metrics.PUZZLE`.
+        pattern: A regular expression whose last match is the answer; None for the whole reply.
+        max_new_tokens: The maximum length of an answer.
+        asks: Whether the question differs by row, so that a classifier needs it as well.
     """
 
     form: Callable[[Row], Item]
@@ -64,18 +74,18 @@ def _choice(row: Row) -> Item:
     return Item("", f"{row['question']}\n{options}\nAnswer with the letter.", answer)
 
 
-def _index(value: Any, names: Sequence[str]) -> int:
-    """Of one of ``names``, which a row gives by its name or its number, from 0 on."""
-    number = names.index(value) if value in names else int(value)
+def _index(value: str | int, names: Sequence[str]) -> int:
+    """Return the index of a name that a row gives by itself or by its index."""
+    number = names.index(cast(str, value)) if value in names else int(value)
     if not 0 <= number < len(names):
-        raise IndexError(f"{shown(value)} is none of 0 to {len(names) - 1}")
+        raise IndexError(f"{shown(value)} is not in 0 to {len(names) - 1}")
     return number
 
 
 def _span(row: Row) -> Item:
-    found = list(dict.fromkeys(row["answers"]["text"])) or [UNANSWERABLE]
-    asked = f"{row['question']}\nAnswer with words of the text, or with {UNANSWERABLE}."
-    return Item(row["context"], asked, found[0], tuple(found[1:]))
+    answers = list(dict.fromkeys(row["answers"]["text"])) or [UNANSWERABLE]
+    question = f"{row['question']}\nAnswer with words of the text, or with {UNANSWERABLE}."
+    return Item(row["context"], question, answers[0], tuple(answers[1:]))
 
 
 def _span_or_unknown(row: Row) -> Item:
@@ -83,7 +93,7 @@ def _span_or_unknown(row: Row) -> Item:
 
 
 def _labelled(question: str, names: tuple[str, ...] | None = None) -> Callable[[Row], Item]:
-    """A text and its label: words, or a number in ``names``, or what the column label_text says."""
+    """Return the conversion of a text and its label: a name, an index into ``names``, or the column label_text."""
 
     def form(row: Row) -> Item:
         label = row["label"]
@@ -105,7 +115,7 @@ def _intent(row: Row) -> Item:
 
 
 def _worked(row: Row) -> Item:
-    answer = re.sub(r"<<[^>]*>>", "", row["answer"])  # GSM8K's notes for a calculator
+    answer = re.sub(r"<<[^>]*>>", "", row["answer"])  # calculator annotations of GSM8K
     return Item("", row["question"], answer)
 
 
@@ -120,7 +130,7 @@ AFTER_HASHES = r"####\s*(-?[\d.,]+)"
 FIRST_LETTER = r"^\W*([A-J])\b"  # also of "B." and "(B)"
 
 SETS: dict[str, KnownSet] = {
-    # of the paper
+    # evaluated in the paper
     "mmlu": KnownSet(_choice, ("cais/mmlu", "all"), ("auxiliary_train", "test"), pattern=FIRST_LETTER, max_new_tokens=2),
     "gsm8k": KnownSet(_worked, ("openai/gsm8k", "main"), metric="number", pattern=AFTER_HASHES, max_new_tokens=256),
     "squad_v2": KnownSet(_span, ("rajpurkar/squad_v2",), ("train", "validation"), metric="squad", max_new_tokens=32, asks=True),
@@ -129,7 +139,7 @@ SETS: dict[str, KnownSet] = {
     ),
     "20newsgroups": KnownSet(_labelled("Which newsgroup is this from?"), ("SetFit/20_newsgroups",), max_new_tokens=12),
     "ag_news": KnownSet(_labelled("World, Sports, Business or Sci/Tech?", NEWS), ("fancyzhx/ag_news",), max_new_tokens=6),
-    # stand-ins of a folder
+    # substitutes in a local folder
     "hotel_reviews": KnownSet(_labelled(SENTIMENT), max_new_tokens=4),
     "medicine_reviews": KnownSet(_labelled(SENTIMENT), max_new_tokens=4),
     "intents": KnownSet(_intent, max_new_tokens=8),
@@ -145,74 +155,75 @@ SETS: dict[str, KnownSet] = {
 
 
 def known(name: str) -> KnownSet:
-    """The set of this name.
+    """Return a data set by name.
 
     Raises:
-        ConfigError: none.
+        ConfigError: an unknown name.
     """
     if name.startswith(GYM):
         return SETS.get(name.removeprefix(GYM), KnownSet(_generated, metric=PUZZLE, max_new_tokens=64))
     if name not in SETS:
-        raise unknown_key(name, (*SETS, GYM + "…"), "the data sets that a study knows")
+        raise unknown_key(name, (*SETS, GYM + "…"), "the known data sets")
     return SETS[name]
 
 
 def items(name: str, part: str, folder: str | None = None) -> list[Item]:
-    """All items of a known set.
+    """Return all items of a known data set.
 
     Args:
+        name: The name of the data set.
         part: "train" or "test".
-        folder: where its files are; None for the hub.
+        folder: The folder of its files; None for the hub.
 
     Raises:
-        ConfigError: an unknown set, or one that is neither on the hub nor in a folder.
-        DataError: rows that cannot be read, or lack a column.
+        ConfigError: an unknown data set, or one that is neither on the hub nor in a folder.
+        DataError: rows that cannot be read or lack a column.
     """
-    given = known(name)
-    split = given.splits[part == "test"]
-    found, rows = [], _rows(name, given, split, part, folder)
+    data_set = known(name)
+    split = data_set.splits[part == "test"]
+    converted, rows = [], _rows(name, data_set, split, part, folder)
     for i, row in enumerate(rows):
         try:
-            item = given.form(row)
+            item = data_set.form(row)
             if not all(isinstance(x, str) for x in (*item[:3], *item.also)):
-                raise TypeError("a value that should be text is none")
-            found.append(item)
+                raise TypeError("a value is not a text")
+            converted.append(item)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             columns = ", ".join(map(shown, row))
             raise DataError(
-                f"{name}, {rows.where(i)} (columns {columns}) is not as this set's are: {error!r:.200}."
+                f"{name}, {rows.where(i)} (columns {columns}) does not have the format of this data set: {error!r:.200}."
             ) from error
-    return found
+    return converted
 
 
 def set_files(name: str, split: str, folder: str) -> list[Path]:
-    """The files of a known set's split that lie in a folder, of which the first is read."""
+    """Return the existing files of a split in a folder; the first one is read."""
     files = (Path(folder).expanduser() / f"{name}.{split}{ending}" for ending in (".jsonl", ".jsonl.gz"))
     return [file for file in files if file.exists()]
 
 
-def _rows(name: str, given: KnownSet, split: str, part: str, folder: str | None) -> Rows:
+def _rows(name: str, data_set: KnownSet, split: str, part: str, folder: str | None) -> Rows:
     if name == "gsm_symbolic" or name.startswith(GYM):
-        return Rows(_made(name.removeprefix(GYM), part))
+        return Rows(_generate(name.removeprefix(GYM), part))
     if folder is not None:
         for file in set_files(name, split, folder):
             return read_rows(str(file))
-        raise DataError(f"{folder} holds neither {name}.{split}.jsonl nor {name}.{split}.jsonl.gz.")
-    if not given.hub:
-        raise ConfigError(f"The set {name} is on no hub: name the folder that holds {name}.{split}.jsonl as `data`.")
+        raise DataError(f"{folder} has neither {name}.{split}.jsonl nor {name}.{split}.jsonl.gz.")
+    if not data_set.hub:
+        raise ConfigError(f"The data set {name} is not on the hub: set `data` to the folder with {name}.{split}.jsonl.")
     try:
-        return read_hub(*given.hub, split=split)
+        return read_hub(*data_set.hub, split=split)
     except DataError as error:
         raise DataError(
-            f"{str(error).rstrip('.')}. With a copy of it in a folder, as {name}.{split}.jsonl, name that folder as `data`."
+            f"{str(error).rstrip('.')}. If you have a copy as {name}.{split}.jsonl, set `data` to its folder."
         ) from error
 
 
-def _made(generator: str, part: str) -> list[Row]:
+def _generate(generator: str, part: str) -> list[Row]:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ConfigError("The sets of reasoning-gym need it: pip install 'umbra-peft[evaluate]'.") from error
+        raise ConfigError("Data sets of reasoning-gym need it: pip install 'umbra-peft[evaluate]'.") from error
     try:
         return list(reasoning_gym.create_dataset(generator, size=GYM_SIZES[part], seed=GYM_SEEDS[part]))
     except ValueError as error:

@@ -1,27 +1,28 @@
-"""Whether a fast form may read a module's weights in place of calling it."""
+"""Whether a fast form may read a module's weights instead of calling it."""
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from umbra.method.kernels.products import Quick
+from umbra.base import private_torch
+from umbra.method.kernels.products import PatchedForward
 
-PLAIN = {nn.Linear, nn.LayerNorm, nn.SiLU, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleDict}
+PLAIN_KINDS: set[type] = {
+    nn.Linear, nn.LayerNorm, nn.SiLU, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential, nn.ModuleDict
+}  # fmt: skip
 
 
-def is_plain(module: nn.Module, ours: type | tuple[type, ...] = (), kinds: set[type] = PLAIN) -> bool:
-    """Whether a module does what its class says and nothing else.
+def is_plain(module: nn.Module, known_hooks: type | tuple[type, ...] = (), kinds: set[type] = PLAIN_KINDS) -> bool:
+    """Return whether a module does exactly what its class says.
 
-    A parametrised module has another class, a wrapped one too (LoRA); other weights come from hooks (weight norm).
+    A parametrised or wrapped module (LoRA) has another class; weight norm and the like use hooks.
 
     Args:
-        ours: classes of hooks that the caller takes into account.
+        module: the module.
+        known_hooks: classes of hooks for which the caller accounts.
         kinds: the classes that the caller knows.
     """
-    if type(module) not in kinds or _has_any_global_hook():
+    if type(module) not in kinds or private_torch.has_global_hook():
         return False
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
-        tables = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-        if not all(isinstance(hook, ours) for table in tables for hook in table.values()):
-            return False
+    if not all(isinstance(hook, known_hooks) for hook in private_torch.hooks_of(module)):
+        return False
     forward = vars(module).get("forward")
-    return forward is None or isinstance(forward, Quick)
+    return forward is None or isinstance(forward, PatchedForward)

@@ -6,20 +6,20 @@ from contextlib import contextmanager
 
 import torch
 
-_plain = os.environ.get("UMBRA_KERNELS") == "reference"
+_is_reference = os.environ.get("UMBRA_KERNELS") == "reference"
 
 
 def in_use() -> bool:
-    """Whether the fast forms run."""
-    return not _plain and not torch.compiler.is_compiling()
+    """Return whether the fast forms run."""
+    return not _is_reference and not torch.compiler.is_compiling()
 
 
 @contextmanager
 def reference() -> Iterator[None]:
-    """A context in which every thread runs the plain forms."""
-    global _plain
-    before, _plain = _plain, True
+    """Run the plain forms within this context, in every thread."""
+    global _is_reference
+    before, _is_reference = _is_reference, True
     try:
         yield
     finally:
-        _plain = before
+        _is_reference = before
