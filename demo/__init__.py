@@ -1,1 +1,1 @@
-"""The demo: ``make demo``."""
+"""Demo that ``make demo`` runs."""

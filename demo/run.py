@@ -1,4 +1,4 @@
-"""The demo, end to end on a real base: data, training, evaluation, detaching, loss curve.
+"""Run the demo end to end on a real base: data, training, evaluation, detaching, loss curve.
 
 Everything is written to ``out/demo``; existing results are reused.
 """
@@ -48,7 +48,7 @@ OPTIONS = EvalOptions(
 
 
 def make_data() -> None:
-    """Write the splits, without common questions."""
+    """Write the splits, with no question in more than one."""
     import reasoning_gym
 
     OUT.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def plot(history: list[dict[str, Any]], path: Path) -> None:
 def measure(
     model: umbra.ShadowModel, formatter: ChatFormatter, records: list[Record]
 ) -> tuple[list[Score], list[dict[str, Any]]]:
-    """Return the scores and replies of every mode; the speed is that of decoding at batch size 1."""
+    """Return the scores and replies of every mode; the speed is measured by decoding at batch size 1."""
     speeds = decoding_speeds(model, formatter, records[0])
     scores, samples = [], [{"prompt": r["prompt"][-1]["content"], "reference": r["completion"]} for r in records]
     for mode in MODES:

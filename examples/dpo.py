@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer. The reference model is the bare base of the same model: no second copy is loaded."""
+"""Train with TRL's DPOTrainer. The bare base inside the model is the reference; no second copy is loaded."""
 
 import os
 

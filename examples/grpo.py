@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer: the attached model samples, the shadow learns from the same samples and rewards."""
+"""Train with TRL's GRPOTrainer. The attached model samples; the shadow trains on the same samples and rewards."""
 
 import os
 
@@ -15,7 +15,7 @@ model = umbra.attach(AutoModelForCausalLM.from_pretrained(name), umbra.ShadowCon
 
 
 def brevity(completions, **_):
-    """A toy reward: short answers."""
+    """Return a toy reward that favours short answers."""
     return [-float(len(text)) for text in completions]
 
 

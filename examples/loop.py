@@ -1,4 +1,4 @@
-"""A custom training loop: two micro-batches per step, with both losses normalised by the labels of the whole step."""
+"""Train in a custom loop with two micro-batches per step. Both losses are normalised by the step's label count."""
 
 import os
 

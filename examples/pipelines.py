@@ -1,4 +1,4 @@
-"""transformers' pipelines: generation by the attached model and by the shadow alone; classification."""
+"""Use transformers' pipelines: generate with the attached model and the detached shadow; classify."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on packed conversations."""
+"""Train with TRL's SFTTrainer on packed conversations."""
 
 import os
 

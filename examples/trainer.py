@@ -1,4 +1,4 @@
-"""transformers' Trainer, with label smoothing: both the attached model and the shadow learn the smoothed labels."""
+"""Train with transformers' Trainer and label smoothing. The attached model and the shadow learn the smoothed labels."""
 
 import os
 
