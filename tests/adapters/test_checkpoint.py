@@ -49,7 +49,7 @@ def test_language_model_round_trips_bit_for_bit(tmp_path, name, dialect):
         {"embeddings": "own", "shadow_hidden_size": 48},
         {"init": "base"},
         {"shadow": "dense", "first_layer": 2},
-        {"gate_rank": 3, "norm": False, "bias": True, "activation": "gelu", "auxiliary_loss_weight": 0},
+        {"gate_rank": 3, "constants": {"norm": False, "bias": True, "activation": "gelu"}, "auxiliary_loss_weight": 0},
     ],
     ids=str,
 )

@@ -256,7 +256,7 @@ MADE = {
     "two heads": ("llama", "shadow-peft", {"train_heads": True}),
     "paper in the other dialect's name": (
         "llama", "shadow-peft",
-        {"dialect": "peft", "first_layer": 1, "norm": True, "activation": "silu", "bias": False},
+        {"dialect": "peft", "first_layer": 1, "constants": {"norm": True, "activation": "silu", "bias": False}},
     ),
     "pretrained beside shadow-peft": ("llama", "shadow-peft", {"shadow": "projected"}),
 }  # fmt: skip

@@ -350,9 +350,9 @@ def test_generate_prompts_as_in_training(tmp_path, base_folder, monkeypatch, cap
     model = beside(base_folder)
     model.save_pretrained(tmp_path, tokenizer=thinking_tokenizer(), chat_template_kwargs={"enable_thinking": False})
     asked = []
-    plain = umbra.model.shadow_model.ShadowForCausalLM.generate
+    plain = umbra.model.causal_lm.ShadowForCausalLM.generate
     monkeypatch.setattr(
-        umbra.model.shadow_model.ShadowForCausalLM,
+        umbra.model.causal_lm.ShadowForCausalLM,
         "generate",
         lambda self, **g: asked.append(g["input_ids"]) or plain(self, **g),
     )

@@ -160,6 +160,6 @@ def test_json_that_is_no_record_or_study_is_skipped_or_reported(done, tmp_path):
 
 
 def test_long_names_are_truncated_in_file_names(tmp_path):
-    request = {"task": "t" * 300, "training": {}, "is_trial": False, "seed": 0, "tasks": {}}
+    request = {"task": "t" * 300, "kind": "lora", "training": {}, "is_trial": False, "seed": 0, "tasks": {}}
     a, b = (records.file_of(tmp_path, {**request, "method": "影" * 90, "x": x}) for x in "ab")
     assert a != b and len(a.name.encode()) < 200

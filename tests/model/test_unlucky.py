@@ -221,7 +221,7 @@ def test_resized_vocabulary_is_followed(name, shadow, rows, tmp_path):
     model.train()(ids, labels=ids).loss.backward()
     assert all(g.isfinite().all() for g in gradients(model).values())
 
-    model.base_fingerprint = umbra.base.fingerprint.fingerprint(
+    model.vocabulary.fingerprint = umbra.base.fingerprint.fingerprint(
         locate(model.base), kept
     )  # of the weights scrambled above
     model.eval().save_pretrained(tmp_path / "adapter")

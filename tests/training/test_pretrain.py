@@ -298,7 +298,7 @@ def test_unwritable_output_is_refused_early(settings, monkeypatch):
     def refuse(model):
         raise umbra.DetachError("no such model")
 
-    monkeypatch.setattr(pretrain, "detach", refuse)
+    monkeypatch.setattr(umbra.ShadowForCausalLM, "detached", refuse)
     monkeypatch.setattr(pretrain, "_run_stage", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(umbra.DetachError):
         pretrain.pretrain(settings)
@@ -611,8 +611,8 @@ def test_teacher_runs_without_dropout(tmp_path):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     batch = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}
-    expected = pretrain.base_states(model.eval(), batch)
-    assert torch.equal(pretrain.base_states(model.train(), batch), expected)
+    expected = stages.base_states(model.eval(), batch)
+    assert torch.equal(stages.base_states(model.train(), batch), expected)
     assert model.base.training
 
 

@@ -33,6 +33,12 @@ class ShadowSequenceClassifierOutput(SequenceClassifierOutputWithPast):
 
 OutputClass = type[ShadowCausalLMOutput] | type[ShadowSequenceClassifierOutput]
 
+# listed once: torch.compile cannot trace dataclasses.fields
+FIELD_NAMES: dict[OutputClass, frozenset[str]] = {
+    ShadowCausalLMOutput: frozenset(field.name for field in fields(ShadowCausalLMOutput)),
+    ShadowSequenceClassifierOutput: frozenset(field.name for field in fields(ShadowSequenceClassifierOutput)),
+}
+
 
 def as_output(kind: OutputClass, values: dict[str, Any], as_dict: bool) -> Any:
     """Return values by name as an output of transformers.
@@ -45,7 +51,7 @@ def as_output(kind: OutputClass, values: dict[str, Any], as_dict: bool) -> Any:
     """
     if not as_dict:
         return tuple(value for value in values.values() if value is not None)
-    known = {field.name for field in fields(kind)}
+    known = FIELD_NAMES[kind]
     output = kind(**{k: v for k, v in values.items() if k in known})
     for name, value in values.items():
         if name not in known:
