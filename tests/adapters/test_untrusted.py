@@ -79,7 +79,7 @@ def test_memory_measurement_does_not_import_working_folder(planted, monkeypatch)
     from umbra.lab.bench.base import SHAPES, Base
     from umbra.lab.bench.cases import Memory
     from umbra.lab.bench.machine import Device
-    from umbra.lab.bench.memory import weigh
+    from umbra.lab.bench.memory import peak_memory
     from umbra.lab.bench.methods import METHODS
 
     monkeypatch.chdir(planted)
@@ -87,7 +87,7 @@ def test_memory_measurement_does_not_import_working_folder(planted, monkeypatch)
     base = Base.random(AutoConfig.for_model(**SHAPES["tiny"]), torch.float32, torch.device("cpu"))
     method = next(m for m in METHODS if m.name == "PEFT LoRA")
     case = Memory("memory", "", 1, 8)
-    rows = weigh([case], method, base, Device("cpu", 1), rank=2, width=0, seed=0)
+    rows = peak_memory([case], method, base, Device("cpu", 1), rank=2, width=0, seed=0)
     assert "peak" in rows["memory"], rows
     assert not (planted / "mark").exists(), (planted / "mark").read_text()
 
@@ -134,12 +134,12 @@ def test_base_configuration_cannot_name_kernel(key, value, base_folder, tmp_path
 
 
 def test_nested_configuration_cannot_name_kernel():
-    from umbra.base.loading import tamed
+    from umbra.base.loading import without_implementations
 
     values = {part: {"attn_implementation": KERNEL} for part in ("text_config", "vision_config")}
     config = AutoConfig.for_model("gemma3", **values, attn_implementation={"text_config": KERNEL})
     assert config.text_config._attn_implementation == KERNEL
-    tamed(config)
+    without_implementations(config)
     assert {c._attn_implementation for c in (config, config.text_config, config.vision_config)} == {None}
 
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 import umbra
 from support.tiny import make
-from support.tokenizer import begins, make_tokenizer
+from support.tokenizer import make_tokenizer, with_begin_token
 from umbra.data import ChatFormatter
 from umbra.data.corpus import (
     Documents,
@@ -35,7 +35,7 @@ def test_every_document_form_is_read(tmp_path):
 
 def test_documents_get_bos_as_tokenizer_and_one_eos(tmp_path):
     """A chat template brings its own beginnings; whether there is one says nothing of plain text."""
-    writer = ChatFormatter(begins(make_tokenizer()))
+    writer = ChatFormatter(with_begin_token(make_tokenizer()))
     written = {"chat": "<|user|>a<eos>\n<|assistant|>b<eos>\n<eos>", "plain": "<bos>ab<eos>"}
     for name, record in (("chat", {"prompt": "a", "completion": "b"}), ("plain", {"text": "ab"})):
         file = tmp_path / f"{name}.jsonl"

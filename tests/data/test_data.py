@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import umbra
-from support.tokenizer import begins, make_tokenizer
+from support.tokenizer import make_tokenizer, with_begin_token
 from umbra.data import ChatFormatter, Collator, Labels, encode_all, read_records
 from umbra.method.losses import IGNORED
 
@@ -64,7 +64,7 @@ def test_training_and_generation_prompts_have_equal_tokens(tokenizer):
 @pytest.mark.parametrize("chat_template", [True, False])
 def test_only_plain_text_begins_with_special_tokens(chat_template):
     """A rendered conversation has its own; whether the tokenizer could render says nothing of a text."""
-    tokenizer = begins(make_tokenizer())
+    tokenizer = with_begin_token(make_tokenizer())
     writer, messages = ChatFormatter(tokenizer, chat_template), [{"role": "user", "content": "q"}]
     plain = {"prompt": "q", "completion": "z"}
     for record, expected in (({"text": "q"}, True), (plain, not chat_template), ({**plain, "prompt": messages}, False)):

@@ -75,12 +75,12 @@ for call in range(1, 200):
     assert visible(place) in (old, new), call
     for second in range(1 + call % 3, 60, 3):
         again = shutil.copytree(place, root / "again", symlinks=True)
-        was_killed = killed(lambda: folder.settle(again), second)
+        was_killed = killed(lambda: folder.recover(again), second)
         assert visible(again) in (old, new), (call, second)
         shutil.rmtree(again)
         if not was_killed:
             break
-    folder.settle(place)
+    folder.recover(place)
     assert visible(place) in (old, new)
     assert {p.name for p in place.iterdir()} == {*visible(place), "notes.txt"}, "nothing is left"
     assert not any(p.is_symlink() for p in place.iterdir())

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModel, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 import umbra
-from support.drafts import agreeing, drafted, plain
+from support.drafts import close_draft, drafted, plain
 from support.tiny import CONFIGS, LAYERS, make, tokens
 
 ROPES = {
@@ -37,7 +37,7 @@ def longer(kind: str, name: str = "llama") -> dict:
 @pytest.mark.parametrize("length", [5, 15, 20])
 def test_length_dependent_positions_stay_exact(kind, name, length):
     """Within, across and beyond the limit; one row, and two with padding."""
-    model, ids = agreeing(name, base_options=longer(kind, name), shadow_num_hidden_layers=2), tokens(2, length)
+    model, ids = close_draft(name, base_options=longer(kind, name), shadow_num_hidden_layers=2), tokens(2, length)
     mask = torch.ones_like(ids)
     ids[0, :3], mask[0, :3] = 0, 0
     outputs = []
@@ -54,7 +54,7 @@ def test_length_dependent_positions_stay_exact(kind, name, length):
 def test_length_dependent_shadow_positions_stay_exact(kind, tmp_path):
     small = {**CONFIGS["llama"], "hidden_size": 32, "head_dim": 8, **longer(kind)}
     AutoModel.from_config(AutoConfig.for_model("llama", **small)).save_pretrained(tmp_path)
-    model, ids = agreeing(shadow=str(tmp_path)), tokens(1, 12)
+    model, ids = close_draft(shadow=str(tmp_path)), tokens(1, 12)
     expected = plain(model, ids)
     for k in (1, 3, 6):
         assert torch.equal(drafted(model, ids, k).sequences, expected)
@@ -75,7 +75,7 @@ def test_longrope_regression_stays_exact():
 
 
 def test_unknown_position_kind_is_refused_early():
-    model, forwards = agreeing(), []
+    model, forwards = close_draft(), []
     model.base.config.rope_parameters["rope_type"] = "of-somebody"
     model.base.register_forward_pre_hook(lambda *_: forwards.append(1))
     with pytest.raises(umbra.BaseModelError, match=r"draft=.*rotary positions of the base"):
@@ -115,7 +115,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("form", FEATURES)
 def test_every_generation_feature_is_exact_or_refused(form):
-    model, ids, options = agreeing(), tokens(2), FEATURES[form]
+    model, ids, options = close_draft(), tokens(2), FEATURES[form]
     try:
         found = drafted(model, ids, 3, **options).sequences
     except (umbra.ConfigError, umbra.BaseModelError):

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 import umbra
-from support.drafts import agreeing, drafted, each_architecture, plain
+from support.drafts import close_draft, drafted, each_architecture, plain
 from support.families import build, cast
 from support.tables import FAMILIES
 from support.tiny import VOCAB, make, tokens
@@ -21,7 +21,7 @@ from umbra.shadow.draft_vocabulary import frequent_tokens
 @pytest.mark.compat("Drafting", "a trimmed draft vocabulary")
 def test_draft_vocabulary_changes_no_token(name):
     """One of the tokens to come, one of all others, one of a few."""
-    model, ids = agreeing(name), tokens(1)
+    model, ids = close_draft(name), tokens(1)
     expected, whole = plain(model, ids), drafted(model, ids)
     right = expected[0, 9:].unique().tolist()
     model.set_draft_vocabulary(right)

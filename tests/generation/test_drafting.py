@@ -13,7 +13,7 @@ import umbra
 from support.architectures_hybrid import FAMILIES as HYBRIDS
 from support.architectures_vision import SPECIAL, batch_of
 from support.architectures_vision import build as build_vision
-from support.drafts import NEW, agreeing, assert_some_of_both, drafted, each_architecture, plain
+from support.drafts import NEW, assert_some_of_both, close_draft, drafted, each_architecture, plain
 from support.families import MASK, PADDED, build, cast
 from support.tables import FAMILIES
 from support.tiny import CONFIGS, LAYERS, VOCAB, tokens
@@ -33,7 +33,7 @@ def no_frame_stays_open():
 @each_architecture
 @pytest.mark.compat("Drafting", "greedy: the tokens of decoding without drafts")
 def test_greedy_drafting_equals_plain_decoding(name):
-    model, ids = agreeing(name), tokens(1)
+    model, ids = close_draft(name), tokens(1)
     expected = plain(model, ids)
     found = {k: drafted(model, ids, k) for k in (1, 2, 3, 5, 8)}
     found["auto"] = drafted(model, ids, "auto", assistant_confidence_threshold=None)
@@ -48,7 +48,7 @@ def test_greedy_drafting_equals_plain_decoding(name):
 @each_architecture
 @pytest.mark.compat("Drafting", "batches with left padding, some rows finished before others")
 def test_left_padded_rows_equal_plain_decoding(name):
-    model, ids, pads = agreeing(name), tokens(3, 12), (0, 4, 9)
+    model, ids, pads = close_draft(name), tokens(3, 12), (0, 4, 9)
     mask = torch.ones_like(ids)
     for row, pad in enumerate(pads):
         ids[row, :pad], mask[row, :pad] = 0, 0
@@ -71,7 +71,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_other_shadow_forms_equal_plain_decoding(name, form):
-    model, ids = agreeing(name, **FORMS[form]), tokens(2)
+    model, ids = close_draft(name, **FORMS[form]), tokens(2)
     assert torch.equal(drafted(model, ids).sequences, plain(model, ids))
 
 
@@ -81,12 +81,12 @@ def test_other_pretrained_shadows_equal_plain_decoding(name, form, tmp_path):
     window = {} if form == "llama" else {"sliding_window": 10}
     small = {**CONFIGS[form], **window, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     AutoModel.from_config(AutoConfig.for_model(form, **small)).save_pretrained(tmp_path)
-    model, ids = agreeing(name, shadow=str(tmp_path)), tokens(2)
+    model, ids = close_draft(name, shadow=str(tmp_path)), tokens(2)
     assert torch.equal(drafted(model, ids).sequences, plain(model, ids))
 
 
 def test_trained_heads_draft_and_verify():
-    model, ids = agreeing(train_heads=True), tokens(1)
+    model, ids = close_draft(train_heads=True), tokens(1)
     expected = plain(model, ids)
     with torch.no_grad():
         model.shadow.heads["shadow"].weight.copy_(model.shadow.heads["attached"].weight)
@@ -102,7 +102,7 @@ def test_trained_heads_draft_and_verify():
 @torch.no_grad()
 def test_bf16_base_drafts():
     """The same tokens, or another one of two between which bf16 cannot tell."""
-    model, ids = agreeing(), tokens(1)
+    model, ids = close_draft(), tokens(1)
     model.base.bfloat16()
     expected, out = plain(model, ids)[0], drafted(model, ids)
     found = out.sequences[0]
@@ -115,7 +115,7 @@ def test_bf16_base_drafts():
 
 
 def test_active_adapter_drafts():
-    model, ids = agreeing(), tokens(2)
+    model, ids = close_draft(), tokens(2)
     model.add_adapter(umbra.ShadowConfig(rank=2, shadow_num_hidden_layers=2), "second")
     model.set_adapter("second")
     model.eval()
@@ -125,7 +125,7 @@ def test_active_adapter_drafts():
 
 
 def test_inputs_embeds_equal_plain_decoding():
-    model, ids = agreeing(), tokens(2)
+    model, ids = close_draft(), tokens(2)
     embedded = model.get_input_embeddings()(ids)
     assert torch.equal(
         drafted(model, None, inputs_embeds=embedded).sequences, plain(model, None, inputs_embeds=embedded)
@@ -136,7 +136,7 @@ def test_inputs_embeds_equal_plain_decoding():
 @pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str)
 @pytest.mark.compat("Drafting", "static caches and chunked prefill")
 def test_other_caches_equal_plain_decoding(name, options):
-    model, ids = agreeing(name), tokens(2)
+    model, ids = close_draft(name), tokens(2)
     assert torch.equal(drafted(model, ids, **options).sequences, plain(model, ids))
 
 
@@ -180,7 +180,7 @@ def test_drafting_after_image_equals_plain_decoding(name):
 )
 def test_end_of_text_stops_at_any_position(rows):
     """Every token that the rows say ends them once, two at a time."""
-    model, ids = agreeing(), tokens(rows)
+    model, ids = close_draft(), tokens(rows)
     said = sorted({int(t) for t in plain(model, ids)[:, 9:].flatten()} - {0})
     lengths = set()
     for first, second in zip(said, said[1:] + said[:1], strict=True):
@@ -196,7 +196,7 @@ def test_end_of_text_stops_at_any_position(rows):
     "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
 )
 def test_length_limit_stops_at_any_position(new):
-    model, ids = agreeing(), tokens(1)
+    model, ids = close_draft(), tokens(1)
     expected = plain(model, ids, max_new_tokens=new)
     out = drafted(model, ids, max_new_tokens=new)
     assert torch.equal(out.sequences, expected)
@@ -209,7 +209,7 @@ def test_length_limit_stops_at_any_position(new):
     "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
 )
 def test_time_limit_stops_generation():
-    model, ids = agreeing(), tokens(2)
+    model, ids = close_draft(), tokens(2)
     assert drafted(model, ids, max_time=1e-9).sequences.shape == (2, 10)
 
 
@@ -217,7 +217,7 @@ def test_time_limit_stops_generation():
     "Drafting", "end of text, `max_new_tokens`, `max_time`, stop strings and criteria, wherever they fall"
 )
 def test_stop_strings_equal_plain_decoding():
-    model, ids, tokenizer = agreeing(), tokens(1), make_tokenizer()
+    model, ids, tokenizer = close_draft(), tokens(1), make_tokenizer()
     options = {"tokenizer": tokenizer, "suppress_tokens": [*range(4), *range(len(tokenizer), VOCAB)]}
     whole = plain(model, ids, **options)
     for at in range(9, 9 + NEW - 2):
@@ -244,7 +244,7 @@ class EndsWith(StoppingCriteria):
 )
 def test_custom_stopping_criteria_see_same_inputs(eos):
     """Without an end-of-text token a row that has finished goes on until all have, with it it is padded."""
-    model, ids = agreeing(), tokens(3)
+    model, ids = close_draft(), tokens(3)
     without, with_drafts = EndsWith(), EndsWith()
     expected = plain(model, ids, stopping_criteria=[without], eos_token_id=eos)
     out = drafted(model, ids, stopping_criteria=[with_drafts], eos_token_id=eos)
@@ -268,7 +268,7 @@ PROCESSORS = {
 @pytest.mark.parametrize("form", PROCESSORS)
 @pytest.mark.compat("Drafting", "logits processors, transformers' and one's own")
 def test_logits_processors_equal_plain_decoding(form, trimmed):
-    model, ids = agreeing(), tokens(2)
+    model, ids = close_draft(), tokens(2)
     model.set_draft_vocabulary(range(2, 70) if trimmed else None)
     expected = plain(model, ids, **PROCESSORS[form])
     assert not torch.equal(expected, plain(model, ids))
@@ -292,7 +292,7 @@ class Remembering(LogitsProcessor):
 
 @pytest.mark.compat("Drafting", "logits processors, transformers' and one's own")
 def test_stateful_processor_sees_accepted_text_only():
-    model, ids = agreeing(), tokens(1)
+    model, ids = close_draft(), tokens(1)
     without, with_drafts = Remembering(), Remembering()
     expected = plain(model, ids, logits_processor=[without])
     assert torch.equal(drafted(model, ids, logits_processor=[with_drafts]).sequences, expected)
@@ -313,7 +313,7 @@ class Streamer:
 
 @pytest.mark.compat("Drafting", "streaming")
 def test_streamer_receives_accepted_tokens_in_order():
-    model, ids = agreeing(), tokens(1)
+    model, ids = close_draft(), tokens(1)
     without, with_drafts = Streamer(), Streamer()
     plain(model, ids, streamer=without)
     assert_some_of_both(drafted(model, ids, streamer=with_drafts))
@@ -324,7 +324,7 @@ def test_streamer_receives_accepted_tokens_in_order():
 
 def test_scores_and_logits_equal_plain_decoding():
     """Also of a row that has finished, which reads padding from there on."""
-    model, ids = agreeing(), tokens(2)
+    model, ids = close_draft(), tokens(2)
     end = plain(model, ids, repetition_penalty=1.5)[0, 9 + 3]
     options = {
         "output_scores": True, "output_logits": True, "repetition_penalty": 1.5, "return_dict_in_generate": True,
@@ -341,7 +341,7 @@ def test_scores_and_logits_equal_plain_decoding():
 
 def test_classifier_free_guidance_equals_plain_decoding():
     """A processor of transformers that runs the model itself, with a cache of its own."""
-    model, ids = agreeing(), tokens(1)
+    model, ids = close_draft(), tokens(1)
     options = {"guidance_scale": 1.5, "negative_prompt_ids": tokens(1, 5, seed=9)}
     expected = plain(model, ids, **options)
     assert not torch.equal(expected, plain(model, ids))
@@ -350,7 +350,7 @@ def test_classifier_free_guidance_equals_plain_decoding():
 
 @each_architecture
 def test_returned_cache_equals_plain_decoding_and_continues(name):
-    model, ids = agreeing(name), tokens(2)
+    model, ids = close_draft(name), tokens(2)
     expected = plain(model, ids, max_new_tokens=12, return_dict_in_generate=True)
     out = drafted(model, ids, max_new_tokens=12)
     assert len(out.past_key_values.layers) == LAYERS + 1
@@ -366,7 +366,7 @@ def test_returned_cache_equals_plain_decoding_and_continues(name):
 
 
 def test_without_return_dict_tokens_are_returned():
-    model, ids = agreeing(), tokens(2)
+    model, ids = close_draft(), tokens(2)
     assert torch.equal(drafted(model, ids, return_dict_in_generate=False), plain(model, ids))
 
 
@@ -374,7 +374,7 @@ def test_without_return_dict_tokens_are_returned():
 
 
 def test_each_cycle_runs_base_once_and_reuses_accepted_states():
-    model, ids, states, forwards = agreeing(), tokens(1), Counter(), []
+    model, ids, states, forwards = close_draft(), tokens(1), Counter(), []
 
     def note(shadow, args, told):
         states.update(zip(told["position_ids"][0].tolist(), args[0][0].tolist(), strict=True))
@@ -394,14 +394,14 @@ def test_each_cycle_runs_base_once_and_reuses_accepted_states():
 
 
 def test_drafting_leaves_no_state_on_model():
-    model, ids = agreeing(), tokens(1)
+    model, ids = close_draft(), tokens(1)
     before = {name: set(vars(part)) for name, part in model.named_modules()}
     drafted(model, ids)
     assert {name: set(vars(part)) for name, part in model.named_modules()} == before
 
 
 def test_two_threads_draft_concurrently():
-    model, prompts = agreeing(), [tokens(1, 6, seed=1), tokens(2, 9, seed=2)]
+    model, prompts = close_draft(), [tokens(1, 6, seed=1), tokens(2, 9, seed=2)]
     expected, found = [plain(model, ids) for ids in prompts], [None, None]
 
     def work(place):
@@ -418,7 +418,7 @@ def test_two_threads_draft_concurrently():
 
 def test_seeded_text_is_independent_of_timing(monkeypatch):
     """What is drafted is drawn: how far to draft must not depend on measured seconds."""
-    model, ids, clock = agreeing(), tokens(2, 6), itertools.count()
+    model, ids, clock = close_draft(), tokens(2, 6), itertools.count()
 
     def sampled(pace):
         monkeypatch.setattr(umbra.generation.speculative.time, "perf_counter", lambda: float(next(clock)) ** pace)
@@ -431,7 +431,7 @@ def test_seeded_text_is_independent_of_timing(monkeypatch):
 @pytest.mark.parametrize("tokens_kept", [None, [5, 6, 7, 9, 11, 40]])
 def test_offloaded_base_drafts(tokens_kept):
     """Its head has no weights between calls."""
-    model, ids = agreeing(), tokens(1, 6)
+    model, ids = close_draft(), tokens(1, 6)
     if tokens_kept is not None:
         model.set_draft_vocabulary(tokens_kept)
     expected = plain(model, ids)
@@ -469,7 +469,7 @@ REFUSED = {
 )
 def test_unsupported_drafting_options_are_refused_early(form):
     error, options = REFUSED[form]
-    model, forwards = agreeing(), []
+    model, forwards = close_draft(), []
     model.base.register_forward_pre_hook(lambda *_: forwards.append(1))
     with pytest.raises(error, match="draft"):
         drafted(model, tokens(1), **options)
@@ -477,13 +477,13 @@ def test_unsupported_drafting_options_are_refused_early(form):
 
 
 def test_assistant_model_with_draft_is_refused():
-    model = agreeing()
+    model = close_draft()
     with pytest.raises(umbra.ConfigError, match="draft"):
         drafted(model, tokens(1), assistant_model=model.detached())
 
 
 def test_drafting_needs_both_shadow_and_base():
-    model = agreeing()
+    model = close_draft()
     for context in (model.disable_adapter, model.shadow_only):
         with context(), pytest.raises(umbra.StateError, match="draft"):
             drafted(model, tokens(1))
@@ -491,18 +491,18 @@ def test_drafting_needs_both_shadow_and_base():
 
 def test_continuous_batching_refuses_drafting():
     with pytest.raises(umbra.ConfigError, match="draft"):
-        agreeing().generate_batch([[5, 6, 7]], draft=2)
+        close_draft().generate_batch([[5, 6, 7]], draft=2)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
 def test_static_cache_with_windows_is_refused(name):
     with pytest.raises(umbra.BaseModelError, match="draft"):
-        drafted(agreeing(name), tokens(1), cache_implementation="static")
+        drafted(close_draft(name), tokens(1), cache_implementation="static")
 
 
 def test_prefix_allowed_tokens_fn_sees_accepted_text_only():
     """One that knows nothing after the end, and is asked about each text once."""
-    model, ids = agreeing("llama"), tokens(1)
+    model, ids = close_draft("llama"), tokens(1)
     end, told = 2, {"eos_token_id": 2, "max_new_tokens": 10, "do_sample": False}
     answer, seen = [10, 11, 12, end], []
 

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 
 import umbra
-from support.drafts import ALWAYS, agreeing, plain
+from support.drafts import ALWAYS, close_draft, plain
 from support.families import build, cast
 from support.tiny import tokens
 from umbra.base import architectures
@@ -108,7 +108,7 @@ FORMS = [("llama", "dynamic"), ("llama", "static"), ("gemma3_text", "dynamic"), 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("name", "cache"), FORMS)
 def test_interrupted_cache_continues_or_is_refused(name, cache, way, draft):
-    model, taken = agreeing(name, shadow_num_hidden_layers=2), []
+    model, taken = close_draft(name, shadow_num_hidden_layers=2), []
     for at in TIMES.get(way, (0, 1, 6, 13)):
         held = CACHES[cache](model)
         text = interrupted(model, held, way, at, **({} if draft is None else {"draft": draft, **ALWAYS}))
@@ -144,7 +144,7 @@ OTHERS = {
 @pytest.mark.parametrize("way", ["streamer", "processor", "criterion"])
 @pytest.mark.parametrize("mode", OTHERS)
 def test_interrupted_other_searches_continue_or_are_refused(mode, way):
-    model = agreeing()
+    model = close_draft()
     options = {"assistant_model": model.detached()} if mode == "assisted" else OTHERS[mode]
     for at in (1, 2) if way != "streamer" or mode != "beams" else ():
         held = DynamicCache(config=model.config)
@@ -153,7 +153,7 @@ def test_interrupted_other_searches_continue_or_are_refused(mode, way):
 
 
 def test_interrupted_cache_is_detected_by_other_adapter_and_base():
-    model = agreeing()
+    model = close_draft()
     model.add_adapter(umbra.ShadowConfig(rank=2), "second")
     held = DynamicCache(config=model.config)
     interrupted(model, held, "block", 1)
@@ -172,7 +172,7 @@ def test_interrupted_cache_is_detected_by_other_adapter_and_base():
 @pytest.mark.parametrize("length", [5, 9, 12])
 def test_cached_text_continues_from_last_token(length):
     """transformers would feed the whole text again, behind what the cache holds."""
-    model, text = agreeing(), tokens(1, 9)
+    model, text = close_draft(), tokens(1, 9)
     held = model(text, use_cache=True).past_key_values
     shorter = tokens(1, 12)[:, :length] if length > 9 else text[:, :length]
     if length < 9:
@@ -185,7 +185,7 @@ def test_cached_text_continues_from_last_token(length):
 
 def test_keyboard_interrupt_leaves_no_rejected_tokens():
     """The case that was reported."""
-    model, streamer = agreeing(shadow_num_hidden_layers=2), Streamer(3)
+    model, streamer = close_draft(shadow_num_hidden_layers=2), Streamer(3)
     held, options = DynamicCache(config=model.config), {"max_new_tokens": 14}
     with pytest.raises(KeyboardInterrupt):
         plain(model, IDS, draft=6, streamer=streamer, past_key_values=held, **ALWAYS, **options)

@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 import umbra
-from support.drafts import NEW, agreeing, assert_some_of_both, drafted, plain
+from support.drafts import NEW, assert_some_of_both, close_draft, drafted, plain
 from support.tiny import tokens
 from umbra.generation import batch
 from umbra.generation.batch import DraftTokens
@@ -58,7 +58,7 @@ def test_threshold_replaces_cost_model():
     scheduler = DraftScheduler(draft_cost=0.05, verify_cost=0.08, threshold=0.4)
     assert scheduler.should_draft([0.5, 0.4])
     assert not scheduler.should_draft([0.5, 0.3])
-    model, ids = agreeing(), tokens(1)
+    model, ids = close_draft(), tokens(1)
     expected = plain(model, ids)
     outputs = [drafted(model, ids, 8, assistant_confidence_threshold=t) for t in (0.0, 0.08, 0.2, 1.1)]
     counts = [out.drafted for out in outputs]
@@ -68,7 +68,7 @@ def test_threshold_replaces_cost_model():
 
 
 def test_auto_drafts_num_assistant_tokens_where_it_is_set():
-    shadow = agreeing().shadow
+    shadow = close_draft().shadow
 
     def number(draft, options=None, **config):
         return SpeculativeDecoder.from_call(
@@ -97,7 +97,7 @@ SAMPLING = {
 
 
 def small_model():
-    model = agreeing(base_options=SMALL)
+    model = close_draft(base_options=SMALL)
     with torch.no_grad():
         model.base.lm_head.weight.mul_(3)  # so that p and q are no uniform distributions
     return model

@@ -225,7 +225,7 @@ def test_label_only_row_has_lora_gradients(base):
 def test_peak_memory_is_measured_in_subprocess(base):
     sizes = [cases.Memory("large", "", 16, 256), cases.Memory("small", "", 2, 16)]
     rank, widths = methods.fit(base, [ROWS["Umbra"]], 8)
-    result = memory.weigh(sizes, ROWS["Umbra"], base, Device("cpu"), rank=rank, width=widths["Umbra"], seed=0)
+    result = memory.peak_memory(sizes, ROWS["Umbra"], base, Device("cpu"), rank=rank, width=widths["Umbra"], seed=0)
     rise = {name: row["peak"] - row["before"] for name, row in result.items()}
     assert rise["large"] > 16 * 256 * 99 * 4 > rise["small"]
     assert result["large"]["before"] > 2**26
@@ -233,7 +233,7 @@ def test_peak_memory_is_measured_in_subprocess(base):
 
 def test_failed_subprocess_is_noted(base, monkeypatch):
     broken = dataclasses.replace(ROWS["Umbra"], name="no such row")
-    result = memory.weigh([cases.Memory("m", "", 1, 16)], broken, base, Device("cpu"), rank=8, width=16, seed=0)
+    result = memory.peak_memory([cases.Memory("m", "", 1, 16)], broken, base, Device("cpu"), rank=8, width=16, seed=0)
     assert "StopIteration" in result["m"]["failed"]
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig
 
 import umbra
-from support.drafts import agreeing, assert_some_of_both, drafted, each_architecture, plain
+from support.drafts import assert_some_of_both, close_draft, drafted, each_architecture, plain
 from support.runs import NARROW, RECORDS, losses, pretrain_settings, train_settings, write
 from support.tiny import DIALECTS, assert_same, gradients, make, make_base, partly_labelled, tokens
 from support.tokenizer import make_tokenizer
@@ -162,7 +162,7 @@ def test_cached_decoding_equals_cpu(name, dialect):
 
 @each_architecture
 def test_drafted_decoding_equals_plain(name):
-    model, ids = agreeing(name).to(DEVICE), tokens(1).to(DEVICE)
+    model, ids = close_draft(name).to(DEVICE), tokens(1).to(DEVICE)
     expected = plain(model, ids)
     found = [drafted(model, ids, k) for k in (1, 4)] + [
         drafted(model, ids, "auto", assistant_confidence_threshold=None)

@@ -12,7 +12,7 @@ OUTPUT = ("o_proj", "down_proj", "c_proj", "dense")  # what blocks add to the hi
 each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
-def agreeing(name: str = "llama", base_options: dict | None = None, **fields):
+def close_draft(name: str = "llama", base_options: dict | None = None, **fields):
     """Return a model whose drafts are sometimes accepted: the next token depends mostly on the last one."""
     fields = {"alpha": 0.05, "input_scale": "none", **fields}
     model = make(name, base_options={"tie_word_embeddings": False, **(base_options or {})}, **fields)

@@ -22,7 +22,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def begins(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def with_begin_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Let a tokenizer put <bos> before plain text, and return it."""
     begin = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     tokenizer.backend_tokenizer.post_processor = begin

@@ -166,7 +166,7 @@ def local_folder(path: str | Path) -> Path:
         with hub.lookup(repository):
             return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = hub.way_out(repository, error) or error
+        reason = hub.offline_advice(repository, error) or error
         raise CheckpointError(f"The adapter {path} cannot be loaded: {reason}") from error
 
 

@@ -25,7 +25,7 @@ from umbra.data import ChatFormatter
 from umbra.data.chat import reserved_arguments
 from umbra.errors import BaseModelError, CheckpointError, ConfigError, shown
 from umbra.files import folder
-from umbra.options import speaks
+from umbra.options import is_main_process
 from umbra.shadow.network import Shadow
 from umbra.shadow.pretrained import tokenizer_at_hand
 
@@ -354,7 +354,7 @@ def override(
 
 def report(text: str) -> None:
     """Print a message on stderr, in one process of several."""
-    if speaks():
+    if is_main_process():
         print(f"umbra: {text}", file=sys.stderr)
 
 

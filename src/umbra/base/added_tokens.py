@@ -108,7 +108,7 @@ class AddedTokens(nn.Module):
             handle.remove()
         self.handles.clear()
 
-    def settle(self, model: PreTrainedModel, head: nn.Module) -> None:
+    def refresh_hooks(self, model: PreTrainedModel, head: nn.Module) -> None:
         """Move the hooks to the base's current tables, where the caller has replaced them.
 
         Args:

@@ -55,7 +55,7 @@ def load_base(name: str, *, classifier: dict[str, Any] | None = None, **options:
     if options.pop("trust_remote_code", False):
         raise BaseModelError(f"Umbra runs no code of a checkpoint: load the base {name!r} yourself and pass the model.")
     with _loading("base", name) as path:
-        config = tamed(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        config = without_implementations(AutoConfig.from_pretrained(path, trust_remote_code=False))
         if "quantization_config" not in options:
             _check_quantization(config)
         for key, value in (classifier or {}).items():
@@ -106,7 +106,7 @@ def _loading(what: str, name: str) -> Iterator[str]:
     path = ""
 
     def describe(error: Exception) -> str:
-        reason = (path and not hub.is_path(path) and hub.way_out(name, error)) or _reason(error)
+        reason = (path and not hub.is_path(path) and hub.offline_advice(name, error)) or _reason(error)
         return f"The {what} {name!r} cannot be loaded: {reason}"
 
     with raising(BaseModelError, describe):  # on damaged files, transformers raises most of Python's exceptions
@@ -135,7 +135,7 @@ def _check_whole(name: str, model: PreTrainedModel, missing_keys: Iterable[str],
             raise BaseModelError(f"The base {name!r} is damaged: {key} holds NaN. Restore it from its source.")
 
 
-def tamed(config: PretrainedConfig) -> PretrainedConfig:
+def without_implementations(config: PretrainedConfig) -> PretrainedConfig:
     """Remove the implementations of attention and experts from a configuration, and return it.
 
     They can name kernels of the hub, which transformers would fetch and run. They are the user's choice, not a file's.

@@ -76,9 +76,9 @@ def _fail(error: Exception) -> int:
     """Print the error in one line and return the exit code."""
     if os.environ.get("UMBRA_TRACEBACK"):
         raise error
-    from umbra.options import speaks
+    from umbra.options import is_main_process
 
-    if not speaks():
+    if not is_main_process():
         time.sleep(PATIENCE)
     text, code = message_of(error), 2
     if text is None:

@@ -14,7 +14,7 @@ from umbra.config import ShadowConfig
 from umbra.errors import ConfigError
 from umbra.options import EMBEDDED, Options
 from umbra.options import names as field_names
-from umbra.options.yaml_file import number, read_yaml, spelled
+from umbra.options.yaml_file import number, read_yaml, restore_no
 
 Kind = TypeVar("Kind", bound=Options)
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -153,7 +153,7 @@ def library_flags(arguments: list[str]) -> dict[str, Any]:
         if name in values:
             raise ConfigError(f"--{name} is given twice.")
         values[name] = number(value) if equals else True
-    return spelled(values)
+    return restore_no(values)
 
 
 def add_flags(parser: "argparse._ActionsContainer", kind: type, prefix: str = "") -> None:

@@ -5,7 +5,7 @@ import json
 from umbra.cli.parsing import run_settings
 from umbra.cli.results import lines, trainer_output
 from umbra.cli.terminal import say
-from umbra.options import TrainOptions, speaks
+from umbra.options import TrainOptions, is_main_process
 
 DESCRIPTION = (
     "Train a shadow. Each field below can be set in a flat YAML file and overridden by a flag; so can each field of "
@@ -21,13 +21,13 @@ def run(arguments: list[str]) -> int:
 
     with trainer_output(as_json):
         metrics = train(values)
-    if speaks():
+    if is_main_process():
         say(json.dumps(metrics, indent=2) if as_json else lines(metrics))
-    _leave_ranks()
+    _end_process_group()
     return 0
 
 
-def _leave_ranks() -> None:
+def _end_process_group() -> None:
     """End the process group of a launched run while the interpreter is whole, which its threads need."""
     import torch.distributed as dist
 

@@ -16,7 +16,7 @@ from umbra.data.rows import Rows
 from umbra.data.tokens import encode_plain
 from umbra.errors import DataError
 from umbra.method.losses import IGNORED
-from umbra.options import speaks
+from umbra.options import is_main_process
 
 # "input_ids" and "labels", and with escalation "shadow_targets", each (T,) int32; labels of classifiers are numbers.
 Example = dict[str, Any]
@@ -53,7 +53,9 @@ def encode_all(
         0,
     )
     place = records.where if isinstance(records, Rows) else lambda i: f"{name}, record {i + 1}"
-    for i, record in enumerate(tqdm(records, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False)):
+    for i, record in enumerate(
+        tqdm(records, desc=f"tokenise {name}", disable=None if is_main_process() else True, leave=False)
+    ):
         try:
             encoded = _encode(record, formatter, labels, escalation, max_length)
         except DataError as error:
@@ -64,7 +66,7 @@ def encode_all(
         learned = [e for e in short if labels is not None or _is_learned(e)]
         examples += learned
         dropped += not learned
-    if speaks():
+    if is_main_process():
         for line in _report(name, len(records), cut, dropped, split, max_length):
             tqdm.write(line)
     if not examples:

@@ -79,7 +79,7 @@ class ChatFormatter:
         if not turns:
             raise DataError("No turn of the assistant has a weight other than 0, so there is nothing to learn.")
         self.template.check_rendered(conversation)
-        conversation = without_special_ends(self.template, self.template.spelled(conversation))
+        conversation = without_special_ends(self.template, self.template.in_template_format(conversation))
         texts = render_turns(self.template, conversation, turns, max_length)
         return [close_answers(text, self.template.closing) for text in texts] if kind == "messages" else texts
 

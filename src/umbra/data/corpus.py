@@ -21,7 +21,7 @@ from umbra.data.sources import text_files
 from umbra.data.text_files import read_text
 from umbra.errors import DataError
 from umbra.method.losses import IGNORED
-from umbra.options import speaks
+from umbra.options import is_main_process
 
 SPACES = re.compile(r"\s+")
 HELD_OUT = 0.1  # of all blocks at most
@@ -101,7 +101,9 @@ def pack(documents: Documents, formatter: ChatFormatter, length: int, name: str)
         DataError: fewer tokens than one block.
     """
     end, rows = formatter.tokenizer.eos_token_id, []
-    for text in tqdm(documents.texts, desc=f"tokenise {name}", disable=None if speaks() else True, leave=False):
+    for text in tqdm(
+        documents.texts, desc=f"tokenise {name}", disable=None if is_main_process() else True, leave=False
+    ):
         ids = formatter.tokens(text, documents.plain)
         is_ended = documents.ended or end is None or ids[-1:] == [end]
         rows.append(np.asarray(ids if is_ended else [*ids, end], np.int32))

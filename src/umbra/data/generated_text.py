@@ -18,7 +18,7 @@ from umbra.data.readers import read_rows
 from umbra.data.sources import text_files
 from umbra.data.text_files import text_lines
 from umbra.errors import DataError, shown
-from umbra.options import speaks
+from umbra.options import is_main_process
 
 # Sampling from the distribution that is learned, regardless of the base's generation config.
 SAMPLING: dict[str, Any] = {
@@ -83,7 +83,7 @@ def generate_documents(
     ends = end_tokens(base, formatter)
     base.eval()
     generate, limit = cast(Callable[..., Tensor], base.generate), architectures.positions(base.config) or sys.maxsize
-    bar = tqdm(total=count, initial=len(done), desc="generate text", disable=None if speaks() else True)
+    bar = tqdm(total=count, initial=len(done), desc="generate text", disable=None if is_main_process() else True)
     tokenizer = formatter.tokenizer
     with bar, out.open("a", encoding="utf-8") as file:
         for batch in _batches(prompts, len(done), count, batch_size):

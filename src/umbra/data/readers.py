@@ -130,7 +130,7 @@ def read_hub(*source: str, split: str) -> Rows:
     name = f"{':'.join(source)}, split {split}"
 
     def failure(error: Exception) -> str:
-        reason = hub.way_out(source[0], error) or f"{error!s:.300}"
+        reason = hub.offline_advice(source[0], error) or f"{error!s:.300}"
         return f"{shown(':'.join(source))} is neither a local file nor a data set that can be loaded: {reason}"
 
     with raising(DataError, failure), hub.lookup(source[0]):

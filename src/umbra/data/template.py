@@ -106,13 +106,13 @@ class ChatTemplate:
             texts = []
             for conversation in (one, other):
                 try:
-                    texts.append(self.render(self.spelled(conversation)))
+                    texts.append(self.render(self.in_template_format(conversation)))
                 except DataError:
                     texts.append(None)
             self._reads[key] = texts[0] != texts[1] or texts[0] is None
         return self._reads[key]
 
-    def spelled(self, conversation: Conversation) -> Conversation:
+    def in_template_format(self, conversation: Conversation) -> Conversation:
         """Return the conversation in the spelling that the template reads: parts or text, the role developer or system."""
         messages = []
         for message in conversation.messages:

@@ -118,7 +118,7 @@ def write_stock(out: Path, write: Callable[[Path], None]) -> None:
         out: the folder. Weights and tokenizer files of the old model are removed.
         write: writes the new model's files into the folder that it is given.
     """
-    folder.settle(out)
+    folder.recover(out)
     is_model = (out / "config.json").is_file()
     folder.switch_together(out, write, (*STOCK_FILES, *_weights(out)) if is_model else ())
 

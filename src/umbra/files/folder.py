@@ -49,7 +49,7 @@ def is_interrupted(folder: Path) -> bool:
     return (folder / COMMITTED).is_dir() or (folder / CURRENT).is_symlink()
 
 
-def settle(folder: Path) -> None:
+def recover(folder: Path) -> None:
     """Finish or undo the work of a killed writer; no other process may be writing."""
     if folder.is_dir():
         _finish(folder)
@@ -114,7 +114,7 @@ def _stage(folder: Path, write: Callable[[Path], None], name: str) -> None:
     """Let ``write`` fill a folder inside ``folder``, which is then renamed to ``name``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        settle(folder)
+        recover(folder)
         staging = Path(tempfile.mkdtemp(prefix=STAGED_PREFIX, dir=folder))
     except OSError as error:
         raise CheckpointError(f"Nothing can be written to {folder}: {error}") from error

@@ -2,7 +2,7 @@
 
 Without a network, huggingface_hub and its callers retry for minutes. `lookup` asks the hub's endpoint once, for at most
 `PATIENCE` seconds. If it does not answer, the look-up runs in huggingface_hub's offline mode: cached files load, and
-everything else fails at once. `way_out` returns a hint for the error message.
+everything else fails at once. `offline_advice` returns a hint for the error message.
 """
 
 import os
@@ -85,7 +85,7 @@ def check(name: str | None, what: str, files: Iterable[str] = ("config.json",)) 
         is_cached = any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
     except ValueError:  # no hub id: loading it raises the error
         return
-    if not is_cached and (reason := way_out(name)) is not None:
+    if not is_cached and (reason := offline_advice(name)) is not None:
         raise ConfigError(f"The {what} {name!r} cannot be loaded: {reason}")
 
 
@@ -108,7 +108,7 @@ def check_data(*sources: object) -> None:
             prepared / data_set.replace("/", "___"),
             Path(constants.HF_HUB_CACHE, f"datasets--{data_set.replace('/', '--')}"),
         )
-        if not any(cache.exists() for cache in caches) and (reason := way_out(name)) is not None:
+        if not any(cache.exists() for cache in caches) and (reason := offline_advice(name)) is not None:
             raise DataError(f"{shown(name)} is neither a file here nor a data set that can be loaded: {reason}")
 
 
@@ -127,7 +127,7 @@ def unreachable() -> str | None:
     return _State.reason
 
 
-def way_out(name: str, error: BaseException | None = None) -> str | None:
+def offline_advice(name: str, error: BaseException | None = None) -> str | None:
     """Return why ``name`` was looked up in the cache alone, and what to do; None if the hub was asked.
 
     Args:

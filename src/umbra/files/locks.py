@@ -10,8 +10,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from umbra.errors import CheckpointError
-from umbra.files.folder import settle
-from umbra.options import speaks
+from umbra.files.folder import recover
+from umbra.options import is_main_process
 
 LOCK = ".umbra-lock"  # in the folder while the lock is held; it names the holder
 
@@ -28,7 +28,7 @@ def locked(folder: Path | str) -> Iterator[None]:
     Raises:
         CheckpointError: another process holds the lock, or the folder cannot be written or locked.
     """
-    if not speaks():
+    if not is_main_process():
         yield
         return
     folder = Path(folder)
@@ -53,7 +53,7 @@ def locked(folder: Path | str) -> Iterator[None]:
         with suppress(OSError):  # a full disk: the lock holds nevertheless
             file.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         try:
-            settle(folder)
+            recover(folder)
         except OSError as error:
             raise CheckpointError(
                 f"{folder} holds unfinished files of a killed writer, which cannot be removed: {error}"

@@ -61,7 +61,7 @@ def remove_last_token(model: PreTrainedModel, cache: Cache, length: int) -> None
     cached = int(architectures.cached_tokens(cache.layers) or 0)
     if cached < length or not length:
         return
-    reason = f"the input has {length}" if cached > length else architectures.cannot_take_back(model, cache)
+    reason = f"the input has {length}" if cached > length else architectures.removal_obstacle(model, cache)
     if reason is not None:
         raise StateError(
             f"The cache holds {cached} tokens, and a generation continues from the last token that it does not hold, but "

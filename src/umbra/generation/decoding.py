@@ -155,7 +155,7 @@ def cache_of(shadows: Sequence[Shadow], cache: Any, blocks: int) -> Iterator[Any
     """
     layers = [layer for shadow in shadows for layer in shadow.cache_layers]
     with invalidate_on_error(cache):
-        yield architectures.hide_others(cache, blocks, layers)
+        yield architectures.view_without_others(cache, blocks, layers)
 
 
 def has_uniform_layers(base: PreTrainedModel, shadows: Iterable[Shadow], dtypes_agree: bool) -> bool:

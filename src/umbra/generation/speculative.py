@@ -268,7 +268,7 @@ def _check_cache(model: TargetModel, model_kwargs: dict[str, Any]) -> None:
     cache = model_kwargs.get("past_key_values")
     if model_kwargs.get("adapter_names") is not None:
         raise ConfigError("draft=… is for one adapter: set_adapter(…) it, and leave adapter_names out.")
-    reason = "there is none" if cache is None else architectures.cannot_go_back(model.base, cache)
+    reason = "there is none" if cache is None else architectures.rollback_obstacle(model.base, cache)
     if reason:
         raise BaseModelError(f"draft=… needs a cache out of which tokens can be taken: {reason}. Leave draft out.")
 

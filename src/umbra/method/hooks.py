@@ -94,12 +94,12 @@ class Attachment:
         self.decoder_handles: list[RemovableHandle] = []
         self.base, self.head_name = base, head_name
         self.added_tokens: AddedTokens | None = None  # their hooks follow the base's embeddings and head
-        self.settle_head(base.get_submodule(head_name))
-        self.settle()
+        self.move_head_hooks(base.get_submodule(head_name))
+        self.refresh_hooks()
         if decoder is not None:
             self.decoder_handles.append(decoder.register_forward_pre_hook(_BeforeDecoder(self), with_kwargs=True))
 
-    def settle_head(self, head: nn.Module) -> None:
+    def move_head_hooks(self, head: nn.Module) -> None:
         """Move the hooks of the head to another module.
 
         Args:
@@ -114,16 +114,16 @@ class Attachment:
             head.register_forward_hook(_AfterHead(self)),
         ]
 
-    def settle(self) -> None:
+    def refresh_hooks(self) -> None:
         """Put the hooks on the modules that are in place now.
 
         A wrapper that was put around a block after `attach` (activation checkpointing, FSDP) then has the hooks outside: it
         recomputes the block alone, never the coupling. A replaced head or embedding table gets its hooks.
         """
         if (head := self.task_head) is not self.head:
-            self.settle_head(head)
+            self.move_head_hooks(head)
         if self.added_tokens is not None:
-            self.added_tokens.settle(self.base, head)
+            self.added_tokens.refresh_hooks(self.base, head)
         if self.hooked == list(self.blocks):
             return
         for handle in self.block_handles:
@@ -213,7 +213,7 @@ class ForwardContext:
             raise StateError(
                 "unload() has returned the base, and this model cannot run without it: attach or load again."
             )
-        self.attachment.settle()
+        self.attachment.refresh_hooks()
         _stack.contexts.append(self)
         return self
 

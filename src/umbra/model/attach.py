@@ -35,4 +35,4 @@ def attach(
 ShadowModel._attach = attach  # for from_pretrained, which must not import its own subclasses
 private_transformers.check(private_transformers.GENERATION, private_transformers.MODEL)
 private_torch.check()
-architectures.announce(ShadowForCausalLM, ShadowForSequenceClassification)
+architectures.register_classes(ShadowForCausalLM, ShadowForSequenceClassification)

@@ -190,7 +190,7 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
             return MoeModelOutputWithPast(last_hidden_state=states.to(dtype))
         if problem := self.guard.missing_shadow_loss(self.training):
             raise StateError(f"Hidden states were requested in training: {problem}")
-        self.runner.settle_use_cache(batch)
+        self.runner.resolve_use_cache(batch)
         route = [] if self.attachment.is_disabled else self.runner.route(batch, None, self.training)
         if route:
             self.runner.prepare_cache(batch, route, self.training)
@@ -340,7 +340,9 @@ class ShadowForCausalLM(ShadowModel, GenerationMixin):
         if is_new:
             active = [] if self.attachment.is_disabled else self.adapter_set.select(names)
             layers = [layer for shadow in active for layer in shadow.cache_layers]
-            architectures.leave_out_others(model_kwargs.get("past_key_values"), len(self.attachment.blocks), layers)
+            architectures.drop_inactive_windows(
+                model_kwargs.get("past_key_values"), len(self.attachment.blocks), layers
+            )
 
     def _prefill(
         self,

@@ -99,7 +99,7 @@ class ForwardRunner:
             batch: what the shadow reads: see `inputs_of`.
             shadow: by default the active one.
         """
-        self.attachment.settle()  # the embeddings may have been replaced since the last forward
+        self.attachment.refresh_hooks()  # the embeddings may have been replaced since the last forward
         shadow = self.adapters.active if shadow is None else shadow
         batch = paging.for_shadow(batch, shadow.backbone.config, shadow.dtype)
         arguments = {k: batch[k] for k in BATCH_ARGUMENTS if batch.get(k) is not None}
@@ -143,7 +143,7 @@ class ForwardRunner:
         cache = inputs["past_key_values"]
         if len(self.adapters.names) > 1:
             num_blocks = len(self.attachment.blocks)
-            inputs["past_key_values"] = architectures.hide_others(cache, num_blocks, shadow.cache_layers)
+            inputs["past_key_values"] = architectures.view_without_others(cache, num_blocks, shadow.cache_layers)
         if rows is None:
             return AdapterState(shadow.couplings, self.initial_state(inputs, shadow))
         if cache is None and not given:
@@ -187,7 +187,7 @@ class ForwardRunner:
             batch: the arguments of the forward.
             options: further arguments of the base.
         """
-        self.settle_use_cache(batch)
+        self.resolve_use_cache(batch)
         caches.check_bare(batch["past_key_values"], self.base.config)
         with self.guard_cache(batch):
             return self.call_base(batch, **options)
@@ -205,7 +205,7 @@ class ForwardRunner:
         """
         batch = paging.for_path(batch, self.base.config)
         given = {k: v for k, v in batch.items() if v is not None and k != SHADOW_MASK}
-        architectures.forget(self.base, batch.get("past_key_values"))
+        architectures.reset_recurrent_state(self.base, batch.get("past_key_values"))
         if "past_key_values" in given:
             given[self.cache_argument] = given.pop("past_key_values")
         given |= {k: v for k, v in options.items() if v is not None}
@@ -224,7 +224,7 @@ class ForwardRunner:
         cache = batch["past_key_values"]
         return nullcontext() if cache is None or torch.compiler.is_compiling() else caches.invalidate_on_error(cache)
 
-    def settle_use_cache(self, batch: Batch) -> None:
+    def resolve_use_cache(self, batch: Batch) -> None:
         """Disable the cache if this model's configuration does, as Trainer sets it: packed rows would see each other."""
         if batch["use_cache"] is None and getattr(self.config, "use_cache", None) is False:
             batch["use_cache"] = False
@@ -243,7 +243,7 @@ class ForwardRunner:
         if not architectures.takes_cache(self.base):
             batch["use_cache"] = batch["past_key_values"] = None
             return
-        self.settle_use_cache(batch)
+        self.resolve_use_cache(batch)
         if batch["use_cache"] is None:
             batch["use_cache"] = bool(self.base.config.get_text_config(decoder=True).use_cache) and not training
         cache = batch["past_key_values"]

@@ -236,7 +236,7 @@ class LanguageModelLosses:
 
     def heads(self) -> tuple[Head, Head] | None:
         """Return the heads of the attached path and of the shadow; None if a head is more than a plain linear layer."""
-        self.attachment.settle()
+        self.attachment.refresh_hooks()
         copies = self.adapters.active.heads
         modules = list(copies.values()) if copies else [self.attachment.task_head] * 2
         if not all(_is_readable(module) for module in modules):

@@ -283,7 +283,7 @@ class ShadowModel(PreTrainedModel):
         """Bring up to date the registered modules, the layers of the cache, and the keys that no checkpoint holds."""
         self._register_adapters()
         shadows = {s.first_cache_layer: s.backbone.config for s in self.adapter_set.shadows}
-        architectures.lay_out(self.config, architectures.composite_config(self.base.config, shadows))
+        architectures.copy_layers(self.config, architectures.composite_config(self.base.config, shadows))
         others = {key for key in self._keys_to_ignore_on_save or () if not key.startswith(INACTIVE)}
         self._keys_to_ignore_on_save = others | set(self.inactive_adapters.state_dict(prefix=INACTIVE))
 

@@ -61,12 +61,12 @@ class Vocabulary:
         """
         check_resizable(architectures.locate(self.base))
         known = self.fingerprint
-        self.attachment.settle()
+        self.attachment.refresh_hooks()
         if self.adapters.active.added_tokens is not None:
             self.adapters.active.added_tokens.write()
         table = self.base.resize_token_embeddings(*args, **options)
         located = architectures.locate(self.base)
-        self.attachment.settle_head(located.head)
+        self.attachment.move_head_hooks(located.head)
         kernels.patch_linears([located.head])
         for shadow in self.adapters.shadows:
             shadow.resize(located)
@@ -111,7 +111,7 @@ class Vocabulary:
     def _replace(self, put: Callable[[nn.Module], None], before: nn.Module, after: nn.Module) -> None:
         put(after)
         try:
-            self.attachment.settle()
+            self.attachment.refresh_hooks()
         except BaseModelError:
             put(before)
             raise

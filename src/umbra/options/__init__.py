@@ -242,7 +242,7 @@ def listed(value: str | list[str] | None) -> list[str]:
     return [part.strip() for text in given for part in text.split(",") if part.strip()]
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Return whether this process prints: it is the only one, or rank 0 of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
 

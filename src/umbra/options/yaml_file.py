@@ -34,7 +34,7 @@ def number(text: object) -> Any:
         return text
 
 
-def spelled(values: dict[Any, Any]) -> dict[Any, Any]:
+def restore_no(values: dict[Any, Any]) -> dict[Any, Any]:
     """Return the mapping with "no" for false in a strategy: ``save_strategy: no`` is false to YAML."""
     return {k: "no" if v is False and str(k).endswith("_strategy") else v for k, v in values.items()}
 
@@ -76,7 +76,7 @@ def _loader() -> "type[SafeLoader]":
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if len(set(keys)) < len(keys):
                 raise ValueError(f"a key stands twice at line {node.start_mark.line + 1}")
-            return spelled(super().construct_mapping(node, deep))
+            return restore_no(super().construct_mapping(node, deep))
 
         def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
             text = str(self.construct_scalar(node))

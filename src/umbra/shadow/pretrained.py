@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file
 
 from umbra.base import architectures
-from umbra.base.loading import load_tokenizer, tamed
+from umbra.base.loading import load_tokenizer, without_implementations
 from umbra.errors import BaseModelError, ConfigError, UmbraError, raising, shown
 from umbra.files import hub
 from umbra.options import EMBEDDED
@@ -73,7 +73,7 @@ def load_pretrained(path: str) -> Pretrained:
         )
     with _reading(path):
         options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32}
-        options["config"] = tamed(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        options["config"] = without_implementations(AutoConfig.from_pretrained(path, trust_remote_code=False))
         options["output_loading_info"] = True
         if not LANGUAGE_MODELS.isdisjoint(values.get("architectures") or ()):
             whole, report = cast(Any, AutoModelForCausalLM).from_pretrained(path, **options)
@@ -97,7 +97,7 @@ def _reading(path: str, fault: str = "is no model that transformers can load") -
     except UmbraError:
         raise
     except (OSError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
-        raise ConfigError(f"shadow={path!r} {fault}: {hub.way_out(path, error) or error}") from error
+        raise ConfigError(f"shadow={path!r} {fault}: {hub.offline_advice(path, error) or error}") from error
 
 
 def _check_complete(path: str, report: dict[str, Any]) -> None:
@@ -177,7 +177,9 @@ def saved_config(values: dict[str, Any]) -> PretrainedConfig:
         ConfigError: a model type that transformers does not support, or invalid values.
     """
     with raising(ConfigError, lambda error: f"The saved shadow's configuration cannot be used: {error!s:.500}"):
-        return tamed(AutoConfig.for_model(**{k: v for k, v in values.items() if k not in NOT_OF_THE_MODEL}))
+        return without_implementations(
+            AutoConfig.for_model(**{k: v for k, v in values.items() if k not in NOT_OF_THE_MODEL})
+        )
 
 
 def read_config(path: str) -> dict[str, Any]:

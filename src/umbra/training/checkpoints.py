@@ -15,7 +15,7 @@ from umbra.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_weights
 from umbra.adapters.integrity import check_digest
 from umbra.errors import CheckpointError, raising
 from umbra.files import folder
-from umbra.options import speaks
+from umbra.options import is_main_process
 
 PROGRESS = "training_progress.json"  # the state that transformers' own files leave out
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -118,7 +118,7 @@ def last_checkpoint(out: Path) -> str | None:
 
 
 def _report(skipped: dict[str, str], consequence: str) -> None:
-    if skipped and speaks():
+    if skipped and is_main_process():
         reasons = "; ".join(f"{name} ({problem})" for name, problem in skipped.items())
         print(f"Incomplete checkpoints are skipped, {consequence}: {reasons}.", file=sys.stderr)
 

@@ -32,7 +32,7 @@ from umbra.method.divergences import KINDS
 from umbra.model.attach import attach
 from umbra.model.causal_lm import ShadowForCausalLM
 from umbra.model.loading import load
-from umbra.options import PretrainOptions, speaks
+from umbra.options import PretrainOptions, is_main_process
 from umbra.shadow.pretrained import check_vocabulary
 from umbra.training.checkpoints import last_checkpoint
 from umbra.training.divergence import StopOnDivergence
@@ -315,7 +315,7 @@ def _mix(options: PretrainOptions, documents: dict[str, Documents], formatter: C
         for (source, before), texts in zip(documents.items(), distinct, strict=True)
     ]
     blocks, held_out = hold_out(blocks, options.held_out)
-    if speaks():
+    if is_main_process():
         counts = ", ".join(f"{len(b)} of {s}" for s, b in zip(documents, blocks, strict=True))
         tqdm.write(
             f"blocks of {options.max_length} tokens: {counts}; {len(held_out)} held out; {num_copies} duplicates removed"

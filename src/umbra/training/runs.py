@@ -19,7 +19,16 @@ from umbra.base import private_transformers
 from umbra.config import ShadowConfig, migrate
 from umbra.errors import CheckpointError, ConfigError, raising, unknown_key
 from umbra.files import folder
-from umbra.options import SEEDS, PretrainOptions, TrainOptions, check_bounds, check_dtype, check_types, names, speaks
+from umbra.options import (
+    SEEDS,
+    PretrainOptions,
+    TrainOptions,
+    check_bounds,
+    check_dtype,
+    check_types,
+    is_main_process,
+    names,
+)
 from umbra.training import checkpoints
 
 RUN_FILE = "run.json"  # settings and results of a run, in its output folder
@@ -224,7 +233,7 @@ class Run:
         if self.is_longer:
             self.ended_at = None if metrics is None else metrics.get("global_step")
             return None
-        if metrics is not None and speaks():
+        if metrics is not None and is_main_process():
             print(f"{out} holds this run already, finished: nothing was trained.", file=sys.stderr)
         return metrics
 
@@ -269,13 +278,13 @@ class Run:
         """Raise a CheckpointError if the run would replace a file that Umbra did not write."""
         for name in (RUN_FILE, *self.files):
             path = folder.find(self.out, name)
-            if path.is_file() and name != CARD_FILE and not self._wrote(name):
+            if path.is_file() and name != CARD_FILE and not self._is_written_by_umbra(name):
                 raise CheckpointError(
                     f"{path} was not written by this kind of run, or has been changed since: overwrite removes only what "
                     "Umbra wrote. Move it away, or choose another output_dir."
                 )
 
-    def _wrote(self, name: str) -> bool:
+    def _is_written_by_umbra(self, name: str) -> bool:
         """Return whether Umbra wrote a file in the folder, by its content or by the digest that a finished run recorded."""
         path = folder.find(self.out, name)
         try:
@@ -295,7 +304,7 @@ class Run:
 
     def clear(self, keep: tuple[str, ...] = ()) -> None:
         """Remove the files of another run, except for ``keep`` and for files that Umbra did not write."""
-        names = [n for n in self.files if n not in keep and self._wrote(n)]
+        names = [n for n in self.files if n not in keep and self._is_written_by_umbra(n)]
         for path in checkpoints.checkpoints(self.out):
             if _is_ours(path):
                 folder.remove(path)
@@ -396,6 +405,6 @@ def _clear_folder(path: Path) -> None:
                 folder.remove(inner)
         elif inner.name in INNER_FILES or (inner.name == CARD_FILE and may_replace(inner)):
             inner.unlink()
-    folder.settle(path)
+    folder.recover(path)
     with suppress(OSError):
         path.rmdir()

@@ -21,7 +21,7 @@ from umbra.method.divergences import Teacher, linear_divergence, teacher_log_pro
 from umbra.method.kernels import Head, linear_loss
 from umbra.method.losses import labelled_positions
 from umbra.model.causal_lm import ShadowForCausalLM
-from umbra.options import PretrainOptions, speaks
+from umbra.options import PretrainOptions, is_main_process
 from umbra.training.teacher_cache import TeacherCache
 from umbra.training.trainers import Inputs, Loss, ShadowTrainer
 
@@ -167,7 +167,7 @@ def measure(model: ShadowForCausalLM, blocks: np.ndarray, batch_size: int) -> di
     model.eval()
     attached, shadow = linear_heads(model)
     sums, count = torch.zeros(3, dtype=torch.float64), 0
-    is_quiet = None if speaks() else True
+    is_quiet = None if is_main_process() else True
     for start in tqdm(range(0, len(blocks), batch_size), desc="measure", leave=False, disable=is_quiet):
         ids = torch.as_tensor(blocks[start : start + batch_size], dtype=torch.long, device=model.device)
         positions, targets = labelled_positions(ids)

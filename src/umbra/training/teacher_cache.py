@@ -24,7 +24,7 @@ from tqdm import tqdm
 from umbra.errors import CheckpointError
 from umbra.files.folder import write_text
 from umbra.method.divergences import Teacher
-from umbra.options import speaks
+from umbra.options import is_main_process
 
 NOTE, TOKENS, LOG_P = "teacher.json", "tokens.npy", "log_p.npy"
 TYPES = {TOKENS: np.dtype(np.int32), LOG_P: np.dtype(np.float32)}
@@ -123,7 +123,9 @@ class TeacherCache:
             teacher_of: maps blocks (B, T) to the teacher of their B · (T − 1) tokens that have a successor.
             batch_size: number of blocks in a call.
         """
-        bar = tqdm(total=len(self.blocks), initial=self.done, desc="run teacher", disable=None if speaks() else True)
+        bar = tqdm(
+            total=len(self.blocks), initial=self.done, desc="run teacher", disable=None if is_main_process() else True
+        )
         with bar:
             for start in range(self.done, len(self.blocks), batch_size):
                 part = slice(start, min(start + batch_size, len(self.blocks)))

@@ -38,7 +38,7 @@ from umbra.files.locks import locked
 from umbra.model.attach import attach
 from umbra.model.causal_lm import ShadowForCausalLM
 from umbra.model.shadow_model import ShadowModel
-from umbra.options import TrainOptions, listed, speaks
+from umbra.options import TrainOptions, is_main_process, listed
 from umbra.shadow.draft_vocabulary import frequent_tokens
 from umbra.shadow.pretrained import check_vocabulary
 from umbra.training import warm_start
@@ -117,7 +117,7 @@ def _train(
     prompting: Prompting,
 ) -> dict[str, Any]:
     """Return the metrics of a run whose output folder is locked; it resumes from the checkpoint ``last``."""
-    if not speaks():
+    if not is_main_process():
         logging.disable_progress_bar()
     data = _read_data(options)
     shadow = _with_escalation(shadow, data.records, options.train_data)
@@ -261,7 +261,7 @@ def _labels(records: Rows, eval_records: Rows | None, problem_type: str | None) 
         return None
     values = [r["label"] for r in records]
     labels = Labels.of(values, problem_type, records.where)
-    if speaks():
+    if is_main_process():
         for line in describe_classes(labels, values):
             tqdm.write(line)
     return labels
@@ -271,7 +271,7 @@ def _with_thinking(prompting: Prompting, records: Rows, tokenizer: PreTrainedTok
     """Return the prompting, with the chat template's ``enable_thinking`` set if the records need it."""
     if not needs_thinking(ChatFormatter(tokenizer, **prompting.settings()), records):
         return prompting
-    if speaks():
+    if is_main_process():
         tqdm.write(
             "enable_thinking: true is set: the records hold reasoning, which the chat template's prompt closes by default."
         )

@@ -86,7 +86,7 @@ def has_recurrent_state(layers: Layers) -> bool | None:
     return any(states) if states else None
 
 
-def forget(model: PreTrainedModel, cache: Cache | None) -> None:
+def reset_recurrent_state(model: PreTrainedModel, cache: Cache | None) -> None:
     """Delete recurrent states that an earlier sequence left on the model's modules.
 
     RecurrentGemma stores them, with their autograd graph, on its modules instead of in the cache (transformers 5.23): a
@@ -103,7 +103,7 @@ def forget(model: PreTrainedModel, cache: Cache | None) -> None:
             setattr(module, "recurrent_states", None)  # noqa: B010
 
 
-def hide_others(cache: Cache | None, blocks: int, layers: Container[int]) -> Any:
+def view_without_others(cache: Cache | None, blocks: int, layers: Container[int]) -> Any:
     """Return a view of a cache without other shadows' layers, from which transformers could read the number of tokens.
 
     Args:
@@ -118,7 +118,7 @@ def hide_others(cache: Cache | None, blocks: int, layers: Container[int]) -> Any
     return view
 
 
-def leave_out_others(cache: Cache | None, blocks: int, layers: Container[int]) -> None:
+def drop_inactive_windows(cache: Cache | None, blocks: int, layers: Container[int]) -> None:
     """Remove inactive shadows' window layers from a new cache: assisted decoding crops all, and cannot crop empty ones.
 
     Args:
@@ -144,7 +144,7 @@ def ahead(cache: Cache, layers: range) -> Cache:
     return view
 
 
-def cannot_go_back(model: PreTrainedModel, cache: Cache) -> str | None:
+def rollback_obstacle(model: PreTrainedModel, cache: Cache) -> str | None:
     """Return why the last tokens cannot be removed from this cache of the model; None where `roll_back` can."""
     recurrent = set(layer_types(model.config.get_text_config(decoder=True))) - {
         "full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "conv", "dummy",
@@ -159,14 +159,14 @@ def cannot_go_back(model: PreTrainedModel, cache: Cache) -> str | None:
     return None
 
 
-def cannot_take_back(model: PreTrainedModel, cache: Cache) -> str | None:
+def removal_obstacle(model: PreTrainedModel, cache: Cache) -> str | None:
     """Return why the last token cannot be removed from a cache that did not record its past; None where `roll_back` can."""
     forgotten = any(
         isinstance(layer, LinearAttentionLayer)
         or (isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window)
         for layer in cache.layers
     )
-    return "its windows forget what the last token pushed out" if forgotten else cannot_go_back(model, cache)
+    return "its windows forget what the last token pushed out" if forgotten else rollback_obstacle(model, cache)
 
 
 def is_empty(cache: Cache) -> bool:

@@ -77,7 +77,7 @@ def _with_plain_layers(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def lay_out(config: PretrainedConfig, layers: PretrainedConfig) -> None:
+def copy_layers(config: PretrainedConfig, layers: PretrainedConfig) -> None:
     """Copy the layers of a configuration to another, and leave its other fields unchanged.
 
     Args:

@@ -174,7 +174,7 @@ def name_of(root: nn.Module, module: nn.Module) -> str:
     return next(name for name, m in root.named_modules() if m is module)
 
 
-def announce(causal_lm: type, classifier: type) -> None:
+def register_classes(causal_lm: type, classifier: type) -> None:
     """Register Umbra's classes in the tables where transformers looks a class up by its name.
 
     Trainer shifts labels for label smoothing only for known language models (of another it would train every token to

@@ -29,7 +29,7 @@ from umbra.lab.bench import scaling
 from umbra.lab.bench.base import RANDOM, Base, LanguageModel, random_config
 from umbra.lab.bench.cases import CASES, Case, Memory, make_batch, unlabelled
 from umbra.lab.bench.machine import Device, session
-from umbra.lab.bench.memory import weigh
+from umbra.lab.bench.memory import peak_memory
 from umbra.lab.bench.methods import METHODS, REFERENCES, Method, build, chosen, fit, trainable
 from umbra.lab.bench.records import Records
 from umbra.lab.bench.report import Report
@@ -157,7 +157,7 @@ def _run(plan: Plan, records: Records, options: BenchOptions, dtype: torch.dtype
             cases = [case for case in weighed if method in plan[case]]
             if cases:
                 width = widths.get(method.name, 0)
-                weights = weigh(cases, method, base, device, rank=rank, width=width, seed=options.seed)
+                weights = peak_memory(cases, method, base, device, rank=rank, width=width, seed=options.seed)
                 for case in cases:
                     records.put(case.name, {method.name: weights[case.name]})
                     progress.advance(case, method.name)

@@ -57,7 +57,7 @@ class Device:
         self.synchronize()
         return time.perf_counter() - started
 
-    def settle_memory(self) -> None:
+    def reset_peak_memory(self) -> None:
         """Release free memory and reset the peak."""
         if self.is_cuda:
             torch.cuda.empty_cache()
@@ -73,7 +73,7 @@ class Device:
         return torch.cuda.memory_allocated(self.torch) if self.is_cuda else _status("VmRSS")
 
     def peak_memory(self) -> int:
-        """Return the peak since `settle_memory`; on systems that cannot reset it, the peak of the process."""
+        """Return the peak since `reset_peak_memory`; on systems that cannot reset it, the peak of the process."""
         return torch.cuda.max_memory_allocated(self.torch) if self.is_cuda else _status("VmHWM")
 
     def describe(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ CHILD = f"import sys; sys.path.append(sys.argv[1]); from {__name__} import main;
 TIMEOUT = 1800  # seconds
 
 
-def weigh(
+def peak_memory(
     cases: Sequence[Memory], method: Method, base: Base, device: Device, *, rank: int, width: int, seed: int
 ) -> dict[str, Row]:  # fmt: skip
     """Return a row {"peak": bytes, "before": bytes} for each case, or one with the reason why there is none (see timing.py)."""
@@ -63,7 +63,7 @@ def weigh(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _weigh_here(task: dict[str, Any]) -> dict[str, Row]:
+def _measure_in_process(task: dict[str, Any]) -> dict[str, Row]:
     device = Device(task["device"], task["threads"])
     config = AutoConfig.from_pretrained(task["config"])
     base = Base.random(config, getattr(torch, task["dtype"]), device.torch, task["seed"])
@@ -77,7 +77,7 @@ def _weigh_here(task: dict[str, Any]) -> dict[str, Row]:
             continue
         step = Step("", "", many, length, labelled=labelled).unchecked(method, models[method.name], base)
         gc.collect()
-        device.settle_memory()
+        device.reset_peak_memory()
         before = device.memory()
         step()
         device.synchronize()
@@ -87,4 +87,4 @@ def _weigh_here(task: dict[str, Any]) -> dict[str, Row]:
 
 def main() -> None:
     """Measure the task on standard input and print its rows as the last line of standard output."""
-    print(json.dumps(_weigh_here(json.loads(sys.stdin.read()))))
+    print(json.dumps(_measure_in_process(json.loads(sys.stdin.read()))))

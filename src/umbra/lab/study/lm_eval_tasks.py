@@ -30,7 +30,7 @@ def check(name: str, options: TaskOptions) -> None:
         raise ConfigError(f"task {name}: {task} is a group of lm-eval's tasks; use its members as tasks instead.")
 
     def describe(error: Exception) -> str:
-        advice = hub.way_out(DATA, error)
+        advice = hub.offline_advice(DATA, error)
         return f"task {name}: lm-eval cannot load {task}: {error!s:.300}" + (f" ({advice})" if advice else "")
 
     with raising(DataError, describe), hub.lookup(DATA):

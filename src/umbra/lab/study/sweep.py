@@ -49,7 +49,7 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
     sizes, parameters = prepare(study)
     with locked(out):
         for record_folder in (out / "runs", out / "trials"):
-            folder.settle(record_folder)
+            folder.recover(record_folder)
         return _run_all(options, study, out, sizes, parameters)
 
 

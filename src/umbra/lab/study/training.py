@@ -53,7 +53,7 @@ def train_model(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     gc.collect()
-    device.settle_memory()
+    device.reset_peak_memory()
     before = device.memory()
     is_alone = request["kind"] == "alone"
     with model.shadow_only() if is_alone and isinstance(model, ShadowModel) else nullcontext():
