@@ -25,7 +25,7 @@ from umbra.lab.study.report import Report, plots
 from umbra.lab.study.results import Results
 
 RESULTS = Path(__file__).parent / "results"
-STUDY_FIGURES = {"scaling": ("scaling",)}  # figures of studies that docs/results.md shows
+STUDY_FIGURES = {"scaling": ("scaling",)}  # figures of studies that docs/explanation/results.md shows
 FIGURES_SHOWN: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "drafting": drafting.picture,
     "shipping-edge": shipping.picture_of_edge,

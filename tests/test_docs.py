@@ -27,7 +27,7 @@ def defined(module: Path) -> set[str]:
 
 
 def test_paper_page_names_existing_code():
-    places = re.findall(r"`([\w/]+\.py): ([\w.]+)`", (ROOT / "docs/paper.md").read_text(encoding="utf-8"))
+    places = re.findall(r"`([\w/]+\.py): ([\w.]+)`", (ROOT / "docs/explanation/method.md").read_text(encoding="utf-8"))
     assert len(places) > 10
     for file, name in places:
         assert name in defined(ROOT / "src/umbra" / file), f"{file} has no {name}"
@@ -42,7 +42,7 @@ def test_readme_names_every_room():
 
 def test_modules_page_is_up_to_date(request):
     """The page lists each module with its docstring's first line; ``make tables`` writes it."""
-    page, text = ROOT / "docs/modules.md", tables.list_modules(ROOT / "src/umbra")
+    page, text = ROOT / "docs/reference/modules.md", tables.list_modules(ROOT / "src/umbra")
     if request.config.getoption("--write-tables"):
         page.write_text(text, encoding="utf-8")
     assert page.read_text(encoding="utf-8") == text, "run `make tables`"

@@ -1,6 +1,6 @@
 """Every attention-only decoder family of transformers, from a tiny random configuration, in one pass of checks.
 
-A check that is marked ``architecture`` is a column of docs/architectures.md, each of its families a line.
+A check that is marked ``architecture`` is a column of docs/reference/architectures.md, each of its families a line.
 """
 
 import re

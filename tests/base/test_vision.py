@@ -51,7 +51,7 @@ def pair(request) -> Pair:
 
 
 def check(column: str = ""):
-    """A test of every family in turn, which fills a column of docs/architectures.md."""
+    """A test of every family in turn, which fills a column of docs/reference/architectures.md."""
     names = [name for name, family in FAMILIES.items() if column not in family.skip]
     mark = pytest.mark.parametrize("pair", names, indirect=True, scope="module")
     return lambda test: pytest.mark.architecture(column)(mark(test)) if column else mark(test)

@@ -21,7 +21,7 @@ from umbra.cli import main
 from umbra.data import ChatFormatter
 from umbra.options.yaml_file import number, read_yaml
 
-PAGE = Path(__file__).parents[2] / "docs" / "trouble.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 RECORDS = [{"prompt": f"say {c}", "completion": c} for c in "abcd"] * 3
 
 

@@ -100,7 +100,7 @@ def test_ignored_columns_and_fields_are_dropped():
 
 
 def test_documented_table_matches_code():
-    page = Path(__file__).parents[2].joinpath("docs/data.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2].joinpath("docs/reference/data.md").read_text(encoding="utf-8")
     for form, columns in COLUMNS.items():
         for column, meaning in columns.items():
             assert f"| {form} | `{column}` | {meaning} |" in page

@@ -151,7 +151,7 @@ REFUSING = RECURRENT | {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.compat("Drafting", "every family of docs/architectures.md: right, or refused with a reason")
+@pytest.mark.compat("Drafting", "every family of docs/reference/architectures.md: right, or refused with a reason")
 def test_every_family_is_exact_or_refused(name):
     """Short convolutions and shared keys can be rolled back, a recurrence cannot."""
     model, ids, mask = cast(build(name)), PADDED, MASK

@@ -1,6 +1,6 @@
 """Decoder families of transformers: a tiny configuration of each, and the reasons for unsupported ones.
 
-`test_architectures.py` runs its checks on every entry, and docs/architectures.md is written from their outcomes.
+`test_architectures.py` runs its checks on every entry, and docs/reference/architectures.md is written from their outcomes.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from support.tiny import COMMON
 
 @dataclass(frozen=True)
 class Family:
-    """One line of docs/architectures.md.
+    """One line of docs/reference/architectures.md.
 
     Args:
         kind: architecture type: dense, MoE, ALiBi, learned positions, parallel blocks, hybrid, …

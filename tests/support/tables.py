@@ -1,4 +1,4 @@
-"""Write docs/compatibility.md and docs/architectures.md from test outcomes (a pytest plugin).
+"""Write docs/reference/compatibility.md and docs/reference/architectures.md from test outcomes (a pytest plugin).
 
 A test that shows that something works with Umbra is marked ``@pytest.mark.compat("Trainers", "TRL DPOTrainer")``; a third
 argument is a note for the reader. A test of every family of decoders is marked ``@pytest.mark.architecture("trains")``: a
@@ -15,7 +15,7 @@ from support import architectures, architectures_hybrid, architectures_vision
 from support.architectures import ELSEWHERE, Family
 from umbra.base.architectures import refusal
 
-PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "compatibility.md"
 SECTIONS = ["Adapters of others", "Trainers", "Distributed", "Bases", "Caches", "Drafting", "Compiled", "Many adapters"]
 HEADER = """# What Umbra works with
 
@@ -49,7 +49,7 @@ and the like. Written by `make tables` from the tests' outcomes: do not edit by 
 
 
 def list_modules(source: Path) -> str:
-    """Return docs/modules.md: each module of a package with its docstring's first line."""
+    """Return docs/reference/modules.md: each module of a package with its docstring's first line."""
     lines = ["# Modules", "", "Each module with its purpose. Written by `make tables`: do not edit by hand.", ""]
     for path in sorted(source.rglob("*.py"), key=lambda path: (path.parent, path.name)):
         summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
@@ -63,9 +63,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "compat(section, what, note): a line of docs/compatibility.md that this test proves"
+        "markers", "compat(section, what, note): a line of docs/reference/compatibility.md that this test proves"
     )
-    config.addinivalue_line("markers", "architecture(column): a column of docs/architectures.md that this test fills")
+    config.addinivalue_line("markers", "architecture(column): a column of docs/reference/architectures.md that this test fills")
     config.pluginmanager.register(_Recorder(config), "tables")
 
 
@@ -103,7 +103,7 @@ def lines(item: pytest.Item) -> list[tuple[str, str, str]]:
 
 
 def render(outcomes: dict[tuple[str, str, str], list[bool]]) -> str:
-    """Return docs/compatibility.md from the outcomes of each line's tests."""
+    """Return docs/reference/compatibility.md from the outcomes of each line's tests."""
     page = [HEADER]
     for section in SECTIONS:
         page += [f"## {section}\n", "| what | tests | note |", "|---|---:|---|"]
@@ -124,7 +124,7 @@ def cells(item: pytest.Item) -> list[tuple[str, str]]:
 
 
 def render_architectures(outcomes: dict[tuple[str, str], list[bool]]) -> str:
-    """Return docs/architectures.md from the outcomes of each family's checks."""
+    """Return docs/reference/architectures.md from the outcomes of each family's checks."""
     page = [ARCHITECTURES_HEADER, *(f"- **{column}**: {what}" for column, what in COLUMNS.items()), ""]
     page += [f"{len(LISTED)} families.\n", f"| family | kind | shadow | {' | '.join(COLUMNS)} | note |"]
     page.append(f"|---|---|---|{':---:|' * len(COLUMNS)}---|")

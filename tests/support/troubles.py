@@ -1,6 +1,6 @@
 """Kinds of trouble that test_trouble.py provokes.
 
-``PYTHONPATH=tests python -m support.troubles`` prints the table of docs/trouble.md.
+``PYTHONPATH=tests python -m support.troubles`` prints the table of docs/reference/errors.md.
 """
 
 import json
@@ -350,7 +350,7 @@ def spoil(file: Path, drop: bool = False) -> None:
 
 
 def rows() -> str:
-    """Return the table of docs/trouble.md."""
+    """Return the table of docs/reference/errors.md."""
     lines = ["| trouble | command | umbra says | what helps |", "|---|---|---|---|"]
     for kind in KINDS:
         says = kind.says.replace("|", "\\|")

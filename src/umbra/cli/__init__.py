@@ -44,7 +44,7 @@ PATIENCE = 20  # seconds for which other ranks leave an error to rank 0, whose e
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb. See docs/trouble.md.
+    """Run one verb. See docs/reference/errors.md.
 
     Args:
         arguments: the command line; by default this process's.

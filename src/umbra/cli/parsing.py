@@ -1,6 +1,6 @@
 """Flags from dataclasses, flat YAML files, and flags that a library's own settings take.
 
-argparse reads the command line. docs/LOG.md says which libraries for settings were tried, and what each does wrong.
+argparse reads the command line. docs/explanation/log.md says which libraries for settings were tried, and what each does wrong.
 """
 
 import argparse

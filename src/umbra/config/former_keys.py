@@ -11,7 +11,7 @@ RENAMED = {"channel_scale": "input_scale"}
 REMOVED: dict[str, tuple[object, str]] = {  # key: its former default, and what to do instead
     "backbone_rate": (
         1.0,
-        "the whole shadow trains at learning_rate, since a separate rate for the backbone gave no gain (docs/LOG.md)",
+        "the whole shadow trains at learning_rate, since a separate rate for the backbone gave no gain (docs/explanation/log.md)",
     ),
     "distillation_schedule": ("constant", "distillation_weight is constant over a training; change it between runs"),
     "update": ("gated", "other updates are ablations, which only the methods of a study can have (umbra study)"),

@@ -1,7 +1,7 @@
 """The data contract: the meaning of each column of a record and of each field of a message, and what is refused.
 
 `normalize` applies it. It returns a record in canonical form: messages as transformers' chat templates read them, tools and tool
-calls in OpenAI's nested spelling with arguments as objects. docs/data.md shows `COLUMNS` and `FIELDS` as tables.
+calls in OpenAI's nested spelling with arguments as objects. docs/reference/data.md shows `COLUMNS` and `FIELDS` as tables.
 """
 
 import difflib
@@ -178,7 +178,7 @@ def _unknown(name: str, known: Collection[str], where: str, what: str) -> DataEr
     if name in MEDIA:
         return DataError(
             f"{where} has the {what} {name!r}: Umbra trains on text alone, and the model would not see it. Leave these "
-            f"records out; for images, train with transformers' Trainer and a processor (docs/data.md)."
+            f"records out; for images, train with transformers' Trainer and a processor (docs/reference/data.md)."
         )
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     hint = f"did you mean {near[0]!r}? " if near else ""

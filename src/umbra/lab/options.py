@@ -12,7 +12,7 @@ class StudyOptions(Options):
     Finished runs are reused: running the same command again resumes a killed study and runs what has changed.
     """
 
-    study: str = argument("YAML file with tasks, methods, seeds, training, search, … (docs/study.md)")
+    study: str = argument("YAML file with tasks, methods, seeds, training, search, … (docs/guides/studies.md)")
     out: str = flag("out/study", "folder for records and the report")
     retry: bool = flag(False, "repeat runs that failed before")
     json: bool = flag(False, "print JSON")

@@ -34,7 +34,7 @@ def parse_study(values: object) -> Study:
     config = replace(config, transfer=transfer, forgetting=name_list(config.forgetting, "forgetting"))
     for key, entries in (("tasks", config.tasks), ("methods", config.methods)):
         if not entries:
-            raise ConfigError(f"The study has no {key}: see docs/study.md.")
+            raise ConfigError(f"The study has no {key}: see docs/guides/studies.md.")
     for name in map(str, (*config.tasks, *config.methods)):
         if not name.isprintable():
             raise ConfigError(f"The name {name!r} has unprintable characters: remove them.")

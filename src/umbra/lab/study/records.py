@@ -1,6 +1,6 @@
 """Records: the result of one run as one JSON file, in the form of PEFT's method comparison with our additions under "umbra".
 
-docs/study.md lists the fields. A file that is damaged, or has another schema, counts as a run that is missing.
+docs/guides/studies.md lists the fields. A file that is damaged, or has another schema, counts as a run that is missing.
 """
 
 import json

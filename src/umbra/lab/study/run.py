@@ -1,4 +1,4 @@
-"""One run: a request becomes a trained model, its scores, and a record (docs/study.md describes requests and records)."""
+"""One run: a request becomes a trained model, its scores, and a record (docs/guides/studies.md describes requests and records)."""
 
 import gc
 import math

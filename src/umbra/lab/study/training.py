@@ -36,7 +36,7 @@ def train_model(
         folder: The folder for checkpoints, which stay until the record is written.
 
     Returns:
-        Time, memory, steps and losses; see docs/study.md.
+        Time, memory, steps and losses; see docs/guides/studies.md.
     """
     settings = {"save_strategy": "no", **request["training"], "seed": request["seed"]}
     last = last_checkpoint(folder) if folder.exists() else None
