@@ -150,7 +150,7 @@ def test_classifier_is_refused(tmp_path):
 def test_missing_lm_eval_names_its_extra(monkeypatch, capsys):
     monkeypatch.setattr("umbra.cli.results.find_spec", lambda name: None)
     assert main(["lm_eval", "run"]) == 2
-    assert "pip install 'umbra-peft[lm-eval]'" in capsys.readouterr().err
+    assert "umbra lm_eval needs lm_eval: pip install " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chats", [True, False])

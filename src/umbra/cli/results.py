@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from importlib.util import find_spec
 
 from umbra.errors import ConfigError
+from umbra.options.extras import install_command
 
 
 def trainer_output(as_json: bool) -> AbstractContextManager[object]:
@@ -33,4 +34,4 @@ def check_installed(command: str, extra: str, packages: tuple[str, ...]) -> None
         packages: their import names.
     """
     if missing := [package for package in packages if find_spec(package) is None]:
-        raise ConfigError(f"{command} needs {', '.join(missing)}: pip install 'umbra-peft[{extra}]'.")
+        raise ConfigError(f"{command} needs {', '.join(missing)}: {install_command(extra)}.")

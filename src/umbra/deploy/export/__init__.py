@@ -37,6 +37,7 @@ from umbra.files import folder
 from umbra.files.manifest import Manifest, check_apart, of_model, writing
 from umbra.model.loading import load
 from umbra.options import ExportOptions
+from umbra.options.extras import install_command
 from umbra.shadow.pretrained import LANGUAGE_MODELS, read_config
 
 __all__ = ["export", "table"]
@@ -182,7 +183,7 @@ def _check(options: ExportOptions) -> list[str]:
             f"--dtype is for hf, got {options.dtype} for {options.to}: use --quantization {','.join(known)}."
         )
     if missing := [p for p in PACKAGES[options.to] if find_spec(p) is None]:
-        raise ConfigError(f"--to {options.to} needs {', '.join(missing)}: pip install 'umbra-peft[{options.to}]'.")
+        raise ConfigError(f"--to {options.to} needs {', '.join(missing)}: {install_command(options.to)}.")
     for name in (*named_sources(options.prompts), *named_sources(options.vocabulary)):
         try:
             resolve(name)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from umbra.errors import ConfigError, DataError, raising, unknown_key
 from umbra.files import hub
 from umbra.lab.study.tasks import TaskOptions
+from umbra.options.extras import install_command
 
 DATA = "data sets of lm-eval"  # all of them are on the hub
 PERCENT = {  # metrics that lm-eval gives in percent: those of sacrebleu, squadv2 and truthfulqa_gen
@@ -90,5 +91,5 @@ def _manager(options: TaskOptions) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError("Tasks of lm-eval need it: pip install 'umbra-peft[lm-eval]'.") from error
+        raise ConfigError(f"Tasks of lm-eval need it: {install_command('lm-eval')}.") from error
     return TaskManager(include_path=options.lm_eval_path, include_defaults=options.lm_eval_path is None)

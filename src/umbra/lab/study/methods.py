@@ -19,6 +19,7 @@ from umbra.lab.bench.base import Base
 from umbra.lab.bench.methods import trainable
 from umbra.lab.study.ablations import attach_ablated, read_update
 from umbra.options import check_types, names
+from umbra.options.extras import install_command
 from umbra.training.train import freeze_attached_parts
 
 ATTACHED, DETACHED = "attached", "detached"
@@ -168,7 +169,7 @@ def _peft_config(kind: str, fields: dict[str, Any], classifies: bool, name: str 
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError as error:
-        raise ConfigError(f"method {name} needs PEFT: pip install 'umbra-peft[evaluate]'.") from error
+        raise ConfigError(f"method {name} needs PEFT: {install_command('evaluate')}.") from error
     fields = {"task_type": "SEQ_CLS" if classifies else "CAUSAL_LM", **fields}
     peft_type = str(fields.pop("peft_type", "")).upper()
     configs: dict[str, Callable[..., Any]] = {str(k.value): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 from umbra.data import Rows, read_hub, read_rows
 from umbra.errors import ConfigError, DataError, shown, unknown_key
 from umbra.lab.study.metrics import PUZZLE, UNANSWERABLE, UNKNOWN
+from umbra.options.extras import install_command
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJ"
@@ -223,7 +224,7 @@ def _generate(generator: str, part: str) -> list[Row]:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ConfigError("Data sets of reasoning-gym need it: pip install 'umbra-peft[evaluate]'.") from error
+        raise ConfigError(f"Data sets of reasoning-gym need it: {install_command('evaluate')}.") from error
     try:
         return list(reasoning_gym.create_dataset(generator, size=GYM_SIZES[part], seed=GYM_SEEDS[part]))
     except ValueError as error:

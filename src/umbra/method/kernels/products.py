@@ -1,8 +1,8 @@
 """Products with the base's frozen matrices on a CPU: y = x · Wᵀ + b.
 
 PyTorch multiplies in float32 by MKL. On an AMD EPYC, MKL takes up to twice as long as oneDNN, which PyTorch includes as well,
-most of all for the few rows of decoding; on Intel CPUs it is the other way round (docs/explanation/log.md). `patch_linears` sends the
-products of linear layers to oneDNN where it is faster.
+most of all for the few rows of decoding; on Intel CPUs it is the other way round (docs/explanation/log.md). `patch_linears` sends
+the products of linear layers to oneDNN where it is faster.
 """
 
 import platform
