@@ -65,7 +65,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "compat(section, what, note): a line of docs/reference/compatibility.md that this test proves"
     )
-    config.addinivalue_line("markers", "architecture(column): a column of docs/reference/architectures.md that this test fills")
+    config.addinivalue_line(
+        "markers", "architecture(column): a column of docs/reference/architectures.md that this test fills"
+    )
     config.pluginmanager.register(_Recorder(config), "tables")
 
 

@@ -106,9 +106,7 @@ def _dispatch(arguments: list[str]) -> int:
         verb = FORMER[verb]
     verbs = available_verbs()
     if verb in OF_THE_LAB and verb not in verbs:
-        raise ConfigError(
-            f"umbra {verb} needs umbra.lab, which this installation lacks: install all of Umbra."
-        )
+        raise ConfigError(f"umbra {verb} needs umbra.lab, which this installation lacks: install all of Umbra.")
     if verb not in verbs:
         raise unknown_key(verb, verbs, "umbra", "command")
     return import_module(f"umbra.cli.{verb}").run(arguments[1:])

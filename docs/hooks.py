@@ -63,7 +63,13 @@ def relinked(text: str, folder: Path, here: str) -> str:
 
 def help_text(verb: str) -> str:
     """Return the output of ``umbra VERB --help`` as a block of text."""
-    command = [sys.executable, "-c", "import sys; from umbra.cli import main; sys.exit(main())", *verb.split(), "--help"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from umbra.cli import main; sys.exit(main())",
+        *verb.split(),
+        "--help",
+    ]
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return f"```text\n{done.stdout.rstrip()}\n```"
