@@ -1,15 +1,17 @@
 """What the site adds to the pages of docs/ (a hook of mkdocs): linked files of the repository, notebooks, and help texts.
 
 Pages link to files as GitHub shows them, such as ``../../bench/results/drafting.md``. A linked file outside docs/ becomes part of
-the site, below ``repository/``. Each notebook of docs/notebooks becomes a page. A line ``<!-- help: train -->`` becomes the output of
-``umbra train --help``.
+the site, below ``repository/``. Each notebook of docs/notebooks becomes a page. A line ``<!-- help: train -->`` becomes the output
+of ``umbra train --help``, and ``<!-- fields: umbra.config ShadowConfig -->`` a table of the fields of a dataclass.
 """
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from posixpath import relpath
 
@@ -21,6 +23,7 @@ from nbconvert import MarkdownExporter
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)((?:#[^)\s]*)?\))")
+FIELDS = re.compile(r"^<!-- fields: ([\w.]+) (\w+) -->$", re.MULTILINE)
 HELP = re.compile(r"^<!-- help: ?(\w*) -->$", re.MULTILINE)
 
 
@@ -75,6 +78,20 @@ def help_text(verb: str) -> str:
     return f"```text\n{done.stdout.rstrip()}\n```"
 
 
+def field_table(module: str, name: str) -> str:
+    """Return the fields of a dataclass of options as a table: name, type, default, help text."""
+    rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(getattr(import_module(module), name)):
+        written = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        is_plain = field.default is not dataclasses.MISSING and field.default not in (None, "")
+        default = (
+            f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`" if is_plain else ""
+        )
+        cells = (f"`{field.name}`", f"`{written}`", default, field.metadata.get("help", ""))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add linked files of the repository, and a page for each notebook."""
     pages = [Path(file.abs_src_path or "") for file in files.documentation_pages()]
@@ -92,5 +109,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Mend links that leave docs/, and fill in help texts."""
     source = page.file.abs_src_path
     folder = Path(source).parent if source else (DOCS / page.file.src_uri).parent
-    fill: Callable[[re.Match[str]], str] = lambda match: help_text(match[1])  # noqa: E731
-    return HELP.sub(fill, relinked(markdown, folder, page.file.src_uri))
+    text = FIELDS.sub(lambda match: field_table(match[1], match[2]), relinked(markdown, folder, page.file.src_uri))
+    return HELP.sub(lambda match: help_text(match[1]), text)
