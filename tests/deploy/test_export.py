@@ -27,7 +27,7 @@ from umbra.options import EMBEDDED, ExportOptions
 onnx_format, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 pytest.importorskip("cyllama")
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+GUIDE = (Path(__file__).parents[2] / "docs/guides/export.md").read_text(encoding="utf-8")
 SIZES = {
     "vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "hidden_size": 64, "intermediate_size": 96,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -570,7 +570,7 @@ def test_export_that_cannot_run_is_removed(made, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
-# -- the command and the README ----------------------------------------------------------------------------------------
+# -- the command and its guide ------------------------------------------------------------------------------------------
 
 
 def test_export_command_prints_table_json_and_answer(small, made, tmp_path, capsys):
@@ -655,9 +655,8 @@ def test_killed_export_does_not_block_next_one(small, tmp_path):
     assert not (tmp_path / "out" / ".umbra-staged-x").exists()
 
 
-def test_commands_in_readme_run(made, tmp_path, monkeypatch, capsys):
-    section = README.partition("## Ship the shadow")[2].partition("\n## ")[0]
-    [block] = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+def test_commands_in_guide_run(made, tmp_path, monkeypatch, capsys):
+    [block] = re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)
     (tmp_path / "README.md").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line, comments=True) for line in block.splitlines()]

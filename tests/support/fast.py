@@ -32,7 +32,7 @@ SLOW: dict[str, set[str]] = {
     "base/test_vision": {"test_detached_model_loads_without_umbra"},
     "deploy/test_detached": {"test_detached_model_loads_without_umbra"},
     "deploy/test_export": {
-        "test_commands_in_readme_run",
+        "test_commands_in_guide_run",
         "test_escalation_token_survives_trimming",
         "test_export_command_prints_table_json_and_answer",
         "test_export_failing_parity_is_removed",
