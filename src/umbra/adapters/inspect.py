@@ -68,7 +68,7 @@ def _count_parameters(file: Path) -> dict[str, int]:
             for key in tensors.keys():  # noqa: SIM118
                 part = key.removeprefix(PREFIX).partition(".")[0]
                 counts[part] = counts.get(part, 0) + math.prod(tensors.get_slice(key).get_shape())
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error
     return counts
 

@@ -173,6 +173,6 @@ def _weights_problem(path: Path) -> str | None:
         try:
             with safe_open(path / name, framework="pt") as tensors:
                 tensors.keys()
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             return f"{name} is damaged: {error}"
     return None
