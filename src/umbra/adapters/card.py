@@ -13,7 +13,7 @@ from umbra.adapters.files import PROMPTING, TASKS, Values
 from umbra.adapters.prompting import describe
 from umbra.errors import one_line
 from umbra.files import folder
-from umbra.options import EMBEDDED, EMBEDDED_HUB_ID
+from umbra.options import EMBEDDED, EMBEDDED_HUB_ID, EMBEDDED_ORIGIN
 
 LIBRARY = "library_name: umbra"
 SEAL = re.compile(r"<!-- written by Umbra, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -59,7 +59,7 @@ tags: [umbra, shadow, peft]
 
 # ShadowPEFT adapter for {_escaped(base or "an unnamed base")}
 
-A small shadow network, trained to adapt a frozen {base_class}. It can also run without the base.
+A small shadow network, trained to adapt a frozen {base_class}. It can also run without the base.{_origin(base)}
 
 - Configuration: dialect `{config["dialect"]}`, injection rank {config["rank"]}, α = {config["alpha"]}
 - Prompts: {describe(values.get(PROMPTING))}
@@ -75,6 +75,9 @@ import umbra
 model = umbra.load("this/folder")   # loads the base by its stored name; or pass base=...
 edge = model.detached()             # the shadow alone, as a stock transformers model
 ```
+
+`umbra.load` opens this folder; `PeftModel.from_pretrained`, `AutoModelForCausalLM.from_pretrained` and `pipeline` do not. They take
+what `edge.save_pretrained` writes.
 """)
 
 
@@ -122,6 +125,11 @@ model = umbra.attach(base, umbra.ShadowConfig(shadow="this/folder"))   # or load
 def _sealed(text: str) -> str:
     """A card with the line by which an edited one is recognised."""
     return f"{text}\n<!-- written by Umbra, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def _origin(base: str | None) -> str:
+    """Where the weights of the embedded base come from; they are not those of the hub."""
+    return f" {EMBEDDED_ORIGIN}." if base == EMBEDDED else ""
 
 
 def _base_model(base: str | None) -> str:

