@@ -32,13 +32,13 @@ from umbra.data import (
     record_kind,
 )
 from umbra.data.reasoning import END_OF_THOUGHT
+from umbra.deploy.opening import MODES, Opened, open_model
 from umbra.errors import ConfigError, DataError
 from umbra.evaluation.scores import CASCADE, Score, escalates
 from umbra.model.loading import load
 from umbra.model.shadow_model import ShadowModel
 from umbra.options import EvalOptions, check_dtype, listed
 
-MODES = ("base", "attached", "detached")
 # One sequence of tokens for each prompt and nothing else, regardless of the base's generation config.
 PLAIN: dict[str, Any] = {
     "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "output_scores": False,
@@ -142,8 +142,7 @@ def score_generation(
     Raises:
         DataError: an empty prompt, or one as long as the model's positions.
     """
-    tokenizer, replies, seconds, num_tokens = formatter.tokenizer, [], 0.0, 0
-    pad, generate = cast(int, tokenizer.pad_token_id), cast("Callable[..., torch.Tensor]", runner.generate)
+    replies, seconds, num_tokens = [], 0.0, 0
     ends = end_tokens(runner, formatter) or None
     runner.eval()
     for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
@@ -152,22 +151,42 @@ def score_generation(
         rows = [formatter.tokens(p, formatter.is_plain(r)) for p, r in zip(prompts, part, strict=True)]
         if [] in rows:
             raise DataError(f"Record {start + rows.index([]) + 1} has an empty prompt: there is nothing to answer.")
-        batch = left_padded(rows, pad, runner.device)
-        new_tokens = room(runner, batch["input_ids"].shape[1], max_new_tokens)
         began = time.perf_counter()
-        out = generate(
-            **batch, max_new_tokens=new_tokens, pad_token_id=pad, eos_token_id=ends, tokenizer=tokenizer, **GREEDY
-        )
+        texts, count = generate_replies(runner, formatter, rows, max_new_tokens, ends)
         seconds += time.perf_counter() - began
-        new = out[:, batch["input_ids"].shape[1] :]
-        num_tokens += int((new != pad).sum())
-        for record, prompt, text in zip(
-            part, prompts, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
-        ):
+        num_tokens += count
+        for record, prompt, text in zip(part, prompts, texts, strict=True):
             reference = formatter.reference(record)
             right = answer_of(text, answer_pattern) == answer_of(reference, answer_pattern)
             replies.append({"prompt": prompt, "reply": text, "reference": reference, "correct": right})
     return replies, seconds, num_tokens
+
+
+@torch.no_grad()
+def generate_replies(
+    runner: PreTrainedModel, formatter: ChatFormatter, prompts: list[list[int]], new: int, ends: list[int] | None
+) -> tuple[list[str], int]:
+    """Return the greedy answers to prompts, generated in one batch, and the number of their tokens.
+
+    Args:
+        runner: the model.
+        formatter: has its tokenizer.
+        prompts: token ids.
+        new: maximum number of tokens of an answer.
+        ends: tokens that end an answer.
+
+    Raises:
+        DataError: a prompt leaves no room for an answer.
+    """
+    tokenizer, generate = formatter.tokenizer, cast("Callable[..., torch.Tensor]", runner.generate)
+    pad = cast(int, tokenizer.pad_token_id)
+    batch = left_padded(prompts, pad, runner.device)
+    width = batch["input_ids"].shape[1]
+    out = generate(
+        **batch, max_new_tokens=room(runner, width, new), pad_token_id=pad, eos_token_id=ends, tokenizer=tokenizer, **GREEDY
+    )  # fmt: skip
+    answers = out[:, width:]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True), int((answers != pad).sum())
 
 
 def room(runner: PreTrainedModel, length: int, new: int) -> int:
