@@ -25,7 +25,7 @@ from umbra.shadow.pretrained import LANGUAGE_MODELS, PROJECTED
 ADAPTER, DETACHED, PRETRAINED, STOCK = "adapter", "detached", "pretrained", "stock"  # kinds of folder
 MODES = ("base", "attached", "detached")
 CLASSIFIERS = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
-EXPECTED = "an adapter folder (umbra train), a detached shadow (umbra detach) or a pretrained shadow (umbra pretrain)"
+EXPECTED = "adapter folder (umbra train), detached shadow (umbra detach) or pretrained shadow (umbra pretrain)"
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,13 @@ class Opened:
         return name
 
     @property
+    def has_untrained_head(self) -> bool:
+        """Whether the base was a language model on disk, to which a new classification head was added."""
+        if self.model.can_generate() or not isinstance(self.model, ShadowModel):
+            return False
+        return CLASSIFIERS.isdisjoint(self.model.base.config.architectures or ())
+
+    @property
     def escalation(self) -> str | None:
         """The text of an answer that escalates, if the shadow has one."""
         if not self.model.can_generate():
@@ -86,7 +93,7 @@ def kind_of(path: str) -> str:
         return ADAPTER
     if values is None and source.is_dir() and folder.find(source, "config.json").is_file():
         return _stock_kind(path, source)
-    raise CheckpointError(f"{path} is not {EXPECTED}: {_appearance(source, values)}.")
+    raise CheckpointError(f"{path} is no {EXPECTED}: {_appearance(source, values)}.")
 
 
 def _stock_kind(path: str, source: Path) -> str:
@@ -101,7 +108,7 @@ def _stock_kind(path: str, source: Path) -> str:
     if LANGUAGE_MODELS.isdisjoint(classes) and CLASSIFIERS.isdisjoint(classes):
         raise CheckpointError(
             f"{path} holds a {', '.join(map(str, classes)) or 'model of an unnamed class'}, which has neither a language-model "
-            f"head nor a classification head; expected is {EXPECTED}."
+            f"head nor a classification head; expected is an {EXPECTED}."
         )
     written = manifest.read(source)
     command = written.asked.get("command") if written is not None and isinstance(written.asked, dict) else None

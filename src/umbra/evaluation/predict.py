@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,6 @@ from umbra.deploy.opening import Opened, open_model
 from umbra.errors import ConfigError, DataError, shown
 from umbra.evaluation.scores import escalates
 from umbra.evaluation.scoring import generate_replies, in_mode, on_accelerator
-from umbra.model.shadow_model import ShadowModel
 from umbra.options import PredictOptions, check_dtype
 
 Row = dict[str, Any]
@@ -59,20 +58,15 @@ def predict(options: PredictOptions, write: Callable[[str], object]) -> tuple[in
     if options.data != STDIN and not options.skip_bad:
         for _ in _read(options.data, request_of, None):
             pass
-    if isinstance(opened.model, ShadowModel):
-        on_accelerator(opened.model)
+    on_accelerator(opened.model)
     skipped: list[str] = []
     rows = _read(options.data, request_of, skipped if options.skip_bad else None)
     count = 0
-    with _output(options.output, write) as put, _runner(opened, mode) as runner:
+    with _output(options.output, write) as put, in_mode(opened.model, mode) as runner:
         for row in predictions(runner, opened, rows, options):
             put(json.dumps(row, ensure_ascii=False))
             count += 1
     return count, len(skipped)
-
-
-def _runner(opened: Opened, mode: str) -> AbstractContextManager[PreTrainedModel]:
-    return in_mode(opened.model, mode) if isinstance(opened.model, ShadowModel) else nullcontext(opened.model)
 
 
 # -- records -----------------------------------------------------------------------------------------------------------
@@ -133,7 +127,9 @@ def classified(row: Row, where: str) -> Row:
     """
     text = row.get("text")
     if not isinstance(text, str) or not text.strip():
-        problem = f"'text' is {shown(text)}" if "text" in row else f"it has {', '.join(map(shown, row)) or 'no columns'}"
+        problem = (
+            f"'text' is {shown(text)}" if "text" in row else f"it has {', '.join(map(shown, row)) or 'no columns'}"
+        )
         raise DataError(f"{where}: a classifier needs a column 'text' that holds text; {problem}.")
     return {"text": text}
 

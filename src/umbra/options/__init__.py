@@ -132,7 +132,8 @@ class EvalOptions(Options):
     base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
     modes: str | None = flag(
-        None, "modes to score, separated by commas: base, attached, detached; default all that the folder can run and that learned the task"
+        None,
+        "modes to score, separated by commas: base, attached, detached; default all of the folder",
     )
     split: str = flag("test", "split of the data, or a slice such as test[:100]; a file belongs to any split")
     ignore_columns: str | list[str] | None = flag(None, "columns and fields to ignore, as in umbra train")

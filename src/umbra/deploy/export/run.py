@@ -1,4 +1,4 @@
-"""Answer prompts with an exported model: python run.py "a prompt".
+"""Run an exported model: python run.py "a prompt" answers it; a classifier gives the label of a text, with probabilities.
 
 Umbra writes this file next to the model, together with prompt.json, which describes how prompts are formatted. ONNX files need
 the packages onnxruntime, tokenizers and numpy; GGUF files need cyllama and numpy. The script imports neither Umbra nor
@@ -14,6 +14,7 @@ request holds
     logits          optional: file of float32, the logits before the first rows[i] tokens of answer i, for comparison
     rows            [n, …]
     texts           [text, …] optional, to be tokenised
+    classify        [text, …] instead of all of these, for a classifier: the response has `logits` [[z, …], …] and `tokens`
 
 and the response `answers`, `next` [[id, …], …], `logits` {max, mean, rows}, `tokens` [[id, …], …], `load_seconds`,
 `first_token_seconds` [s, …], `tokens_per_second` (after the first token), `peak_bytes` of memory and `file_bytes`.
@@ -100,6 +101,12 @@ class Onnx:
     def next(self, ids: list[int]) -> int:
         """Append ids to the sequence, and return the likeliest next token."""
         return int(self.logits(ids, 1)[0].argmax())
+
+    def class_logits(self, ids: list[int]) -> np.ndarray:
+        """Return a classifier's logits (C,) of a text."""
+        inputs = {"input_ids": np.asarray([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
+        feed = {name: inputs[name] for name in self.inputs}
+        return self.session.run(["logits"], feed)[0][0]
 
     def encode(self, text: str) -> list[int]:
         """Return token ids; special tokens in the text become single ids."""
