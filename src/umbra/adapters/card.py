@@ -51,7 +51,7 @@ def model_card(values: Values, base_class: str, parameters: dict[str, int]) -> s
     base, config = values["base_model_name_or_path"], values["shadow"]
     rows = "\n".join(f"| {name} | {count:,} |" for name, count in parameters.items())
     pipeline = "text-classification" if values["task_type"] == TASKS[True] else "text-generation"
-    return _sealed(f"""---
+    return sealed(f"""---
 {_base_model(base)}{LIBRARY}
 pipeline_tag: {pipeline}
 tags: [umbra, shadow, peft]
@@ -92,7 +92,7 @@ def pretrained_card(base: str, options: dict[str, Any], metrics: dict[str, Any])
         for name, m in stages.items()
     )
     listed = "\n".join(f"- {name}: {_escaped(options[name])}" for name in SHOWN_OPTIONS if name in options)
-    return _sealed(f"""---
+    return sealed(f"""---
 {_base_model(base)}pipeline_tag: text-generation
 tags: [umbra, shadow, pretrained]
 ---
@@ -119,7 +119,7 @@ model = umbra.attach(base, umbra.ShadowConfig(shadow="this/folder"))   # or load
 """)
 
 
-def _sealed(text: str) -> str:
+def sealed(text: str) -> str:
     """A card with the line by which an edited one is recognised."""
     return f"{text}\n<!-- written by Umbra, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from umbra.base import architectures
 from umbra.data import ChatFormatter, encode_plain, end_tokens
 from umbra.data.from_json import parse_json
+from umbra.data.labels import prediction_of
 from umbra.data.records import normalize
 from umbra.data.text_files import numbered_lines
 from umbra.deploy.opening import Opened, open_model
@@ -229,19 +230,7 @@ def classes(
     logits = runner(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits.float().cpu()
     if not logits.isfinite().all():
         raise DataError("The model's logits are not finite, so nothing can be predicted.")
-    return [result_of(row, runner.config) for row in logits]
-
-
-def result_of(logits: torch.Tensor, config: Any) -> Row:
-    """Return the columns `WRITTEN` of a classifier's logits (C,)."""
-    names = cast("dict[int, str]", config.id2label)
-    if config.problem_type == "regression" or config.num_labels == 1:
-        values = [round(float(x), 6) for x in logits]
-        return {"prediction": values[0] if len(values) == 1 else values}
-    several = config.problem_type == "multi_label_classification"
-    p = logits.sigmoid() if several else logits.softmax(-1)
-    prediction = [names[i] for i in range(len(logits)) if logits[i] > 0] if several else names[int(logits.argmax())]
-    return {"prediction": prediction, "probabilities": {names[i]: round(float(x), 6) for i, x in enumerate(p)}}
+    return [prediction_of(row, runner.config) for row in logits]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

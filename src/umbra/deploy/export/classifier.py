@@ -105,7 +105,10 @@ def _write_onnx(
             response = run_request(staging / "run.py", file, {"classify": texts}, Path(scratch))
         row = _compared(file.name, size, expected, np.asarray(response["logits"], np.float32), texts)
         row = Parity(
-            **{**asdict(row), "prompts_tokenised_alike": sum(a == b for a, b in zip(ids, response["tokens"], strict=True))}
+            **{
+                **asdict(row),
+                "prompts_tokenised_alike": sum(a == b for a, b in zip(ids, response["tokens"], strict=True)),
+            }
         )
         if name == "fp32":
             _check(row, True)
