@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from umbra import __version__
-from umbra.adapters.card import may_replace, sealed
+from umbra.adapters.card import escaped, may_replace, sealed
 from umbra.data import ChatFormatter
 from umbra.deploy.export.parity import WHOLE, Parity, table
 from umbra.files import folder
@@ -32,7 +32,7 @@ def write_readme(
         return
     name, files = out.absolute().name, [row for row in rows if row.file != WHOLE]
     task = "It classifies texts." if classifies else "It answers prompts."
-    origin = f"the base `{base}`" if base else "its base"
+    origin = f"the base {escaped(base)}" if base else "its base"
     lines = [
         f"# {name}", "",
         f"A detached shadow of {origin}: a small model that runs alone, written by Umbra {__version__} "
