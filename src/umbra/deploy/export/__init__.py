@@ -151,7 +151,9 @@ def _write_classifier(
     """Write all files of a classifier, and compare them with the model."""
 
     def describe(staging: Path, rows: list[Parity]) -> None:
-        write_readme(staging, out, options, rows, writer, _base_of(options), classifies=True)
+        write_readme(
+            staging, out, options, rows, writer, _base_of(options), labels=list(model.config.id2label.values())
+        )
 
     return write_classifier(model, writer.tokenizer, out, quantizations, prompts, options, describe)
 

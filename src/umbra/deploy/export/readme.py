@@ -15,7 +15,7 @@ PLACEHOLDER = "PROMPT"
 
 def write_readme(
     staging: Path, out: Path, options: ExportOptions, rows: list[Parity], writer: ChatFormatter, base: str | None,
-    *, classifies: bool = False,
+    *, labels: list[str] | None = None,
 ) -> None:  # fmt: skip
     """Write README.md beside the exported files, unless the user has written one.
 
@@ -26,12 +26,13 @@ def write_readme(
         rows: the comparison of each file with PyTorch.
         writer: formats prompts.
         base: name of the base; None if it is unknown.
-        classifies: whether the model is a classifier.
+        labels: names of a classifier's classes; None for a language model.
     """
     if not may_replace(out / README):
         return
+    classifies = labels is not None
     name, files = out.absolute().name, [row for row in rows if row.file != WHOLE]
-    task = "It classifies texts." if classifies else "It answers prompts."
+    task = f"It classifies texts as {escaped(', '.join(labels))}." if labels else "It answers prompts."
     origin = f"the base {escaped(base)}" if base else "its base"
     lines = [
         f"# {name}", "",
