@@ -5,6 +5,7 @@ Its likelihoods show whether it knows the answer.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,13 @@ MOST_ANSWERS = 24  # a set of more distinct answers is not taken for a closed on
 LEAST_REPETITION = 4  # records per distinct answer, at least
 
 
-def closed_answers(records: list[Record], opened: Opened) -> list[str]:
+def closed_answers(records: Sequence[Record]) -> list[str]:
     """Return the allowed answers of a task, sorted, if its records repeat a few; otherwise none.
 
     Args:
         records: the records, all of one kind.
-        opened: the folder whose model answers.
     """
-    if not opened.model.can_generate() or not all(isinstance(r.get("completion"), str) for r in records):
+    if not all(isinstance(r.get("completion"), str) for r in records):
         return []
     answers = sorted({r["completion"] for r in records})
     return answers if 2 <= len(answers) <= min(MOST_ANSWERS, len(records) // LEAST_REPETITION) else []

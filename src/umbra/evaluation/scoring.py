@@ -387,7 +387,7 @@ def score_modes(options: EvalOptions) -> tuple[list[Score], Replies]:
     for mode in _possible_modes(opened, modes):
         result, replies[mode] = score(opened, records, mode, options)
         scores.append(result)
-        if mode == "base" and (answers := closed_answers(records, opened)):
+        if mode == "base" and (answers := closed_answers(records)):
             result, replies[LIKELIHOOD] = score_likelihood(opened, records, answers, options.batch_size)
             scores.append(result)
     both = cascade(opened, replies)
