@@ -278,10 +278,10 @@ def test_base_row_by_likelihood_needs_few_repeated_answers(tmp_path, capsys):
     make().save_pretrained(tmp_path / "adapter")
     make_base().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
-    rows = [{"prompt": f"is {i} even", "completion": "no" if i % 2 else "yes"} for i in range(8)]
+    rows = [{"prompt": f"is {i} even", "completion": "no" if i % 2 else "yes"} for i in range(10)]
     for count, modes in (
-        (8, ["base", "base, likelihood", "attached", "detached"]),
-        (6, ["base", "attached", "detached"]),
+        (10, ["base", "base, likelihood", "attached", "detached"]),
+        (8, ["base", "attached", "detached"]),
     ):
         data = write(tmp_path / "data.jsonl", rows[:count])
         flags = ["--base", str(tmp_path / "base"), "--max-new-tokens", "2", "--json"]

@@ -20,7 +20,7 @@ from umbra.method.losses import IGNORED
 from umbra.model.shadow_model import ShadowModel
 
 MOST_ANSWERS = 24  # a set of more distinct answers is not taken for a closed one
-LEAST_REPETITION = 4  # records per distinct answer, at least
+LEAST_REPETITION = 5  # records per distinct answer, at least
 
 
 def closed_answers(records: Sequence[Record]) -> list[str]:

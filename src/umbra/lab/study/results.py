@@ -86,12 +86,13 @@ class Results:
         self.alone = [v for v in self.variants if v.kind == "alone" and v.method not in chosen]
 
     def _scored_modes(self, name: str, method: dict[str, Any]) -> list[str]:
-        """Return the modes of a method; the bare base's also by likelihood, where some record has it."""
+        """Return the modes of a method; the bare base's also by likelihood, where a trained task has it."""
         measured = method["kind"] == "base" and any(
             BY_LIKELIHOOD in modes
             for record in self.runs
             if name in self.names_of(record)
-            for modes in record["umbra"]["scores"].values()
+            for task, modes in record["umbra"]["scores"].items()
+            if task in self.trained
         )
         return [*method["modes"], *([BY_LIKELIHOOD] if measured else [])]
 
