@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -261,13 +261,17 @@ def _output(name: str | None, write: Callable[[str], object]) -> Iterator[Callab
         yield write
         return
     partial = Path(f"{name}{PARTIAL}")
-    try:
+    with ExitStack() as on_failure:
+        on_failure.callback(_keep_partial, partial)
         with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield lambda line: print(line, file=file, flush=True)
-    except BaseException:
-        if partial.is_file() and partial.stat().st_size:
-            print(f"umbra: the predictions so far are in {partial}", file=sys.stderr)
-        else:
-            partial.unlink(missing_ok=True)
-        raise
+        on_failure.pop_all()
     partial.replace(name)
+
+
+def _keep_partial(partial: Path) -> None:
+    """Name the file of an interrupted command on standard error, or remove it if it is empty."""
+    if partial.is_file() and partial.stat().st_size:
+        print(f"umbra: the predictions so far are in {partial}", file=sys.stderr)
+    else:
+        partial.unlink(missing_ok=True)

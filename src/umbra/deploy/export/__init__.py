@@ -152,7 +152,7 @@ def _write_classifier(
 
     def describe(staging: Path, rows: list[Parity]) -> None:
         write_readme(
-            staging, out, options, rows, writer, _base_of(options), labels=list(model.config.id2label.values())
+            staging, out, options, rows, writer, _base_of(options), labels=list((model.config.id2label or {}).values())
         )
 
     return write_classifier(model, writer.tokenizer, out, quantizations, prompts, options, describe)

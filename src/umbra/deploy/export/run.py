@@ -32,12 +32,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-try:
+if TYPE_CHECKING:
     import numpy as np
-except ImportError:  # main names it
-    np: Any = None
+else:
+    try:
+        import numpy as np
+    except ImportError:  # _load names it
+        np = None
 
 OLDEST = (3, 10)  # the oldest Python
 CHUNK = 512  # tokens per batch of llama.cpp
@@ -112,7 +115,7 @@ class Onnx:
         """Return a classifier's logits (C,) of a text."""
         inputs = {"input_ids": np.asarray([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
         feed = {name: inputs[name] for name in self.inputs}
-        return self.session.run(["logits"], feed)[0][0]
+        return np.asarray(self.session.run(["logits"], feed)[0])[0]
 
     def encode(self, text: str) -> list[int]:
         """Return token ids; special tokens in the text become single ids."""
