@@ -39,7 +39,15 @@ NARROW = {
 PROMPTS = "Why is the sky blue?\nHow are you, Zoë?\nWhat is 12 plus 345?\n"
 PLAIN = {"onnx": "fp32", "gguf": "f16"}
 FILES = {
-    "onnx": {"README.md", "tokenizer.json", "prompt.json", "run.py", "parity.json", "model-fp32.onnx", "model-fp32.onnx.data"},
+    "onnx": {
+        "README.md",
+        "tokenizer.json",
+        "prompt.json",
+        "run.py",
+        "parity.json",
+        "model-fp32.onnx",
+        "model-fp32.onnx.data",
+    },
     "gguf": {"README.md", "Modelfile", "prompt.json", "run.py", "parity.json", "model-f16.gguf"},
 }
 
