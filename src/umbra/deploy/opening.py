@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from umbra.adapters.files import CONFIG_FILE, local_folder, read_json, read_optional_json
+from umbra.adapters.files import CONFIG_FILE, is_umbra, local_folder, read_json, read_optional_json
 from umbra.adapters.interop import recognise
 from umbra.adapters.prompting import open_formatter
 from umbra.base.loading import load_base, load_tokenizer
@@ -89,7 +89,7 @@ def kind_of(path: str) -> str:
     """
     source = local_folder(path)
     values = read_optional_json(source, CONFIG_FILE) if source.is_dir() else None
-    if recognise(source, values) or (values is not None and values.get("peft_type") == "UMBRA"):
+    if recognise(source, values) or (values is not None and is_umbra(values)):
         return ADAPTER
     if values is None and source.is_dir() and folder.find(source, "config.json").is_file():
         return _stock_kind(path, source)
