@@ -26,7 +26,7 @@ from support.folders import (
 )
 from support.tiny import ARCHITECTURES, CLASSIFIERS, class_labels, make, make_base, scramble, tokens
 from umbra import BaseModelError, CheckpointError, ConfigError
-from umbra.adapters.files import TOKENIZER_PATTERNS
+from umbra.adapters.files import PEFT_TYPE, TOKENIZER_PATTERNS
 
 # -- round trips ---------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ def test_adapter_folder_has_three_files_and_no_base_weights(tmp_path, classifier
 
 def test_configuration_is_plain_json(saved):
     values = json.loads((saved / CONFIG).read_text(encoding="utf-8"))
-    assert (values["peft_type"], values["task_type"], values["format_version"]) == ("UMBRA", "CAUSAL_LM", 4)
+    assert (values["peft_type"], values["task_type"], values["format_version"]) == (PEFT_TYPE, "CAUSAL_LM", 4)
     assert umbra.ShadowConfig.from_dict(values["shadow"]) == make().shadow_config
     assert values["shadow_model_config"]["model_type"] == "llama"
     assert "quantization_config" not in values["shadow_model_config"]

@@ -39,8 +39,16 @@ NARROW = {
 PROMPTS = "Why is the sky blue?\nHow are you, Zoë?\nWhat is 12 plus 345?\n"
 PLAIN = {"onnx": "fp32", "gguf": "f16"}
 FILES = {
-    "onnx": {"tokenizer.json", "prompt.json", "run.py", "parity.json", "model-fp32.onnx", "model-fp32.onnx.data"},
-    "gguf": {"Modelfile", "prompt.json", "run.py", "parity.json", "model-f16.gguf"},
+    "onnx": {
+        "README.md",
+        "tokenizer.json",
+        "prompt.json",
+        "run.py",
+        "parity.json",
+        "model-fp32.onnx",
+        "model-fp32.onnx.data",
+    },
+    "gguf": {"README.md", "Modelfile", "prompt.json", "run.py", "parity.json", "model-f16.gguf"},
 }
 
 

@@ -12,14 +12,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import umbra
 from support.families import build, cast
 from support.tables import FAMILIES
-from support.tiny import make, make_base
+from support.tiny import LLAMA_LIKE, make, make_base
 from support.tokenizer import make_tokenizer
 from umbra.adapters.card import model_card
+from umbra.base.loading import load_base
 from umbra.cli import main
 from umbra.data import ChatFormatter, end_tokens, read_records
 from umbra.deploy.detach import write_detached
 from umbra.deploy.export.to_gguf import modelfile
 from umbra.errors import ConfigError, DataError, DetachError
+from umbra.evaluation.likelihood import choose
 from umbra.evaluation.scoring import score_generation
 
 THOUGHTS = "<think>\n\n</think>\n\n"
@@ -246,3 +248,58 @@ def umbra_eval(adapter: str, data: str, output: str):
     from umbra.options import EvalOptions
 
     return score_adapter(EvalOptions(adapter, data, output=output))
+
+
+# -- the base by likelihood --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_likelihood_chooses_as_single_texts(tmp_path):
+    """In one padded batch, the base chooses the answer whose tokens have the largest Σ log p when each text runs alone."""
+    model, formatter = make_base(**LLAMA_LIKE), ChatFormatter(make_tokenizer())
+    answers, records = (
+        ["yes", "no", "perhaps not"],
+        [{"prompt": p, "completion": "no"} for p in ("is it", "a b c d", "why?")],
+    )
+    expected = []
+    for record in records:
+        sums = []
+        for answer in answers:
+            encoded = formatter.encode({**record, "completion": answer})
+            log_p = model(torch.from_numpy(encoded["input_ids"])[None].long()).logits[0].log_softmax(-1)
+            sums.append(sum(float(log_p[i - 1, t]) for i, t in enumerate(encoded["labels"].tolist()) if t != -100))
+        expected.append(answers[sums.index(max(sums))])
+    replies = choose(model, formatter, records, answers, batch_size=3)
+    assert [r["reply"] for r in replies] == expected
+    assert [r["correct"] for r in replies] == [reply == "no" for reply in expected]
+
+
+def test_base_row_by_likelihood_needs_few_repeated_answers(tmp_path, capsys):
+    make().save_pretrained(tmp_path / "adapter")
+    make_base().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"is {i} even", "completion": "no" if i % 2 else "yes"} for i in range(10)]
+    for count, modes in (
+        (10, ["base", "base, likelihood", "attached", "detached"]),
+        (8, ["base", "attached", "detached"]),
+    ):
+        data = write(tmp_path / "data.jsonl", rows[:count])
+        flags = ["--base", str(tmp_path / "base"), "--max-new-tokens", "2", "--json"]
+        assert main(["eval", str(tmp_path / "adapter"), data, *flags]) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert [score["mode"] for score in scores] == modes
+
+
+def test_untrained_head_of_a_base_gets_no_row(tmp_path, capsys):
+    """A base that was a language model on disk has none; one that was a classifier has a row."""
+    data = write(tmp_path / "data.jsonl", [{"text": "abc", "label": "LABEL_0"}, {"text": "xyz", "label": "LABEL_1"}])
+    for kind, modes in (("language", ["attached", "detached"]), ("classifier", ["base", "attached", "detached"])):
+        base = tmp_path / kind
+        make_base(classifier=kind == "classifier").save_pretrained(base)
+        make_tokenizer().save_pretrained(base)
+        model = umbra.attach(load_base(str(base), classifier={"num_labels": 2}), umbra.ShadowConfig(rank=4))
+        model.save_pretrained(tmp_path / f"{kind}-adapter")
+        assert main(["eval", str(tmp_path / f"{kind}-adapter"), data, "--json"]) == 0
+        captured = capsys.readouterr()
+        assert [score["mode"] for score in json.loads(captured.out)] == modes
+        assert ("random weights" in captured.err) == (kind == "language")

@@ -322,3 +322,26 @@ def test_study_commands_run_report_and_refuse(done, capsys, monkeypatch):
     assert "holds no study" in capsys.readouterr().err
     assert main(["study", str(done / "nowhere.yaml")]) == 2
     assert "cannot be read as YAML" in capsys.readouterr().err
+
+
+def test_base_is_also_scored_by_likelihood(tmp_path, base_folder):
+    """Where answers repeat, the bare base has a second row; a record without it, of an earlier version, is read as before."""
+    rows = [{"prompt": f"is {i} even", "completion": "no" if i % 2 else "yes"} for i in range(20)]
+    tested = lines(tmp_path / "test.jsonl", [{**r, "prompt": f"so {r['prompt']}"} for r in rows[:10]])
+    task = {"train": lines(tmp_path / "train.jsonl", rows), "test": tested, "validation": 4}
+    given = study_of(tmp_path, base_folder, tasks={"even": task}, methods={"base": {"kind": "base"}})
+    for key in ("search", "transfer", "forgetting"):
+        given.pop(key)
+    given |= {"match": None, "training": {**given["training"], "learning_rate": 1e-3}}
+    assert run_study(tmp_path, given)["failed"] == 0
+    results = results_of(tmp_path)
+    assert [v.name for v in results.variants] == ["base", "base, by likelihood"]
+    [record] = results.runs
+    score = record["umbra"]["scores"]["even"]["likelihood"]
+    assert len(score["items"]) == 10
+    assert results.score(results.variants[1], "even", "even").mean == pytest.approx(score["value"])
+    assert "base, by likelihood" in (tmp_path / "out" / "report.md").read_text()
+    file = next((tmp_path / "out" / "runs").glob("*.json"))
+    del record["umbra"]["scores"]["even"]["likelihood"]
+    file.write_text(json.dumps(record))
+    assert [v.name for v in results_of(tmp_path).variants] == ["base"]

@@ -19,6 +19,7 @@ from umbra.cli import main
 from umbra.data import ChatFormatter
 from umbra.method import divergences as divergence
 from umbra.method.divergences import KINDS, teacher_log_probs
+from umbra.model import causal_lm
 from umbra.training import pretrain, stages
 from umbra.training.train import train
 
@@ -298,7 +299,7 @@ def test_unwritable_output_is_refused_early(settings, monkeypatch):
     def refuse(model):
         raise umbra.DetachError("no such model")
 
-    monkeypatch.setattr(umbra.ShadowForCausalLM, "detached", refuse)
+    monkeypatch.setattr(causal_lm.ShadowForCausalLM, "detached", refuse)
     monkeypatch.setattr(pretrain, "_run_stage", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(umbra.DetachError):
         pretrain.pretrain(settings)

@@ -13,7 +13,7 @@ from umbra.adapters.files import PROMPTING, TASKS, Values
 from umbra.adapters.prompting import describe
 from umbra.errors import one_line
 from umbra.files import folder
-from umbra.options import EMBEDDED, EMBEDDED_HUB_ID
+from umbra.options import EMBEDDED, EMBEDDED_HUB_ID, EMBEDDED_ORIGIN
 
 LIBRARY = "library_name: umbra"
 SEAL = re.compile(r"<!-- written by Umbra, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -51,15 +51,15 @@ def model_card(values: Values, base_class: str, parameters: dict[str, int]) -> s
     base, config = values["base_model_name_or_path"], values["shadow"]
     rows = "\n".join(f"| {name} | {count:,} |" for name, count in parameters.items())
     pipeline = "text-classification" if values["task_type"] == TASKS[True] else "text-generation"
-    return _sealed(f"""---
+    return sealed(f"""---
 {_base_model(base)}{LIBRARY}
 pipeline_tag: {pipeline}
 tags: [umbra, shadow, peft]
 ---
 
-# ShadowPEFT adapter for {_escaped(base or "an unnamed base")}
+# ShadowPEFT adapter for {escaped(base or "an unnamed base")}
 
-A small shadow network, trained to adapt a frozen {base_class}. It can also run without the base.
+A small shadow network, trained to adapt a frozen {base_class}. It can also run without the base.{_origin(base)}
 
 - Configuration: dialect `{config["dialect"]}`, injection rank {config["rank"]}, α = {config["alpha"]}
 - Prompts: {describe(values.get(PROMPTING))}
@@ -75,6 +75,9 @@ import umbra
 model = umbra.load("this/folder")   # loads the base by its stored name; or pass base=...
 edge = model.detached()             # the shadow alone, as a stock transformers model
 ```
+
+`umbra.load` opens this folder; `PeftModel.from_pretrained`, `AutoModelForCausalLM.from_pretrained` and `pipeline` do not. They take
+what `edge.save_pretrained` writes.
 """)
 
 
@@ -91,13 +94,13 @@ def pretrained_card(base: str, options: dict[str, Any], metrics: dict[str, Any])
         f"| {name} | {m['cross_entropy']:.3f} | {m['divergence']:.3f} | {m['agreement']:.1%} |"
         for name, m in stages.items()
     )
-    listed = "\n".join(f"- {name}: {_escaped(options[name])}" for name in SHOWN_OPTIONS if name in options)
-    return _sealed(f"""---
+    listed = "\n".join(f"- {name}: {escaped(options[name])}" for name in SHOWN_OPTIONS if name in options)
+    return sealed(f"""---
 {_base_model(base)}pipeline_tag: text-generation
 tags: [umbra, shadow, pretrained]
 ---
 
-# Pretrained shadow for {_escaped(base)}
+# Pretrained shadow for {escaped(base)}
 
 A small language model with {metrics["parameters"]:,} trained parameters, pretrained to start ShadowPEFT adapters of the base
 above.
@@ -119,9 +122,14 @@ model = umbra.attach(base, umbra.ShadowConfig(shadow="this/folder"))   # or load
 """)
 
 
-def _sealed(text: str) -> str:
+def sealed(text: str) -> str:
     """A card with the line by which an edited one is recognised."""
     return f"{text}\n<!-- written by Umbra, sha256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def _origin(base: str | None) -> str:
+    """Where the weights of the embedded base come from; they are not those of the hub."""
+    return f" {EMBEDDED_ORIGIN}." if base == EMBEDDED else ""
 
 
 def _base_model(base: str | None) -> str:
@@ -131,7 +139,7 @@ def _base_model(base: str | None) -> str:
     return f"base_model: {name}\n" if is_id else ""
 
 
-def _escaped(value: object) -> str:
+def escaped(value: object) -> str:
     """Foreign text for Markdown, on one line and without markup; local folders by their last part alone."""
     text = str(value)
     text = os.path.basename(text.rstrip("/")) or text if os.path.isabs(text) else text

@@ -25,6 +25,9 @@ PREFIX = "shadow."  # of the tensors in WEIGHTS_FILE: their names in the model's
 
 # Entries of CONFIG_FILE.
 DIGEST, DRAFT_TOKENS, PROMPTING = "sha256", "draft_tokens", "prompting"
+PEFT_TYPE = (
+    "UMBRA: open this folder with umbra.load"  # PEFT and transformers stop at a type that they do not know, and name it
+)
 TASKS = {False: "CAUSAL_LM", True: "SEQ_CLS"}  # task_type, by whether the base is a classifier
 
 # Version 1 (2026-11) had neither a digest nor weight samples of quantised bases. Version 2 had no tokenizer, and samples
@@ -82,6 +85,11 @@ def read_config(path: str | Path) -> Values:
     return check_config(read_json(Path(path), CONFIG_FILE), folder.find(Path(path), CONFIG_FILE))
 
 
+def is_umbra(values: Values) -> bool:
+    """Return whether Umbra wrote an ``adapter_config.json`` with this content."""
+    return str(values.get("peft_type")).partition(":")[0] == "UMBRA"
+
+
 def check_config(values: Values, file: Path) -> Values:
     """Check that the content of an ``adapter_config.json`` has a readable version and entries of the right types.
 
@@ -95,8 +103,11 @@ def check_config(values: Values, file: Path) -> Values:
     Raises:
         CheckpointError: it was not written by Umbra, has a later format, or an entry is missing or of a wrong type.
     """
-    if values.get("peft_type") != "UMBRA":
-        raise CheckpointError(f"{file} was not written by Umbra (peft_type is {values.get('peft_type')!r:.80}).")
+    if not is_umbra(values):
+        raise CheckpointError(
+            f"{file} was not written by Umbra (peft_type is {values.get('peft_type')!r:.80}). An adapter of another kind is opened "
+            f"by the package that wrote it, PeftModel.from_pretrained(base, {str(file.parent)!r}) for PEFT's."
+        )
     version = values.get("format_version")
     if isinstance(version, bool) or version not in READABLE_VERSIONS:
         raise CheckpointError(

@@ -23,6 +23,7 @@ from umbra.adapters.prompting import Prompting, describe
 from umbra.config import CONSTANTS, DIALECTS, ShadowConfig
 from umbra.errors import CheckpointError, ConfigError, plain
 from umbra.files import folder
+from umbra.options import EMBEDDED, EMBEDDED_ORIGIN
 from umbra.shadow.pretrained import saved_config
 
 
@@ -68,7 +69,7 @@ def _count_parameters(file: Path) -> dict[str, int]:
             for key in tensors.keys():  # noqa: SIM118
                 part = key.removeprefix(PREFIX).partition(".")[0]
                 counts[part] = counts.get(part, 0) + math.prod(tensors.get_slice(key).get_shape())
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error
     return counts
 
@@ -117,6 +118,7 @@ def explain(description: dict[str, Any]) -> str:
         f"  shadow      {shadow['model_type']}, {shadow['num_hidden_layers']} layers of width {shadow['hidden_size']}",
         f"  base        {base['model_type']}, {base['num_hidden_layers']} layers of width {base['hidden_size']}, "
         f"{base['vocab_size']} tokens",
+        *([f"              {EMBEDDED_ORIGIN}"] if base["name"] == EMBEDDED else []),
         *([f"  drafts      from {description['draft_vocabulary']} tokens"] if description["draft_vocabulary"] else []),
         f"  prompts     {description['prompting']}",
         "  parameters",

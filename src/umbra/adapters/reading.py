@@ -44,6 +44,7 @@ from umbra.base.loading import load_base
 from umbra.config import ShadowConfig
 from umbra.errors import BaseModelError, CheckpointError, ConfigError, UmbraError
 from umbra.files import folder
+from umbra.options import EMBEDDED, EMBEDDED_ORIGIN
 from umbra.shadow.network import Shadow
 from umbra.shadow.pretrained import saved_config
 
@@ -197,6 +198,8 @@ def open_with_base(
         BaseModelError: the base cannot be loaded, or is not the adapter's.
         ConfigError: ``base_options`` beside a base that is a model.
     """
+    if "is_trainable" in base_options:
+        raise ConfigError("is_trainable is an argument of PEFT: write trainable=….")
     saved = open_adapter(path, shadow)
     if base_options and isinstance(base, PreTrainedModel):
         raise ConfigError(f"{', '.join(base_options)}: for loading a base by its name, but a model was given.")
@@ -296,4 +299,9 @@ def _check(saved: SavedAdapter | Foreign, path: str | Path, base: PreTrainedMode
     located, classifier, num_labels = architectures.locate(base), saved.classifier, base.config.num_labels
     if located.is_classifier and classifier is not None and classifier.get("num_labels") != num_labels:
         raise CheckpointError(f"{path} knows {classifier.get('num_labels')} labels, the base's head {num_labels}.")
-    saved.check(located, allow_other_base)
+    try:
+        saved.check(located, allow_other_base)
+    except BaseModelError as error:
+        if saved.base_name != EMBEDDED:
+            raise
+        raise BaseModelError(f"{error} {EMBEDDED_ORIGIN}.") from error

@@ -17,6 +17,7 @@ from umbra.adapters.files import (
     DIGEST,
     DRAFT_TOKENS,
     FORMAT_VERSION,
+    PEFT_TYPE,
     PREFIX,
     PROMPTING,
     TASKS,
@@ -189,7 +190,7 @@ def describe(attached: AttachedShadow) -> Values:
         for name in ("num_labels", "id2label", "problem_type")
     }
     return {
-        "peft_type": "UMBRA",
+        "peft_type": PEFT_TYPE,
         "task_type": TASKS[is_classifier],
         "base_model_name_or_path": _absolute(attached.base.name_or_path),
         "format_version": FORMAT_VERSION,

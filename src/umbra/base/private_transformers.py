@@ -158,7 +158,7 @@ def use_one_gpu(arguments: "TrainingArguments") -> None:
 
 def compile_on_all_devices(config: CompileConfig) -> None:
     """Let generation compile on a CPU too, where transformers does not compile automatically."""
-    config._compile_all_devices = True
+    config._compile_all_devices = True  # type: ignore[assignment]
 
 
 def mark_changed(generation: GenerationConfig, *, is_read_back: bool = True) -> None:

@@ -23,6 +23,7 @@ VERBS = {
     },
     "Use": {
         "eval": "score base, attached and detached on a held-out set",
+        "predict": "predict a label or an answer for every line of a JSON Lines file or of standard input",
         "generate": "answer a prompt, streaming",
         "inspect": "explain an adapter folder",
     },

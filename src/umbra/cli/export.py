@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 from umbra.cli.parsing import parse
+from umbra.cli.results import trainer_output
 from umbra.cli.terminal import say
 from umbra.options import ExportOptions
 
@@ -11,9 +12,10 @@ from umbra.options import ExportOptions
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     options = parse("umbra export", ExportOptions, arguments)
-    from umbra.deploy.export import export, table
+    with trainer_output(options.json):
+        from umbra.deploy.export import export, table
 
-    rows, answer = export(options)
+        rows, answer = export(options)
     if options.json:
         result = {"path": options.out, "files": [dataclasses.asdict(r) for r in rows], "answer": answer}
         say(json.dumps(result, indent=2, ensure_ascii=False))

@@ -1,9 +1,9 @@
 """``umbra generate``: answer one prompt."""
 
 import json
-from contextlib import nullcontext
 
 from umbra.cli.parsing import parse
+from umbra.cli.results import trainer_output
 from umbra.cli.terminal import raw_output, say
 from umbra.options import GenerateOptions
 
@@ -11,9 +11,9 @@ from umbra.options import GenerateOptions
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit code."""
     options = parse("umbra generate", GenerateOptions, arguments)
-    from umbra.evaluation.generate import generate
+    with trainer_output(True) if options.json else raw_output():
+        from umbra.evaluation.generate import generate
 
-    with nullcontext() if options.json else raw_output():
         answer = generate(options)
     if options.json:
         say(json.dumps(answer, indent=2, ensure_ascii=False))

@@ -4,7 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from umbra.config.dialects import (
     CONSTANTS,
@@ -226,6 +226,13 @@ class ShadowConfig:
             ConfigError: an unknown or removed key, or a value outside its range.
         """
         return cls(**migrate({str(key): value for key, value in values.items()}))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Raise an AttributeError, which explains what PEFT's get_peft_model would read."""
+        advice = (
+            ": get_peft_model is PEFT's; write umbra.attach(base, config)" if name == "base_model_name_or_path" else ""
+        )
+        raise AttributeError(f"ShadowConfig has no {name}{advice}.")
 
     @classmethod
     def keys(cls) -> list[str]:

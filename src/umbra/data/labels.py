@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from torch import Tensor
+from transformers import PretrainedConfig
+
 from umbra.errors import DataError, shown
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -208,3 +211,23 @@ def _sorted(values: Iterable[Any]) -> list[str]:
     by_name = {class_name(v): v for v in values}
     numeric = all(isinstance(v, int | float) for v in by_name.values())
     return sorted(by_name, key=lambda name: by_name[name]) if numeric else sorted(by_name)
+
+
+def prediction_of(logits: Tensor, config: PretrainedConfig) -> dict[str, Any]:
+    """Return a classifier's prediction as plain values.
+
+    Args:
+        logits: (C,) of one text.
+        config: the model's configuration, with the names of the classes.
+
+    Returns:
+        ``prediction``, a class, a list of classes, or a number; and for classes ``probabilities`` by name.
+    """
+    names = cast("dict[int, str]", config.id2label)
+    if config.problem_type == "regression" or config.num_labels == 1:
+        values = [round(float(x), 6) for x in logits]
+        return {"prediction": values[0] if len(values) == 1 else values}
+    several = config.problem_type == "multi_label_classification"
+    p = logits.sigmoid() if several else logits.softmax(-1)
+    prediction = [names[i] for i, z in enumerate(logits) if z > 0] if several else names[int(logits.argmax())]
+    return {"prediction": prediction, "probabilities": {names[i]: round(float(x), 6) for i, x in enumerate(p)}}

@@ -8,12 +8,11 @@ from typing import Any, cast
 import torch
 from transformers import TextStreamer
 
-from umbra.adapters.prompting import open_formatter
 from umbra.data import end_tokens
+from umbra.deploy.opening import MODES, open_model
 from umbra.errors import ConfigError
-from umbra.evaluation.scoring import GREEDY, MODES, PLAIN, in_mode, on_accelerator, room
+from umbra.evaluation.scoring import GREEDY, PLAIN, in_mode, on_accelerator, room
 from umbra.generation.speculative import check_draft
-from umbra.model.loading import load
 from umbra.options import GenerateOptions, check_dtype
 
 
@@ -23,11 +22,11 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown mode, drafts in another mode than attached, or an adapter that classifies.
     """
-    if options.mode not in MODES:
+    if options.mode not in (None, *MODES):
         raise ConfigError(f"Unknown mode {options.mode!r}: choose from {', '.join(MODES)}.")
     drafting: dict[str, Any] = {}
     if options.draft is not None:
-        if options.mode != "attached":
+        if options.mode not in (None, "attached"):
             raise ConfigError(f"--draft needs shadow and base: --mode attached, not {options.mode}.")
         draft = int(options.draft) if options.draft.isdecimal() else options.draft
         check_draft(draft)
@@ -39,16 +38,20 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
         raise ConfigError(f"The prompt on stdin is not UTF-8: {error}") from error
     if not prompt.strip():
         raise ConfigError("The prompt is empty.")
-    model = on_accelerator(load(options.adapter, options.base, dtype=options.dtype).eval())
+    opened = open_model(
+        options.adapter, options.base, dtype=options.dtype, chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )  # fmt: skip
+    model, mode = opened.model, opened.mode("attached" if drafting else options.mode)
+    on_accelerator(model)
     if not model.can_generate():
-        raise ConfigError(f"{options.adapter} classifies and cannot generate; score it with `umbra eval`.")
-    formatter = open_formatter(model, options.chat_template, options.chat_template_kwargs)
-    tokenizer = formatter.tokenizer
+        raise ConfigError(f"{options.adapter} classifies and cannot generate; use `umbra predict`.")
+    formatter, tokenizer = opened.formatter, opened.formatter.tokenizer
     ids = torch.tensor([formatter.tokens(formatter.ask(prompt))], device=model.device)
     torch.manual_seed(options.seed)
     sampling = {**PLAIN, "do_sample": True, "temperature": options.temperature} if options.temperature > 0 else GREEDY
     streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-    with in_mode(model, options.mode) as runner:
+    with in_mode(model, mode) as runner:
         began = time.perf_counter()
         out = cast(Callable[..., Any], runner.generate)(
             input_ids=ids, attention_mask=torch.ones_like(ids),
@@ -59,7 +62,7 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
         seconds = time.perf_counter() - began
     new = (out.sequences if drafting else out)[0, ids.shape[1] :]
     answer = {
-        "mode": options.mode,
+        "mode": mode,
         "answer": tokenizer.decode(new, skip_special_tokens=True),
         "tokens": len(new),
         "seconds": seconds,

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 CASCADE = "cascade"
+LIKELIHOOD = "base, likelihood"  # the base, which chooses among the allowed answers by their likelihood
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Score:
     """Result of one mode.
 
     Args:
-        mode: one of `MODES`, or `CASCADE`.
+        mode: one of `MODES`, `LIKELIHOOD`, or `CASCADE`.
         correct: number of correct replies.
         total: number of records.
         accuracy: share of correct replies.

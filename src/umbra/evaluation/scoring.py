@@ -18,7 +18,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from umbra.adapters.prompting import open_formatter
 from umbra.base import architectures
 from umbra.data import (
     ChatFormatter,
@@ -32,13 +31,13 @@ from umbra.data import (
     record_kind,
 )
 from umbra.data.reasoning import END_OF_THOUGHT
+from umbra.deploy.opening import MODES, Opened, open_model
 from umbra.errors import ConfigError, DataError
-from umbra.evaluation.scores import CASCADE, Score, escalates
-from umbra.model.loading import load
+from umbra.evaluation.likelihood import closed_answers, score_likelihood
+from umbra.evaluation.scores import CASCADE, LIKELIHOOD, Score, escalates
 from umbra.model.shadow_model import ShadowModel
 from umbra.options import EvalOptions, check_dtype, listed
 
-MODES = ("base", "attached", "detached")
 # One sequence of tokens for each prompt and nothing else, regardless of the base's generation config.
 PLAIN: dict[str, Any] = {
     "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "output_scores": False,
@@ -47,21 +46,20 @@ PLAIN: dict[str, Any] = {
 GREEDY: dict[str, Any] = {**PLAIN, "do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
-def on_accelerator(model: ShadowModel) -> ShadowModel:
-    """Return the model, moved to the GPU if it fits there and the base is not placed explicitly."""
+def on_accelerator(model: PreTrainedModel) -> None:
+    """Move the model to the GPU if it fits there and is not placed explicitly."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     fits = torch.cuda.is_available() and size < torch.cuda.mem_get_info()[0]
-    if fits and not architectures.is_placed(model.base):
+    if fits and not architectures.is_placed(model.base if isinstance(model, ShadowModel) else model):
         model.to("cuda")  # type: ignore[arg-type]
-    return model
 
 
 @contextmanager
-def in_mode(model: ShadowModel, mode: str) -> Iterator[PreTrainedModel]:
+def in_mode(model: PreTrainedModel, mode: str) -> Iterator[PreTrainedModel]:
     """Enter a mode and return the model that answers in it.
 
     Args:
-        model: the attached model.
+        model: an attached model; or a stock model, which has no other mode than detached.
         mode: attached, base (the bare base) or detached (the shadow alone).
 
     Raises:
@@ -69,7 +67,10 @@ def in_mode(model: ShadowModel, mode: str) -> Iterator[PreTrainedModel]:
     """
     if mode not in MODES:
         raise ConfigError(f"Unknown mode {mode!r}: choose from {', '.join(MODES)}.")
-    if mode == "detached":
+    if not isinstance(model, ShadowModel):
+        assert mode == "detached", mode
+        yield model
+    elif mode == "detached":
         yield model.detached()
     elif mode == "base":
         with model.disable_adapter():
@@ -78,9 +79,10 @@ def in_mode(model: ShadowModel, mode: str) -> Iterator[PreTrainedModel]:
         yield model
 
 
-def count_parameters(model: ShadowModel, mode: str, runner: PreTrainedModel) -> int:
+def count_parameters(model: PreTrainedModel, mode: str, runner: PreTrainedModel) -> int:
     """Return the number of parameters that run in a mode."""
-    return sum(p.numel() for p in (model.base if mode == "base" else runner).parameters())
+    counted = model.base if mode == "base" and isinstance(model, ShadowModel) else runner
+    return sum(p.numel() for p in counted.parameters())
 
 
 def answer_of(text: str, pattern: str | None) -> str:
@@ -142,8 +144,7 @@ def score_generation(
     Raises:
         DataError: an empty prompt, or one as long as the model's positions.
     """
-    tokenizer, replies, seconds, num_tokens = formatter.tokenizer, [], 0.0, 0
-    pad, generate = cast(int, tokenizer.pad_token_id), cast("Callable[..., torch.Tensor]", runner.generate)
+    replies, seconds, num_tokens = [], 0.0, 0
     ends = end_tokens(runner, formatter) or None
     runner.eval()
     for start in tqdm(range(0, len(records), batch_size), desc=f"score {name}", disable=None, leave=False):
@@ -152,22 +153,42 @@ def score_generation(
         rows = [formatter.tokens(p, formatter.is_plain(r)) for p, r in zip(prompts, part, strict=True)]
         if [] in rows:
             raise DataError(f"Record {start + rows.index([]) + 1} has an empty prompt: there is nothing to answer.")
-        batch = left_padded(rows, pad, runner.device)
-        new_tokens = room(runner, batch["input_ids"].shape[1], max_new_tokens)
         began = time.perf_counter()
-        out = generate(
-            **batch, max_new_tokens=new_tokens, pad_token_id=pad, eos_token_id=ends, tokenizer=tokenizer, **GREEDY
-        )
+        texts, count = generate_replies(runner, formatter, rows, max_new_tokens, ends)
         seconds += time.perf_counter() - began
-        new = out[:, batch["input_ids"].shape[1] :]
-        num_tokens += int((new != pad).sum())
-        for record, prompt, text in zip(
-            part, prompts, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
-        ):
+        num_tokens += count
+        for record, prompt, text in zip(part, prompts, texts, strict=True):
             reference = formatter.reference(record)
             right = answer_of(text, answer_pattern) == answer_of(reference, answer_pattern)
             replies.append({"prompt": prompt, "reply": text, "reference": reference, "correct": right})
     return replies, seconds, num_tokens
+
+
+@torch.no_grad()
+def generate_replies(
+    runner: PreTrainedModel, formatter: ChatFormatter, prompts: list[list[int]], new: int, ends: list[int] | None
+) -> tuple[list[str], int]:
+    """Return the greedy answers to prompts, generated in one batch, and the number of their tokens.
+
+    Args:
+        runner: the model.
+        formatter: has its tokenizer.
+        prompts: token ids.
+        new: maximum number of tokens of an answer.
+        ends: tokens that end an answer.
+
+    Raises:
+        DataError: a prompt leaves no room for an answer.
+    """
+    tokenizer, generate = formatter.tokenizer, cast("Callable[..., torch.Tensor]", runner.generate)
+    pad = cast(int, tokenizer.pad_token_id)
+    batch = left_padded(prompts, pad, runner.device)
+    width = batch["input_ids"].shape[1]
+    out = generate(
+        **batch, max_new_tokens=room(runner, width, new), pad_token_id=pad, eos_token_id=ends, tokenizer=tokenizer, **GREEDY
+    )  # fmt: skip
+    answers = out[:, width:]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True), int((answers != pad).sum())
 
 
 def room(runner: PreTrainedModel, length: int, new: int) -> int:
@@ -270,12 +291,10 @@ def _label_names(label: list, names: dict[int, str]) -> list[str]:
     return label
 
 
-def score(
-    model: ShadowModel, formatter: ChatFormatter, records: list[Record], mode: str, options: EvalOptions
-) -> tuple[Score, list[dict[str, Any]]]:
+def score(opened: Opened, records: list[Record], mode: str, options: EvalOptions) -> tuple[Score, list[dict[str, Any]]]:
     """Return one mode's score and its replies."""
     tokens: int | None = None
-    escalation = model.shadow_config.escalation if model.can_generate() else None
+    model, formatter, escalation = opened.model, opened.formatter, opened.escalation
     new = options.max_new_tokens
     if escalation is not None and mode == "detached":  # an answer must have room for it
         new = max(new, len(formatter.tokens(escalation)) + 1)
@@ -294,14 +313,14 @@ def score(
     return Score.of(mode, replies, parameters, seconds, tokens, escalation), replies
 
 
-def cascade(model: ShadowModel, replies: dict[str, list[dict[str, Any]]]) -> Score | None:
+def cascade(opened: Opened, replies: dict[str, list[dict[str, Any]]]) -> Score | None:
     """Return the score of the detached model with the attached model for escalated records; None if it cannot be computed."""
-    escalation = model.shadow_config.escalation
+    escalation = opened.escalation
     if escalation is None or not {"attached", "detached"} <= replies.keys():
         return None
     pairs = zip(replies["detached"], replies["attached"], strict=True)
     chosen = [pair if escalates(alone, escalation) else alone for alone, pair in pairs]
-    return Score.of(CASCADE, chosen, count_parameters(model, "attached", model), None)
+    return Score.of(CASCADE, chosen, count_parameters(opened.model, "attached", opened.model), None)
 
 
 Replies = dict[str, list[dict[str, Any]]]  # of each mode
@@ -344,12 +363,7 @@ def score_modes(options: EvalOptions) -> tuple[list[Score], Replies]:
         ConfigError, DataError: unusable options or data, before any model is loaded.
         CheckpointError, BaseModelError: see `umbra.load`.
     """
-    modes = [m.strip() for m in options.modes.split(",") if m.strip()]
-    if not modes:
-        raise ConfigError(f"modes is empty: choose from {', '.join(MODES)}.")
-    for mode in modes:
-        if mode not in MODES:
-            raise ConfigError(f"Unknown mode {mode!r}: choose from {', '.join(MODES)}.")
+    modes = _parse_modes(options.modes)
     if options.answer_pattern is not None:
         try:
             re.compile(options.answer_pattern)
@@ -360,19 +374,56 @@ def score_modes(options: EvalOptions) -> tuple[list[Score], Replies]:
     records = read_records(options.data, options.split, listed(options.ignore_columns))[: options.limit]
     kind = record_kind(records[0], records.where(0))
     _check_references(records, options)
-    model = on_accelerator(load(options.adapter, options.base, dtype=options.dtype).eval())
-    expected = ("completion", "messages") if model.can_generate() else ("label",)
+    opened = open_model(
+        options.adapter, options.base, dtype=options.dtype, chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )  # fmt: skip
+    on_accelerator(opened.model)
+    expected = ("completion", "messages") if opened.model.can_generate() else ("label",)
     if kind not in expected:
         raise DataError(f"{options.data} holds {kind} records; this adapter is scored on {' or '.join(expected)}.")
-    formatter = open_formatter(model, options.chat_template, options.chat_template_kwargs)
     scores: list[Score] = []
     replies: Replies = {}
-    for mode in modes:
-        result, replies[mode] = score(model, formatter, records, mode, options)
+    for mode in _possible_modes(opened, modes):
+        result, replies[mode] = score(opened, records, mode, options)
         scores.append(result)
-    both = cascade(model, replies)
+        if mode == "base" and (answers := closed_answers(records)):
+            result, replies[LIKELIHOOD] = score_likelihood(opened, records, answers, options.batch_size)
+            scores.append(result)
+    both = cascade(opened, replies)
     scores += [both] if both else []
     return scores, replies
+
+
+def _parse_modes(text: str | None) -> list[str] | None:
+    """Return the modes that are asked for; None for all that are possible."""
+    if text is None:
+        return None
+    modes = [m.strip() for m in text.split(",") if m.strip()]
+    if not modes:
+        raise ConfigError(f"modes is empty: choose from {', '.join(MODES)}.")
+    for mode in modes:
+        if mode not in MODES:
+            raise ConfigError(f"Unknown mode {mode!r}: choose from {', '.join(MODES)}.")
+    return modes
+
+
+def _possible_modes(opened: Opened, modes: list[str] | None) -> list[str]:
+    """Return the modes to score; by default all of the folder, without a base whose head was never trained.
+
+    Raises:
+        ConfigError: a mode that the folder cannot run.
+    """
+    if modes is not None:
+        return [opened.mode(mode) for mode in modes]
+    if opened.has_untrained_head:
+        print(
+            "umbra: no row for the base: its classification head has random weights, so its accuracy means nothing "
+            "(--modes base,attached,detached scores it).",
+            file=sys.stderr,
+        )
+        return [mode for mode in opened.modes if mode != "base"]
+    return list(opened.modes)
 
 
 def _check_output(name: str | None, data: str | list[str]) -> None:

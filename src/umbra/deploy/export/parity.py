@@ -88,6 +88,7 @@ class Parity:
         logits_max: largest absolute difference of logits; None if none were compared.
         logits_mean: mean absolute difference of logits, likewise.
         prompts_tokenised_alike: number of prompts with the same tokens.
+        classifies: whether the model is a classifier, whose classes are compared instead of tokens and answers.
     """
 
     file: str
@@ -99,6 +100,7 @@ class Parity:
     logits_max: float | None
     logits_mean: float | None
     prompts_tokenised_alike: int
+    classifies: bool = False
 
 
 class Stock:
@@ -211,7 +213,7 @@ def compare(reference: Reference, file: Path, size: int, runner: Path | Stock) -
             np.concatenate(reference.logits).tofile(stored)
             request |= {"logits": str(stored), "rows": list(map(len, reference.logits))}
         is_stock = isinstance(runner, Stock)
-        response = measure(runner, request, []) if is_stock else _request(runner, file, request, Path(folder))
+        response = measure(runner, request, []) if is_stock else run_request(runner, file, request, Path(folder))
     pairs = zip(response["next"], reference.paths, strict=True)
     equal = [a == b for predicted, path in pairs for a, b in zip(predicted, path, strict=True)]
     prompts = zip(reference.prompts, response["tokens"], strict=True)
@@ -250,8 +252,18 @@ def compare_whole(reference: Reference, ids: list[int], whole: PreTrainedModel, 
     return compare(translated, Path(WHOLE), size, Stock(whole, writer))
 
 
-def _request(script: Path, file: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run an exported file by its script; ``folder`` is for temporary files."""
+def run_request(script: Path, file: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run an exported file by its script, and return the response.
+
+    Args:
+        script: the run.py beside the file.
+        file: the exported file.
+        request: see run.py.
+        folder: for temporary files.
+
+    Raises:
+        ExportError: the script failed.
+    """
     path = folder / "request.json"
     path.write_text(json.dumps(request), encoding="utf-8")
     options = ["--model", file.name, "--threads", str(torch.get_num_threads()), "--request", str(path)]
@@ -273,6 +285,9 @@ def check(parity: Parity) -> None:
 
 def table(rows: Iterable[Parity]) -> str:
     """Return a Markdown table of the comparisons."""
+    rows = list(rows)
+    if any(r.classifies for r in rows):
+        return _table_of_classes(rows)
     lines = [
         "| file | MB | same next token | same answers | logit difference, max | mean |",
         "|---|---:|---:|---:|---:|---:|",
@@ -283,4 +298,13 @@ def table(rows: Iterable[Parity]) -> str:
             + "".join(f"| {'–' if value is None else f'{value:.2g}'} " for value in (r.logits_max, r.logits_mean))
             + "|"
         )
+    return "\n".join(lines)
+
+
+def _table_of_classes(rows: Iterable[Parity]) -> str:
+    """Return the table of a classifier."""
+    lines = ["| file | MB | same class | logit difference, max | mean |", "|---|---:|---:|---:|---:|"]
+    for r in rows:
+        differences = f"{r.logits_max:.2g} | {r.logits_mean:.2g}"
+        lines.append(f"| {r.file} | {r.bytes / 1e6:.1f} | {r.same_answers} of {r.answers} | {differences} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Answer prompts with an exported model: python run.py "a prompt".
+"""Run an exported model: python run.py "a prompt" answers it; a classifier gives the label of a text, with probabilities.
 
 Umbra writes this file next to the model, together with prompt.json, which describes how prompts are formatted. ONNX files need
 the packages onnxruntime, tokenizers and numpy; GGUF files need cyllama and numpy. The script imports neither Umbra nor
@@ -14,12 +14,15 @@ request holds
     logits          optional: file of float32, the logits before the first rows[i] tokens of answer i, for comparison
     rows            [n, …]
     texts           [text, …] optional, to be tokenised
+    classify        [text, …] instead of all of these, for a classifier: the response has `logits` [[z, …], …] and `tokens`
 
 and the response `answers`, `next` [[id, …], …], `logits` {max, mean, rows}, `tokens` [[id, …], …], `load_seconds`,
 `first_token_seconds` [s, …], `tokens_per_second` (after the first token), `peak_bytes` of memory and `file_bytes`.
 """
 
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
+
+from __future__ import annotations  # types are not evaluated, so --help works without numpy
 
 import argparse
 import io
@@ -29,10 +32,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    try:
+        import numpy as np
+    except ImportError:  # _load names it
+        np = None
 
+OLDEST = (3, 10)  # the oldest Python
 CHUNK = 512  # tokens per batch of llama.cpp
 NEEDS = {".onnx": "onnxruntime tokenizers numpy", ".gguf": "cyllama numpy"}
 
@@ -100,6 +110,12 @@ class Onnx:
     def next(self, ids: list[int]) -> int:
         """Append ids to the sequence, and return the likeliest next token."""
         return int(self.logits(ids, 1)[0].argmax())
+
+    def class_logits(self, ids: list[int]) -> np.ndarray:
+        """Return a classifier's logits (C,) of a text."""
+        inputs = {"input_ids": np.asarray([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
+        feed = {name: inputs[name] for name in self.inputs}
+        return np.asarray(self.session.run(["logits"], feed)[0])[0]
 
     def encode(self, text: str) -> list[int]:
         """Return token ids; special tokens in the text become single ids."""
@@ -259,15 +275,50 @@ def peak_bytes() -> int | None:
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command; whatever goes wrong is one line."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes it once more
+        sys.exit(141)
+    except Exception as error:  # of any package
+        sys.exit(f"run.py: {type(error).__name__}: " + " ".join(str(error).split())[:500])
+
+
+def _run() -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8")
+    options = _parse()
+    if sys.version_info < OLDEST:
+        sys.exit("run.py: Python {}.{} or later is needed, this is {}".format(*OLDEST, sys.version.split()[0]))
     folder = Path(__file__).parent
-    settings = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
-    parser = argparse.ArgumentParser(description="Answer a prompt with the model beside this file.")
-    parser.add_argument("prompt", nargs="?", help="the prompt (default: standard input)")
-    parser.add_argument("--model", default=settings["model"], help="model file (default: %(default)s)")
+    settings = _settings(folder / "prompt.json")
+    file = folder / (options.model or settings["model"])
+    model, load_seconds = _load(file, options.threads)
+    if options.request:
+        text = sys.stdin.read() if options.request == "-" else Path(options.request).read_text(encoding="utf-8")
+        request = json.loads(text)
+        if "classify" in request:
+            print(json.dumps(_classify_all(model, request["classify"], settings)))
+        else:
+            print(json.dumps(_respond(model, file, request, settings["end"], load_seconds)))
+        return
+    prompt = options.prompt if options.prompt is not None else sys.stdin.read().removesuffix("\n")
+    if "labels" in settings:
+        print(json.dumps(classify(model, prompt, settings), ensure_ascii=False))
+    else:
+        _print_answer(model, prompt, settings, options.max_new_tokens)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Answer a prompt, or classify a text, with the model beside this file."
+    )
+    parser.add_argument("prompt", nargs="?", help="the prompt or text (default: standard input)")
+    parser.add_argument("--model", help="model file (default: the one that prompt.json names)")
     parser.add_argument("--threads", type=int, default=0, help="number of threads (default: chosen by the runtime)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=256, help="maximum tokens of the answer (default: %(default)s)"
@@ -275,22 +326,64 @@ def main() -> None:
     parser.add_argument(
         "--request", help="JSON file for programs, - for standard input; described at the top of this script"
     )
-    options = parser.parse_args()
-    file = folder / options.model
-    if file.suffix not in NEEDS or not file.is_file():
+    return parser.parse_args()
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """The content of prompt.json."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        sys.exit(f"run.py: {file} is missing: copy the whole exported folder")
+    except ValueError as error:
+        sys.exit(f"run.py: {file} is damaged: {error}")
+
+
+def _load(file: Path, threads: int) -> tuple[Any, float]:
+    """The runtime with the model, and the seconds to load it."""
+    if file.suffix not in NEEDS:
         sys.exit(f"run.py: {file} is no .onnx or .gguf file")
+    beside = [Path(f"{file}.data"), file.with_name("tokenizer.json")] if file.suffix == ".onnx" else []
+    for part in (file, *beside):
+        if not part.is_file():
+            sys.exit(f"run.py: {part} is missing: copy the whole exported folder")
+    if np is None:
+        sys.exit(f"run.py: numpy is missing: pip install {NEEDS[file.suffix]}")
     began = time.perf_counter()
     try:
-        model = Onnx(file, options.threads) if file.suffix == ".onnx" else Gguf(file, options.threads)
+        model = Onnx(file, threads) if file.suffix == ".onnx" else Gguf(file, threads)
     except ImportError as error:
-        sys.exit(f"run.py: {error}: pip install {NEEDS[file.suffix]}")
-    load_seconds = time.perf_counter() - began
-    if options.request:
-        text = sys.stdin.read() if options.request == "-" else Path(options.request).read_text(encoding="utf-8")
-        print(json.dumps(_respond(model, file, json.loads(text), settings["end"], load_seconds)))
-    else:
-        prompt = options.prompt if options.prompt is not None else sys.stdin.read().removesuffix("\n")
-        _print_answer(model, prompt, settings, options.max_new_tokens)
+        missing = f"{error.name} is missing" if isinstance(error, ModuleNotFoundError) and error.name else str(error)
+        sys.exit(f"run.py: {missing}: pip install {NEEDS[file.suffix]}")
+    return model, time.perf_counter() - began
+
+
+def _text_ids(model: Onnx, text: str, settings: dict[str, Any]) -> list[int]:
+    """Token ids of a text to classify, with the tokens that begin and end it, cut to the model's positions."""
+    ids, start, finish = model.encode(text), settings["start"], settings["finish"]
+    ids = ids if ids[: len(start)] == start else start + ids
+    ids = ids if not finish or ids[-len(finish) :] == finish else ids + finish
+    return ids[: settings["positions"]]
+
+
+def classify(model: Onnx, text: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the label of a text and the probability of each, several labels, or the value of a regression."""
+    ids = _text_ids(model, text, settings)
+    if not text.strip() or not ids:
+        sys.exit("run.py: the text is empty")
+    z, names = model.class_logits(ids).astype(np.float64), settings["labels"]
+    if settings["problem"] == "regression":
+        return {"prediction": float(z[0]) if len(z) == 1 else z.tolist()}
+    several = settings["problem"] == "multi_label_classification"
+    p = 1 / (1 + np.exp(-z)) if several else np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    prediction = [name for name, x in zip(names, z, strict=True) if x > 0] if several else names[int(z.argmax())]
+    return {"prediction": prediction, "probabilities": {n: round(float(x), 6) for n, x in zip(names, p, strict=True)}}
+
+
+def _classify_all(model: Onnx, texts: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The response to a request with texts to classify."""
+    rows = [_text_ids(model, text, settings) for text in texts]
+    return {"logits": [model.class_logits(ids).tolist() for ids in rows], "tokens": rows}
 
 
 def _respond(

@@ -1,5 +1,7 @@
 """Write one ONNX graph for prompts and for decoding, with keys and values as inputs and outputs; in fp32, and quantised.
 
+A classifier has no cache: input_ids (B, T), attention_mask (B, T) → logits (B, C). A language model:
+
     input_ids (B, T), attention_mask (B, P + T), position_ids (B, T), logits_to_keep (R)   past.{l}.{key,value} (B, H, P, D)
     → logits (B, R, V), present.{l}.{key,value} (B, H, P + T, D)
 
@@ -50,7 +52,7 @@ def write_onnx(model: PreTrainedModel, folder: Path, quantizations: list[str]) -
     architecture, vocabulary = model.config.model_type, model.config.get_text_config().vocab_size
     files = [folder / f"model-{name}.onnx" for name in quantizations]
     with quiet():
-        plain = _trace(model, vocabulary)
+        plain = _trace(model, vocabulary) if model.can_generate() else _trace_classifier(model, vocabulary)
         with raising(ExportError, lambda e: f"onnxruntime cannot quantise a {architecture}: {e!s:.500}"):
             protos = {name: _quantised(plain, BITS[name], vocabulary) for name in quantizations if name in BITS}
         protos["fp32"] = plain
@@ -88,6 +90,24 @@ def _trace(model: PreTrainedModel, vocabulary: int) -> Any:
     for node in proto.graph.node:
         node.name = node.name or node.output[0]
     _add_rows_input(proto.graph, vocabulary)
+    return proto
+
+
+@torch.no_grad()
+def _trace_classifier(model: PreTrainedModel, vocabulary: int) -> Any:
+    """The fp32 graph of a classifier, which reads a whole text at once."""
+    ids = 3 + torch.arange(BATCH * (PAST + NEW)).reshape(BATCH, -1) % (vocabulary - 3)
+    sample: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        sample["use_cache"] = False
+    with raising(ExportError, lambda e: f"transformers cannot trace a {model.config.model_type} for ONNX: {e!s:.500}"):
+        exported = OnnxExporter().export(model, sample, OnnxConfig(dynamic=True, ort_fusions="cpu"))
+    for value in exported.program.graph.inputs:
+        value.shape = onnx_ir.Shape(["batch", "length"])
+    proto = onnx_ir.to_proto(exported.program)
+    del proto.graph.value_info[:]
+    for node in proto.graph.node:
+        node.name = node.name or node.output[0]
     return proto
 
 

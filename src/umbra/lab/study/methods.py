@@ -23,6 +23,9 @@ from umbra.options.extras import install_command
 from umbra.training.train import freeze_attached_parts
 
 ATTACHED, DETACHED = "attached", "detached"
+BY_LIKELIHOOD = (
+    "likelihood"  # a further score of the bare base, which is measured where answers repeat; never asked for
+)
 FIT = 0.05  # tolerated relative difference between matched parameter counts
 SMALL = 16  # value of the size field at which parameters are counted first
 

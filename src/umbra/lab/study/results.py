@@ -12,7 +12,7 @@ import numpy as np
 from umbra.errors import CheckpointError
 from umbra.lab.study import records
 from umbra.lab.study.archive import Record, read_description
-from umbra.lab.study.methods import ATTACHED, KINDS
+from umbra.lab.study.methods import ATTACHED, BY_LIKELIHOOD, KINDS
 from umbra.lab.study.metrics import DISPLAY_NAMES, LOSS
 from umbra.lab.study.statistics import Estimate, difference, estimate
 
@@ -38,6 +38,8 @@ class Variant:
     @property
     def name(self) -> str:
         """The name in tables and figures."""
+        if self.mode == BY_LIKELIHOOD:
+            return f"{self.method}, by likelihood"
         return f"{self.method}, detached" if self.mode != ATTACHED and self.kind == "umbra" else self.method
 
     @property
@@ -76,12 +78,23 @@ class Results:
         self.variants = [
             Variant(name, mode, method["kind"])
             for name, method in self.study["methods"].items()
-            for mode in method["modes"]
+            for mode in self._scored_modes(name, method)
         ]
         chosen = self.study["ours"] or [n for n, m in self.study["methods"].items() if m["kind"] == "umbra"]
         self.ours = [v for v in self.variants if v.method in chosen]
         self.baselines = [v for v in self.variants if v.mode == ATTACHED and v.method not in chosen]
         self.alone = [v for v in self.variants if v.kind == "alone" and v.method not in chosen]
+
+    def _scored_modes(self, name: str, method: dict[str, Any]) -> list[str]:
+        """Return the modes of a method; the bare base's also by likelihood, where a trained task has it."""
+        measured = method["kind"] == "base" and any(
+            BY_LIKELIHOOD in modes
+            for record in self.runs
+            if name in self.names_of(record)
+            for task, modes in record["umbra"]["scores"].items()
+            if task in self.trained
+        )
+        return [*method["modes"], *([BY_LIKELIHOOD] if measured else [])]
 
     def names_of(self, record: Record) -> list[str]:
         """Return the methods of a record by the names in this study; methods with equal configurations share a record."""

@@ -17,9 +17,9 @@ from umbra.base.loading import load_base, load_tokenizer
 from umbra.data import ChatFormatter, Labels
 from umbra.lab.bench.methods import trainable
 from umbra.lab.study import records
-from umbra.lab.study.methods import build
+from umbra.lab.study.methods import BY_LIKELIHOOD, build
 from umbra.lab.study.requests import Request
-from umbra.lab.study.scoring import in_study_mode, loss_of, score_task
+from umbra.lab.study.scoring import in_study_mode, loss_of, score_likelihood, score_task
 from umbra.lab.study.tasks import Task, TaskOptions, load_task
 from umbra.lab.study.training import configuration_of, save_adapter, train_model
 
@@ -129,6 +129,12 @@ def _score_all(
                 unscored[name] = error
             else:
                 scores.setdefault(name, {})[mode] = score
+        task = tasks.get(name)
+        if request["kind"] == "base" and task is not None and name in scores:
+            score, _ = attempt(
+                lambda task=task: score_likelihood(cast(PreTrainedModel, model), task, tokenizer, request)
+            )
+            scores[name] |= {BY_LIKELIHOOD: score} if score else {}
     if not scores:
         raise RuntimeError(next(iter(unscored.values())))
     return {"scores": scores, "unscored": unscored}

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from umbra.data import ChatFormatter, Collator, Labels, Record, encode_all
+from umbra.evaluation.likelihood import choose, closed_answers
 from umbra.evaluation.scoring import in_mode, score_classes, score_generation
 from umbra.lab.study import lm_eval_tasks
 from umbra.lab.study.metrics import LOSS
@@ -70,6 +71,29 @@ def score_task(
         main = next(iter(means))
         items = [round(s[main], 4) for s in scores]
         return {"metric": task.metric, "value": means[main], "values": means, "items": items, "seconds": seconds}
+
+
+def score_likelihood(
+    base: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, request: Request
+) -> dict[str, Any] | None:  # fmt: skip
+    """Score the base by the likelihoods of a task's answers, if the task repeats a few; see `umbra.evaluation.likelihood`.
+
+    Args:
+        base: The bare base.
+        task: The task.
+        tokenizer: The tokenizer.
+        request: The request of the run.
+
+    Returns:
+        A score as from `score_task`; None for a task with open answers.
+    """
+    answers = closed_answers(task.test) if task.options.head == "generate" and task.metric != LOSS else []
+    if not answers:
+        return None
+    formatter = ChatFormatter(tokenizer, request["chat_template"])
+    replies = choose(base.eval(), formatter, task.test, answers, request["batch_size"])
+    items = [round(next(iter(task.score(r["reply"], t).values())), 4) for r, t in zip(replies, task.test, strict=True)]
+    return {"metric": task.metric, "value": sum(items) / len(items), "items": items}
 
 
 @torch.no_grad()
