@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-fast bench tables check format clean
+.PHONY: demo test test-fast bench tables docs check format clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ bench: $(VENV)/ready
 
 tables: $(VENV)/ready
 	$(PYTEST) --write-tables
+
+# The site, in out/site; an error in it, such as a broken link, is an error of the command.
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict --quiet
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
