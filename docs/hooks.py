@@ -24,6 +24,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)((?:#[^)\s]*)?\))")
 FIELDS = re.compile(r"^<!-- fields: ([\w.]+) (\w+) -->$", re.MULTILINE)
+TABLE_ROW = re.compile(r"^\|.*\|$", re.MULTILINE)
 HELP = re.compile(r"^<!-- help: ?(\w*) -->$", re.MULTILINE)
 
 
@@ -73,7 +74,7 @@ def help_text(verb: str) -> str:
         *verb.split(),
         "--help",
     ]
-    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHONPATH": str(ROOT / "src")}
+    environment = {**os.environ, "COLUMNS": "84", "NO_COLOR": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return f"```text\n{done.stdout.rstrip()}\n```"
 
@@ -90,6 +91,11 @@ def field_table(module: str, name: str) -> str:
         cells = (f"`{field.name}`", f"`{written}`", default, field.metadata.get("help", ""))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
+
+
+def plain_pipes(row: re.Match[str]) -> str:
+    r"""Return a table's row with ``|`` for ``\|`` in code, where GitHub reads an escape and Python-Markdown does not."""
+    return re.sub(r"`[^`]*`", lambda code: code[0].replace("\\|", "|"), row[0])
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -109,5 +115,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Mend links that leave docs/, and fill in help texts."""
     source = page.file.abs_src_path
     folder = Path(source).parent if source else (DOCS / page.file.src_uri).parent
+    if page.is_homepage:
+        page.meta.setdefault("hide", ["navigation"])  # its sidebar would hold the page's own name alone
     text = FIELDS.sub(lambda match: field_table(match[1], match[2]), relinked(markdown, folder, page.file.src_uri))
-    return HELP.sub(lambda match: help_text(match[1]), text)
+    return HELP.sub(lambda match: help_text(match[1]), TABLE_ROW.sub(plain_pipes, text))

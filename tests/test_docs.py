@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import umbra
 from support import tables
 from support.pages import PAGES, ROOT, Block, blocks, commands, run_command, run_page, unexplained
 from umbra.cli import VERBS
@@ -119,6 +121,21 @@ def test_commands_page_has_every_verb():
     for verb in [verb for group in VERBS.values() for verb in group]:
         assert f"## `umbra {verb}`" in page
         assert verb == "lm_eval" or f"<!-- help: {verb} -->" in page
+
+
+def test_api_page_has_every_public_name():
+    page = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8")
+    errors = re.findall(r"[├└]── (\w+)", page)
+    for name in umbra.__all__:
+        assert f"::: umbra.{name}\n" in page or name in [*errors, "UmbraError"], name
+
+
+def test_citation_has_version_of_changelog_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert citation["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= set(citation)
+    assert newest is not None and citation["version"] == newest[1]
+    assert citation["references"][0]["url"].endswith("arxiv.org/abs/2604.19254")
 
 
 def test_navigation_lists_every_page():
