@@ -79,7 +79,7 @@ SLOW: dict[str, set[str]] = {
         "test_killed_process_resumes_from_last_whole_checkpoint",
     },
     "training/test_trl": {"test_two_ranks_equal_one"},
-    "test_docs": {"test_readme_python_runs"},
+    "test_docs": {"test_python_of_readme_runs"},
     "test_examples": {"test_example_runs", "test_lm_eval_example_runs"},
 }
 KINDS = {"dense", "MoE", "hybrid", "vision-language"}
