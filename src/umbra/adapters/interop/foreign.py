@@ -1,6 +1,7 @@
 """What the formats of PEFT and shadow-peft have in common."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from umbra.shadow.pretrained import NOT_OF_THE_MODEL, backbone_config
 
 
 @dataclass
-class Foreign:
+class Foreign(ABC):
     """An adapter folder of another package, read but not yet attached to a base.
 
     Args:
@@ -72,6 +73,7 @@ class Foreign:
             raise CheckpointError(f"{self.file} is damaged, or of another base: {error}") from error
         self.config, self.base = config.resolve(), base
 
+    @abstractmethod
     def configure(self, base: Architecture) -> tuple[ShadowConfig, PretrainedConfig]:
         """Return the shadow's configuration, and that of its backbone.
 
@@ -82,13 +84,12 @@ class Foreign:
             CheckpointError: a setting that Umbra does not support.
             ConfigError: a value that is damaged, or does not fit the base.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def layouts(self, shadow: Shadow, base: Architecture) -> dict[str, Layout]:
         """Return the table of each file of tensors by file name."""
-        raise NotImplementedError
 
-    def add_rows(self, shadow: Shadow, base: Architecture) -> None:
+    def add_rows(self, shadow: Shadow, base: Architecture) -> None:  # noqa: B027, as `SavedAdapter` has it
         """Do nothing: these formats have no room for added tokens."""
 
     def fill(self, shadow: Shadow) -> None:

@@ -5,6 +5,7 @@ At initialization no adapter has an effect, so the base gives the expected loss,
 
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -66,7 +67,7 @@ def check_logits(model: nn.Module, base: Base) -> None:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(ABC):
     """One case, a column of the tables.
 
     Args:
@@ -92,17 +93,17 @@ class Case:
         """Return why a method is not measured; None if it is."""
         return ONLY.format("training") if method.only == "training" else None
 
+    @abstractmethod
     def ready(self, method: Method, model: nn.Module, base: Base) -> Run:
         """Return a run to be timed, after one run whose result was compared with the base.
 
         Raises:
             Disagreement: the results differ.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def cost(self, forward: float, token: float) -> float:
         """Estimate the seconds of one run from the base's seconds per token of a forward and per decoded token."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
