@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,7 +47,7 @@ def logits_of(model: PreTrainedModel, rows: list[list[int]]) -> np.ndarray:
 
 def write_classifier(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, quantizations: list[str],
-    texts: Iterable[str], options: ExportOptions, write_more: Any,
+    texts: Iterable[str], options: ExportOptions, write_more: Callable[[Path, list[Parity]], object],
 ) -> list[Parity]:  # fmt: skip
     """Write a classifier, and compare each file with the model.
 
@@ -104,12 +104,8 @@ def _write_onnx(
         with TemporaryDirectory() as scratch:
             response = run_request(staging / "run.py", file, {"classify": texts}, Path(scratch))
         row = _compared(file.name, size, expected, np.asarray(response["logits"], np.float32), texts)
-        row = Parity(
-            **{
-                **asdict(row),
-                "prompts_tokenised_alike": sum(a == b for a, b in zip(ids, response["tokens"], strict=True)),
-            }
-        )
+        alike = sum(a == b for a, b in zip(ids, response["tokens"], strict=True))
+        row = replace(row, prompts_tokenised_alike=alike)
         if name == "fp32":
             _check(row, True)
         if name in quantizations:
