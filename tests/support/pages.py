@@ -60,13 +60,13 @@ def blocks(text: str) -> Iterator[Block]:
 
 def unexplained(text: str) -> list[str]:
     """Return the first lines of blocks that neither run, nor are files or output, nor say why not."""
-    found = []
+    unmarked = []
     for block in blocks(text):
         is_output = block.language == "text"
         is_file = block.language in FILES and block.title is not None
         if not (block.mark or block.runs or is_file or is_output):
-            found.append(f"{block.language}: {block.code.partition(chr(10))[0]}")
-    return found
+            unmarked.append(f"{block.language}: {block.code.partition(chr(10))[0]}")
+    return unmarked
 
 
 def commands(code: str) -> Iterator[list[str]]:

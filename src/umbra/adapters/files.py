@@ -25,9 +25,8 @@ PREFIX = "shadow."  # of the tensors in WEIGHTS_FILE: their names in the model's
 
 # Entries of CONFIG_FILE.
 DIGEST, DRAFT_TOKENS, PROMPTING = "sha256", "draft_tokens", "prompting"
-PEFT_TYPE = (
-    "UMBRA: open this folder with umbra.load"  # PEFT and transformers stop at a type that they do not know, and name it
-)
+# PEFT and transformers stop at a type that they do not know, with an error that names it.
+PEFT_TYPE = "UMBRA: open this folder with umbra.load"
 TASKS = {False: "CAUSAL_LM", True: "SEQ_CLS"}  # task_type, by whether the base is a classifier
 
 # Version 1 (2026-11) had neither a digest nor weight samples of quantised bases. Version 2 had no tokenizer, and samples

@@ -23,9 +23,7 @@ from umbra.options.extras import install_command
 from umbra.training.train import freeze_attached_parts
 
 ATTACHED, DETACHED = "attached", "detached"
-BY_LIKELIHOOD = (
-    "likelihood"  # a further score of the bare base, which is measured where answers repeat; never asked for
-)
+BY_LIKELIHOOD = "likelihood"  # a further score of the bare base, measured where answers repeat; no mode of a method
 FIT = 0.05  # tolerated relative difference between matched parameter counts
 SMALL = 16  # value of the size field at which parameters are counted first
 
