@@ -14,17 +14,17 @@ from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 
 import umbra
-from umbra.adapters.prompting import open_formatter
 from umbra.data import ChatFormatter, Record
 from umbra.deploy.detach import write_detached
+from umbra.deploy.opening import MODES, Opened, open_model
 from umbra.evaluation.scores import Score, table
-from umbra.evaluation.scoring import MODES, in_mode, score
+from umbra.evaluation.scoring import in_mode, score
 from umbra.options import EvalOptions
 from umbra.training.train import train
 
@@ -110,14 +110,12 @@ def plot(history: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def measure(
-    model: umbra.ShadowModel, formatter: ChatFormatter, records: list[Record]
-) -> tuple[list[Score], list[dict[str, Any]]]:
+def measure(opened: Opened, records: list[Record]) -> tuple[list[Score], list[dict[str, Any]]]:
     """Return the scores and replies of every mode; the speed is measured by decoding at batch size 1."""
-    speeds = decoding_speeds(model, formatter, records[0])
+    speeds = decoding_speeds(cast(umbra.ShadowModel, opened.model), opened.formatter, records[0])
     scores, samples = [], [{"prompt": r["prompt"][-1]["content"], "reference": r["completion"]} for r in records]
     for mode in MODES:
-        result, replies = score(model, formatter, records, mode, OPTIONS)
+        result, replies = score(opened, records, mode, OPTIONS)
         scores.append(replace(result, tokens_per_second=speeds[mode]))
         for sample, reply in zip(samples, replies, strict=True):
             sample[mode] = reply["reply"].strip()
@@ -139,11 +137,12 @@ def main() -> None:
     results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else {}
     if results.get("adapter_id") != adapter or not (OUT / "detached/config.json").exists():
         print("2/4  scoring base, attached and detached on unseen seeds")
-        model = umbra.load(OUT / "adapter", dtype=settings["dtype"]).eval()
-        formatter = open_formatter(model)
-        scores, samples = measure(model, formatter, read("test"))
+        opened = open_model(str(OUT / "adapter"), dtype=settings["dtype"])
+        scores, samples = measure(opened, read("test"))
         print(f"3/4  detaching → {OUT / 'detached'}")
-        write_detached(model, OUT / "detached", formatter.tokenizer, overwrite=True)
+        write_detached(
+            cast(umbra.ShadowModel, opened.model), OUT / "detached", opened.formatter.tokenizer, overwrite=True
+        )
         results = {
             "adapter_id": adapter,
             "task": TASK,
