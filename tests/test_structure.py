@@ -263,7 +263,7 @@ def test_fast_tier_lists_existing_tests():
 
 
 def test_test_modules_are_in_rooms():
-    at_top = {"conftest", "test_config", "test_docs", "test_examples", "test_structure"}
+    at_top = {"conftest", "test_config", "test_demo", "test_docs", "test_examples", "test_structure"}
     assert {module.partition("/")[0] for module in TESTS} - at_top <= {*ROOMS, "support"}
     names = [module.rpartition("/")[2] for module in TESTS if "/test_" in module]
     assert len(names) == len(set(names)), "two test modules have the same name"
