@@ -14,7 +14,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 model = umbra.attach(AutoModelForCausalLM.from_pretrained(name), umbra.ShadowConfig(auxiliary_loss_weight=0.1))
 
 
-def brevity(completions, **_):
+def brevity(completions: list[str], **_: object) -> list[float | None]:
     """Return a toy reward that favours short answers."""
     return [-float(len(text)) for text in completions]
 

@@ -93,7 +93,7 @@ def _rows(out: Path, adapter: Path, train: str) -> list[Row]:
         load_tokenizer(EMBEDDED).save_pretrained(base)
     whole, less = {"adapter": str(adapter)}, {"adapter": str(adapter), "vocabulary": train}
     of_the_base = {"adapter": str(base)}
-    wanted = [
+    wanted: list[tuple[str, Path, dict[str, Any]]] = [
         ("detached", detached, {**whole, "to": "hf"}),
         ("trimmed", trimmed, {**less, "to": "hf"}),
         ("detached", out / "onnx", {**whole, "to": "onnx", "quantization": "fp32,int8,int4"}),

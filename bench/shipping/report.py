@@ -204,7 +204,7 @@ def picture_of_edge(data: dict[str, Any], path: Path) -> None:
     for i, r in enumerate(sorted(data["runs"], key=lambda r: (r["who"], r["bytes"]))):
         x, y = r["bytes"] / 1e6, list(r["tokens_per_second"].values())[-1]
         axes.plot(x, y, shapes[r["runtime"]], color=colours[r["who"]])
-        beside = {"xytext": (5, 4)} if i % 2 else {"xytext": (-5, -9), "ha": "right"}
+        beside: dict[str, Any] = {"xytext": (5, 4)} if i % 2 else {"xytext": (-5, -9), "ha": "right"}
         axes.annotate(r["form"], (x, y), textcoords="offset points", fontsize=7, **beside)
     for who, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=who)
